@@ -1,0 +1,62 @@
+"""The batches that travel between the parts. Frozen; the shape stands on every field.
+
+B rows, T tokens, P prompt positions, R answer positions. Masks hold 1 (or True) where a position counts.
+"""
+
+from dataclasses import dataclass, fields
+
+import torch
+
+
+class Movable:
+    """``to`` and ``rows`` for frozen dataclasses of tensors that share their first dimension."""
+
+    def to(self, device):
+        """The same batch with every tensor on `device`."""
+        return type(self)(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
+
+    def rows(self, index: torch.Tensor):
+        """The rows `index` [N] (int64) of every tensor, as a new batch."""
+        return type(self)(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
+
+
+@dataclass(frozen=True)
+class TextBatch(Movable):
+    """Prompt and answer as one text, padded on the right."""
+
+    input_ids: torch.Tensor  # [B, T] int64
+    attention_mask: torch.Tensor  # [B, T] int64
+    labels: torch.Tensor  # [B, T] int64, -100 where no loss is taken
+
+
+@dataclass(frozen=True)
+class PairBatch(Movable):
+    """Preference pairs, padded on the right: row b of the first half is preferred to row b of the second."""
+
+    input_ids: torch.Tensor  # [2B, T] int64
+    attention_mask: torch.Tensor  # [2B, T] int64
+
+
+@dataclass(frozen=True)
+class PromptBatch(Movable):
+    """Prompts, padded on the left, ready for generation."""
+
+    input_ids: torch.Tensor  # [B, P] int64
+    attention_mask: torch.Tensor  # [B, P] int64
+    index: torch.Tensor  # [B] int64, the rows of the data set they came from
+
+
+@dataclass(frozen=True)
+class Experience(Movable):
+    """What one rollout leaves behind for the updates; computed once, without gradient, then never changed."""
+
+    input_ids: torch.Tensor  # [B, P + R] int64, prompt padded left, answer padded right
+    attention_mask: torch.Tensor  # [B, P + R] int64, 1 on prompt and answer tokens (the closing EOS too)
+    response_mask: torch.Tensor  # [B, R] bool, True on answer tokens up to and including the first EOS
+    logprobs: torch.Tensor  # [B, R] fp32, of the sampled tokens under the policy that sampled them
+    ref_logprobs: torch.Tensor  # [B, R] fp32
+    values: torch.Tensor  # [B, R] fp32, the critic's before the update (zeros without a critic)
+    rewards: torch.Tensor  # [B, R] fp32, score on the last answer token plus the KL penalty
+    advantages: torch.Tensor  # [B, R] fp32, whitened if asked
+    returns: torch.Tensor  # [B, R] fp32, advantages before whitening + values
+    scores: torch.Tensor  # [B] fp32, in the reward's own units
