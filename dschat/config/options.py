@@ -103,3 +103,25 @@ class SystemOptions:
     gradient_checkpointing: bool = flag(False, "Recompute activations in backward.")
     dropout: Optional[float] = flag(None, "Set every dropout probability of the model. Default: the model's own.")
     freeze_layers: int = flag(0, "Freeze the embeddings and this many of the lowest decoder layers.")
+
+
+@dataclass(frozen=True)
+class OneModelOptions(ModelOptions):
+    model_name_or_path: str = flag("", "Model folder or hub id. Required.")
+
+
+@dataclass(frozen=True)
+class BatchOptions:
+    _argument_group_name = "batch"
+
+    per_device_train_batch_size: int = flag(16, "Rows per process and micro-batch in training.")
+    per_device_eval_batch_size: int = flag(16, "Rows per process in evaluation.")
+
+
+@dataclass(frozen=True)
+class OptimOptions:
+    _argument_group_name = "optimiser"
+
+    learning_rate: float = flag(1e-3, "Peak learning rate of the base weights.")
+    weight_decay: float = flag(0.0, "AdamW weight decay of matrices; biases and norms have none.")
+    compute_fp32_loss: bool = flag(False, "Accepted for compatibility: losses are always computed in fp32.")

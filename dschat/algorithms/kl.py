@@ -1,0 +1,48 @@
+"""KL between policy and reference: estimators on sampled tokens, and the coefficient of the penalty."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+def kl_estimate(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, estimator: str = "k1") -> torch.Tensor:
+    """Per-token estimate of KL(policy || reference) on tokens sampled from the policy.
+
+    With x = log p - log ref (J. Schulman, "Approximating KL Divergence", 2020):
+    k1 = x, unbiased, may be negative; k2 = x^2 / 2, biased, low variance; k3 = exp(-x) - 1 + x, unbiased, never
+    negative.
+
+    Args:
+        logprobs, ref_logprobs: [B, R].
+
+    Returns:
+        [B, R], nats.
+    """
+    log_ratio = logprobs - ref_logprobs
+    if estimator == "k1":
+        return log_ratio
+    if estimator == "k2":
+        return 0.5 * log_ratio**2
+    if estimator == "k3":
+        return torch.expm1(-log_ratio) + log_ratio
+    raise ValueError(f"KL estimator {estimator!r}: k1, k2 and k3 are known.")
+
+
+@dataclass
+class KLController:
+    """The coefficient of the KL penalty: fixed, or adaptive where a target is given.
+
+    Adaptive (Ziegler et al. 2019, "Fine-Tuning Language Models from Human Preferences", section 2.2):
+    error = clip(KL / target - 1, -0.2, 0.2); coefficient *= 1 + error * answers / horizon.
+    """
+
+    coef: float
+    target: float | None = None  # nats per answer
+    horizon: int = 10000  # answers
+
+    def update(self, kl_per_answer: float, num_answers: int) -> None:
+        """Take in the mean KL per answer (nats) of `num_answers` new answers."""
+        if self.target is None:
+            return
+        error = min(max(kl_per_answer / self.target - 1.0, -0.2), 0.2)
+        self.coef *= 1.0 + error * num_answers / self.horizon

@@ -1,0 +1,65 @@
+"""Token logprobs and entropy from logits, in fp32 and a few rows at a time.
+
+A [B, T, V] tensor of fp32 logits is the largest of the whole step (1.5 GiB for 16 x 512 x 50272), so there never is
+one: rows are cast chunk by chunk, and in training each chunk is recomputed in backward.
+"""
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+# Elements of one fp32 chunk: 64 Mi floats are 256 MiB.
+CHUNK_ELEMENTS = 64 * 2**20
+
+
+def token_logprobs(
+    logits: torch.Tensor, tokens: torch.Tensor, *, temperature: float = 1.0, chunk_elements: int = CHUNK_ELEMENTS
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logprob of each token and entropy of each distribution.
+
+    Args:
+        logits: [B, T, V], any float type; position t predicts ``tokens[:, t]``.
+        tokens: [B, T] int64.
+        temperature: the logits are divided by it first, as in sampling.
+
+    Returns:
+        logprobs [B, T] fp32 and entropy [B, T] fp32 (nats), differentiable with respect to the logits.
+    """
+    batch, length, vocab = logits.shape
+    flat_logits, flat_tokens = logits.reshape(-1, vocab), tokens.reshape(-1)
+    rows = max(1, chunk_elements // vocab)
+    pieces = []
+    for start in range(0, batch * length, rows):
+        chunk = (flat_logits[start : start + rows], flat_tokens[start : start + rows], temperature)
+        if torch.is_grad_enabled() and logits.requires_grad:
+            pieces.append(checkpoint(_chunk_logprobs, *chunk, use_reentrant=False, preserve_rng_state=False))
+        else:
+            pieces.append(_chunk_logprobs(*chunk))
+    logprobs, entropy = (torch.cat(parts).view(batch, length) for parts in zip(*pieces))
+    return logprobs, entropy
+
+
+def full_kl(logits: torch.Tensor, ref_logits: torch.Tensor, *, chunk_elements: int = CHUNK_ELEMENTS) -> torch.Tensor:
+    """[B, T] fp32: the exact KL(p || ref) over the whole vocabulary at each position.
+
+    Args:
+        logits, ref_logits: [B, T, V], any float type.
+    """
+    batch, length, vocab = logits.shape
+    rows = max(1, chunk_elements // vocab)
+    pairs = zip(logits.reshape(-1, vocab).split(rows), ref_logits.reshape(-1, vocab).split(rows))
+    return torch.cat([_chunk_kl(p, q) for p, q in pairs]).view(batch, length)
+
+
+def _chunk_logprobs(logits, tokens, temperature):
+    scaled = logits.float() / temperature
+    log_normaliser = scaled.logsumexp(-1)
+    logprobs = scaled.gather(-1, tokens[:, None]).squeeze(-1) - log_normaliser
+    # H = log Z - sum p x; p is 0 where x is -inf, and 0 * -inf must count as 0.
+    probs = (scaled - log_normaliser[:, None]).exp()
+    expected = torch.where(probs > 0, probs * scaled, torch.zeros_like(scaled)).sum(-1)
+    return logprobs, log_normaliser - expected
+
+
+def _chunk_kl(logits, ref_logits):
+    p, q = logits.float().log_softmax(-1), ref_logits.float().log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1)

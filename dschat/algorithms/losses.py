@@ -1,0 +1,102 @@
+"""The losses. Token losses are sums; the caller divides by the tokens of its whole optimizer step."""
+
+import torch
+import torch.nn.functional as F
+
+from dschat.algorithms.logprobs import token_logprobs
+from dschat.algorithms.masks import masked_sum
+
+
+def lm_loss_rows(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Next-token negative log-likelihood per row.
+
+    Args:
+        logits: [B, T, V]; position t predicts ``labels[:, t + 1]``.
+        labels: [B, T] int64, -100 where no loss is taken.
+
+    Returns:
+        nll [B] fp32, summed over each row's tokens, and the number of those tokens [B] int64.
+    """
+    targets = labels[:, 1:]
+    mask = targets != -100
+    logprobs, _ = token_logprobs(logits[:, :-1], targets.clamp(min=0))
+    return -torch.where(mask, logprobs, torch.zeros_like(logprobs)).sum(-1), mask.sum(-1)
+
+
+def pairwise_loss(chosen_scores: torch.Tensor, rejected_scores: torch.Tensor) -> torch.Tensor:
+    """[B]: -log sigmoid(chosen - rejected), the Bradley-Terry loss (Ouyang et al. 2022, equation 1).
+
+    On the scores of the last tokens alone, which are also what evaluation and PPO read.
+    """
+    return -F.logsigmoid(chosen_scores.float() - rejected_scores.float())
+
+
+def policy_loss(
+    logprobs: torch.Tensor,
+    old_logprobs: torch.Tensor,
+    advantages: torch.Tensor,
+    mask: torch.Tensor,
+    *,
+    cliprange: float,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """PPO's clipped objective (Schulman et al. 2017, equation 7), negated and summed over answer tokens.
+
+    Args:
+        logprobs, old_logprobs, advantages: [B, R].
+        mask: [B, R], True on answer tokens.
+
+    Returns:
+        The loss sum (scalar), and sums without gradient: ``clipped`` tokens where the clip bites, and
+        ``approx_kl`` = sum of (ratio - 1) - log ratio (k3 of old against new policy); ``ratio_max`` is a maximum.
+    """
+    log_ratio = torch.where(mask.bool(), logprobs - old_logprobs, torch.zeros_like(logprobs))
+    ratio = log_ratio.exp()
+    unclipped = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1.0 - cliprange, 1.0 + cliprange)
+    loss = masked_sum(torch.maximum(unclipped, clipped), mask)
+    with torch.no_grad():
+        stats = {
+            "clipped": masked_sum((clipped > unclipped).float(), mask),
+            "approx_kl": masked_sum(torch.expm1(log_ratio) - log_ratio, mask),
+            "ratio_max": ratio.max(),
+        }
+    return loss, stats
+
+
+def value_loss(
+    values: torch.Tensor,
+    old_values: torch.Tensor,
+    returns: torch.Tensor,
+    mask: torch.Tensor,
+    *,
+    cliprange_value: float,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """0.5 * max((V - R)^2, (clip(V) - R)^2), summed over answer tokens; V moves at most `cliprange_value` from its
+    old value. The clip is that of OpenAI's PPO implementation (baselines, ppo2), which DeepSpeed-Chat follows.
+
+    Args:
+        values, old_values, returns: [B, R].
+        mask: [B, R], True on answer tokens.
+
+    Returns:
+        The loss sum (scalar), and without gradient the sum ``clipped`` of tokens where the clip bites.
+    """
+    bounded = old_values + (values - old_values).clamp(-cliprange_value, cliprange_value)
+    errors, bounded_errors = (values - returns) ** 2, (bounded - returns) ** 2
+    loss = 0.5 * masked_sum(torch.maximum(errors, bounded_errors), mask)
+    return loss, {"clipped": masked_sum((bounded_errors > errors).float(), mask).detach()}
+
+
+def explained_variance(totals: torch.Tensor) -> float:
+    """1 - Var(R - V) / Var(R), from ``value_moments`` summed over ranks; NaN where the returns are constant."""
+    count, total, squares, error_total, error_squares = totals.tolist()
+    variance = squares / count - (total / count) ** 2
+    error_variance = error_squares / count - (error_total / count) ** 2
+    return 1.0 - error_variance / variance if variance > 0 else float("nan")
+
+
+def value_moments(values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """[5] float64: count, sum and squares of the returns, sum and squares of (returns - values), under `mask`."""
+    returns, errors = returns.double(), (returns - values).double()
+    sums = [masked_sum(x, mask) for x in (returns, returns**2, errors, errors**2)]
+    return torch.stack([mask.bool().sum().double(), *sums])

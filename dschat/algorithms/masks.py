@@ -1,0 +1,65 @@
+"""Masks over answers, and means under them. Lengths decide, never ``token != pad``: pad and EOS may be one token."""
+
+import torch
+
+
+def response_mask(tokens: torch.Tensor, eos_token_ids) -> torch.Tensor:
+    """Which answer positions count: all up to and including the first EOS.
+
+    Args:
+        tokens: [B, R] int64, generated tokens; what follows the first EOS is arbitrary.
+        eos_token_ids: the ids that end an answer.
+
+    Returns:
+        [B, R] bool, True on answer tokens. The EOS is an action and counts; an immediate EOS is an answer of length 1.
+    """
+    is_eos = torch.isin(tokens, torch.as_tensor(list(eos_token_ids), device=tokens.device, dtype=tokens.dtype))
+    ended_before = is_eos.long().cumsum(-1) - is_eos.long()
+    return ended_before == 0
+
+
+def last_index(mask: torch.Tensor) -> torch.Tensor:
+    """[B] int64: the last position where `mask` [B, T] holds; 0 for a row where it never does."""
+    positions = torch.arange(mask.shape[-1], device=mask.device)
+    return (positions * (mask != 0)).argmax(-1)
+
+
+def pool_last(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """[B]: `values` [B, T] at the last position where `mask` [B, T] holds: a reward model's score."""
+    return values.gather(-1, last_index(mask)[:, None]).squeeze(-1)
+
+
+def masked_sum(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Scalar: the sum of `values` where `mask` holds; what lies elsewhere, NaN included, has no influence."""
+    return torch.where(mask.bool(), values, torch.zeros_like(values)).sum()
+
+
+def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Scalar: the mean of `values` where `mask` holds; NaN for an empty mask."""
+    return masked_sum(values, mask) / mask.bool().sum()
+
+
+def moments(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """[3] float64: count, sum and sum of squares under `mask`. Add those of all ranks for global statistics."""
+    values, mask = values.double(), mask.bool()
+    return torch.stack([mask.sum().double(), masked_sum(values, mask), masked_sum(values * values, mask)])
+
+
+def mean_and_std(totals: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and (biased) standard deviation from ``moments``."""
+    count, total, squares = totals
+    mean = total / count
+    return mean, (squares / count - mean * mean).clamp(min=0).sqrt()
+
+
+def masked_whiten(values: torch.Tensor, mask: torch.Tensor, totals: torch.Tensor | None = None) -> torch.Tensor:
+    """(values - mean) / std under `mask`, and 0 elsewhere.
+
+    Args:
+        values: [B, R].
+        mask: [B, R].
+        totals: ``moments`` summed over all ranks; default: those of these rows alone.
+    """
+    mean, std = mean_and_std(moments(values, mask) if totals is None else totals)
+    white = (values.double() - mean) / (std + 1e-8)
+    return torch.where(mask.bool(), white, torch.zeros_like(white)).to(values.dtype)

@@ -1,0 +1,106 @@
+"""Flags, or one YAML or JSON file, to a step's configuration."""
+
+import dataclasses
+import difflib
+import json
+import sys
+import typing
+from pathlib import Path
+
+import yaml
+from transformers import HfArgumentParser
+
+# DeepSpeed-Chat's names before its batch flags were renamed.
+OLD_NAMES = {
+    "--per_device_mini_train_batch_size": "--per_device_training_batch_size",
+    "--generation_batch_numbers": "--generation_batches",
+}
+
+
+class _Parser(HfArgumentParser):
+    """An argument parser whose errors are ValueErrors of one line, not a page of usage and an exit."""
+
+    def error(self, message: str):
+        raise ValueError(message)
+
+
+def parse_config(config_class, argv: list[str] | None = None):
+    """A checked `config_class` from command-line words, or from the one file that they name.
+
+    Args:
+        config_class: a dataclass of option groups with a method ``problems() -> list[str]``.
+        argv: the words after the program's name; default ``sys.argv[1:]``.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        ValueError: with every problem found, one a line.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    groups = typing.get_type_hints(config_class)
+    parser = _Parser(list(groups.values()), description=config_class.__doc__, allow_abbrev=False)
+    # The launcher adds --local_rank behind the script's name, in front of the user's words.
+    words = [word for word in argv if not word.startswith("--local_rank=")]
+    if len(words) == 1 and words[0].endswith((".yaml", ".yml", ".json")):
+        values = _from_file(parser, Path(words[0]), groups)
+    else:
+        values = _from_flags(parser, argv, config_class)
+    config = config_class(**dict(zip(groups, values)))
+    problems = config.problems()
+    if problems:
+        raise ValueError("\n".join(problems))
+    return config
+
+
+def config_dict(config) -> dict:
+    """The configuration as one flat dictionary: what a YAML file for the same run would hold."""
+    return {key: value for group in dataclasses.asdict(config).values() for key, value in group.items()}
+
+
+def _from_flags(parser: _Parser, argv: list[str], config_class):
+    known = set(parser._option_string_actions)
+    step3 = "--per_device_training_batch_size" in known
+    words = []
+    for word in argv:
+        name, equals, value = word.partition("=")
+        if step3 and name == "--per_device_train_batch_size":
+            name = "--per_device_generation_batch_size"
+        if name.startswith("--") and name not in known:
+            name = OLD_NAMES.get(name, name)
+        words.append(name + equals + value)
+    *values, rest = parser.parse_args_into_dataclasses(words, return_remaining_strings=True, look_for_args_file=False)
+    if rest:
+        raise ValueError("\n".join(_unknown(word, known, config_class) for word in rest))
+    return values
+
+
+def _unknown(word: str, known: set[str], config_class) -> str:
+    near = difflib.get_close_matches(word.partition("=")[0], sorted(known), n=1)
+    hint = f" Did you mean {near[0]}?" if near else " --help lists the flags."
+    return f"{word}: {config_class.__doc__.rstrip('.')}, has no such flag.{hint}"
+
+
+def _from_file(parser: _Parser, path: Path, groups: dict):
+    if not path.is_file():
+        raise ValueError(f"{path}: no such configuration file.")
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (json.JSONDecodeError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not readable as {path.suffix[1:].upper()}: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected flag names and values, found {type(values).__name__}.")
+    # Values pass through the flags' own types, so that "5e-5" (text to YAML) is a number and a wrong type is an error.
+    words = []
+    for key, value in values.items():
+        if value is None:
+            continue
+        words.append(f"--{key}")
+        words += [str(item) for item in value] if isinstance(value, list) else [str(value)]
+        if value == []:
+            words.pop()
+    try:
+        return _from_flags(parser, words, type("file", (), {"__doc__": str(path)}))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error

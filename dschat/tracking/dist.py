@@ -1,0 +1,59 @@
+"""Ranks and collectives, the same with one process and with many."""
+
+import os
+
+import torch
+import torch.distributed as dist
+
+
+def rank() -> int:
+    """This process's global rank; 0 without a process group."""
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
+
+
+def world_size() -> int:
+    """Number of processes; 1 without a process group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """True on the one process that prints and writes."""
+    return rank() == 0
+
+
+def all_reduce(tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
+    """A copy of `tensor`, reduced over all processes by "sum", "max" or "min"."""
+    result = tensor.detach().clone()
+    if world_size() > 1:
+        dist.all_reduce(result, op={"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}[op])
+    return result
+
+
+def gather_rows(rows: torch.Tensor, num_rows: int | None = None) -> torch.Tensor:
+    """Rows of all processes, interleaved: row i of rank r becomes row i * world_size + r.
+
+    That is the order in which ``ShardedSampler`` deals them out, so that the first `num_rows` are the data set's own
+    rows and what wrapped around is cut off. Every process must bring the same number of rows, of any width: narrower
+    ones are padded with zeros.
+
+    Args:
+        rows: [N] or [N, C].
+
+    Returns:
+        [N * world_size] or [N * world_size, C], cut to `num_rows`.
+    """
+    if world_size() > 1:
+        if rows.dim() > 1:
+            width = int(all_reduce(torch.tensor(rows.shape[1], device=rows.device), "max"))
+            rows = torch.nn.functional.pad(rows, (0, width - rows.shape[1]))
+        rows = rows.contiguous()
+        shards = [torch.empty_like(rows) for _ in range(world_size())]
+        dist.all_gather(shards, rows)
+        rows = torch.stack(shards, dim=1).flatten(0, 1)
+    return rows if num_rows is None else rows[:num_rows]
+
+
+def barrier() -> None:
+    """Wait for all processes."""
+    if world_size() > 1:
+        dist.barrier()
