@@ -139,9 +139,8 @@ class PPOOptim:
     actor_weight_decay: float = flag(0.0, "AdamW weight decay of the actor's matrices.")
     critic_weight_decay: float = flag(0.0, "AdamW weight decay of the critic's matrices.")
     align_overflow: bool = flag(
-        True,
-        "When one engine's gradients are not finite, neither engine steps. DeepSpeed-Chat's flag; here it is always "
-        "on, since half a PPO step is never wanted.",
+        False,
+        "Accepted for compatibility: where one engine's gradients are not finite, neither engine ever steps.",
     )
     compute_fp32_loss: bool = flag(False, "Accepted for compatibility: losses are always computed in fp32.")
 

@@ -1,0 +1,135 @@
+"""The one call of deepspeed.initialize, and the process group and precision that go before it."""
+
+import contextlib
+import json
+import os
+import socket
+from pathlib import Path
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+from transformers import get_scheduler
+from transformers.integrations import HfDeepSpeedConfig
+
+from dschat.config.options import ScheduleOptions
+from dschat.engine.optim import adamw
+from dschat.tracking import dist
+from dschat.tracking.log import logger
+
+TORCH_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def start_processes(local_rank: int = -1) -> torch.device:
+    """Join the process group, and return this process's device.
+
+    Under a launcher (deepspeed, torchrun) its environment is used; a plain ``python main.py`` is a group of one.
+    """
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.setdefault("LOCAL_RANK", str(max(local_rank, 0)))
+    accelerator = get_accelerator()
+    # Before the group is made: NCCL binds a group to the device that is current then.
+    if accelerator.device_name() != "cpu":
+        accelerator.set_device(int(os.environ["LOCAL_RANK"]))
+    deepspeed.init_distributed()
+    return torch.device(accelerator.current_device_name())
+
+
+def on_cpu() -> bool:
+    """True where DeepSpeed runs without an accelerator."""
+    return get_accelerator().device_name() == "cpu"
+
+
+def resolve_dtype(dtype: str) -> str:
+    """"auto" to what this device does best: bf16, else fp16. The others stay."""
+    if dtype != "auto":
+        return dtype
+    return "bf16" if get_accelerator().is_bf16_supported() else "fp16"
+
+
+@contextlib.contextmanager
+def partitioned_loading(ds_config: dict):
+    """Inside, transformers' from_pretrained loads under ZeRO-3 straight into partitions; else as ever."""
+    if ds_config["zero_optimization"]["stage"] != 3:
+        yield
+        return
+    keep = HfDeepSpeedConfig(ds_config)  # transformers holds only a weak reference
+    yield
+    del keep
+
+
+def override(ds_config: dict, path: str | None) -> dict:
+    """`ds_config` with the JSON file `path` merged over it, key by key.
+
+    Raises:
+        ValueError: no such file, or no JSON object in it; names --deepspeed_config.
+    """
+    if path is None:
+        return ds_config
+    try:
+        extra = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"--deepspeed_config {path}: {error}") from error
+    if not isinstance(extra, dict):
+        raise ValueError(f"--deepspeed_config {path}: expected a JSON object, found {type(extra).__name__}.")
+    return _merge(ds_config, extra)
+
+
+def build_training_engine(
+    model: torch.nn.Module,
+    *,
+    ds_config: dict,
+    schedule: ScheduleOptions,
+    total_steps: int,
+    learning_rate: float,
+    weight_decay: float,
+    lora_names: set[str] = frozenset(),
+    lora_learning_rate: float = 0.0,
+):
+    """A DeepSpeed engine around `model`, with AdamW and a schedule of transformers.
+
+    Args:
+        total_steps: optimizer steps of the whole run, the schedule's length.
+        lora_names: names of LoRA parameters, which get a learning rate of their own.
+    """
+    optimizer = adamw(
+        model,
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+        lora_names=lora_names,
+        lora_learning_rate=lora_learning_rate,
+        cpu_offload=bool(ds_config["zero_optimization"].get("offload_optimizer")) and not on_cpu(),
+    )
+    scheduler = get_scheduler(
+        schedule.lr_scheduler_type,
+        optimizer=optimizer,
+        num_warmup_steps=min(schedule.num_warmup_steps, total_steps),
+        num_training_steps=max(total_steps, 1),
+    )
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=scheduler, config=ds_config)
+    trained = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
+    total = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+    logger.info(
+        f"{type(model).__name__}: {total / 1e6:,.1f}M parameters, {trained / 1e6:,.1f}M trained "
+        f"({100 * trained / total:.1f}%), ZeRO-{engine.zero_optimization_stage()}, {dist.world_size()} process(es)"
+    )
+    return engine
+
+
+def build_inference_engine(model: torch.nn.Module, *, ds_config: dict):
+    """A DeepSpeed engine around a model that is not trained; its parameters need no gradient and it is in eval mode."""
+    model.requires_grad_(False)
+    engine, *_ = deepspeed.initialize(model=model, config=ds_config)
+    return engine.eval()
+
+
+def _merge(base: dict, extra: dict) -> dict:
+    merged = dict(base)
+    for key, value in extra.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged

@@ -1,0 +1,86 @@
+"""From options to DeepSpeed's configuration. Pure: no DeepSpeed, no process group, no device."""
+
+from dschat.config.options import SystemOptions
+
+# Steps without overflow after which a dynamic fp16 loss scale doubles.
+FP16_LOSS_SCALE_WINDOW = 100
+
+
+def training_config(
+    system: SystemOptions,
+    *,
+    dtype: str,
+    micro_batch_size: int,
+    gradient_accumulation_steps: int,
+    world_size: int,
+    on_cpu: bool,
+    tensorboard_path: str | None = None,
+    tensorboard_name: str = "",
+    gradient_clipping: float = 1.0,
+) -> dict:
+    """Configuration of an engine that trains.
+
+    Args:
+        dtype: "fp16", "bf16" or "fp32".
+        micro_batch_size: rows per process and backward.
+        on_cpu: offload then uses torch's AdamW, since DeepSpeedCPUAdam has to be compiled and gains nothing there.
+        tensorboard_path: with it, the engine's own monitor writes below ``{path}/ds_tensorboard_logs/``.
+        gradient_clipping: largest gradient norm; 0: no clipping.
+    """
+    config = _common(system, dtype=dtype, offload_optimizer=system.offload)
+    config.update(
+        train_micro_batch_size_per_gpu=micro_batch_size,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+        train_batch_size=micro_batch_size * gradient_accumulation_steps * world_size,
+        gradient_clipping=gradient_clipping,
+    )
+    if on_cpu:
+        config["zero_force_ds_cpu_optimizer"] = False
+    if tensorboard_path:
+        config["tensorboard"] = {
+            "enabled": True,
+            "output_path": f"{tensorboard_path}/ds_tensorboard_logs/",
+            "job_name": f"{tensorboard_name}_tensorboard",
+        }
+    return config
+
+
+def inference_config(system: SystemOptions, *, dtype: str, micro_batch_size: int, world_size: int) -> dict:
+    """Configuration of an engine that only evaluates: partitioned under ZeRO-3, whole otherwise."""
+    stage = 3 if system.zero_stage == 3 else 0
+    config = _common(
+        SystemOptions(zero_stage=stage, offload=system.offload and stage == 3), dtype=dtype, offload_optimizer=False
+    )
+    config.update(
+        train_micro_batch_size_per_gpu=micro_batch_size,
+        gradient_accumulation_steps=1,
+        train_batch_size=micro_batch_size * world_size,
+    )
+    return config
+
+
+def _common(system: SystemOptions, *, dtype: str, offload_optimizer: bool) -> dict:
+    config: dict = {"steps_per_print": 10**9, "wall_clock_breakdown": False, "zero_optimization": _zero(system)}
+    if offload_optimizer:
+        config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+    if dtype == "bf16":
+        config["bf16"] = {"enabled": True}
+    elif dtype == "fp16":
+        config["fp16"] = {"enabled": True, "loss_scale_window": FP16_LOSS_SCALE_WINDOW}
+    return config
+
+
+def _zero(system: SystemOptions) -> dict:
+    zero: dict = {"stage": system.zero_stage}
+    if system.zero_stage in (1, 2):
+        zero["reduce_bucket_size"] = zero["allgather_bucket_size"] = int(1e8)
+    if system.zero_stage == 3:
+        zero.update(
+            stage3_param_persistence_threshold=int(1e4),
+            stage3_max_live_parameters=int(3e7),
+            stage3_prefetch_bucket_size=int(3e7),
+            memory_efficient_linear=False,
+        )
+        if system.offload:
+            zero["offload_param"] = {"device": "cpu"}
+    return zero

@@ -1,0 +1,96 @@
+"""Logging set-up, and failures that end with their cause.
+
+Libraries log through ``logging``; rank 0 shows INFO, the others only warnings. A main runs inside ``run_main``, so
+that whatever stops it is the last thing on the screen.
+"""
+
+import logging
+import os
+import subprocess
+import sys
+import time
+import traceback
+
+from dschat.tracking import dist
+
+logger = logging.getLogger("dschat")
+
+# Seconds that ranks other than the first of a node hold back their message: time for that first rank, which most
+# often fails of the same cause, to have reported it and for the launcher to have ended this one.
+OTHER_RANKS_WAIT_S = 5.0
+
+# Runs apart from the failed process and speaks once the launcher and its parent are gone (or after 30 s).
+_LAST_WORD = """
+import sys, time, psutil
+def alive(pid):
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+pids = [int(word) for word in sys.argv[2].split(",")]
+end = time.time() + 30
+while time.time() < end and any(alive(pid) for pid in pids):
+    time.sleep(0.05)
+sys.stderr.write(sys.argv[1])
+"""
+
+
+def set_up_logging() -> None:
+    """Plain messages on stdout: INFO on rank 0, warnings elsewhere; DeepSpeed and transformers only warn."""
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger.handlers[:] = [handler]
+    logger.propagate = False
+    logger.setLevel(logging.INFO if dist.is_main() else logging.WARNING)
+    for noisy in ("DeepSpeed", "transformers", "datasets"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def run_main(main) -> None:
+    """Run ``main()`` and exit 0; at a failure exit 1 with its cause as the last thing printed.
+
+    A ValueError is the user's to mend and shows as its message alone; anything else brings its traceback first.
+    Under the ``deepspeed`` launcher the message appears once more behind the launcher's own lines.
+    """
+    set_up_logging()
+    try:
+        main()
+    except ValueError as error:
+        if os.environ.get("DSCHAT_DEBUG"):
+            traceback.print_exc()
+        _fail(str(error))
+    except KeyboardInterrupt:
+        _fail("interrupted")
+    except Exception as error:
+        traceback.print_exc()
+        _fail(f"{type(error).__name__}: {error}")
+    sys.stdout.flush()
+
+
+def _fail(cause: str) -> None:
+    if int(os.environ.get("LOCAL_RANK", 0)) != 0:
+        time.sleep(OTHER_RANKS_WAIT_S)
+    message = f"\nerror (rank {dist.rank()}): {cause}\n"
+    sys.stdout.flush()
+    sys.stderr.write(message)
+    sys.stderr.flush()
+    launcher = _launcher_pids()
+    if launcher:
+        words = [sys.executable, "-c", _LAST_WORD, message, ",".join(map(str, launcher))]
+        subprocess.Popen(words, start_new_session=True, stdin=subprocess.DEVNULL)
+    # Not sys.exit: a process group whose peers are gone can hang in its destructors.
+    os._exit(1)
+
+
+def _launcher_pids() -> list[int]:
+    """The process ids of DeepSpeed's launcher and of the command above it, where this process runs under one."""
+    try:
+        import psutil
+    except ImportError:  # comes with DeepSpeed; without it there is no launcher either
+        return []
+    parent = psutil.Process().parent()
+    if parent is None or not any("deepspeed" in word for word in parent.cmdline()):
+        return []
+    above = parent.parent()
+    is_command = above is not None and any("deepspeed" in word for word in above.cmdline())
+    return [parent.pid] + ([above.pid] if is_command else [])

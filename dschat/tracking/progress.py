@@ -1,0 +1,54 @@
+"""The progress line."""
+
+import time
+
+import torch
+
+from dschat.tracking import dist
+from dschat.tracking.log import logger
+
+
+class Progress:
+    """Prints a line every `interval_s` seconds, and at the first and the last step, on rank 0.
+
+    ``SFT  step 12/40  30%  loss 3.912  1,024 tok/s  mem 3.1/24.0 GiB  left 0:43``
+    """
+
+    def __init__(self, name: str, total: int, *, interval_s: float = 5.0):
+        self.name, self.total, self.interval_s = name, total, interval_s
+        self._start = time.monotonic()
+        self._last = -float("inf")
+
+    def update(self, step: int, fields: dict[str, str]) -> None:
+        """Step `step` of `total` (counted from 1) is done; `fields` are shown as they stand."""
+        now = time.monotonic()
+        if not dist.is_main() or (now - self._last < self.interval_s and step != self.total):
+            return
+        self._last = now
+        left = (now - self._start) / max(step, 1) * (self.total - step)
+        parts = [f"{self.name}  step {step}/{self.total}  {100 * step // max(self.total, 1)}%"]
+        parts += [f"{key} {value}" for key, value in fields.items()]
+        parts += [f"mem {memory_text()}", f"left {clock(left)}"]
+        logger.info("  ".join(parts))
+
+
+def clock(seconds: float) -> str:
+    """Seconds as m:ss or h:mm:ss."""
+    minutes, seconds = divmod(int(round(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def memory_gib() -> tuple[float, float]:
+    """Memory used and in all, GiB: of the accelerator (peak reserved), or of this process and the host."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_reserved() / 2**30, torch.cuda.get_device_properties(0).total_memory / 2**30
+    import psutil
+
+    return psutil.Process().memory_info().rss / 2**30, psutil.virtual_memory().total / 2**30
+
+
+def memory_text() -> str:
+    """``used/total GiB``."""
+    used, total = memory_gib()
+    return f"{used:.1f}/{total:.1f} GiB"

@@ -1,0 +1,203 @@
+"""One loop for every stage that learns from fixed texts, given an objective.
+
+An objective says what a batch weighs, what it loses and how it is evaluated; see ``SFTObjective`` and
+``RewardObjective``. The loop divides each loss sum by the weight of the whole optimizer step over all processes, so
+that the split into processes and micro-batches does not change the gradient.
+"""
+
+import itertools
+import math
+import time
+from typing import Protocol
+
+import torch
+
+from dschat.algorithms.losses import lm_loss_rows, pairwise_loss
+from dschat.algorithms.masks import pool_last
+from dschat.algorithms.types import PairBatch, TextBatch
+from dschat.models.causal_lm import forward_logits
+from dschat.tracking import dist
+from dschat.tracking.log import logger
+from dschat.tracking.metrics import MetricsWriter
+from dschat.tracking.progress import Progress, memory_gib
+
+
+class Objective(Protocol):
+    """What a supervised stage learns."""
+
+    name: str
+
+    def weight(self, batch) -> torch.Tensor:
+        """Scalar int64: the terms that the batch's loss sum runs over."""
+
+    def loss_sum(self, engine, batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The loss sum (scalar), and further sums to be averaged over the weight and logged."""
+
+    def evaluate(self, engine, loader, num_rows: int) -> dict[str, float]:
+        """Held-out metrics over the first `num_rows` rows of the loader's order."""
+
+
+class SFTObjective:
+    """Cross-entropy of the answers' tokens."""
+
+    name = "SFT"
+
+    def weight(self, batch: TextBatch) -> torch.Tensor:
+        return (batch.labels[:, 1:] != -100).sum()
+
+    def loss_sum(self, engine, batch: TextBatch):
+        nll, _ = self._rows(engine, batch)
+        return nll.sum(), {}
+
+    def evaluate(self, engine, loader, num_rows: int) -> dict[str, float]:
+        """``eval/loss`` (nats a token) and ``eval/perplexity``, exact over all rows whatever the processes."""
+        rows = _evaluate_rows(engine, loader, num_rows, lambda batch: torch.stack(self._rows(engine, batch), -1))
+        nll, tokens = rows.sum(0).tolist()
+        loss = nll / max(tokens, 1.0)
+        return {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 700.0))}
+
+    def _rows(self, engine, batch: TextBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = forward_logits(
+            engine, engine.module, input_ids=batch.input_ids, attention_mask=batch.attention_mask
+        )
+        nll, tokens = lm_loss_rows(logits, batch.labels)
+        return nll, tokens.to(nll.dtype)
+
+
+class RewardObjective:
+    """Bradley-Terry on the scores of the last tokens."""
+
+    name = "reward"
+
+    def weight(self, batch: PairBatch) -> torch.Tensor:
+        return torch.tensor(batch.input_ids.shape[0] // 2, device=batch.input_ids.device)
+
+    def loss_sum(self, engine, batch: PairBatch):
+        chosen, rejected = self._scores(engine, batch)
+        return pairwise_loss(chosen, rejected).sum(), {"accuracy": (chosen > rejected).sum().detach()}
+
+    def evaluate(self, engine, loader, num_rows: int) -> dict[str, float]:
+        """``eval/accuracy`` (a tie is an error), ``eval/loss``, and the scores' means and margin."""
+        rows = _evaluate_rows(engine, loader, num_rows, lambda batch: torch.stack(self._scores(engine, batch), -1))
+        chosen, rejected = rows.unbind(-1)
+        return {
+            "eval/accuracy": (chosen > rejected).double().mean().item(),
+            "eval/loss": pairwise_loss(chosen, rejected).mean().item(),
+            "eval/chosen_score": chosen.mean().item(),
+            "eval/rejected_score": rejected.mean().item(),
+            "eval/margin": (chosen - rejected).mean().item(),
+        }
+
+    def _scores(self, engine, batch: PairBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        values = engine(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+        return pool_last(values, batch.attention_mask).chunk(2)
+
+
+def train_supervised(
+    engine,
+    objective: Objective,
+    *,
+    train_loader,
+    eval_loader,
+    num_eval_rows: int,
+    num_epochs: int,
+    total_steps: int,
+    metrics: MetricsWriter,
+    eval_interval: int = 0,
+    log_interval_s: float = 5.0,
+    print_loss: bool = False,
+) -> None:
+    """Train `engine` for `total_steps` optimizer steps, evaluating before, between and after.
+
+    Args:
+        train_loader: its sampler has ``set_epoch``, and an epoch is a whole number of optimizer steps.
+        eval_loader: in the data set's order.
+        num_eval_rows: how many of its rows are the data set's own; what wraps around behind them is not counted.
+        eval_interval: optimizer steps between evaluations; 0: after every epoch.
+
+    Raises:
+        ValueError: the loss is not finite (the step is not taken).
+    """
+    evaluated = objective.evaluate(engine, eval_loader, num_eval_rows)
+    _report_evaluation(objective, "before training", evaluated)
+    metrics.write(0, evaluated)
+    progress = Progress(objective.name, total_steps, interval_s=log_interval_s)
+    step = 0
+    for epoch in range(num_epochs):
+        train_loader.sampler.set_epoch(epoch)
+        for window in _windows(train_loader, engine.gradient_accumulation_steps()):
+            if step == total_steps:
+                break
+            step += 1
+            values = _optimizer_step(engine, objective, window, step)
+            at_end = step == total_steps
+            if at_end or (eval_interval and step % eval_interval == 0):
+                values |= objective.evaluate(engine, eval_loader, num_eval_rows)
+                _report_evaluation(objective, f"step {step}", values)
+            metrics.write(step, values)
+            if print_loss:
+                logger.info(f"epoch {epoch + 1}, step {step}, loss {values['train/loss']:.6f}")
+            progress.update(step, _shown(values))
+        if not eval_interval and step < total_steps:
+            evaluated = objective.evaluate(engine, eval_loader, num_eval_rows)
+            _report_evaluation(objective, f"epoch {epoch + 1}", evaluated)
+            metrics.write(step, evaluated)
+
+
+def _optimizer_step(engine, objective: Objective, window: list, step: int) -> dict[str, float]:
+    started = time.monotonic()
+    engine.train()
+    window = [batch.to(engine.device) for batch in window]
+    weight = dist.all_reduce(torch.stack([objective.weight(batch) for batch in window]).sum())
+    # DeepSpeed averages gradients over processes and divides by the accumulation steps; undo both.
+    scale = dist.world_size() * len(window) / weight.clamp(min=1)
+    sums: dict[str, torch.Tensor] = {}
+    for batch in window:
+        loss, extra = objective.loss_sum(engine, batch)
+        for key, value in {"loss": loss.detach(), **extra}.items():
+            sums[key] = sums.get(key, 0) + value
+        # All processes see the same sum, so that all stop together.
+        if not torch.isfinite(dist.all_reduce(loss)):
+            raise ValueError(
+                f"The loss of step {step} is {loss.item()}, which is not finite. Lower --learning_rate, or take "
+                "--dtype bf16 or fp32 instead of fp16."
+            )
+        engine.backward(loss * scale)
+        engine.step()
+    totals = dist.all_reduce(torch.stack([value.double() for value in sums.values()])) / weight
+    tokens = dist.all_reduce(torch.stack([batch.attention_mask.sum() for batch in window]).sum()).item()
+    seconds = time.monotonic() - started
+    return {
+        **{f"train/{key}": value for key, value in zip(sums, totals.tolist())},
+        "train/lr": engine.get_lr()[0],
+        "train/grad_norm": float(engine.get_global_grad_norm() or 0.0),
+        "time/step_s": seconds,
+        "perf/tokens_per_s": tokens / seconds,
+        "perf/mem_gib": memory_gib()[0],
+    }
+
+
+def _evaluate_rows(engine, loader, num_rows: int, rows_of) -> torch.Tensor:
+    """[num_rows, C] float64: `rows_of(batch)` [B, C] of all processes' batches, in the data set's order."""
+    engine.eval()
+    with torch.no_grad():
+        local = torch.cat([rows_of(batch.to(engine.device)).double() for batch in loader])
+    return dist.gather_rows(local, num_rows)
+
+
+def _windows(loader, size: int):
+    batches = iter(loader)
+    while window := list(itertools.islice(batches, size)):
+        yield window
+
+
+def _shown(values: dict[str, float]) -> dict[str, str]:
+    shown = {"loss": f"{values['train/loss']:.3f}"}
+    if "train/accuracy" in values:
+        shown["acc"] = f"{100 * values['train/accuracy']:.0f}%"
+    return {**shown, "lr": f"{values['train/lr']:.1e}", "tok/s": f"{values['perf/tokens_per_s']:,.0f}"}
+
+
+def _report_evaluation(objective: Objective, when: str, values: dict[str, float]) -> None:
+    shown = "  ".join(f"{key[5:]} {value:.4g}" for key, value in values.items() if key.startswith("eval/"))
+    logger.info(f"{objective.name}  evaluation, {when}: {shown}")
