@@ -122,6 +122,7 @@ def train_supervised(
     _report_evaluation(objective, "before training", evaluated)
     metrics.write(0, evaluated)
     progress = Progress(objective.name, total_steps, interval_s=log_interval_s)
+    evaluate_every = eval_interval or len(train_loader) // engine.gradient_accumulation_steps()
     step = 0
     for epoch in range(num_epochs):
         train_loader.sampler.set_epoch(epoch)
@@ -130,18 +131,13 @@ def train_supervised(
                 break
             step += 1
             values = _optimizer_step(engine, objective, window, step)
-            at_end = step == total_steps
-            if at_end or (eval_interval and step % eval_interval == 0):
+            if step == total_steps or step % evaluate_every == 0:
                 values |= objective.evaluate(engine, eval_loader, num_eval_rows)
                 _report_evaluation(objective, f"step {step}", values)
             metrics.write(step, values)
             if print_loss:
                 logger.info(f"epoch {epoch + 1}, step {step}, loss {values['train/loss']:.6f}")
             progress.update(step, _shown(values))
-        if not eval_interval and step < total_steps:
-            evaluated = objective.evaluate(engine, eval_loader, num_eval_rows)
-            _report_evaluation(objective, f"epoch {epoch + 1}", evaluated)
-            metrics.write(step, evaluated)
 
 
 def _optimizer_step(engine, objective: Objective, window: list, step: int) -> dict[str, float]:

@@ -1,0 +1,118 @@
+"""How good the policy is: scores, exact KL and lengths of answers to held-out prompts."""
+
+import contextlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dschat.tracking import dist
+from dschat.tracking.log import logger
+from dschat.trainers.rollout import exact_kl, generate, sampling_config, score
+
+
+@dataclass(frozen=True)
+class PolicyEvaluation:
+    """One sampled answer to each of N held-out prompts."""
+
+    scores: torch.Tensor  # [N] the reward model's, in its own units
+    kl: torch.Tensor  # [N] exact KL(policy || reference) summed over the answer, nats
+    lengths: torch.Tensor  # [N] int64, tokens with the closing EOS
+    ended: torch.Tensor  # [N] bool
+    tokens: torch.Tensor  # [N, R] int64; behind lengths: arbitrary
+
+    def summary(self) -> dict[str, float]:
+        """Means, the scores' standard deviation, and the share of answers that ended by themselves."""
+        return {
+            "eval/score": self.scores.mean().item(),
+            "eval/score_sd": self.scores.std().item(),
+            "eval/kl": self.kl.mean().item(),
+            "eval/length": self.lengths.double().mean().item(),
+            "eval/eos_rate": self.ended.double().mean().item(),
+        }
+
+
+class PolicyEvaluator:
+    """Samples one answer to each held-out prompt, always from the same seed, scores it and writes it down."""
+
+    def __init__(
+        self,
+        engines,
+        loader,
+        tokenizer,
+        *,
+        max_new_tokens: int,
+        eos_token_ids: tuple[int, ...],
+        seed: int,
+        output_dir: str | None,
+    ):
+        """
+        Args:
+            loader: PromptBatches in the data set's order.
+            output_dir: answers go to evaluation/rollout_N.jsonl below it; None: nowhere.
+        """
+        self.engines, self.loader, self.tokenizer, self.seed, self.output_dir = (
+            engines,
+            loader,
+            tokenizer,
+            seed,
+            output_dir,
+        )
+        self.generation = sampling_config(
+            max_new_tokens=max_new_tokens, eos_token_ids=eos_token_ids, pad_token_id=tokenizer.pad_token_id
+        )
+
+    def evaluate(self, rollout: int) -> dict[str, float]:
+        """Metrics after `rollout` rollouts (0: before training), over all processes."""
+        result = self._answer()
+        values = result.summary()
+        shown = "  ".join(f"{key[5:]} {value:.4g}" for key, value in values.items())
+        logger.info(f"PPO  evaluation, rollout {rollout}: {shown}")
+        if self.output_dir is not None and dist.is_main():
+            self._write(result, Path(self.output_dir) / "evaluation" / f"rollout_{rollout:06d}.jsonl")
+        return values
+
+    def _answer(self) -> PolicyEvaluation:
+        engines, device = self.engines, self.engines.actor.device
+        engines.eval()
+        parts = []
+        with _seeded(self.seed + dist.rank(), device):
+            for prompts in self.loader:
+                answers = generate(engines.actor, prompts.to(device), generation=self.generation)
+                unused = self.generation.max_new_tokens - answers.tokens.shape[1]
+                columns = (
+                    score(engines.reward, answers),
+                    exact_kl(engines, answers),
+                    answers.response_mask.sum(-1),
+                    answers.ended.long(),
+                    torch.nn.functional.pad(answers.tokens, (0, unused)),
+                )
+                parts.append(columns)
+        num_rows = len(self.loader.dataset)
+        columns = [dist.gather_rows(torch.cat(column), num_rows).cpu() for column in zip(*parts)]
+        return PolicyEvaluation(columns[0], columns[1], columns[2], columns[3].bool(), columns[4])
+
+    def _write(self, result: PolicyEvaluation, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "w", encoding="utf-8") as file:
+            for i, length in enumerate(result.lengths.tolist()):
+                prompt = self.loader.dataset[i]["input_ids"]
+                line = {
+                    "prompt": self.tokenizer.decode(prompt, skip_special_tokens=True),
+                    "answer": self.tokenizer.decode(result.tokens[i, :length], skip_special_tokens=True),
+                    "score": result.scores[i].item(),
+                    "kl": result.kl[i].item(),
+                    "length": length,
+                    "ended": bool(result.ended[i]),
+                }
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+@contextlib.contextmanager
+def _seeded(seed: int, device: torch.device):
+    """Inside, torch draws from `seed`; behind, as if nothing had been drawn."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield

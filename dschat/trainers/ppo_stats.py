@@ -1,0 +1,78 @@
+"""What PPO is debugged with: statistics of a rollout and of the updates on it, over all processes."""
+
+import torch
+
+from dschat.algorithms.losses import explained_variance, value_moments
+from dschat.algorithms.masks import masked_sum, mean_and_std, moments
+from dschat.algorithms.types import Experience
+from dschat.tracking import dist
+
+
+def rollout_metrics(
+    experience: Experience, ended: torch.Tensor, *, score_std: float, reward_clip: float
+) -> dict[str, float]:
+    """Statistics of one rollout, before advantages are whitened.
+
+    Args:
+        ended: [B] bool, True where the answer ended by itself.
+        score_std: what scores were divided by before the clip.
+    """
+    mask = experience.response_mask
+    lengths = mask.sum(-1).double()
+    per_row = {
+        "objective/score_clipped_frac": ((experience.scores / score_std).abs() > reward_clip).double().sum(),
+        "objective/kl": masked_sum(experience.logprobs - experience.ref_logprobs, mask).double(),
+        "objective/reward": masked_sum(experience.rewards, mask).double(),
+        "response/length_mean": lengths.sum(),
+        "response/eos_rate": ended.double().sum(),
+    }
+    blocks = [
+        moments(experience.scores, torch.ones_like(ended)),
+        torch.stack(list(per_row.values())),
+        moments(experience.advantages, mask),
+        masked_sum(experience.values, mask).double()[None],
+        value_moments(experience.values, experience.returns, mask),
+    ]
+    reduced = dist.all_reduce(torch.cat(blocks)).split([len(block) for block in blocks])
+    scores, rows, advantages, value_sum, value_sums = reduced
+    score_mean, spread = mean_and_std(scores)
+    advantage_mean, advantage_std = mean_and_std(advantages)
+    return {
+        "objective/score": score_mean.item(),
+        "objective/score_std": spread.item(),
+        **dict(zip(per_row, (rows / scores[0]).tolist())),
+        "response/length_max": dist.all_reduce(lengths.max(), "max").item(),
+        "value/mean": (value_sum / advantages[0]).item(),
+        "value/explained_variance": explained_variance(value_sums),
+        "advantage/mean": advantage_mean.item(),
+        "advantage/std": advantage_std.item(),
+    }
+
+
+class UpdateTotals:
+    """Sums over the micro-batches of a rollout's updates, reduced over processes once."""
+
+    def __init__(self):
+        self._sums: dict[str, torch.Tensor] = {}
+        self._tokens: dict[str, torch.Tensor] = {}
+        self._ratio_max: torch.Tensor | None = None
+        self.skipped = 0
+
+    def add(self, sums: dict[str, torch.Tensor], tokens: torch.Tensor, ratio_max: torch.Tensor | None = None) -> None:
+        """Take in the sums of a micro-batch of `tokens` answer tokens."""
+        for key, value in sums.items():
+            self._sums[key] = self._sums.get(key, 0) + value.detach().double()
+            self._tokens[key] = self._tokens.get(key, 0) + tokens.double()
+        if ratio_max is not None:
+            before = ratio_max if self._ratio_max is None else self._ratio_max
+            self._ratio_max = torch.maximum(before, ratio_max)
+
+    def means(self) -> dict[str, float]:
+        """Per-token means over all processes."""
+        reduced = dist.all_reduce(torch.stack([*self._sums.values(), *self._tokens.values()]))
+        sums, tokens = reduced.chunk(2)
+        means = dict(zip(self._sums, (sums / tokens).tolist()))
+        if self._ratio_max is not None:
+            means["policy/ratio_max"] = dist.all_reduce(self._ratio_max, "max").item()
+        means["policy/skipped_steps"] = float(self.skipped)
+        return means

@@ -1,0 +1,233 @@
+"""From prompts to experience: generation, scoring, rewards, advantages. Nothing here has a gradient."""
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from transformers import GenerationConfig
+
+from dschat.algorithms.advantages import gae, shape_rewards
+from dschat.algorithms.kl import kl_estimate
+from dschat.algorithms.logprobs import full_kl, token_logprobs
+from dschat.algorithms.masks import last_index, masked_whiten, moments, pool_last, response_mask
+from dschat.algorithms.types import Experience, PromptBatch
+from dschat.config.steps import PPOAlgorithm, PPOSampling
+from dschat.models.causal_lm import forward_logits
+from dschat.tracking import dist
+from dschat.tracking.log import logger
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Prompts with sampled answers."""
+
+    prompts: PromptBatch
+    input_ids: torch.Tensor  # [B, P + R] int64
+    attention_mask: torch.Tensor  # [B, P + R] int64
+    response_mask: torch.Tensor  # [B, R] bool
+    ended: torch.Tensor  # [B] bool, True where the answer ended by itself, with an EOS
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        """[B, R] the answers' tokens."""
+        return self.input_ids[:, self.prompts.input_ids.shape[1] :]
+
+
+def sampling_config(
+    *,
+    max_new_tokens: int,
+    eos_token_ids: tuple[int, ...],
+    pad_token_id: int,
+    sampling: PPOSampling = PPOSampling(),
+) -> GenerationConfig:
+    """A GenerationConfig that says everything, so that neither the model's nor transformers' defaults get a word in.
+
+    Args:
+        sampling: default: the plain softmax, at temperature 1.
+    """
+    return GenerationConfig(
+        do_sample=True,
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        repetition_penalty=1.0,
+        num_beams=1,
+        max_new_tokens=max_new_tokens,
+        min_new_tokens=sampling.min_answer_len,
+        eos_token_id=list(eos_token_ids),
+        pad_token_id=pad_token_id,
+        use_cache=True,
+    )
+
+
+def generate(engine, prompts: PromptBatch, *, generation: GenerationConfig) -> Answers:
+    """Sample one answer a prompt, by the model's own ``generate``.
+
+    Under ZeRO-3 every process keeps stepping until the last one is done (synced_gpus): each step gathers weights.
+    """
+    engine.eval()
+    with torch.no_grad():
+        sequences = engine.module.generate(
+            input_ids=prompts.input_ids,
+            attention_mask=prompts.attention_mask,
+            generation_config=generation,
+            synced_gpus=engine.zero_optimization_stage() == 3 and dist.world_size() > 1,
+        )
+    tokens = sequences[:, prompts.input_ids.shape[1] :]
+    mask = response_mask(tokens, generation.eos_token_id)
+    # With synced_gpus a process may have run on after its last answer ended.
+    longest = int(mask.sum(-1).max())
+    tokens, mask = tokens[:, :longest], mask[:, :longest]
+    tokens = torch.where(mask, tokens, torch.full_like(tokens, generation.pad_token_id))
+    final = tokens.gather(-1, last_index(mask)[:, None]).squeeze(-1)
+    return Answers(
+        prompts=prompts,
+        input_ids=torch.cat([prompts.input_ids, tokens], dim=-1),
+        attention_mask=torch.cat([prompts.attention_mask, mask.long()], dim=-1),
+        response_mask=mask,
+        ended=torch.isin(final, torch.tensor(generation.eos_token_id, device=final.device)),
+    )
+
+
+def answer_logits(engine, input_ids: torch.Tensor, attention_mask: torch.Tensor, num_answer_tokens: int) -> torch.Tensor:
+    """[B, R, V]: the logits that predict the last `num_answer_tokens` = R tokens of `input_ids` [B, P + R]."""
+    logits = forward_logits(
+        engine,
+        engine.module,
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        logits_to_keep=num_answer_tokens + 1,
+    )
+    return logits[:, :-1]
+
+
+def answer_values(engine, input_ids: torch.Tensor, attention_mask: torch.Tensor, num_answer_tokens: int) -> torch.Tensor:
+    """[B, R]: V(s_t), read where token t is about to be chosen: one position before it."""
+    values = engine(input_ids=input_ids, attention_mask=attention_mask)
+    return values[:, -num_answer_tokens - 1 : -1]
+
+
+def score(engine, answers: Answers) -> torch.Tensor:
+    """[B] fp32: the reward model's value at the last token of each answer."""
+    with torch.no_grad():
+        return pool_last(
+            engine(input_ids=answers.input_ids, attention_mask=answers.attention_mask), answers.attention_mask
+        )
+
+
+def make_experience(
+    engines, answers: Answers, *, ppo: PPOAlgorithm, temperature: float, score_std: float, kl_coef: float
+) -> Experience:
+    """Score answers and compute everything that the updates will read.
+
+    Advantages are not whitened yet: that takes all batches of the rollout, see ``whiten``.
+
+    Args:
+        engines: actor, ref, critic and reward engines (``DeepSpeedRLHFEngine``).
+        score_std: scores are divided by it before they are clipped.
+    """
+    mask, num_tokens = answers.response_mask, answers.tokens.shape[1]
+    inputs = (answers.input_ids, answers.attention_mask, num_tokens)
+    engines.eval()
+    with torch.no_grad():
+        # One model's logits at a time: together they would be the step's memory peak.
+        logprobs, _ = token_logprobs(answer_logits(engines.actor, *inputs), answers.tokens, temperature=temperature)
+        ref_logprobs, _ = token_logprobs(answer_logits(engines.ref, *inputs), answers.tokens, temperature=temperature)
+        values = answer_values(engines.critic, *inputs)
+        scores = score(engines.reward, answers)
+        kl = kl_estimate(logprobs, ref_logprobs, ppo.kl_estimator)
+        penalised = scores / score_std - ppo.missing_eos_penalty * (~answers.ended)
+        rewards = shape_rewards(penalised, kl, mask, kl_coef=kl_coef, reward_clip=ppo.reward_clip)
+        advantages, returns = gae(rewards, values, mask, gamma=ppo.gamma, lam=ppo.lam)
+    zero = torch.zeros_like(logprobs)
+    return Experience(
+        input_ids=answers.input_ids,
+        attention_mask=answers.attention_mask,
+        response_mask=mask,
+        logprobs=torch.where(mask, logprobs, zero),
+        ref_logprobs=torch.where(mask, ref_logprobs, zero),
+        values=torch.where(mask, values, zero),
+        rewards=rewards,
+        advantages=advantages,
+        returns=returns,
+        scores=scores,
+    )
+
+
+def whiten(experience: Experience) -> Experience:
+    """Advantages to mean 0 and standard deviation 1 over the answer tokens of all rows and all processes."""
+    totals = dist.all_reduce(moments(experience.advantages, experience.response_mask))
+    return replace(
+        experience, advantages=masked_whiten(experience.advantages, experience.response_mask, totals)
+    )
+
+
+def concatenate(experiences: list[Experience], *, pad_token_id: int) -> Experience:
+    """One Experience of all rows: prompts padded on the left, answers on the right, to the longest of each."""
+    if len(experiences) == 1:
+        return experiences[0]
+    num_answer = max(e.response_mask.shape[1] for e in experiences)
+    num_prompt = max(e.input_ids.shape[1] - e.response_mask.shape[1] for e in experiences)
+    columns: dict[str, list[torch.Tensor]] = {}
+    for e in experiences:
+        right = num_answer - e.response_mask.shape[1]
+        left = num_prompt + num_answer - right - e.input_ids.shape[1]
+        for name, tensor in vars(e).items():
+            if name in ("input_ids", "attention_mask"):
+                fill = pad_token_id if name == "input_ids" else 0
+                tensor = F.pad(tensor, (left, right), value=fill)
+            elif tensor.dim() == 2:
+                tensor = F.pad(tensor, (0, right))
+            columns.setdefault(name, []).append(tensor)
+    return Experience(**{name: torch.cat(tensors) for name, tensors in columns.items()})
+
+
+def trim(experience: Experience) -> Experience:
+    """Without the columns that are padding in every row; the losses stay the same, the forwards get shorter."""
+    num_answer = experience.response_mask.shape[1]
+    num_prompt = experience.input_ids.shape[1] - num_answer
+    keep = int(experience.response_mask.sum(-1).max())
+    start = int(experience.attention_mask[:, :num_prompt].argmax(-1).min())
+    columns = {}
+    for name, tensor in vars(experience).items():
+        if name in ("input_ids", "attention_mask"):
+            tensor = tensor[:, start : num_prompt + keep]
+        elif tensor.dim() == 2:
+            tensor = tensor[:, :keep]
+        columns[name] = tensor
+    return Experience(**columns)
+
+
+def exact_kl(engines, answers: Answers) -> torch.Tensor:
+    """[B] fp32: KL(policy || reference) over the whole vocabulary, summed over each answer's positions, nats."""
+    inputs = (answers.input_ids, answers.attention_mask, answers.tokens.shape[1])
+    with torch.no_grad():
+        kl = full_kl(answer_logits(engines.actor, *inputs), answer_logits(engines.ref, *inputs))
+    return torch.where(answers.response_mask, kl, torch.zeros_like(kl)).sum(-1)
+
+
+def print_answers(batches: list[Answers], scores: torch.Tensor, tokenizer) -> None:
+    """Print prompts, answers and scores of every process, in the order of the ranks; rank 0 prints.
+
+    Args:
+        batches: this process's answers.
+        scores: [B], of their rows one after the other.
+    """
+    start = 0
+    for batch in batches:
+        rows = slice(start, start + len(batch.ended))
+        start = rows.stop
+        columns = (batch.prompts.input_ids, batch.prompts.attention_mask, batch.tokens, batch.response_mask.long())
+        # Tensors travel, not text: rows of rank r stand at r, r + world size, ...
+        gathered = [dist.gather_rows(column).cpu() for column in columns]
+        gathered_scores = dist.gather_rows(scores[rows]).tolist()
+        if not dist.is_main():
+            continue
+        for rank in range(dist.world_size()):
+            for i in range(rank, len(gathered_scores), dist.world_size()):
+                prompt, prompt_mask, answer, mask = (column[i] for column in gathered)
+                logger.info(
+                    f"rank {rank}  score {gathered_scores[i]:.3f}\n"
+                    f"  prompt: {tokenizer.decode(prompt[prompt_mask.bool()], skip_special_tokens=True)!r}\n"
+                    f"  answer: {tokenizer.decode(answer[mask.bool()], skip_special_tokens=False)!r}"
+                )

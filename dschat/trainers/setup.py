@@ -1,0 +1,80 @@
+"""What every main does before and after training: messages about flags, seeds, folders, the record of the run."""
+
+import random
+from pathlib import Path
+
+import torch
+
+from dschat.config.parse import config_dict
+from dschat.tracking import dist
+from dschat.tracking.log import logger
+from dschat.tracking.report import hardware, versions, write_json
+
+# Flags that change nothing, and why: said once at the start of a run that gives one of them.
+WITHOUT_EFFECT = {
+    "compute_fp32_loss": "logprobs and losses are always computed in fp32",
+    "align_overflow": "engines always step together or not at all",
+    "deepspeed": "every run is a DeepSpeed run",
+    "deepscale": "every run is a DeepSpeed run",
+    "preprocessing_num_workers": "rows are tokenised as they are read",
+    "actor_dropout": "dropout is off in all four models of step 3",
+    "critic_dropout": "dropout is off in all four models of step 3",
+}
+
+
+def announce(config) -> None:
+    """Log the given flags that have no effect."""
+    given = config_dict(config)
+    for name, reason in WITHOUT_EFFECT.items():
+        if given.get(name):
+            logger.info(f"--{name} has no effect: {reason}")
+    if given.get("num_padding_at_beginning", 1) != 1:
+        logger.info("--num_padding_at_beginning has no effect: positions come from the attention mask")
+    for name in ("enable_hybrid_engine", "unpin_actor_parameters", "release_inference_cache"):
+        if given.get(name):
+            logger.warning(f"--{name} has no effect yet: generation is the model's own generate")
+    if given.get("enable_mixed_precision_lora"):
+        logger.warning("--enable_mixed_precision_lora has no effect yet: frozen weights keep their precision")
+    if given.get("top_k") or given.get("top_p", 1.0) < 1.0:
+        logger.warning("--top_k and --top_p change what is sampled but not the logprobs: ratio and KL are biased")
+    if given["output_dir"] is None:
+        logger.info("--output_dir is not given: the trained model will not be saved")
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python and torch; processes draw differently, but weights made from scratch must not."""
+    random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def prepare_output_dir(output_dir: str | None) -> None:
+    """Make the output folder and see that it can be written.
+
+    Raises:
+        ValueError: it cannot; names --output_dir.
+    """
+    if output_dir is None:
+        return
+    path = Path(output_dir)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".probe.{dist.rank()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"--output_dir {output_dir}: not writable ({error.strerror}). Give another folder.") from error
+
+
+def record_run(config, output_dir: str | None, *, dtype: str, **facts) -> None:
+    """Write run.json: the configuration, precision, processes, hardware and versions of this run."""
+    if output_dir is None or not dist.is_main():
+        return
+    record = {
+        "config": config_dict(config),
+        "dtype": dtype,
+        "processes": dist.world_size(),
+        "hardware": hardware(),
+        "versions": versions(),
+        **facts,
+    }
+    write_json(Path(output_dir) / "run.json", record)

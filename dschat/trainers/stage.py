@@ -1,0 +1,128 @@
+"""What steps 1 and 2 share before and after their loop: see the mains for the order."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dschat.engine.build import TORCH_DTYPES, build_training_engine, on_cpu, override, partitioned_loading, resolve_dtype
+from dschat.engine.build import start_processes
+from dschat.engine.checkpoint import save_model
+from dschat.engine.ds_config import training_config
+from dschat.models.causal_lm import disable_dropout
+from dschat.models.prepare import prepare_for_training
+from dschat.models.tokenizer import end_token_id, load_tokenizer
+from dschat.tracking import dist
+from dschat.tracking.log import logger
+from dschat.tracking.metrics import MetricsWriter
+from dschat.trainers.setup import announce, prepare_output_dir, record_run, seed_everything
+from dschat.trainers.supervised import Objective, train_supervised
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A supervised step that has joined its processes and loaded its tokenizer, but no model yet."""
+
+    number: int
+    config: object
+    device: torch.device
+    dtype: str
+    tokenizer: object
+    end_token_id: int
+
+
+def start_stage(config, *, number: int) -> Stage:
+    """Join the process group, seed, check the output folder and load the tokenizer.
+
+    Raises:
+        ValueError: the tokenizer or the output folder cannot be used.
+    """
+    device = start_processes(config.run.local_rank)
+    announce(config)
+    prepare_output_dir(config.run.output_dir)
+    seed_everything(config.run.seed)
+    model = config.model
+    tokenizer = load_tokenizer(
+        model.model_name_or_path,
+        add_eot_token=model.add_eot_token,
+        eot_token=model.eot_token,
+        trust_remote_code=model.trust_remote_code,
+    )
+    end = end_token_id(tokenizer, add_eot_token=model.add_eot_token, eot_token=model.eot_token)
+    return Stage(number, config, device, resolve_dtype(model.dtype), tokenizer, end)
+
+
+def train_stage(stage: Stage, objective: Objective, *, load_model, train_loader, eval_loader) -> torch.nn.Module:
+    """Load the model, train it and return it (still inside its engine, LoRA and ZeRO partitions).
+
+    Args:
+        load_model: ``load_causal_lm`` or ``load_reward_model``.
+    """
+    config = stage.config
+    schedule, run = config.schedule, config.run
+    epoch_steps = len(train_loader) // schedule.gradient_accumulation_steps
+    total_steps = schedule.max_train_steps or epoch_steps * schedule.num_train_epochs
+    tensorboard = run.tensorboard_path if run.enable_tensorboard else None
+    engine = _build_engine(stage, load_model, total_steps=total_steps, tensorboard=tensorboard)
+    events = f"{tensorboard}/step{stage.number}_tensorboard_logs" if tensorboard else None
+    metrics = MetricsWriter(run.output_dir, tensorboard_dir=events)
+    record_run(config, run.output_dir, dtype=stage.dtype, total_steps=total_steps)
+    train_supervised(
+        engine,
+        objective,
+        train_loader=train_loader,
+        eval_loader=eval_loader,
+        num_eval_rows=len(eval_loader.dataset),
+        num_epochs=math.ceil(total_steps / epoch_steps),
+        total_steps=total_steps,
+        metrics=metrics,
+        eval_interval=getattr(run, "eval_interval", 0),
+        log_interval_s=run.log_interval_s,
+        print_loss=getattr(run, "print_loss", False),
+    )
+    metrics.close()
+    return engine.module
+
+
+def save_stage(stage: Stage, model: torch.nn.Module, tokenizer=None) -> None:
+    """Write the model folder into --output_dir, beside metrics.jsonl and run.json. Every process must call it."""
+    if stage.config.run.output_dir is not None:
+        save_model(model, tokenizer or stage.tokenizer, Path(stage.config.run.output_dir))
+
+
+def _build_engine(stage: Stage, load_model, *, total_steps: int, tensorboard: str | None):
+    config = stage.config
+    ds_config = training_config(
+        config.system,
+        dtype=stage.dtype,
+        micro_batch_size=config.batch.per_device_train_batch_size,
+        gradient_accumulation_steps=config.schedule.gradient_accumulation_steps,
+        world_size=dist.world_size(),
+        on_cpu=on_cpu(),
+        tensorboard_path=tensorboard,
+        tensorboard_name=f"step{stage.number}_model",
+    )
+    ds_config = override(ds_config, config.run.deepspeed_config or config.run.deepscale_config)
+    logger.info(f"loading {config.model.model_name_or_path} in {stage.dtype} on {stage.device}")
+    with partitioned_loading(ds_config):
+        model = load_model(
+            config.model.model_name_or_path,
+            dtype=TORCH_DTYPES[stage.dtype],
+            tokenizer=stage.tokenizer,
+            dropout=config.system.dropout,
+            trust_remote_code=config.model.trust_remote_code,
+        )
+    if config.system.dropout == 0.0:
+        disable_dropout(model)
+    lora_names = prepare_for_training(model, lora=config.lora, system=config.system)
+    return build_training_engine(
+        model,
+        ds_config=ds_config,
+        schedule=config.schedule,
+        total_steps=total_steps,
+        learning_rate=config.optim.learning_rate,
+        weight_decay=config.optim.weight_decay,
+        lora_names=lora_names,
+        lora_learning_rate=config.lora.lora_learning_rate,
+    )

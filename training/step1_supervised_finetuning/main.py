@@ -1,0 +1,40 @@
+"""Step 1: supervised fine-tuning of a causal language model on demonstrations."""
+
+from dschat.config.parse import parse_config
+from dschat.config.steps import SFTConfig
+from dschat.data.collate import collate_text
+from dschat.data.loaders import build_sft_data, make_loaders
+from dschat.models.causal_lm import load_causal_lm
+from dschat.tracking.log import run_main
+from dschat.trainers.stage import save_stage, start_stage, train_stage
+from dschat.trainers.supervised import SFTObjective
+
+
+def main() -> None:
+    config = parse_config(SFTConfig)
+    stage = start_stage(config, number=1)
+    train_data, eval_data = build_sft_data(
+        config.data,
+        stage.tokenizer,
+        sft_only_data_path=config.data.sft_only_data_path,
+        max_seq_len=config.data.max_seq_len,
+        end_token_id=stage.end_token_id,
+    )
+    train_loader, eval_loader = make_loaders(
+        train_data,
+        eval_data,
+        collate_text,
+        pad_id=stage.tokenizer.pad_token_id,
+        train_batch_size=config.batch.per_device_train_batch_size,
+        eval_batch_size=config.batch.per_device_eval_batch_size,
+        window=config.schedule.gradient_accumulation_steps,
+        seed=config.run.seed,
+    )
+    model = train_stage(
+        stage, SFTObjective(), load_model=load_causal_lm, train_loader=train_loader, eval_loader=eval_loader
+    )
+    save_stage(stage, model)
+
+
+if __name__ == "__main__":
+    run_main(main)

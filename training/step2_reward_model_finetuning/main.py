@@ -1,0 +1,46 @@
+"""Step 2: a reward model from preference pairs."""
+
+from dschat.config.parse import parse_config
+from dschat.config.steps import RewardConfig
+from dschat.data.collate import collate_pairs
+from dschat.data.loaders import build_pair_data, first_rows, make_loaders
+from dschat.models.reward_model import load_reward_model
+from dschat.models.tokenizer import ensure_unambiguous_pad
+from dschat.tracking import dist
+from dschat.tracking.log import run_main
+from dschat.trainers.stage import save_stage, start_stage, train_stage
+from dschat.trainers.supervised import RewardObjective
+
+
+def main() -> None:
+    config = parse_config(RewardConfig)
+    stage = start_stage(config, number=2)
+    # The saved model is pooled by pad id, so the pad must be a token that no text holds.
+    pad_id = ensure_unambiguous_pad(stage.tokenizer)
+    train_data, eval_data = build_pair_data(
+        config.data,
+        stage.tokenizer,
+        max_seq_len=config.data.max_seq_len,
+        end_token_id=stage.end_token_id,
+        cut_fraction=config.data.cut_fraction,
+        seed=config.run.seed,
+    )
+    most = config.run.eval_iters * config.batch.per_device_eval_batch_size * dist.world_size()
+    train_loader, eval_loader = make_loaders(
+        train_data,
+        first_rows(eval_data, most),
+        collate_pairs,
+        pad_id=pad_id,
+        train_batch_size=config.batch.per_device_train_batch_size,
+        eval_batch_size=config.batch.per_device_eval_batch_size,
+        window=config.schedule.gradient_accumulation_steps,
+        seed=config.run.seed,
+    )
+    model = train_stage(
+        stage, RewardObjective(), load_model=load_reward_model, train_loader=train_loader, eval_loader=eval_loader
+    )
+    save_stage(stage, model.model)
+
+
+if __name__ == "__main__":
+    run_main(main)
