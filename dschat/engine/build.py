@@ -124,7 +124,8 @@ def build_inference_engine(model: torch.nn.Module, *, ds_config: dict):
     """A DeepSpeed engine around a model that is not trained; its parameters need no gradient and it is in eval mode."""
     model.requires_grad_(False)
     engine, *_ = deepspeed.initialize(model=model, config=ds_config)
-    return engine.eval()
+    engine.eval()
+    return engine
 
 
 def _merge(base: dict, extra: dict) -> dict:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import traceback
+import warnings
 
 from dschat.tracking import dist
 
@@ -43,7 +44,12 @@ def set_up_logging() -> None:
     logger.propagate = False
     logger.setLevel(logging.INFO if dist.is_main() else logging.WARNING)
     for noisy in ("DeepSpeed", "transformers", "datasets"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    # DeepSpeed still calls torch.distributed functions by their old names.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
 
 
 def run_main(main) -> None:

@@ -1,0 +1,97 @@
+"""What e2e_rlhf.py runs: the flags of the three steps for the embedded default, the tiny models and the real sizes."""
+
+import re
+
+# Sizes that are known by their number alone, DeepSpeed-Chat's way of naming OPT.
+OPT_SIZES = ("125m", "350m", "1.3b", "2.7b", "6.7b", "13b", "30b", "66b")
+LLAMA2 = {f"llama-2-{size}": f"meta-llama/Llama-2-{size}-hf" for size in ("7b", "13b", "70b")}
+TINY = ("tiny-llama", "tiny-opt", "tiny-gpt2", "tiny-gpt_neox", "tiny-qwen2", "tiny-mistral")
+
+# The embedded default: SmolLM2-135M-Instruct on film-review sentences. One row a step; the sizes were chosen so that
+# a CPU run of two cores ends in ten minutes, and a GPU run, which has time to spare, learns longer.
+DEMO_CPU = {
+    1: "--learning_rate 2e-4 --freeze_layers 18 --per_device_train_batch_size 16 --per_device_eval_batch_size 32 "
+    "--num_warmup_steps 2 --max_train_steps 20",
+    2: "--learning_rate 5e-5 --freeze_layers 12 --per_device_train_batch_size 16 --per_device_eval_batch_size 32 "
+    "--cut_fraction 0.5 --num_warmup_steps 4 --eval_iters 1000",
+    3: "--actor_learning_rate 5e-5 --critic_learning_rate 5e-5 --actor_freeze_layers 18 --critic_freeze_layers 18 "
+    "--per_device_generation_batch_size 32 --per_device_training_batch_size 32 --per_device_eval_batch_size 64 "
+    "--max_prompt_seq_len 32 --max_answer_seq_len 20 --kl_coef 0.05 --num_warmup_steps 2 --max_train_steps 16 "
+    "--lr_scheduler_type constant_with_warmup",
+}
+DEMO_GPU = {
+    1: "--learning_rate 2e-4 --freeze_layers 18 --per_device_train_batch_size 16 --per_device_eval_batch_size 64 "
+    "--num_warmup_steps 4",
+    2: "--learning_rate 5e-5 --per_device_train_batch_size 16 --per_device_eval_batch_size 64 --cut_fraction 0.5 "
+    "--num_warmup_steps 8 --eval_iters 1000",
+    3: "--actor_learning_rate 2e-5 --critic_learning_rate 2e-5 --per_device_generation_batch_size 64 "
+    "--per_device_training_batch_size 64 --per_device_eval_batch_size 128 --max_prompt_seq_len 32 "
+    "--max_answer_seq_len 20 --kl_coef 0.05 --num_warmup_steps 4 --max_train_steps 40 "
+    "--lr_scheduler_type constant_with_warmup",
+}
+TINY_RUN = {
+    1: "--learning_rate 1e-3 --per_device_train_batch_size 8 --max_seq_len 64 --max_train_steps 20 --dtype fp32",
+    2: "--learning_rate 1e-3 --per_device_train_batch_size 8 --max_seq_len 64 --max_train_steps 20 --dtype fp32",
+    3: "--actor_learning_rate 1e-3 --critic_learning_rate 1e-3 --per_device_generation_batch_size 8 "
+    "--per_device_training_batch_size 8 --max_prompt_seq_len 32 --max_answer_seq_len 16 --num_warmup_steps 0 "
+    "--eval_prompts 32 --max_train_steps 8 --dtype fp32",
+}
+# DeepSpeed-Chat's published settings: learning rates, epochs and batches of its OPT and Llama-2 scripts.
+REAL = {
+    1: "--learning_rate 9.65e-6 --num_train_epochs 1 --max_seq_len 512 --per_device_train_batch_size 4 "
+    "--gradient_checkpointing --gradient_accumulation_steps 4",
+    2: "--learning_rate 9.65e-6 --weight_decay 0.1 --num_train_epochs 1 --max_seq_len 512 "
+    "--per_device_train_batch_size 4 --gradient_checkpointing --gradient_accumulation_steps 4",
+    3: "--actor_learning_rate 9.65e-6 --critic_learning_rate 5e-6 --actor_weight_decay 0.1 --critic_weight_decay 0.1 "
+    "--per_device_generation_batch_size 4 --per_device_training_batch_size 4 --max_prompt_seq_len 256 "
+    "--max_answer_seq_len 256 --actor_gradient_checkpointing --critic_gradient_checkpointing --num_warmup_steps 100",
+}
+
+
+def resolve_model(name: str) -> tuple[str, str]:
+    """What a model name on the command line means.
+
+    Returns:
+        kind ("demo", "tiny" or "real") and, for "tiny", the family, for "real" a hub id or the folder as given.
+
+    Raises:
+        ValueError: neither a known size, nor a folder or hub id by its looks.
+    """
+    if name in ("", "smollm2", "smollm2-135m"):
+        return "demo", "smollm2-135m"
+    if name in TINY:
+        return "tiny", name.removeprefix("tiny-")
+    short = name.lower().removeprefix("facebook/").removeprefix("opt-")
+    if short in OPT_SIZES:
+        return "real", f"facebook/opt-{short}"
+    if name.lower() in LLAMA2:
+        return "real", LLAMA2[name.lower()]
+    if "/" in name or name.startswith((".", "~")):
+        return "real", name
+    raise ValueError(
+        f"{name!r} is no known model: give one of {', '.join((*OPT_SIZES, *LLAMA2, *TINY))}, a folder (with a / in "
+        "its path) or a hub id (owner/name)."
+    )
+
+
+def size_name(name: str) -> str:
+    """The folder name for a model below the output folder: its last path part, as a plain file name."""
+    last = name.rstrip("/").split("/")[-1].removeprefix("opt-")
+    return re.sub(r"[^A-Za-z0-9._-]", "_", last) or "model"
+
+
+def step_flags(step: int, *, kind: str, on_gpu: bool, single_gpu: bool, actor_stage: str, reward_stage: str) -> list[str]:
+    """The flags of a step, without its model, data and output paths.
+
+    Args:
+        kind: "demo", "tiny" or "real".
+        single_gpu: one process.
+        actor_stage, reward_stage: ZeRO stages; "" for the default, 0 with one process and 3 with more.
+    """
+    table = {"demo": DEMO_GPU if on_gpu else DEMO_CPU, "tiny": TINY_RUN, "real": REAL}[kind]
+    words = table[step].split()
+    default = "0" if single_gpu or kind != "real" else "3"
+    actor, reward = actor_stage or default, reward_stage or default
+    if step == 3:
+        return words + ["--actor_zero_stage", actor, "--critic_zero_stage", reward]
+    return words + ["--zero_stage", actor if step == 1 else reward]

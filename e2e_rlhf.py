@@ -1,0 +1,316 @@
+"""The three steps of RLHF, one after the other.
+
+Without arguments it trains a real 135M model on real film-review sentences and prints what that achieved:
+
+    python e2e_rlhf.py
+
+With a model's size, name or folder it trains that one:
+
+    python e2e_rlhf.py --actor-model facebook/opt-1.3b --reward-model facebook/opt-350m --deployment-type single_gpu
+    python e2e_rlhf.py --actor-model tiny-llama --reward-model tiny-llama        # miniature, in a minute, offline
+
+A step that fails stops the run; the same command then goes on with the first step that has not finished.
+"""
+
+import argparse
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT))
+
+from dschat.config.cache import cache_dir  # noqa: E402
+from dschat.config.recipes import resolve_model, size_name, step_flags  # noqa: E402
+from dschat.tracking.progress import clock  # noqa: E402
+from dschat.tracking.report import hardware, table, versions, write_json  # noqa: E402
+from dschat.tracking.summary import ppo_section, supervised_section  # noqa: E402
+
+MAINS = {
+    1: ROOT / "training" / "step1_supervised_finetuning" / "main.py",
+    2: ROOT / "training" / "step2_reward_model_finetuning" / "main.py",
+    3: ROOT / "training" / "step3_rlhf_finetuning" / "main.py",
+}
+TITLES = {1: "Step 1: supervised fine-tuning", 2: "Step 2: reward model", 3: "Step 3: PPO"}
+STAGES = {1: "sft", 2: "reward", 3: "ppo"}
+# Lines of launchers and libraries: they go to the log, not to the screen.
+NOISE = re.compile(r"^\[\d{4}-\d\d-\d\d|^\[transformers\]|^DeepSpeed deepspeed\.|Warning: |^\s*return func\(|^\[Gloo\]|^\[rank\d")
+LAST_LINES = 15
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Models, data and folders of a run."""
+
+    kind: str  # "demo", "tiny" or "real"
+    actor: str  # what step 1 starts from
+    reward: str  # what step 2 starts from
+    data: dict[int, list[str]]  # the data flags of each step
+    outputs: dict[int, Path]
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--step", type=int, nargs="+", choices=(1, 2, 3), help="run these, finished or not")
+    parser.add_argument("--actor-model", default="", help="size (1.3b), name, folder or hub id; default: embedded")
+    parser.add_argument("--reward-model", default="", help="likewise; default: 350m beside a real actor")
+    parser.add_argument("--actor-zero-stage", default="", choices=("", "0", "1", "2", "3"))
+    parser.add_argument("--reward-zero-stage", default="", choices=("", "0", "1", "2", "3"))
+    parser.add_argument("--output-dir", type=lambda path: os.path.abspath(os.path.expanduser(path)), default="./output")
+    parser.add_argument(
+        "--deployment-type", default="single_gpu", choices=("single_gpu", "single_node", "multi_node")
+    )
+    parser.add_argument("--data-path", nargs="+", help="data for all three steps, as --data_path of the mains")
+    parser.add_argument("--num-processes", type=int, default=0, help="processes on this machine; default: by deployment")
+    parser.add_argument("--hostfile", help="DeepSpeed hostfile, for multi_node")
+    parser.add_argument("--fresh", action="store_true", help="run every step again, finished or not")
+    return parser.parse_args(argv)
+
+
+def make_plan(args: argparse.Namespace, *, on_gpu: bool) -> Plan:
+    """Resolve names; fetch or make the models and data of the demo and the tiny runs.
+
+    Raises:
+        ValueError: a name that is nothing, or models that do not go together.
+    """
+    kind, actor = resolve_model(args.actor_model)
+    reward_kind, reward = resolve_model(args.reward_model or ("350m" if kind == "real" else args.actor_model))
+    if kind != reward_kind:
+        raise ValueError(
+            f"--actor-model {args.actor_model or 'default'} and --reward-model {args.reward_model or 'default'} do not "
+            "go together: both embedded, both tiny, or both real."
+        )
+    output = Path(args.output_dir)
+    folders = {1: ("actor-models", actor), 2: ("reward-models", reward), 3: ("step3-models", actor)}
+    outputs = {step: output / parent / size_name(name) for step, (parent, name) in folders.items()}
+    if kind == "real":
+        data = {step: ["--data_path", *args.data_path] if args.data_path else [] for step in MAINS}
+        return Plan(kind, actor, reward, data, outputs)
+    shares = {1: "1,0,0", 2: "0,1,0", 3: "0,0,1"}
+    if kind == "tiny":
+        from dschat.data.toy import write_toy_data
+        from dschat.models.tiny import make_tiny_model
+
+        paths = {step: write_toy_data(output / "toy-data") for step in MAINS}
+        actor, reward = (
+            str(make_tiny_model(output / "tiny-models" / family, family=family)) for family in (actor, reward)
+        )
+    else:
+        from dschat.data.reviews import build_reviews
+        from dschat.models.smollm2 import smollm2_folder
+
+        actor = reward = str(smollm2_folder())
+        folder = build_reviews(**({"num_pairs": 1400, "num_prompts": 2500} if on_gpu else {}))
+        paths = {1: folder / "sft", 2: folder / "pairs", 3: folder / "prompts"}
+    data = {
+        step: ["--data_path", *(args.data_path or [str(path)]), "--data_split", shares[step]]
+        for step, path in paths.items()
+    }
+    return Plan(kind, actor, reward, data, outputs)
+
+
+def step_command(step: int, plan: Plan, args: argparse.Namespace, *, on_gpu: bool) -> list[str]:
+    """The main of a step and its flags."""
+    models = {
+        1: ["--model_name_or_path", plan.actor],
+        2: ["--model_name_or_path", plan.reward],
+        3: [
+            *("--actor_model_name_or_path", str(plan.outputs[1])),
+            *("--critic_model_name_or_path", str(plan.outputs[2])),
+        ],
+    }
+    flags = step_flags(
+        step,
+        kind=plan.kind,
+        on_gpu=on_gpu,
+        single_gpu=args.deployment_type == "single_gpu",
+        actor_stage=args.actor_zero_stage,
+        reward_stage=args.reward_zero_stage,
+    )
+    return [str(MAINS[step]), *models[step], *plan.data[step], *flags, "--output_dir", str(plan.outputs[step])]
+
+
+def launcher(args: argparse.Namespace, *, on_gpu: bool) -> list[str]:
+    """The deepspeed command in front of a main, on a master port that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        port = probe.getsockname()[1]
+    words = [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", str(port)]
+    if args.deployment_type == "multi_node":
+        return words + (["--hostfile", args.hostfile] if args.hostfile else [])
+    processes = args.num_processes or (1 if args.deployment_type == "single_gpu" or not on_gpu else 0)
+    count = "--num_gpus" if on_gpu else "--num_accelerators"
+    return words + ([count, str(processes)] if processes else [])
+
+
+def run_logged(command: list[str], log: Path, *, processes: int) -> None:
+    """Run `command` with its output in `log` and, launcher noise left out, on the screen.
+
+    Raises:
+        RuntimeError: it failed; the message holds its last lines, the log's path and, last, the cause.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    environment = {"OMP_NUM_THREADS": str(max(1, cores // max(1, processes))), "TOKENIZERS_PARALLELISM": "false"}
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    last: deque[str] = deque(maxlen=LAST_LINES)
+    with open(log, "w", encoding="utf-8") as file:
+        process = subprocess.Popen(
+            command,
+            env={**environment, **os.environ, "PYTHONPATH": path},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        )
+        for line in process.stdout:
+            file.write(line)
+            file.flush()
+            if line.strip() and not NOISE.search(line):
+                last.append(line.rstrip())
+                print("  " + line.rstrip(), flush=True)
+    if process.wait() != 0:
+        cause = next((line for line in reversed(last) if line.startswith("error")), f"exit status {process.returncode}")
+        raise RuntimeError("last lines:\n  " + "\n  ".join(last) + f"\nwhole log: {log}\n{cause}")
+
+
+def build_ops(*, on_gpu: bool) -> float:
+    """Build DeepSpeed's communication op for CPUs once, apart from the steps; returns seconds, 0 where it is built."""
+    if on_gpu:
+        return 0.0
+    import deepspeed
+    import torch
+
+    folder = re.sub(r"\W", "_", f"{torch.__version__}-{deepspeed.__version__}-{os.environ.get('TORCH_EXTENSIONS_DIR', '')}")
+    marker = cache_dir() / "ops" / folder
+    if marker.exists():
+        return 0.0
+    print("building DeepSpeed's CPU communication op (once, about a minute)", flush=True)
+    started = time.monotonic()
+    code = "from dschat.engine.build import start_processes; start_processes()"
+    run_logged([sys.executable, "-c", code], marker.with_suffix(".log"), processes=1)
+    marker.touch()
+    return time.monotonic() - started
+
+
+def run_steps(args: argparse.Namespace, plan: Plan, *, on_gpu: bool) -> dict[str, float]:
+    """Run what has not finished; returns the seconds of each stage, of finished ones as they were."""
+    seconds, again = {}, args.fresh
+    for step in args.step or (1, 2, 3):
+        command = step_command(step, plan, args, on_gpu=on_gpu)
+        done = plan.outputs[step] / "finished.json"
+        record = json.loads(done.read_text()) if done.exists() else {}
+        if record.get("command") == command and not again and not args.step:
+            print(f"\n{TITLES[step]}: finished before, {clock(record['seconds'])} (--fresh runs it again)")
+            seconds[STAGES[step]] = record["seconds"]
+            continue
+        again = True  # what follows depends on it
+        done.unlink(missing_ok=True)
+        print(f"\n{TITLES[step]}  ->  {plan.outputs[step]}", flush=True)
+        started = time.monotonic()
+        processes = args.num_processes or 1
+        run_logged(launcher(args, on_gpu=on_gpu) + command, plan.outputs[step] / "training.log", processes=processes)
+        seconds[STAGES[step]] = time.monotonic() - started
+        write_json(done, {"command": command, "seconds": seconds[STAGES[step]]})
+    return seconds
+
+
+def summarise(plan: Plan, seconds: dict[str, float]) -> dict:
+    """The summary of the three finished steps, with three prompts answered by the base, SFT and RLHF models."""
+    from dschat.models.answers import greedy_answers
+    from dschat.tracking.summary import read_jsonl
+
+    started = time.monotonic()
+    judge = None
+    if plan.kind == "demo":
+        from dschat.data.reviews import sentiment_judge
+
+        judge = sentiment_judge()
+    models = {"base": plan.actor, "sft": str(plan.outputs[1]), "rlhf": str(plan.outputs[3] / "actor")}
+    first = sorted((plan.outputs[3] / "evaluation").glob("rollout_*.jsonl"))[0]
+    prompts = [row["prompt"] for row in read_jsonl(first)[:3]]
+    answers = {name: greedy_answers(path, prompts, max_new_tokens=20) for name, path in models.items()}
+    samples = [
+        {"prompt": prompt, **{name: texts[i] for name, texts in answers.items()}} for i, prompt in enumerate(prompts)
+    ]
+    summary = {
+        "sft": supervised_section(plan.outputs[1], "eval/perplexity", "perplexity"),
+        "reward": supervised_section(plan.outputs[2], "eval/accuracy", "accuracy"),
+        "ppo": ppo_section(plan.outputs[3], judge=judge),
+        "samples": samples,
+        "models": {
+            "base": plan.actor,
+            "sft": str(plan.outputs[1]),
+            "reward": str(plan.outputs[2]),
+            "actor": str(plan.outputs[3] / "actor"),
+            "critic": str(plan.outputs[3] / "critic"),
+        },
+        "hardware": hardware(),
+        "versions": versions(),
+    }
+    summary["seconds"] = {**seconds, "summary": time.monotonic() - started}
+    return summary
+
+
+def print_summary(summary: dict) -> None:
+    """The summary as a table."""
+    sft, reward, ppo = summary["sft"], summary["reward"], summary["ppo"]
+    rows = [
+        ["SFT: held-out perplexity", f"{sft['perplexity_before']:.1f}", f"{sft['perplexity_after']:.1f}"],
+        [
+            "reward model: held-out accuracy",
+            f"{100 * reward['accuracy_before']:.1f}%",
+            f"{100 * reward['accuracy_after']:.1f}%",
+        ],
+        ["PPO: mean held-out score", f"{ppo['score_before']:.2f}", f"{ppo['score_after']:.2f}"],
+        ["  in standard deviations", "", f"{ppo['score_gain_sd']:+.2f}"],
+        ["  KL per answer, nats", "0.00", f"{ppo['kl']:.2f}"],
+        ["  answer length, tokens", f"{ppo['length_before']:.1f}", f"{ppo['length_after']:.1f}"],
+    ]
+    if "judge_before" in ppo:
+        rows.append(["  independent judge", f"{ppo['judge_before']:.3f}", f"{ppo['judge_after']:.3f}"])
+    print("\n" + table(rows, header=["", "before", "after"]))
+    for sample in summary["samples"]:
+        print(f"\n{sample['prompt']}")
+        for name in ("base", "sft", "rlhf"):
+            print(f"  {name.upper():5}{sample[name].strip()!r}")
+    print("\nseconds: " + ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in summary["seconds"].items()))
+
+
+def main() -> None:
+    args = parse_args()
+    import torch
+
+    on_gpu = torch.cuda.is_available()
+    started = time.monotonic()
+    plan = make_plan(args, on_gpu=on_gpu)
+    prepare = time.monotonic() - started
+    build = build_ops(on_gpu=on_gpu)
+    seconds = run_steps(args, plan, on_gpu=on_gpu)
+    if not all((plan.outputs[step] / "finished.json").exists() for step in MAINS):
+        return
+    summary = summarise(plan, seconds)
+    path = Path(args.output_dir) / "summary.json"
+    total = sum(summary["seconds"].values())
+    summary["seconds"]["total"] = total
+    summary["seconds_not_counted"] = {"fetch_and_convert": prepare, "build_ops": build}
+    write_json(path, summary)
+    print_summary(summary)
+    print(f"once only, not counted: fetching and converting {prepare:.0f} s, building ops {build:.0f} s")
+    print(f"summary: {path}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, RuntimeError) as error:
+        sys.exit(f"\n{error}")
+    except KeyboardInterrupt:
+        sys.exit("\ninterrupted; the same command goes on with the step that was running")
