@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal, Optional
 
+from dschat.config.checks import above, at_least, in_range, required, zero_stage
 from dschat.config.options import (
     BatchOptions,
     DataOptions,
@@ -88,9 +89,9 @@ class RewardConfig:
     def problems(self) -> list[str]:
         """Everything that is wrong with these options, one sentence each."""
         found = _single_model_problems(self)
-        found += _in_range("--cut_fraction", self.data.cut_fraction, 0.0, 1.0)
-        found += _at_least("--eval_interval", self.run.eval_interval, 0)
-        found += _at_least("--eval_iters", self.run.eval_iters, 1)
+        found += in_range("--cut_fraction", self.data.cut_fraction, 0.0, 1.0)
+        found += at_least("--eval_interval", self.run.eval_interval, 0)
+        found += at_least("--eval_iters", self.run.eval_iters, 1)
         return found
 
 
@@ -278,13 +279,16 @@ class PPOConfig:
 
     def problems(self) -> list[str]:
         """Everything that is wrong with these options, one sentence each."""
-        found = _required("--actor_model_name_or_path", self.model.actor_model_name_or_path)
-        found += _required("--critic_model_name_or_path", self.model.critic_model_name_or_path)
+        found = required("--actor_model_name_or_path", self.model.actor_model_name_or_path)
+        found += required("--critic_model_name_or_path", self.model.critic_model_name_or_path)
         found += _data_problems(self.data) + _schedule_problems(self.schedule)
         for name in ("actor_zero_stage", "critic_zero_stage"):
-            found += _zero_stage("--" + name, getattr(self.system, name))
-        for lora in (self.actor_lora, self.critic_lora):
-            found += _lora_problems(lora, only_needs_rank=False)
+            found += zero_stage("--" + name, getattr(self.system, name))
+        for role in ("actor", "critic"):
+            found += _lora_problems(getattr(self, f"{role}_lora"), prefix=f"--{role}_")
+            for name in (f"{role}_learning_rate", f"{role}_weight_decay"):
+                found += at_least("--" + name, getattr(self.optim, name), 0)
+            found += at_least(f"--{role}_freeze_layers", getattr(self.system, f"{role}_freeze_layers"), 0)
         if self.lora.only_optimize_lora and not (self.lora.actor_lora_dim or self.lora.critic_lora_dim):
             found.append("--only_optimize_lora needs adapters: give --actor_lora_dim or --critic_lora_dim.")
         return found + self._batch_problems() + self._system_problems() + self._algorithm_problems()
@@ -298,9 +302,9 @@ class PPOConfig:
             "generation_batches",
             "ppo_epochs",
         ):
-            found += _at_least("--" + name, getattr(self.batch, name), 1)
+            found += at_least("--" + name, getattr(self.batch, name), 1)
         for name in ("max_prompt_seq_len", "max_answer_seq_len"):
-            found += _at_least("--" + name, getattr(self.data, name), 1)
+            found += at_least("--" + name, getattr(self.data, name), 1)
         window = self.batch.per_device_training_batch_size * self.schedule.gradient_accumulation_steps
         if not found and self.rollout_rows % window:
             found.append(
@@ -325,21 +329,24 @@ class PPOConfig:
     def _algorithm_problems(self) -> list[str]:
         ppo, sampling, found = self.ppo, self.sampling, []
         for name in ("kl_coef", "missing_eos_penalty", "entropy_coef", "critic_warmup_steps"):
-            found += _at_least("--" + name, getattr(ppo, name), 0)
+            found += at_least("--" + name, getattr(ppo, name), 0)
         for name in ("reward_clip", "cliprange", "cliprange_value", "kl_horizon"):
-            found += _above("--" + name, getattr(ppo, name), 0)
+            found += above("--" + name, getattr(ppo, name), 0)
         for name in ("gamma", "lam"):
-            found += _in_range("--" + name, getattr(ppo, name), 0.0, 1.0)
+            found += in_range("--" + name, getattr(ppo, name), 0.0, 1.0)
         for name in ("kl_target", "target_kl"):
             if getattr(ppo, name) is not None:
-                found += _above("--" + name, getattr(ppo, name), 0)
-        found += _above("--temperature", sampling.temperature, 0)
-        found += _above("--top_p", sampling.top_p, 0) + _in_range("--top_p", sampling.top_p, 0.0, 1.0)
-        found += _at_least("--top_k", sampling.top_k, 0)
-        found += _in_range("--min_answer_len", sampling.min_answer_len, 0, self.data.max_answer_seq_len)
-        found += _in_range("--ema_decay", self.model.ema_decay, 0.0, 1.0)
-        found += _at_least("--eval_prompts", self.run.eval_prompts, 2)
-        found += _at_least("--print_answers_interval", self.run.print_answers_interval, 1)
+                found += above("--" + name, getattr(ppo, name), 0)
+        found += above("--temperature", sampling.temperature, 0)
+        found += above("--top_p", sampling.top_p, 0) + in_range("--top_p", sampling.top_p, 0.0, 1.0)
+        found += at_least("--top_k", sampling.top_k, 0)
+        found += in_range("--min_answer_len", sampling.min_answer_len, 0, self.data.max_answer_seq_len)
+        found += in_range("--ema_decay", self.model.ema_decay, 0.0, 1.0)
+        found += at_least("--unsup_coef", self.data.unsup_coef, 0)
+        found += at_least("--eval_interval", self.run.eval_interval, 0)
+        found += at_least("--test_stop_step", self.run.test_stop_step, 0)
+        found += at_least("--eval_prompts", self.run.eval_prompts, 2)
+        found += at_least("--print_answers_interval", self.run.print_answers_interval, 1)
         return found
 
 
@@ -356,54 +363,38 @@ def _system_twin(system: PPOSystem, role: str) -> SystemOptions:
 
 
 def _single_model_problems(config) -> list[str]:
-    found = _required("--model_name_or_path", config.model.model_name_or_path)
+    found = required("--model_name_or_path", config.model.model_name_or_path)
     found += _data_problems(config.data) + _schedule_problems(config.schedule)
-    found += _zero_stage("--zero_stage", config.system.zero_stage)
+    found += zero_stage("--zero_stage", config.system.zero_stage)
     found += _lora_problems(config.lora)
-    found += _at_least("--max_seq_len", config.data.max_seq_len, 2)
-    for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
-        found += _at_least("--" + name, getattr(config.batch, name), 1)
-    if config.system.dropout is not None:
-        found += _in_range("--dropout", config.system.dropout, 0.0, 1.0)
-    return found
-
-
-def _lora_problems(lora: LoraOptions, *, only_needs_rank: bool = True) -> list[str]:
-    found = _at_least("--lora_dim", lora.lora_dim, 0)
-    if only_needs_rank and lora.only_optimize_lora and lora.lora_dim == 0:
+    if config.lora.only_optimize_lora and config.lora.lora_dim == 0:
         found.append("--only_optimize_lora needs adapters: give --lora_dim above 0.")
+    found += at_least("--freeze_layers", config.system.freeze_layers, 0)
+    for name in ("learning_rate", "weight_decay"):
+        found += at_least("--" + name, getattr(config.optim, name), 0)
+    found += at_least("--max_seq_len", config.data.max_seq_len, 2)
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
+        found += at_least("--" + name, getattr(config.batch, name), 1)
+    if config.system.dropout is not None:
+        found += in_range("--dropout", config.system.dropout, 0.0, 1.0)
     return found
+
+
+def _lora_problems(lora: LoraOptions, *, prefix: str = "--") -> list[str]:
+    found = at_least(f"{prefix}lora_dim", lora.lora_dim, 0)
+    found += above(f"{prefix}lora_alpha", lora.lora_alpha, 0)
+    return found + at_least(f"{prefix}lora_learning_rate", lora.lora_learning_rate, 0)
 
 
 def _data_problems(data: DataOptions) -> list[str]:
     found = [] if data.data_path else ["--data_path names no data set."]
-    return found + _above("--eval_fraction", data.eval_fraction, 0) + _in_range(
+    return found + above("--eval_fraction", data.eval_fraction, 0) + in_range(
         "--eval_fraction", data.eval_fraction, 0.0, 0.9
     )
 
 
 def _schedule_problems(schedule: ScheduleOptions) -> list[str]:
-    found = _at_least("--gradient_accumulation_steps", schedule.gradient_accumulation_steps, 1)
-    found += _at_least("--num_train_epochs", schedule.num_train_epochs, 0)
-    found += _at_least("--max_train_steps", schedule.max_train_steps, 0)
-    return found + _at_least("--num_warmup_steps", schedule.num_warmup_steps, 0)
-
-
-def _required(name: str, value: str) -> list[str]:
-    return [] if value else [f"{name} is required: a model folder or a hub id."]
-
-
-def _zero_stage(name: str, value: int) -> list[str]:
-    return [] if value in (0, 1, 2, 3) else [f"{name} {value}: ZeRO has the stages 0, 1, 2 and 3."]
-
-
-def _at_least(name: str, value, low) -> list[str]:
-    return [] if value >= low else [f"{name} {value}: must be at least {low}."]
-
-
-def _above(name: str, value, low) -> list[str]:
-    return [] if value > low else [f"{name} {value}: must be above {low}."]
-
-
-def _in_range(name: str, value, low, high) -> list[str]:
-    return [] if low <= value <= high else [f"{name} {value}: must lie between {low} and {high}."]
+    found = at_least("--gradient_accumulation_steps", schedule.gradient_accumulation_steps, 1)
+    found += at_least("--num_train_epochs", schedule.num_train_epochs, 0)
+    found += at_least("--max_train_steps", schedule.max_train_steps, 0)
+    return found + at_least("--num_warmup_steps", schedule.num_warmup_steps, 0)
