@@ -1,0 +1,46 @@
+"""Miniature folders for the tests of dschat.models, made once each."""
+
+import functools
+import tempfile
+from pathlib import Path
+
+import torch
+
+from dschat.models.tiny import make_tiny_model
+
+FAMILIES = ("opt", "llama", "gpt2", "gpt_neox", "qwen2", "mistral")
+_ROOT = tempfile.TemporaryDirectory(prefix="dschat-tiny-")
+
+
+@functools.cache
+def tiny(family: str, *, pad_is_eos: bool = False, std: float = 0.5, overrides: tuple = ()) -> str:
+    """The folder of a tiny model; `overrides` are (name, value) pairs of its configuration. Not to be written to."""
+    name = "-".join(str(part) for part in (family, pad_is_eos, std, *(f"{k}={v}" for k, v in overrides)))
+    path = Path(_ROOT.name) / name
+    return str(make_tiny_model(path, family=family, pad_is_eos=pad_is_eos, std=std, overrides=dict(overrides)))
+
+
+# A tiny OPT of the shape that OPT-350m alone has: a narrow embedding, projections, normalisation after each block.
+OPT_350M_LIKE = (("word_embed_proj_dim", 32), ("do_layer_norm_before", False))
+
+
+def random_texts(lengths=(9, 5, 7), *, vocab: int = 259, seed: int = 3) -> list[torch.Tensor]:
+    """One row of ids [T] a length, of byte tokens only (no special token)."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, vocab, (n,), generator=generator) for n in lengths]
+
+
+def pad(texts: list[torch.Tensor], *, side: str, pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The texts as input_ids and attention_mask [B, T], padded on `side`."""
+    width = max(len(t) for t in texts)
+    ids = torch.full((len(texts), width), pad_id)
+    mask = torch.zeros(len(texts), width, dtype=torch.long)
+    for row, text in enumerate(texts):
+        where = slice(0, len(text)) if side == "right" else slice(width - len(text), width)
+        ids[row, where], mask[row, where] = text, 1
+    return ids, mask
+
+
+def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> bool:
+    """Equal to `tolerance` of the largest expected magnitude."""
+    return (actual - expected).abs().max().item() <= tolerance * max(expected.abs().max().item(), 1e-12)
