@@ -1,0 +1,262 @@
+"""Causal language models: loading, and the switches that training needs.
+
+Nothing here may read parameter data unless it says so: under ZeRO-3 a parameter is an empty shard.
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Optional
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from dschat.models.structure import decoder_layers, embedding_modules, forward_takes, pretrained
+from dschat.models.tokenizer import hub_error, model_source
+
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+VOCABULARY_MULTIPLE = 8  # rows; tensor cores want matrix sizes in eights
+
+
+def check_model_folder(folder: str | Path, *, flag: str) -> None:
+    """Nothing where `folder` holds config.json and complete weights.
+
+    Raises:
+        ValueError: something is missing; the message names each file.
+    """
+    folder = Path(folder)
+    missing = [] if (folder / "config.json").is_file() else ["config.json"]
+    indexes = [folder / f"{name}.index.json" for name in WEIGHT_FILES]
+    index = next((path for path in indexes if path.is_file()), None)
+    if any((folder / name).is_file() for name in WEIGHT_FILES):
+        pass
+    elif index is not None:
+        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        missing += [name for name in shards if not (folder / name).is_file()]
+    else:
+        missing.append("weights (" + ", ".join(f"{name} or {name}.index.json" for name in WEIGHT_FILES) + ")")
+    if missing:
+        raise ValueError(
+            f"{flag} {str(folder)!r} is no complete model folder; missing: {', '.join(missing)}. "
+            "Give the folder that the previous step wrote, or a hub name."
+        )
+
+
+def load_config(
+    path: str, *, flag: str, trust_remote_code: bool = False, dropout: Optional[float] = None
+) -> tuple[str, PreTrainedConfig]:
+    """What to hand to from_pretrained for `path`, and its configuration with every dropout probability set.
+
+    Raises:
+        ValueError: nothing there, or the folder is incomplete.
+    """
+    source, is_local = model_source(path, flag=flag)
+    if is_local:
+        check_model_folder(source, flag=flag)
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        if is_local:
+            raise ValueError(f"{flag} {path!r}: config.json cannot be used: {error}") from error
+        raise hub_error(path, flag=flag, what="config.json", error=error) from error
+    if dropout is not None:
+        set_config_dropout(config, dropout)
+    return source, config
+
+
+def load_causal_lm(
+    path: str,
+    *,
+    dtype: torch.dtype,
+    tokenizer: Optional[PreTrainedTokenizerBase] = None,
+    dropout: Optional[float] = None,
+    trust_remote_code: bool = False,
+    flag: str = "--model_name_or_path",
+) -> PreTrainedModel:
+    """A causal language model with all of its weights, in `dtype`.
+
+    Args:
+        tokenizer: the vocabulary grows where this has more tokens than the embedding has rows; it never shrinks.
+        dropout: set as every dropout probability; None keeps the model's own.
+        flag: the command-line flag that `path` came from, for messages.
+
+    Raises:
+        ValueError: nothing there, incomplete, a reward model, or weights that the architecture needs are absent.
+    """
+    source, config = load_config(path, flag=flag, trust_remote_code=trust_remote_code, dropout=dropout)
+    architecture = next(iter(config.architectures or ()), "")
+    if architecture.endswith("ForSequenceClassification"):
+        raise ValueError(f"{flag} {path!r} is a reward model ({architecture}); give a causal language model.")
+    model, info = AutoModelForCausalLM.from_pretrained(
+        source,
+        config=config,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+    )
+    require_complete(model, info, path=path, flag=flag)
+    if tokenizer is not None:
+        grow_vocabulary(model, len(tokenizer))
+    return model
+
+
+def require_complete(
+    model: PreTrainedModel,
+    info: dict,
+    *,
+    path: str,
+    flag: str,
+    fresh: Iterable[str] = (),
+    left_over: Iterable[str] = (),
+) -> None:
+    """Nothing where every weight of `model` but those in `fresh` came from the checkpoint.
+
+    transformers itself initialises what is missing or of another shape at random, warns and goes on.
+
+    Args:
+        info: the loading info of from_pretrained.
+        left_over: names in the checkpoint that the model has no place for, where that is an error.
+
+    Raises:
+        ValueError: with the names, all of them at once.
+    """
+    mismatched = {name if isinstance(name, str) else name[0] for name in info["mismatched_keys"]}
+    faults = {
+        "missing": set(info["missing_keys"]) - set(fresh),
+        "of another shape": mismatched,
+        "not part of the model": set(left_over),
+    }
+    found = "; ".join(f"{what}: {first_names(names)}" for what, names in faults.items() if names)
+    if found:
+        raise ValueError(
+            f"{flag} {path!r} holds other weights than {type(model).__name__} needs ({found}). "
+            "Check that config.json and the weights belong together and are of the right kind of model."
+        )
+
+
+def first_names(names: Iterable[str], count: int = 8) -> str:
+    """The first `count` of `names`, sorted, as one line, with the number of the rest."""
+    names = sorted(names)
+    rest = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(names[:count]) + rest
+
+
+def grow_vocabulary(model: PreTrainedModel, num_tokens: int) -> bool:
+    """True where the embedding (and an untied head) had fewer than `num_tokens` rows and was grown to hold them,
+    rounded up to a multiple of 8. New rows are the mean of the old, which moves the output distribution least
+    (Hewitt 2021, Initializing new word embeddings for pretrained language models).
+    """
+    weight = model.get_input_embeddings().weight
+    old_rows = getattr(weight, "ds_shape", weight.shape)[0]
+    if num_tokens <= old_rows:
+        return False
+    model.resize_token_embeddings(num_tokens, pad_to_multiple_of=VOCABULARY_MULTIPLE, mean_resizing=False)
+    # Under ZeRO-3 too the new matrices are whole on every rank: transformers makes them outside of zero.Init, and
+    # the engine partitions them later.
+    head = model.get_output_embeddings()
+    weights = [model.get_input_embeddings().weight] + ([head.weight] if head is not None else [])
+    with torch.no_grad():
+        for matrix in {id(w): w for w in weights}.values():
+            assert matrix.shape[0] >= num_tokens, "the resized embedding is partitioned"
+            matrix[old_rows:] = matrix[:old_rows].float().mean(dim=0).to(matrix.dtype)
+    return True
+
+
+def _is_probability(name: str, value) -> bool:
+    return "drop" in name and isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def set_config_dropout(config: PreTrainedConfig, probability: float) -> None:
+    """Set every numeric entry of `config` with "drop" in its name (layerdrop too) to `probability`."""
+    for name in [n for n, v in vars(config).items() if _is_probability(n, v)]:
+        setattr(config, name, float(probability))
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout probability in `model` to 0: nn.Dropout modules (LoRA's too), numbers that modules keep for
+    functional dropout, and the configuration. train() stays usable, which gradient checkpointing needs.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for name in [n for n, v in vars(module).items() if _is_probability(n, v)]:
+            setattr(module, name, 0.0)
+    set_config_dropout(pretrained(model).config, 0.0)
+
+
+def freeze_lower_layers(model: nn.Module, num_layers: int, *, flag: str = "--freeze_layers") -> None:
+    """Freeze the token and position embeddings and the lowest `num_layers` decoder layers; 0 freezes nothing.
+
+    Where the head is tied to the embedding it is the same matrix, and is frozen with it. Call it after add_lora,
+    so that adapters in the frozen layers are frozen as well.
+
+    Args:
+        flag: the command-line flag that `num_layers` came from, for messages.
+
+    Raises:
+        ValueError: the model has fewer layers, or the number is negative.
+    """
+    _, layers = decoder_layers(model)
+    if not 0 <= num_layers <= len(layers):
+        raise ValueError(
+            f"{flag} {num_layers} does not fit a model of {len(layers)} layers; give 0 to {len(layers)}."
+        )
+    if num_layers == 0:
+        return
+    for module in [*embedding_modules(model), *layers[:num_layers]]:
+        module.requires_grad_(False)
+
+
+def position_ids_from_mask(attention_mask: torch.Tensor) -> torch.Tensor:
+    """Positions [B, T] int64 that count attended tokens only; padding gets 0 on the left, the last one on the right.
+
+    Args:
+        attention_mask: [B, T], 1 (or True) where a token counts.
+    """
+    return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)
+
+
+def takes_position_ids(model: nn.Module) -> bool:
+    """True where positions can be given. ALiBi families (BLOOM) take none: they derive them from the mask."""
+    return forward_takes(pretrained(model).base_model, "position_ids")
+
+
+def forward_logits(
+    engine: nn.Module,
+    model: nn.Module,
+    *,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    logits_to_keep: int = 0,
+) -> torch.Tensor:
+    """The logits [B, K, V] of the last K = `logits_to_keep` positions, or of all T where that is 0.
+
+    Args:
+        engine: what is called: a DeepSpeed engine around `model`, so that its hooks run, or `model` itself.
+        model: the transformers model, asked what its forward takes.
+        input_ids: [B, T] int64.
+        attention_mask: [B, T], 1 where a token counts; positions follow from it, so padding may be on either side.
+    """
+    inputs = dict(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+    if takes_position_ids(model):
+        inputs["position_ids"] = position_ids_from_mask(attention_mask)
+    if logits_to_keep and forward_takes(pretrained(model), "logits_to_keep"):
+        inputs["logits_to_keep"] = logits_to_keep
+    logits = engine(**inputs).logits
+    return logits[:, -logits_to_keep:] if logits_to_keep else logits
+
+
+def enable_checkpointing(model: nn.Module, *, use_reentrant: bool = False) -> None:
+    """Recompute activations in backward. Training forwards then pass use_cache=False; generation keeps its cache,
+    since checkpointing only acts in train mode.
+    """
+    inner = pretrained(model)
+    # The older of the two names is deprecated by transformers 5.23, and the only one that 5.17 has.
+    enable = getattr(inner, "activation_checkpointing_enable", None) or inner.gradient_checkpointing_enable
+    enable({"use_reentrant": use_reentrant})
+    if use_reentrant and not inner.get_input_embeddings().weight.requires_grad:
+        # A reentrant checkpoint whose inputs need no gradient gives none to the adapters inside it either. The other
+        # kind has no such trouble, and would pay for a backward pass through frozen layers.
+        inner.enable_input_require_grads()
