@@ -1,0 +1,206 @@
+"""The reward model, which is the critic as well: one value at every token.
+
+It is a transformers sequence classifier with one label, so that what is saved loads anywhere as
+AutoModelForSequenceClassification, whose own forward gives the score at the last token that is not padding.
+"""
+
+import logging
+import re
+import zipfile
+from pathlib import Path
+from typing import Optional
+
+import torch
+from torch import nn
+from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoModelForSequenceClassification,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import cached_file
+
+from dschat.models.causal_lm import (
+    grow_vocabulary,
+    load_config,
+    position_ids_from_mask,
+    require_complete,
+    takes_position_ids,
+)
+from dschat.models.tokenizer import as_ids, ensure_unambiguous_pad
+
+logger = logging.getLogger(__name__)
+
+HEAD = "score"  # the name that every decoder-only sequence classifier of transformers gives its head
+# How DeepSpeed-Chat's wrapper named the base model and the head in its checkpoints.
+DEEPSPEED_CHAT_BASE = "rwtransformer."
+DEEPSPEED_CHAT_HEAD = "v_head.weight"
+INITIALIZER_STDS = ("initializer_range", "init_std")  # the configuration entries that transformers initialises by
+
+
+class RewardModel(nn.Module):
+    """A value for every position of a text: the score head on the base model's last hidden states.
+
+    Args:
+        model: a decoder-only sequence classifier with one label and a head without bias.
+
+    Raises:
+        ValueError: the head is named otherwise, has a bias, or has more than one label.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        head = getattr(model, HEAD, None)
+        if not isinstance(head, nn.Linear) or head.bias is not None or head.out_features != 1:
+            raise ValueError(
+                f"{type(model).__name__} cannot be a reward model here: it needs one linear head named {HEAD!r}, with "
+                f"one output and no bias, on every token of a decoder, and has {head}."
+            )
+        self.model = model
+        self._takes_position_ids = takes_position_ids(model)
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """The configuration of the transformers model."""
+        return self.model.config
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        position_ids: Optional[torch.Tensor] = None,
+    ) -> torch.Tensor:
+        """The values [B, T] in fp32; those at padding mean nothing.
+
+        Args:
+            input_ids: [B, T] int64, padded on either side.
+            attention_mask: [B, T], 1 where a token counts.
+            position_ids: [B, T] int64; by default they count the attended tokens.
+        """
+        inputs = dict(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        if self._takes_position_ids:
+            inputs["position_ids"] = position_ids_from_mask(attention_mask) if position_ids is None else position_ids
+        hidden = self.model.base_model(**inputs).last_hidden_state
+        head = self.model.score
+        return head(hidden.to(head.weight.dtype)).squeeze(-1).float()
+
+
+def load_reward_model(
+    path: str,
+    *,
+    dtype: torch.dtype,
+    tokenizer: PreTrainedTokenizerBase,
+    dropout: Optional[float] = None,
+    trust_remote_code: bool = False,
+    flag: str = "--model_name_or_path",
+) -> RewardModel:
+    """A reward model in `dtype`, from one of three sources:
+
+    - a sequence-classification folder or hub name, ours or a public one, with its head;
+    - a causal language model, which gets a fresh head drawn from N(0, 1 / (hidden + 1)) (Stiennon et al. 2020,
+      Learning to summarize from human feedback, appendix B.1), the same for the same torch seed;
+    - a DeepSpeed-Chat reward checkpoint (config.json, and pytorch_model.bin with rwtransformer.* and v_head).
+
+    `tokenizer` is changed in place where its padding token could stand in a text (see ensure_unambiguous_pad), and
+    the vocabulary grows with it.
+
+    Args:
+        dropout: set as every dropout probability; None keeps the model's own.
+        flag: the command-line flag that `path` came from, for messages.
+
+    Raises:
+        ValueError: nothing there, incomplete, more than one label, a head that is missing or unusable, or
+            (DeepSpeed-Chat) any weight that is missing, left over or of another shape.
+    """
+    source, config = load_config(path, flag=flag, trust_remote_code=trust_remote_code, dropout=dropout)
+    is_classifier = next(iter(config.architectures or ()), "").endswith("ForSequenceClassification")
+    if is_classifier and config.num_labels != 1:
+        raise ValueError(
+            f"{flag} {path!r} is a classifier with {config.num_labels} labels; a reward model has one. "
+            "Give a reward model, or a causal language model to start one from."
+        )
+    config.num_labels = 1
+    old_checkpoint = _deepspeed_chat_tensors(source)
+    if old_checkpoint is not None:
+        model = _load_deepspeed_chat(old_checkpoint, config=config, dtype=dtype, path=path, flag=flag)
+    else:
+        loading = dict(dtype=dtype, trust_remote_code=trust_remote_code)
+        model = _load_classifier(source, loading, config=config, fresh_head=not is_classifier, path=path, flag=flag)
+    end_ids = as_ids(config.eos_token_id) | _generation_end_ids(source)
+    pad_token_id = ensure_unambiguous_pad(tokenizer, end_ids=end_ids)
+    grow_vocabulary(model, len(tokenizer))
+    # Only now: the embedding takes the id as its padding_idx when it is built, and may be too small before.
+    model.config.pad_token_id = pad_token_id
+    return RewardModel(model)
+
+
+def _generation_end_ids(source: str) -> set[int]:
+    """The ids that end a text according to a folder's generation_config.json, if it has one."""
+    if not (Path(source) / "generation_config.json").is_file():
+        return set()
+    return as_ids(GenerationConfig.from_pretrained(source).eos_token_id)
+
+
+def _load_classifier(
+    source: str, loading: dict, *, config: PreTrainedConfig, fresh_head: bool, path: str, flag: str
+) -> PreTrainedModel:
+    """A sequence classifier in which nothing was initialised here but the head, and that only if `fresh_head`."""
+    width = getattr(config, "word_embed_proj_dim", None) or config.get_text_config().hidden_size
+    initial = {name: getattr(config, name) for name in INITIALIZER_STDS if hasattr(config, name)}
+    if fresh_head:
+        if not initial:
+            raise ValueError(f"{flag} {path!r}: no way is known to start a head for {type(config).__name__}.")
+        # The head alone is initialised, by transformers, so its deviation is what the configuration says meanwhile.
+        # Drawing it afterwards would need the parameter's data, of which ZeRO-3 leaves an empty shard.
+        for name in initial:
+            setattr(config, name, (width + 1) ** -0.5)
+    try:
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            source, config=config, ignore_mismatched_sizes=True, output_loading_info=True, **loading
+        )
+    except ValueError as error:  # transformers knows no such class for this configuration, and lists all it has
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"{flag} {path!r} cannot be loaded as a reward model: {reason}") from error
+    for name, value in initial.items():
+        setattr(model.config, name, value)
+    require_complete(model, info, path=path, flag=flag, fresh=[f"{HEAD}.weight"] if fresh_head else [])
+    if fresh_head:
+        logger.info("%s %s: the reward head is new, drawn with standard deviation 1/sqrt(%d)", flag, path, width + 1)
+    return model
+
+
+def _deepspeed_chat_tensors(source: str) -> Optional[dict[str, torch.Tensor]]:
+    """The tensors of a DeepSpeed-Chat reward checkpoint; None where `source` is something else."""
+    optional = dict(_raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False)
+    if any(cached_file(source, name, **optional) for name in ("model.safetensors", "model.safetensors.index.json")):
+        return None
+    checkpoint = cached_file(source, "pytorch_model.bin", **optional)
+    if checkpoint is None:
+        return None
+    # Mapped, not read: another model's many gigabytes are looked at for their names only.
+    tensors = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(checkpoint))
+    return tensors if any(name.startswith(DEEPSPEED_CHAT_BASE) for name in tensors) else None
+
+
+def _load_deepspeed_chat(
+    tensors: dict[str, torch.Tensor], *, config: PreTrainedConfig, dtype: torch.dtype, path: str, flag: str
+) -> PreTrainedModel:
+    """The sequence classifier with the weights of a DeepSpeed-Chat checkpoint, every one of which must fit."""
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        raise ValueError(f"{flag} {path!r}: transformers has no sequence classifier for {type(config).__name__}.")
+    model_class = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
+    base = re.compile(f"^{re.escape(DEEPSPEED_CHAT_BASE)}")
+    renamed = {base.sub(f"{model_class.base_model_prefix}.", name): tensor for name, tensor in tensors.items()}
+    if DEEPSPEED_CHAT_HEAD in renamed:
+        renamed[f"{HEAD}.weight"] = renamed.pop(DEEPSPEED_CHAT_HEAD)
+    model, info = model_class.from_pretrained(
+        None, config=config, state_dict=renamed, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True
+    )
+    # Tables that old transformers versions saved as buffers and new ones compute.
+    known = [r"rotary_emb\.inv_freq$", *(model._keys_to_ignore_on_load_unexpected or ())]
+    left_over = set(renamed) - set(model.state_dict())
+    left_over = {name for name in left_over if not any(re.search(pattern, name) for pattern in known)}
+    require_complete(model, info, path=path, flag=flag, left_over=left_over)
+    return model
