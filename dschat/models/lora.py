@@ -1,0 +1,155 @@
+"""LoRA adapters (Hu et al. 2021), made by PEFT inside the model, so that classes and names around them stay.
+
+A wrapped layer NAME keeps its weight as NAME.base_layer.weight and adds NAME.lora_A.default.weight (A) and
+NAME.lora_B.default.weight (B); its output is W x + s B A x with s = alpha / dim. B starts at zero.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Optional
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from dschat.models.causal_lm import first_names
+from dschat.models.structure import linear_names, pretrained
+
+ADAPTER = "default"
+
+
+def add_lora(
+    model: nn.Module,
+    *,
+    dim: int,
+    alpha: float,
+    module_name: Optional[str] = None,
+    only_optimize_lora: bool,
+    dropout: float = 0.0,
+    flag: str = "--lora_module_name",
+) -> int:
+    """Adapt linear layers inside the decoder layers; the head and the embeddings never are.
+
+    With `only_optimize_lora` the adapters and a new head ("score") train. Without it everything but the adapted
+    weights does: embeddings, norms, biases, heads (DeepSpeed-Chat's meaning); what was frozen before stays frozen.
+
+    Args:
+        model: a causal language model or RewardModel, without adapters.
+        dim: rank of the adapters.
+        alpha: the update is multiplied by alpha / dim.
+        module_name: adapt the layers whose full name contains this; None: all linear layers of the decoder.
+        dropout: on the input of A.
+        flag: the command-line flag that `module_name` came from, for messages.
+
+    Returns:
+        The number of adapted layers.
+
+    Raises:
+        ValueError: no layer's name contains `module_name`; the message lists names that exist.
+    """
+    inner = pretrained(model)
+    names = linear_names(inner)
+    targets = [name for name in names if module_name is None or module_name in name]
+    if not targets:
+        last_parts = sorted({name.rsplit(".", 1)[-1] for name in names})
+        raise ValueError(
+            f"{flag} {module_name!r} is in the name of no linear layer of {type(inner).__name__}'s decoder. Leave it "
+            f"out to adapt all of them, or give a part of such a name: {', '.join(last_parts)} "
+            f"(in full: {first_names(names, 2)})."
+        )
+    trainable = {id(p) for p in model.parameters() if p.requires_grad}
+    config = LoraConfig(
+        r=dim,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=targets,
+        fan_in_fan_out=isinstance(inner.get_submodule(targets[0]), Conv1D),
+    )
+    inject_adapter_in_model(config, inner, adapter_name=ADAPTER)
+    adapted = _lora_layers(inner)
+    assert set(adapted) == set(targets), "PEFT adapted other layers than it was told to"
+    for layer in adapted.values():
+        # PEFT makes adapters of half-precision layers in fp32; ZeRO-3 wants one dtype throughout.
+        layer.lora_A.to(layer.base_layer.weight.dtype)
+        layer.lora_B.to(layer.base_layer.weight.dtype)
+    _set_trainable(model, adapted, previously=trainable, only_optimize_lora=only_optimize_lora)
+    return len(targets)
+
+
+def _set_trainable(
+    model: nn.Module, adapted: dict[str, LoraLayer], *, previously: set[int], only_optimize_lora: bool
+) -> None:
+    """PEFT has frozen everything but the adapters: thaw what else trains."""
+    inner = pretrained(model)
+    if only_optimize_lora:
+        thawed = [] if getattr(inner, "score", None) is None else list(inner.score.parameters())
+    else:
+        adapted_weights = {id(layer.base_layer.weight) for layer in adapted.values()}
+        thawed = [p for p in model.parameters() if id(p) not in adapted_weights]
+    for parameter in thawed:
+        if id(parameter) in previously:
+            parameter.requires_grad_(True)
+
+
+def _lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+
+
+def has_lora(model: nn.Module) -> bool:
+    """True where `model` holds adapters."""
+    return any(isinstance(module, LoraLayer) for module in model.modules())
+
+
+def lora_parameter_names(model: nn.Module) -> set[str]:
+    """The names, as named_parameters() gives them, of the adapters' A and B matrices."""
+    names = set()
+    for prefix, layer in _lora_layers(model).items():
+        inside = {name for name, _ in layer.named_parameters() if not name.startswith("base_layer.")}
+        names |= {f"{prefix}.{name}" for name in inside}
+    return names
+
+
+@contextmanager
+def adapters_disabled(model: nn.Module) -> Iterator[None]:
+    """Inside, `model` computes what it did before add_lora: with only_optimize_lora, the reference policy."""
+    layers = list(_lora_layers(model).values())
+    before = [layer._disable_adapters for layer in layers]
+    try:
+        for layer in layers:
+            # Not PEFT's enable_adapters(), which also turns requires_grad off and on under the optimizer's feet.
+            layer._disable_adapters = True
+        yield
+    finally:
+        for layer, was_disabled in zip(layers, before):
+            layer._disable_adapters = was_disabled
+
+
+def merged_state_dict(model: nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """`tensors` with every adapter merged into its weight, W + s B A, under the names of the model without LoRA.
+
+    The sum is taken in fp32 and rounded once, to the dtype of W. Neither `model` nor `tensors` is changed, so training
+    can go on from unrounded weights. A model without adapters gives `tensors` as they are.
+
+    Args:
+        model: tells which layers are adapted and by what scale; its own parameters are not read, so they may be
+            partitioned.
+        tensors: whole tensors on the CPU by the names of `model`.state_dict(), W [out, in] (Conv1D: [in, out]),
+            A [dim, in], B [out, dim].
+
+    Raises:
+        KeyError: an adapted layer's W, A or B is not among `tensors`.
+    """
+    merged = dict(tensors)
+    for name, layer in _lora_layers(model).items():
+        weight = merged.pop(f"{name}.base_layer.weight")
+        a = merged.pop(f"{name}.lora_A.{ADAPTER}.weight")
+        b = merged.pop(f"{name}.lora_B.{ADAPTER}.weight")
+        update = layer.scaling[ADAPTER] * (b.float() @ a.float())
+        if layer.fan_in_fan_out:
+            update = update.T
+        merged[f"{name}.weight"] = (weight.float() + update).to(weight.dtype)
+        if f"{name}.base_layer.bias" in merged:
+            merged[f"{name}.bias"] = merged.pop(f"{name}.base_layer.bias")
+    return merged
