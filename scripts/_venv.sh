@@ -1,0 +1,133 @@
+# Functions of quickstart.sh and test.sh, to be sourced: the virtual environment .venv at the root of the repository.
+#
+#   PYTHON        the interpreter that makes it (default: python3; 3.10 or later)
+#   DSCHAT_TORCH  the requirement for torch where none is there yet
+
+ROOT="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)"
+VENV="$ROOT/.venv"
+VENV_PYTHON="$VENV/bin/python"
+INSTALL_LOG="$VENV/install.log"
+CPU_TORCH="torch==2.13.0"
+
+say() { printf '%s\n' "$*"; }
+
+fail() {
+    printf '\nerror: %s\n' "$*" >&2
+    exit 1
+}
+
+# The environment with everything that the extra (demo or test) of setup.py needs; makes and installs what is missing.
+prepare_venv() {
+    local extra="$1" wanted
+    wanted="$(install_key)"
+    if is_installed "$extra" "$wanted"; then
+        say "[1/3] environment: $VENV (complete${PYTHON:+; PYTHON is not looked at, remove .venv to change it})"
+        activate
+        return
+    fi
+    make_venv
+    install_torch
+    say "[3/3] dschat and its dependencies: installing; log in $INSTALL_LOG"
+    pip_install --editable "$ROOT[$extra]"
+    printf '%s\n' "$wanted" >"$VENV/.installed-$extra"
+    activate
+}
+
+# A line that changes when the installation has to be looked at again. The root is part of it, since neither an
+# environment nor an editable installation can be moved.
+install_key() {
+    printf '%s %s' "$(cat -- "$ROOT/setup.py" "$ROOT/requirements.txt" | cksum)" "$ROOT"
+}
+
+is_installed() {
+    local stamp
+    # The extra test holds all of demo.
+    for stamp in "$VENV/.installed-$1" "$VENV/.installed-test"; do
+        if [[ -x "$VENV_PYTHON" && -f "$stamp" && "$(cat -- "$stamp")" == "$2" ]]; then
+            return 0
+        fi
+    done
+    return 1
+}
+
+make_venv() {
+    local python="${PYTHON:-python3}" options=()
+    if [[ -f "$VENV/.dschat" && "$(cat -- "$VENV/.dschat")" == "$ROOT" ]] && "$VENV_PYTHON" -m pip --version &>/dev/null; then
+        say "[1/3] environment: $VENV (there already)"
+        return
+    fi
+    # Only a folder that this function made, and left unfinished or elsewhere, is replaced.
+    if [[ -e "$VENV" && ! -f "$VENV/.dschat" ]]; then
+        fail "$VENV exists and was not made by this script. Move it away, and start again."
+    fi
+    command -v -- "$python" >/dev/null || fail "no $python here. Install Python 3.10 or later, or set PYTHON to its path."
+    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
+        fail "$python is $("$python" --version 2>&1); 3.10 or later is needed. Set PYTHON to the path of one."
+    # A torch of this interpreter's own, such as that of a GPU image, is built for the machine: use it. One inside a
+    # virtual environment cannot be seen from another.
+    if "$python" -c 'import sys; sys.exit(sys.prefix != sys.base_prefix)' && torch_in_range "$python" &>/dev/null; then
+        options=(--system-site-packages)
+    fi
+    say "[1/3] environment: $VENV (new, $("$python" --version 2>&1)${options:+, with the torch of $python})"
+    rm -rf -- "$VENV"
+    mkdir -- "$VENV"
+    printf '%s\n' "$ROOT" >"$VENV/.dschat"
+    "$python" -m venv "${options[@]+"${options[@]}"}" "$VENV" >"$INSTALL_LOG" 2>&1 ||
+        fail "$python cannot make a virtual environment (on Debian and Ubuntu, install python3-venv): $(tail -n 3 -- "$INSTALL_LOG")"
+}
+
+# Success where this interpreter has a torch that requirements.txt allows; prints its version.
+torch_in_range() {
+    "$1" - "$ROOT/requirements.txt" <<'PYTHON'
+import re, sys
+line = next(line for line in open(sys.argv[1]) if line.startswith("torch>="))
+low, high = ([int(n) for n in bound.split(".")] for bound in re.findall(r"[<>]=?([0-9.]+)", line))
+try:
+    import torch
+except ImportError:
+    sys.exit(1)
+print(torch.__version__)
+sys.exit(not low <= [int(n) for n in torch.__version__.split(".")[:2]] < high)
+PYTHON
+}
+
+install_torch() {
+    local requirement version
+    if version="$(torch_in_range "$VENV_PYTHON" 2>/dev/null)"; then
+        say "[2/3] torch $version (there already)"
+        return
+    fi
+    if has_gpu; then
+        requirement="${DSCHAT_TORCH:-$(grep '^torch>=' -- "$ROOT/requirements.txt")}"
+        say "[2/3] torch: installing $requirement; log in $INSTALL_LOG"
+    else
+        # Where pip's sources hold a CPU build of this version, its local version label ranks above the plain one.
+        requirement="${DSCHAT_TORCH:-$CPU_TORCH}"
+        say "[2/3] torch: installing $requirement for the CPU; log in $INSTALL_LOG" \
+            "(where pip knows no CPU build it takes several GB with CUDA: see README.md, Installation)"
+    fi
+    pip_install "$requirement"
+}
+
+has_gpu() { command -v nvidia-smi >/dev/null && nvidia-smi &>/dev/null; }
+
+pip_install() {
+    if ! "$VENV_PYTHON" -m pip install --disable-pip-version-check --no-input "$@" >>"$INSTALL_LOG" 2>&1; then
+        printf '\n' >&2
+        tail -n 25 -- "$INSTALL_LOG" >&2
+        fail "pip install $* failed; the whole log is in $INSTALL_LOG"
+    fi
+}
+
+# Programs of the environment (deepspeed, ninja) are found, and compiled DeepSpeed operators are kept for every run.
+activate() {
+    local cache="${DSCHAT_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/dschat}" version
+    export PATH="$VENV/bin:$PATH"
+    if [[ -z "${TORCH_EXTENSIONS_DIR:-}" ]]; then
+        # torch parts builds by version itself only in its own default folder.
+        version="$("$VENV_PYTHON" -c '
+import importlib.metadata, sys
+print("torch" + importlib.metadata.version("torch"), "python{}.{}".format(*sys.version_info), sep="-")')"
+        export TORCH_EXTENSIONS_DIR="$cache/torch_extensions/$version"
+    fi
+}

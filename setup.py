@@ -1,0 +1,29 @@
+"""Package metadata. What it needs at run time stands in requirements.txt."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).resolve().parent
+REQUIREMENTS = [
+    line
+    for line in (HERE / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    if line and not line.startswith("#")
+]
+README = HERE / "README.md"
+# demo: fetching the embedded default's model and drawing its curves.
+DEMO = ["gguf>=0.17", "matplotlib>=3.8"]
+
+setup(
+    name="dschat",
+    version="0.1.0",
+    description="Supervised fine-tuning, reward modelling and PPO on DeepSpeed",
+    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE", "NOTICE"],
+    python_requires=">=3.10",
+    packages=find_packages(include=["dschat", "dschat.*"]),
+    install_requires=REQUIREMENTS,
+    extras_require={"demo": DEMO, "test": ["pytest>=8", "hypothesis>=6.100", *DEMO]},
+)
