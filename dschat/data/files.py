@@ -1,0 +1,138 @@
+"""Local JSON, JSON lines and CSV files to rows that remember their lines.
+
+Our own readers, since those of the libraries name neither the line nor the value of a fault.
+"""
+
+import bisect
+import csv
+import io
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+SPACE = re.compile(r"[ \t\r\n]*")
+
+
+@dataclass
+class Records:
+    """The objects of a file, the line on which each begins, and what could not be read as one."""
+
+    rows: list[dict] = field(default_factory=list)
+    lines: list[int] = field(default_factory=list)
+    faults: list[tuple[int, str]] = field(default_factory=list)
+
+    def add(self, line: int, value: object) -> None:
+        if isinstance(value, dict):
+            self.rows.append(value)
+            self.lines.append(line)
+        else:
+            self.faults.append((line, f"an object with named fields is expected, not {json.dumps(value)[:60]}"))
+
+
+def read_records(path: Path) -> Records:
+    """The objects of a .json (one list, or one object a line), .jsonl or .csv (with a header) file.
+
+    Lines count from 1. Faults are collected, not raised.
+
+    Raises:
+        ValueError: for another suffix, or a file that cannot be opened.
+    """
+    try:
+        data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from error
+    if path.suffix == ".csv":
+        return _read_csv(data)
+    if path.suffix == ".json" and data.lstrip()[:1] == b"[":
+        return _read_json_list(data)
+    if path.suffix in (".json", ".jsonl"):
+        return _read_json_lines(data)
+    raise ValueError(f"{path}: {path.suffix} is no type of file that is read here; give .json, .jsonl or .csv")
+
+
+def _read_json_lines(data: bytes) -> Records:
+    records = Records()
+    # Only \n ends a line: str.splitlines also breaks at U+2028 and others, which may stand inside a JSON text.
+    for number, line in enumerate(data.split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            records.add(number, json.loads(line.decode("utf-8")))
+        except UnicodeDecodeError as error:
+            records.faults.append((number, _not_utf8(error)))
+        except (json.JSONDecodeError, RecursionError) as error:
+            records.faults.append((number, _not_json(error, line)))
+    return records
+
+
+def _read_json_list(data: bytes) -> Records:
+    """The elements of one JSON list. Behind a broken element nothing can be found again, so that reading ends there."""
+    records = Records()
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        records.faults.append((data[: error.start].count(b"\n") + 1, _not_utf8(error)))
+        return records
+    newlines = [match.start() for match in re.finditer("\n", text)]
+    decoder = json.JSONDecoder()
+    position = _behind_space(text, text.index("[") + 1)
+    more = text[position : position + 1] != "]"
+    while more:
+        line = bisect.bisect(newlines, position) + 1
+        try:
+            value, position = decoder.raw_decode(text, position)
+        except (json.JSONDecodeError, RecursionError) as error:
+            line = getattr(error, "lineno", line)
+            records.faults.append((line, _not_json(error, text[position : position + 60].encode())))
+            return records
+        records.add(line, value)
+        position = _behind_space(text, position)
+        more = text[position : position + 1] == ","
+        if more:
+            position = _behind_space(text, position + 1)
+    closed = text[position : position + 1] == "]"
+    if closed:
+        position = _behind_space(text, position + 1)
+    if not closed or position < len(text):
+        line = bisect.bisect(newlines, position) + 1
+        wanted = "nothing more behind the list" if closed else "a comma or the end of the list"
+        records.faults.append((line, f"not readable as JSON ({wanted} expected): {text[position : position + 40]!r}"))
+    return records
+
+
+def _behind_space(text: str, position: int) -> int:
+    return SPACE.match(text, position).end()
+
+
+def _read_csv(data: bytes) -> Records:
+    records = Records()
+    # Bytes that are no UTF-8 become surrogates, which the check of each field finds: a single row is faulty then.
+    text = io.StringIO(data.decode("utf-8", errors="surrogateescape"), newline="")
+    csv.field_size_limit(2**31 - 1)
+    reader = csv.reader(text, strict=True)
+    header, first_line = None, 1
+    while True:
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            records.faults.append((first_line, f"not readable as CSV: {error}"))
+            return records
+        if cells is None:
+            return records
+        if header is None:
+            header = cells
+        elif len(cells) == len(header):
+            records.add(first_line, dict(zip(header, cells)))
+        elif cells:
+            records.faults.append((first_line, f"{len(cells)} cells under a header of {len(header)}: {cells!r:.60}"))
+        first_line = reader.line_num + 1
+
+
+def _not_utf8(error: UnicodeDecodeError) -> str:
+    return f"not valid UTF-8: byte 0x{error.object[error.start]:02x} at position {error.start}"
+
+
+def _not_json(error: Exception, line: bytes) -> str:
+    reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else "nested too deeply"
+    return f"not readable as JSON ({reason}): {line.decode('utf-8', errors='replace').strip()[:60]!r}"

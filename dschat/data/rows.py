@@ -1,0 +1,104 @@
+"""One row of text, whatever the data set called its columns, and the checks that every row passes."""
+
+import json
+from dataclasses import dataclass, field
+from typing import Callable
+
+ROLES = ("system", "user", "assistant")
+ANSWER_FIELDS = ("chosen", "response")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A prompt with up to two answers."""
+
+    prompt: str | list[dict]  # text, or messages of {"role", "content"} that end with the user's
+    chosen: str | None = None
+    rejected: str | None = None
+    columns: dict = field(default_factory=dict)  # all other fields of the raw row, for reward functions
+    place: str = field(default="", compare=False)  # where it came from, for messages to the user
+
+
+RowFunction = Callable[[dict], Row]
+
+
+def row_from_columns(raw: dict) -> Row:
+    """The row of the columns prompt and chosen, prompt and response, or messages, each with or without rejected.
+
+    Where `messages` ends with the assistant's, that message is the chosen answer and those before are the prompt.
+    A field that is null counts as missing.
+
+    Raises:
+        ValueError: for a missing, wrongly typed or empty field, or two equal answers; says what to give instead.
+    """
+    if raw.get("messages") is not None:
+        used, prompt, chosen = _conversation(raw)
+    elif raw.get("prompt") is not None:
+        prompt = raw["prompt"]
+        prompt = _messages(prompt, "prompt") if isinstance(prompt, list) else checked_text(prompt, "prompt")
+        answer_field = next((name for name in ANSWER_FIELDS if raw.get(name) is not None), None)
+        chosen = answer(raw[answer_field], answer_field) if answer_field else None
+        used = {"prompt", answer_field or "chosen"}
+    else:
+        raise ValueError(f'no field "prompt" or "messages" among {_short(sorted(map(str, raw)))}')
+    rejected = answer(raw["rejected"], "rejected") if raw.get("rejected") is not None else None
+    columns = {name: value for name, value in raw.items() if name not in used | {"rejected"}}
+    return checked_pair(Row(prompt, chosen, rejected, columns))
+
+
+def checked_text(value: object, name: str) -> str:
+    """`value`, if it is a text that can be written as UTF-8; else a ValueError that names the field."""
+    if not isinstance(value, str):
+        raise ValueError(f'field "{name}" is {_short(value)}, not a text')
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        # Bytes that are no UTF-8 arrive as lone surrogates, as do broken \\u escapes of JSON.
+        raise ValueError(f'field "{name}" is not valid UTF-8: {_short(value)}') from None
+    return value
+
+
+def answer(value: object, name: str) -> str:
+    """`value`, if it is a text with something in it; else a ValueError that names the field."""
+    if not checked_text(value, name).strip():
+        raise ValueError(f'field "{name}" is empty ({_short(value)}); an answer needs at least one word')
+    return value
+
+
+def checked_pair(row: Row) -> Row:
+    """`row`, if its answers can be compared; else a ValueError."""
+    if row.rejected is not None and row.chosen is None:
+        raise ValueError('field "rejected" without a field "chosen"')
+    if row.rejected is not None and row.rejected.strip() == row.chosen.strip():
+        raise ValueError(f'fields "chosen" and "rejected" are equal ({_short(row.chosen)}): no preference')
+    return row
+
+
+def _conversation(raw: dict) -> tuple[set[str], list[dict], str | None]:
+    """The names of the fields used, the prompt's messages and the chosen answer of a row with `messages`."""
+    messages = raw["messages"]
+    if isinstance(raw.get("chosen"), str):
+        return {"messages", "chosen"}, _messages(messages, "messages"), answer(raw["chosen"], "chosen")
+    last = messages[-1] if isinstance(messages, list) and messages else None
+    if not isinstance(last, dict) or last.get("role") != "assistant":
+        return {"messages"}, _messages(messages, "messages"), None
+    return {"messages"}, _messages(messages[:-1], "messages"), answer(last.get("content"), "messages[-1].content")
+
+
+def _messages(messages: object, name: str) -> list[dict]:
+    """Checked messages that end with the user's, reduced to role and content."""
+    if not isinstance(messages, list):
+        raise ValueError(f'field "{name}" is {_short(messages)}, not a list of messages')
+    for number, message in enumerate(messages):
+        if not isinstance(message, dict) or message.get("role") not in ROLES:
+            raise ValueError(f'{name}[{number}] is {_short(message)}, not a message with a role of {", ".join(ROLES)}')
+        checked_text(message.get("content"), f"{name}[{number}].content")
+    if not messages or messages[-1]["role"] != "user":
+        raise ValueError(f'field "{name}" has no message of the user for the assistant to answer: {_short(messages)}')
+    return [{"role": message["role"], "content": message["content"]} for message in messages]
+
+
+def _short(value: object) -> str:
+    """`value` as JSON of at most 80 characters, safe to print."""
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 80 else text[:77] + "..."
