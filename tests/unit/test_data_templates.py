@@ -1,0 +1,81 @@
+import pytest
+from data_helpers import CHAT_TEMPLATE, make_tokenizer
+
+from dschat.data.rows import Row
+from dschat.data.templates import parse_turns, render
+
+DIALOGUE = [
+    {"role": "system", "content": "s"},
+    {"role": "user", "content": " u1 "},
+    {"role": "assistant", "content": "a1"},
+    {"role": "user", "content": "u2"},
+]
+FORM = "s\n\nHuman: u1\n\nAssistant: a1\n\nHuman: u2\n\nAssistant:"
+CHAT = "<s><system>s</><user> u1 </><assistant>a1</><user>u2</><assistant>"
+
+
+def texts(row, prompt_format, chat_template=None):
+    return render(row, prompt_format=prompt_format, tokenizer=make_tokenizer(chat_template=chat_template))
+
+
+@pytest.mark.parametrize("prompt_format", ["plain", "auto"])
+def test_plain_texts_stay_as_they_stand(prompt_format):
+    assert texts(Row(" p ", "c", None), prompt_format, CHAT_TEMPLATE) == (" p ", "c", None)
+
+
+def test_human_assistant_of_texts_and_messages():
+    assert texts(Row("p", "c", " r"), "human_assistant") == ("\n\nHuman: p\n\nAssistant:", " c", " r")
+    assert texts(Row(DIALOGUE, "c"), "human_assistant") == (FORM, " c", None)
+
+
+def test_human_assistant_is_idempotent():
+    once = texts(Row("p", "c", "r"), "human_assistant")
+    assert texts(Row(*once), "human_assistant") == once
+    turns = "Human: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: "
+    for prompt in (FORM.removeprefix("s"), " Human: x Assistant:", turns):
+        assert texts(Row(prompt, " c"), "human_assistant")[0] == prompt
+
+
+def test_auto_takes_the_chat_template_for_messages_only_if_there_is_one():
+    row = Row(DIALOGUE, " c ", "r")
+    assert texts(row, "auto") == (FORM, " c ", " r")
+    assert texts(row, "auto", CHAT_TEMPLATE) == (CHAT, "c", "r")
+
+
+def test_chat_of_texts():
+    assert texts(Row(" p ", "c"), "chat", CHAT_TEMPLATE) == ("<s><user>p</><assistant>", "c", None)
+    expected = "<s><user>u1</><assistant>a1</><user>u2</><assistant>"
+    assert texts(Row(FORM.removeprefix("s"), "c"), "chat", CHAT_TEMPLATE)[0] == expected
+
+
+def test_chat_answer_is_as_the_template_writes_it():
+    llama = "{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]"
+    llama += "{% else %} {{ m['content'] }} </s>{% endif %}{% endfor %}"
+    assert texts(Row("p", "c", "r"), "chat", llama) == ("[INST] p [/INST]", " c", " r")
+    # The answer's words stand in the prompt too: the ones behind it count.
+    assert texts(Row("yes", "yes"), "chat", llama) == ("[INST] yes [/INST]", " yes", None)
+    # A finished turn that does not begin with the generation prompt.
+    thinks = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+    thinks += "{% if add_generation_prompt %}<assistant><think>{% endif %}"
+    assert texts(Row("p", "c"), "chat", thinks) == ("<user>p<assistant><think>", "c", None)
+    numbered = "{% for m in messages %}<turn {{ loop.index }}>{{ m['content'] }}{% endfor %}"
+    numbered += "{% if add_generation_prompt %}<turn>{% endif %}"
+    assert texts(Row("p", "c"), "chat", numbered) == ("<turn 1>p<turn>", "c", None)
+
+
+def test_parse_turns():
+    assert parse_turns("Human: in prose") == [{"role": "user", "content": "Human: in prose"}]
+    turns = parse_turns("\n\nHuman: a: b\n\nAssistant: c\nd\n\nHuman: e\n\nAssistant:")
+    expected = [("user", "a: b"), ("assistant", "c\nd"), ("user", "e")]
+    assert [(turn["role"], turn["content"]) for turn in turns] == expected
+    assert parse_turns(" Human: x Assistant:") == [{"role": "user", "content": "x"}]
+
+
+def test_errors_name_the_flag_and_the_row():
+    with pytest.raises(ValueError, match="--prompt_format chat: the tokenizer .* has no chat template"):
+        texts(Row("p"), "chat")
+    with pytest.raises(ValueError, match="f.jsonl, line 3: --prompt_format plain cannot show messages"):
+        texts(Row(DIALOGUE, place="f.jsonl, line 3"), "plain")
+    refusing = "{{ raise_exception('system role not supported') }}"
+    with pytest.raises(ValueError, match="f.jsonl, line 3: .*system role not supported"):
+        texts(Row(DIALOGUE, place="f.jsonl, line 3"), "auto", refusing)
