@@ -52,12 +52,12 @@ def full_kl(logits: torch.Tensor, ref_logits: torch.Tensor, *, chunk_elements: i
 
 def _chunk_logprobs(logits, tokens, temperature):
     scaled = logits.float() / temperature
-    log_normaliser = scaled.logsumexp(-1)
-    logprobs = scaled.gather(-1, tokens[:, None]).squeeze(-1) - log_normaliser
-    # H = log Z - sum p x; p is 0 where x is -inf, and 0 * -inf must count as 0.
-    probs = (scaled - log_normaliser[:, None]).exp()
-    expected = torch.where(probs > 0, probs * scaled, torch.zeros_like(scaled)).sum(-1)
-    return logprobs, log_normaliser - expected
+    all_logprobs = scaled - scaled.logsumexp(-1, keepdim=True)
+    logprobs = all_logprobs.gather(-1, tokens[:, None]).squeeze(-1)
+    # H = -sum p log p; where the vocabulary is masked p is 0 and log p is -inf, and 0 * -inf must count as 0.
+    probs = all_logprobs.exp()
+    terms = torch.where(probs > 0, probs * all_logprobs, torch.zeros_like(probs))
+    return logprobs, -terms.sum(-1)
 
 
 def _chunk_kl(logits, ref_logits):
