@@ -10,11 +10,13 @@ from pathlib import Path
 import yaml
 from transformers import HfArgumentParser
 
-# DeepSpeed-Chat's names before its batch flags were renamed.
+# DeepSpeed-Chat's names of step 3 before its batch flags were renamed.
 OLD_NAMES = {
+    "--per_device_train_batch_size": "--per_device_generation_batch_size",
     "--per_device_mini_train_batch_size": "--per_device_training_batch_size",
     "--generation_batch_numbers": "--generation_batches",
 }
+FILE_SUFFIXES = (".yaml", ".yml", ".json")
 
 
 class _Parser(HfArgumentParser):
@@ -40,12 +42,16 @@ def parse_config(config_class, argv: list[str] | None = None):
     argv = list(sys.argv[1:] if argv is None else argv)
     groups = typing.get_type_hints(config_class)
     parser = _Parser(list(groups.values()), description=config_class.__doc__, allow_abbrev=False)
+    for action in parser._actions:
+        if action.nargs == "+":
+            action.nargs = "*"  # a list may be empty, as in DeepSpeed-Chat
+    title = config_class.__doc__.split("\n")[0].rstrip(".")
     # The launcher adds --local_rank behind the script's name, in front of the user's words.
     words = [word for word in argv if not word.startswith("--local_rank=")]
-    if len(words) == 1 and words[0].endswith((".yaml", ".yml", ".json")):
-        values = _from_file(parser, Path(words[0]), groups)
+    if len(words) == 1 and words[0].endswith(FILE_SUFFIXES):
+        values = _from_file(parser, Path(words[0]), title)
     else:
-        values = _from_flags(parser, argv, config_class)
+        values = _from_flags(parser, argv, title)
     config = config_class(**dict(zip(groups, values)))
     problems = config.problems()
     if problems:
@@ -58,30 +64,30 @@ def config_dict(config) -> dict:
     return {key: value for group in dataclasses.asdict(config).values() for key, value in group.items()}
 
 
-def _from_flags(parser: _Parser, argv: list[str], config_class):
+def _from_flags(parser: _Parser, argv: list[str], title: str):
     known = set(parser._option_string_actions)
     step3 = "--per_device_training_batch_size" in known
     words = []
     for word in argv:
         name, equals, value = word.partition("=")
-        if step3 and name == "--per_device_train_batch_size":
-            name = "--per_device_generation_batch_size"
-        if name.startswith("--") and name not in known:
-            name = OLD_NAMES.get(name, name)
-        words.append(name + equals + value)
+        words.append((OLD_NAMES.get(name, name) if step3 else name) + equals + value)
     *values, rest = parser.parse_args_into_dataclasses(words, return_remaining_strings=True, look_for_args_file=False)
     if rest:
-        raise ValueError("\n".join(_unknown(word, known, config_class) for word in rest))
+        # Words behind an unknown flag are its values.
+        unknown = [word for word in rest if word.startswith("--")] or rest
+        raise ValueError("\n".join(_unknown(word, known, title) for word in unknown))
     return values
 
 
-def _unknown(word: str, known: set[str], config_class) -> str:
+def _unknown(word: str, known: set[str], title: str) -> str:
+    if word.endswith(FILE_SUFFIXES):
+        return f"{word}: a configuration file takes no flags beside it; write them into the file."
     near = difflib.get_close_matches(word.partition("=")[0], sorted(known), n=1)
     hint = f" Did you mean {near[0]}?" if near else " --help lists the flags."
-    return f"{word}: {config_class.__doc__.rstrip('.')}, has no such flag.{hint}"
+    return f"{word}: no flag of that name ({title}).{hint}"
 
 
-def _from_file(parser: _Parser, path: Path, groups: dict):
+def _from_file(parser: _Parser, path: Path, title: str):
     if not path.is_file():
         raise ValueError(f"{path}: no such configuration file.")
     try:
@@ -98,9 +104,7 @@ def _from_file(parser: _Parser, path: Path, groups: dict):
             continue
         words.append(f"--{key}")
         words += [str(item) for item in value] if isinstance(value, list) else [str(value)]
-        if value == []:
-            words.pop()
     try:
-        return _from_flags(parser, words, type("file", (), {"__doc__": str(path)}))
+        return _from_flags(parser, words, title)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError("\n".join(f"{path}: {line}" for line in str(error).splitlines())) from error
