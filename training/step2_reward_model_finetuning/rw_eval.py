@@ -1,0 +1,89 @@
+"""Scores of a reward model on a few good and bad answers, and its accuracy on a file of pairs."""
+
+from functools import partial
+
+import torch
+from torch.utils.data import DataLoader
+
+from dschat.algorithms.masks import pool_last
+from dschat.config.parse import parse_config
+from dschat.config.tools import RewardEvalConfig
+from dschat.data.collate import collate_pairs
+from dschat.data.datasets import PairDataset, truncation_report
+from dschat.data.row_files import read_rows
+from dschat.data.rows import Row
+from dschat.models.placement import inference_placement
+from dschat.models.reward_model import RewardModel, load_reward_model
+from dschat.models.tokenizer import end_token_id, load_tokenizer
+from dschat.tracking.log import run_main
+
+EXAMPLES = (
+    (
+        "How long should I boil an egg?",
+        "Six minutes for a soft yolk and ten for a firm one, counted from when the water boils again.",
+        "Eggs come from hens. Hens are birds. Boil boil boil.",
+    ),
+    (
+        "My friend lost her job. What can I say to her?",
+        "Tell her that you are sorry to hear it, ask how she is, and offer to help with the search if she would like that.",
+        "Tell her that it was surely her own fault.",
+    ),
+    (
+        "Why is the sky blue?",
+        "Air scatters the short waves of sunlight more than the long ones, so blue light reaches us from all sides.",
+        "It is not, it is green, and nobody knows why.",
+    ),
+    (
+        "Name three fruits that keep well in winter.",
+        "Apples, pears and quinces keep for months in a cool and dark place.",
+        "Winter is a cold season.",
+    ),
+)
+
+
+def scores(dataset: PairDataset, model: RewardModel, *, batch_size: int) -> torch.Tensor:
+    """[N, 2] fp32: the scores of each pair's chosen and rejected answer."""
+    device = next(model.parameters()).device
+    found = []
+    pad = partial(collate_pairs, pad_id=dataset.tokenizer.pad_token_id)
+    for batch in DataLoader(dataset, batch_size=batch_size, collate_fn=pad):
+        batch = batch.to(device)
+        with torch.no_grad():
+            values = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+        found.append(torch.stack(pool_last(values, batch.attention_mask).chunk(2), dim=-1).cpu())
+    return torch.cat(found)
+
+
+def main() -> None:
+    config = parse_config(RewardEvalConfig)
+    options, pairs = config.model, config.pairs
+    if options.num_padding_at_beginning != 1:
+        print("--num_padding_at_beginning has no effect: positions come from the attention mask")
+    rows = read_rows(pairs.pairs_file, flag="--pairs_file", needs="rejected") if pairs.pairs_file else []
+    device, dtype = inference_placement(options.dtype)
+    ending = dict(add_eot_token=options.add_eot_token, eot_token=options.eot_token)
+    path, remote = options.model_name_or_path, dict(trust_remote_code=options.trust_remote_code)
+    tokenizer = load_tokenizer(path, **ending, **remote)
+    model = load_reward_model(path, dtype=dtype, tokenizer=tokenizer, **remote).to(device).eval()
+    encode = partial(
+        PairDataset,
+        tokenizer=tokenizer,
+        max_seq_len=pairs.max_seq_len,
+        prompt_format=pairs.prompt_format,
+        end_token_id=end_token_id(tokenizer, **ending),
+    )
+    examples = [Row(f"\n\nHuman: {prompt}\n\nAssistant:", f" {good}", f" {bad}") for prompt, good, bad in EXAMPLES]
+    found = scores(encode(examples), model, batch_size=pairs.batch_size).tolist()
+    for (prompt, good, bad), (good_score, bad_score) in zip(EXAMPLES, found):
+        print(f"\nprompt: {prompt}\n  good {good_score:8.3f}  {good}\n  bad  {bad_score:8.3f}  {bad}")
+    if rows:
+        dataset = encode(rows)
+        print(f"\n{pairs.pairs_file}: {truncation_report(dataset, len(dataset))}")
+        chosen, rejected = scores(dataset, model, batch_size=pairs.batch_size).double().unbind(-1)
+        right = int((chosen > rejected).sum())
+        print(f"accuracy {right / len(rows):.4f} ({right} of {len(rows)} pairs; a tie counts as wrong)")
+        print(f"mean score: chosen {chosen.mean():.3f}, rejected {rejected.mean():.3f}")
+
+
+if __name__ == "__main__":
+    run_main(main)
