@@ -256,7 +256,7 @@ def enable_checkpointing(model: nn.Module, *, use_reentrant: bool = False) -> No
     # The older of the two names is deprecated by transformers 5.23, and the only one that 5.17 has.
     enable = getattr(inner, "activation_checkpointing_enable", None) or inner.gradient_checkpointing_enable
     enable({"use_reentrant": use_reentrant})
-    if use_reentrant and not inner.get_input_embeddings().weight.requires_grad:
-        # A reentrant checkpoint whose inputs need no gradient gives none to the adapters inside it either. The other
-        # kind has no such trouble, and would pay for a backward pass through frozen layers.
-        inner.enable_input_require_grads()
+    if not use_reentrant:
+        # transformers makes the embedding's output need a gradient. Reentrant checkpoints need that where the embedding
+        # is frozen; the others do not, and would pay for a backward pass through frozen layers.
+        inner.disable_input_require_grads()

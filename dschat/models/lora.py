@@ -32,6 +32,8 @@ def add_lora(
 ) -> int:
     """Adapt linear layers inside the decoder layers; the head and the embeddings never are.
 
+    Adapters take the dtype of their weights, since ZeRO-3 wants one dtype throughout.
+
     With `only_optimize_lora` the adapters and a new head ("score") train. Without it everything but the adapted
     weights does: embeddings, norms, biases, heads (DeepSpeed-Chat's meaning); what was frozen before stays frozen.
 
@@ -70,10 +72,6 @@ def add_lora(
     inject_adapter_in_model(config, inner, adapter_name=ADAPTER)
     adapted = _lora_layers(inner)
     assert set(adapted) == set(targets), "PEFT adapted other layers than it was told to"
-    for layer in adapted.values():
-        # PEFT makes adapters of half-precision layers in fp32; ZeRO-3 wants one dtype throughout.
-        layer.lora_A.to(layer.base_layer.weight.dtype)
-        layer.lora_B.to(layer.base_layer.weight.dtype)
     _set_trainable(model, adapted, previously=trainable, only_optimize_lora=only_optimize_lora)
     return len(targets)
 

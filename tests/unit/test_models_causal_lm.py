@@ -62,6 +62,8 @@ def test_vocabulary_grows_by_mean_rows_and_never_shrinks(family):
     plain = load(family)
     same = load(family, tokenizer=tokenizer)  # 259 tokens, 264 rows
     assert same.get_input_embeddings().weight.shape[0] == 264
+    wide = load_causal_lm(tiny(family, overrides=(("vocab_size", 320),)), dtype=FP32, tokenizer=tokenizer)
+    assert wide.config.vocab_size == 320 == wide.get_output_embeddings().weight.shape[0]
     tokenizer.add_tokens([f"<new{i}>" for i in range(6)])
     grown = load(family, tokenizer=tokenizer)  # 265 tokens
     assert grown.config.vocab_size == 272 == grown.get_output_embeddings().weight.shape[0]
@@ -104,6 +106,23 @@ def test_frozen_layers_get_no_gradient(family):
     assert any("norm" in n or "ln_f" in n for n in outside)
     assert not any("embed" in n or "wpe" in n for n in outside - {"embed_out.weight"})
     assert model.get_output_embeddings().weight.requires_grad == (not tied)
+
+
+def test_the_decoder_is_the_outer_list_even_where_a_layer_has_more_experts_than_the_model_layers():
+    model = load("llama")
+    model.model.layers[0].mlp.experts = torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in range(5))
+    assert decoder_layers(model)[0] == "model.layers"
+
+
+def test_frozen_layers_cost_no_backward_pass_under_checkpointing():
+    model = load("llama").train()
+    freeze_lower_layers(model, 1)
+    enable_checkpointing(model)
+    outputs = []
+    for layer in model.model.layers:
+        layer.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    model(torch.tensor([[1, 9, 80]]), use_cache=False).logits.sum().backward()
+    assert [output.requires_grad for output in outputs[:2]] == [False, True]
 
 
 def test_freezing_covers_the_projection_of_a_narrow_embedding():

@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -213,6 +214,16 @@ def test_the_generation_config_is_sane(tmp_path):
     saved = saved_generation_config(tmp_path / "out")
     assert saved["temperature"] == 0.6 and saved["do_sample"] and saved["max_new_tokens"] == 50
     assert saved["eos_token_id"] == 2 and own.eos_token_id is None
+
+
+def test_a_model_without_generation_config_stops_at_every_end_of_its_configuration(tmp_path):
+    folder = shutil.copytree(tiny("llama"), tmp_path / "in")
+    (folder / "generation_config.json").unlink()
+    model, tokenizer = load(str(folder))
+    model.config.eos_token_id = [2, 7]
+    save_pretrained_folder(model, full_copies(model), tokenizer, tmp_path / "out")
+    saved = saved_generation_config(tmp_path / "out")
+    assert saved["eos_token_id"] == [2, 7] and not saved.get("_from_model_config")
 
 
 def test_an_added_end_token_ends_generation_after_loading(tmp_path):

@@ -136,6 +136,10 @@ def test_a_head_that_is_no_value_head_is_refused_by_name():
     config = BertConfig(vocab_size=30, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, num_labels=1)
     with pytest.raises(ValueError, match="BertForSequenceClassification cannot be a reward model"):
         RewardModel(BertForSequenceClassification(config))
+    model = load(tiny("llama"))[0].model
+    model.score = torch.nn.Linear(64, 1)  # with a bias, dividing the weight would not divide the values
+    with pytest.raises(ValueError, match="LlamaForSequenceClassification cannot be a reward model.*bias=True"):
+        RewardModel(model)
 
 
 def deepspeed_chat_checkpoint(folder, family: str, *, change=lambda tensors: None, overrides: tuple = ()) -> str:
