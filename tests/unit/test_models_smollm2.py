@@ -40,7 +40,7 @@ def test_the_embedded_model_speaks(tmp_path, monkeypatch):
         assert getattr(model.config, name) == getattr(shape, name)
     assert sum(p.numel() for p in model.parameters()) == 134_515_008
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, len(tokenizer)) == (1, 2, 2, 49152)
-    assert tokenizer.tokenize("a  12") == ["a", "ĠĠ", "1", "2"]  # digits one by one, and before the spaces are grouped
+    assert tokenizer.tokenize("a  12") == ["a", "ĠĠ", "1", "2"]  # digits one by one, before spaces are grouped
     text = "Naïve: 3 + 4 = 7.\n\ndef f(x):\n    return x  # 日本"
     assert tokenizer.decode(tokenizer(text).input_ids) == text
 
