@@ -30,8 +30,8 @@ sys.path.insert(0, str(ROOT))
 from dschat.config.cache import cache_dir  # noqa: E402
 from dschat.config.recipes import resolve_model, size_name, step_flags  # noqa: E402
 from dschat.tracking.progress import clock  # noqa: E402
-from dschat.tracking.report import hardware, table, versions, write_json  # noqa: E402
-from dschat.tracking.summary import ppo_section, supervised_section  # noqa: E402
+from dschat.tracking.report import hardware, op_build_name, versions, write_json  # noqa: E402
+from dschat.tracking.summary import ppo_section, read_jsonl, summary_text, supervised_section  # noqa: E402
 
 MAINS = {
     1: ROOT / "training" / "step1_supervised_finetuning" / "main.py",
@@ -107,7 +107,7 @@ def make_plan(args: argparse.Namespace, *, on_gpu: bool) -> Plan:
         from dschat.models.smollm2 import smollm2_folder
 
         actor = reward = str(smollm2_folder())
-        folder = build_reviews(**({"num_pairs": 1400, "num_prompts": 2500} if on_gpu else {}))
+        folder = build_reviews()
         paths = {1: folder / "sft", 2: folder / "pairs", 3: folder / "prompts"}
     data = {
         step: ["--data_path", *(args.data_path or [str(path)]), "--data_split", shares[step]]
@@ -183,14 +183,8 @@ def run_logged(command: list[str], log: Path, *, processes: int) -> None:
 
 def build_ops(*, on_gpu: bool) -> float:
     """Build DeepSpeed's communication op for CPUs once, apart from the steps; returns seconds, 0 where it is built."""
-    if on_gpu:
-        return 0.0
-    import deepspeed
-    import torch
-
-    folder = re.sub(r"\W", "_", f"{torch.__version__}-{deepspeed.__version__}-{os.environ.get('TORCH_EXTENSIONS_DIR', '')}")
-    marker = cache_dir() / "ops" / folder
-    if marker.exists():
+    marker = cache_dir() / "ops" / op_build_name()
+    if on_gpu or marker.exists():
         return 0.0
     print("building DeepSpeed's CPU communication op (once, about a minute)", flush=True)
     started = time.monotonic()
@@ -225,7 +219,6 @@ def run_steps(args: argparse.Namespace, plan: Plan, *, on_gpu: bool) -> dict[str
 def summarise(plan: Plan, seconds: dict[str, float]) -> dict:
     """The summary of the three finished steps, with three prompts answered by the base, SFT and RLHF models."""
     from dschat.models.answers import greedy_answers
-    from dschat.tracking.summary import read_jsonl
 
     started = time.monotonic()
     judge = None
@@ -259,31 +252,6 @@ def summarise(plan: Plan, seconds: dict[str, float]) -> dict:
     return summary
 
 
-def print_summary(summary: dict) -> None:
-    """The summary as a table."""
-    sft, reward, ppo = summary["sft"], summary["reward"], summary["ppo"]
-    rows = [
-        ["SFT: held-out perplexity", f"{sft['perplexity_before']:.1f}", f"{sft['perplexity_after']:.1f}"],
-        [
-            "reward model: held-out accuracy",
-            f"{100 * reward['accuracy_before']:.1f}%",
-            f"{100 * reward['accuracy_after']:.1f}%",
-        ],
-        ["PPO: mean held-out score", f"{ppo['score_before']:.2f}", f"{ppo['score_after']:.2f}"],
-        ["  in standard deviations", "", f"{ppo['score_gain_sd']:+.2f}"],
-        ["  KL per answer, nats", "0.00", f"{ppo['kl']:.2f}"],
-        ["  answer length, tokens", f"{ppo['length_before']:.1f}", f"{ppo['length_after']:.1f}"],
-    ]
-    if "judge_before" in ppo:
-        rows.append(["  independent judge", f"{ppo['judge_before']:.3f}", f"{ppo['judge_after']:.3f}"])
-    print("\n" + table(rows, header=["", "before", "after"]))
-    for sample in summary["samples"]:
-        print(f"\n{sample['prompt']}")
-        for name in ("base", "sft", "rlhf"):
-            print(f"  {name.upper():5}{sample[name].strip()!r}")
-    print("\nseconds: " + ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in summary["seconds"].items()))
-
-
 def main() -> None:
     args = parse_args()
     import torch
@@ -302,7 +270,7 @@ def main() -> None:
     summary["seconds"]["total"] = total
     summary["seconds_not_counted"] = {"fetch_and_convert": prepare, "build_ops": build}
     write_json(path, summary)
-    print_summary(summary)
+    print(summary_text(summary))
     print(f"once only, not counted: fetching and converting {prepare:.0f} s, building ops {build:.0f} s")
     print(f"summary: {path}")
 

@@ -51,3 +51,38 @@ def gae(
         advantages[:, t] = following
         following_value = values[:, t]
     return advantages, advantages + values
+
+
+def group_advantages(
+    rewards: torch.Tensor, mask: torch.Tensor, *, estimator: str, num_samples: int, gamma: float
+) -> torch.Tensor:
+    """Advantages from the other answers to the same prompt, without a critic.
+
+    With R_i the sum of the rewards of answer i, KL penalty included, and the group its `num_samples` answers:
+    ``rloo``: R_i minus the mean R of the others (Ahmadian et al. 2024, equation 8), the same at every token.
+    ``grpo``: (R_i - mean) / standard deviation of the group (Shao et al. 2024, section 4.1.2), the same at every token.
+    ``reinforce_baseline``: the discounted rewards from each token on, minus the group's mean R (Hu et al. 2025,
+    REINFORCE++ with baseline; whitened afterwards).
+
+    Args:
+        rewards: [B, R], 0 outside the mask; the answers to one prompt are neighbours, and B divides by `num_samples`.
+        mask: [B, R], True on answer tokens.
+        num_samples: at least 2.
+
+    Returns:
+        [B, R], 0 outside the mask.
+    """
+    totals = rewards.sum(-1).view(-1, num_samples)
+    mean = totals.mean(-1, keepdim=True)
+    if estimator == "rloo":
+        # R_i - mean of the others = (R_i - mean of all) * n / (n - 1)
+        advantages = ((totals - mean) * (num_samples / (num_samples - 1))).view(-1, 1).expand_as(rewards)
+    elif estimator == "grpo":
+        advantages = ((totals - mean) / (totals.std(-1, keepdim=True) + 1e-6)).view(-1, 1).expand_as(rewards)
+    elif estimator == "reinforce_baseline":
+        zeros = torch.zeros_like(rewards)
+        reward_to_go, _ = gae(rewards, zeros, mask, gamma=gamma, lam=1.0)
+        advantages = reward_to_go - mean.expand_as(totals).reshape(-1, 1)
+    else:
+        raise ValueError(f"advantage estimator {estimator!r}: rloo, grpo and reinforce_baseline need no critic.")
+    return torch.where(mask.bool(), advantages, torch.zeros_like(rewards))

@@ -1,5 +1,7 @@
 """Checks of single options. Each returns the problems found: none, or one sentence that names the flag and its value."""
 
+from dschat.config.options import DataOptions, LoraOptions, ScheduleOptions
+
 
 def required(name: str, value: str) -> list[str]:
     """A problem where no model is named."""
@@ -24,3 +26,26 @@ def above(name: str, value, low) -> list[str]:
 def in_range(name: str, value, low, high) -> list[str]:
     """A problem unless `low` <= `value` <= `high`."""
     return [] if low <= value <= high else [f"{name} {value}: must lie between {low} and {high}."]
+
+
+def lora_problems(lora: LoraOptions, *, prefix: str = "--") -> list[str]:
+    """The problems of one model's LoRA options; `prefix` is that of their flags."""
+    found = at_least(f"{prefix}lora_dim", lora.lora_dim, 0)
+    found += above(f"{prefix}lora_alpha", lora.lora_alpha, 0)
+    return found + at_least(f"{prefix}lora_learning_rate", lora.lora_learning_rate, 0)
+
+
+def data_problems(data: DataOptions) -> list[str]:
+    """The problems of the data options."""
+    found = [] if data.data_path else ["--data_path names no data set."]
+    return found + above("--eval_fraction", data.eval_fraction, 0) + in_range(
+        "--eval_fraction", data.eval_fraction, 0.0, 0.9
+    )
+
+
+def schedule_problems(schedule: ScheduleOptions) -> list[str]:
+    """The problems of the schedule options."""
+    found = at_least("--gradient_accumulation_steps", schedule.gradient_accumulation_steps, 1)
+    found += at_least("--num_train_epochs", schedule.num_train_epochs, 0)
+    found += at_least("--max_train_steps", schedule.max_train_steps, 0)
+    return found + at_least("--num_warmup_steps", schedule.num_warmup_steps, 0)

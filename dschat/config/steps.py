@@ -1,14 +1,21 @@
 """One frozen dataclass a step: its option groups, the checks across them, and the sizes that follow from them."""
 
 from dataclasses import dataclass
-from typing import Literal, Optional
 
-from dschat.config.checks import above, at_least, in_range, required, zero_stage
+from dschat.config.checks import (
+    above,
+    at_least,
+    data_problems,
+    in_range,
+    lora_problems,
+    required,
+    schedule_problems,
+    zero_stage,
+)
 from dschat.config.options import (
     BatchOptions,
     DataOptions,
     LoraOptions,
-    ModelOptions,
     OneModelOptions,
     OptimOptions,
     RunOptions,
@@ -16,6 +23,20 @@ from dschat.config.options import (
     SystemOptions,
     flag,
 )
+from dschat.config.ppo_options import (
+    PPOAlgorithm,
+    PPOBatch,
+    PPOData,
+    PPOLora,
+    PPOModels,
+    PPOOptim,
+    PPORun,
+    PPOSampling,
+    PPOSchedule,
+    PPOSystem,
+)
+
+_OFFLOAD_NEEDS_ZERO = "--offload has no effect at ZeRO stage 0: give {} 2 or 3."
 
 
 @dataclass(frozen=True)
@@ -96,146 +117,6 @@ class RewardConfig:
 
 
 @dataclass(frozen=True)
-class PPOData(DataOptions):
-    unsupervised_dataset_name: Optional[str] = flag(
-        None, "Text for the PTX loss: a hub name, or a local .txt or .jsonl file with a field text."
-    )
-    unsupervised_dataset_config_name: Optional[str] = flag(None, "Configuration of the hub data set.")
-    unsup_coef: float = flag(27.8, "Weight of the PTX loss.")
-    preprocessing_num_workers: Optional[int] = flag(
-        None, "Accepted for compatibility, without effect: rows are tokenised as they are read."
-    )
-    max_prompt_seq_len: int = flag(256, "Longest prompt in tokens; longer ones lose their beginning.")
-    max_answer_seq_len: int = flag(256, "Most tokens generated per answer.")
-
-
-@dataclass(frozen=True)
-class PPOModels(ModelOptions):
-    actor_model_name_or_path: str = flag("", "The SFT model, folder or hub id. Required.")
-    critic_model_name_or_path: str = flag("", "The reward model; the critic starts from it. Required.")
-    enable_ema: bool = flag(False, "Keep an exponential moving average of the actor, saved as actor_ema.")
-    ema_decay: float = flag(0.992, "Decay of that average per optimizer step.")
-    num_padding_at_beginning: int = flag(
-        1, "Accepted for compatibility, without effect: positions come from the attention mask."
-    )
-
-
-@dataclass(frozen=True)
-class PPOBatch:
-    _argument_group_name = "batch"
-
-    per_device_generation_batch_size: int = flag(16, "Prompts per process and generation batch.")
-    per_device_training_batch_size: int = flag(16, "Rows per process and training micro-batch.")
-    per_device_eval_batch_size: int = flag(32, "Held-out prompts per process and batch.")
-    generation_batches: int = flag(1, "Generation batches per rollout.")
-    ppo_epochs: int = flag(1, "Passes over each rollout.")
-
-
-@dataclass(frozen=True)
-class PPOOptim:
-    _argument_group_name = "optimiser"
-
-    actor_learning_rate: float = flag(9.65e-6, "Peak learning rate of the actor.")
-    critic_learning_rate: float = flag(5e-6, "Peak learning rate of the critic.")
-    actor_weight_decay: float = flag(0.0, "AdamW weight decay of the actor's matrices.")
-    critic_weight_decay: float = flag(0.0, "AdamW weight decay of the critic's matrices.")
-    align_overflow: bool = flag(
-        False,
-        "Accepted for compatibility: where one engine's gradients are not finite, neither engine ever steps.",
-    )
-    compute_fp32_loss: bool = flag(False, "Accepted for compatibility: losses are always computed in fp32.")
-
-
-@dataclass(frozen=True)
-class PPOSchedule(ScheduleOptions):
-    num_warmup_steps: int = flag(100, "Optimizer steps of linear warm-up.")
-
-
-@dataclass(frozen=True)
-class PPOLora:
-    _argument_group_name = "LoRA"
-
-    actor_lora_dim: int = flag(0, "Rank of the actor's LoRA adapters; 0: none.")
-    actor_lora_module_name: Optional[str] = flag(None, "As --lora_module_name of step 1, for the actor.")
-    actor_lora_alpha: float = flag(1.0, "LoRA scale of the actor: lora_alpha / lora_dim.")
-    actor_lora_learning_rate: float = flag(5e-4, "Learning rate of the actor's adapters.")
-    critic_lora_dim: int = flag(0, "Rank of the critic's LoRA adapters; 0: none.")
-    critic_lora_module_name: Optional[str] = flag(None, "As --lora_module_name of step 1, for the critic.")
-    critic_lora_alpha: float = flag(1.0, "LoRA scale of the critic: lora_alpha / lora_dim.")
-    critic_lora_learning_rate: float = flag(5e-4, "Learning rate of the critic's adapters.")
-    only_optimize_lora: bool = flag(False, "Train the adapters and the critic's head only.")
-
-
-@dataclass(frozen=True)
-class PPOSystem:
-    _argument_group_name = "system"
-
-    actor_zero_stage: int = flag(0, "ZeRO stage of the actor (and the reference model), 0 to 3.")
-    critic_zero_stage: int = flag(0, "ZeRO stage of the critic (and the reward model), 0 to 3.")
-    offload: bool = flag(False, "Keep optimizer states (ZeRO-3: parameters too) in host memory.")
-    offload_reference_model: bool = flag(False, "Keep the reference model's weights in host memory (ZeRO-3).")
-    offload_reward_model: bool = flag(False, "Keep the reward model's weights in host memory (ZeRO-3).")
-    actor_gradient_checkpointing: bool = flag(False, "Recompute the actor's activations in backward.")
-    critic_gradient_checkpointing: bool = flag(False, "Recompute the critic's activations in backward.")
-    actor_dropout: Optional[float] = flag(None, "Accepted for compatibility: dropout is off in all four models.")
-    critic_dropout: Optional[float] = flag(None, "Accepted for compatibility: dropout is off in all four models.")
-    actor_freeze_layers: int = flag(0, "Freeze the actor's embeddings and this many of its lowest layers.")
-    critic_freeze_layers: int = flag(0, "Freeze the critic's embeddings and this many of its lowest layers.")
-    enable_hybrid_engine: bool = flag(False, "Generate with the Hybrid Engine.")
-    unpin_actor_parameters: bool = flag(False, "Hybrid Engine: free the gathered parameters after generation.")
-    release_inference_cache: bool = flag(False, "Hybrid Engine: free the KV cache after generation.")
-    inference_tp_size: int = flag(1, "Hybrid Engine: tensor-parallel processes in generation (actor ZeRO-3).")
-    tp_gather_partition_size: int = flag(8, "Hybrid Engine: layers gathered at a time under tensor parallelism.")
-    enable_mixed_precision_lora: bool = flag(False, "MixZ++: quantise frozen weights (actor LoRA and ZeRO-3).")
-
-
-@dataclass(frozen=True)
-class PPOSampling:
-    _argument_group_name = "sampling"
-
-    temperature: float = flag(1.0, "Sampling temperature of rollouts; logprobs are of the scaled softmax.")
-    top_p: float = flag(1.0, "Nucleus sampling of rollouts; below 1, ratio and KL are biased.")
-    top_k: int = flag(0, "Top-k sampling of rollouts; above 0, ratio and KL are biased.")
-    min_answer_len: int = flag(0, "No answer ends before this many tokens.")
-
-
-@dataclass(frozen=True)
-class PPOAlgorithm:
-    _argument_group_name = "PPO"
-
-    kl_coef: float = flag(0.1, "Weight of the KL penalty in the reward.")
-    kl_target: Optional[float] = flag(None, "KL per answer to steer to: makes --kl_coef adaptive.")
-    kl_horizon: int = flag(10000, "Answers over which an adaptive coefficient reacts.")
-    kl_estimator: Literal["k1", "k2", "k3"] = flag("k1", "KL estimator of the penalty.")
-    reward_clip: float = flag(5.0, "Scores are clipped to +- this, in units after normalisation.")
-    normalize_reward: bool = flag(
-        True, "Divide scores by their standard deviation over the SFT model's answers to held-out prompts."
-    )
-    missing_eos_penalty: float = flag(0.0, "Subtracted from the score of an answer that did not end by itself.")
-    cliprange: float = flag(0.2, "Clip range of the probability ratio.")
-    cliprange_value: float = flag(0.2, "Clip range of the value update, in normalised reward units.")
-    gamma: float = flag(1.0, "Discount per token.")
-    lam: float = flag(0.95, "GAE lambda.")
-    whiten_advantages: bool = flag(True, "Whiten advantages over the whole rollout and all processes.")
-    entropy_coef: float = flag(0.0, "Weight of the entropy bonus.")
-    target_kl: Optional[float] = flag(
-        None, "Stop the remaining epochs of a rollout when the approximate KL to its policy exceeds this."
-    )
-    critic_warmup_steps: int = flag(0, "Rollouts in which only the critic learns.")
-
-
-@dataclass(frozen=True)
-class PPORun(RunOptions):
-    tensorboard_path: str = flag("step3_tensorboard", "Folder of the TensorBoard events.")
-    print_answers: bool = flag(False, "Print prompts and answers of every process.")
-    print_answers_interval: int = flag(1, "Rollouts between printed answers.")
-    enable_test_mode: bool = flag(False, "Stop after --test_stop_step rollouts.")
-    test_stop_step: int = flag(0, "Rollouts after which a test run stops.")
-    eval_interval: int = flag(0, "Evaluate on held-out prompts every so many rollouts; 0: before and after only.")
-    eval_prompts: int = flag(128, "Held-out prompts used in evaluation.")
-
-
-@dataclass(frozen=True)
 class PPOConfig:
     """Step 3, PPO."""
 
@@ -269,7 +150,20 @@ class PPOConfig:
     @property
     def rollout_rows(self) -> int:
         """Answers per process and rollout."""
-        return self.batch.per_device_generation_batch_size * self.batch.generation_batches
+        batch = self.batch
+        return batch.per_device_generation_batch_size * batch.generation_batches * batch.num_samples_per_prompt
+
+    @property
+    def has_critic(self) -> bool:
+        """Whether a critic is built and trained."""
+        return self.ppo.advantage_estimator == "gae"
+
+    @property
+    def reward_models(self) -> list[str]:
+        """Folders or hub ids of the reward models; empty where functions alone reward."""
+        if self.model.reward_model_name_or_path or self.model.reward_fn:
+            return self.model.reward_model_name_or_path
+        return [self.model.critic_model_name_or_path]
 
     @property
     def updates_per_rollout(self) -> int:
@@ -277,15 +171,21 @@ class PPOConfig:
         window = self.batch.per_device_training_batch_size * self.schedule.gradient_accumulation_steps
         return self.rollout_rows // window * self.batch.ppo_epochs
 
+    def num_rollouts(self, rollouts_per_epoch: int) -> int:
+        """Rollouts of the run."""
+        total = self.schedule.max_train_steps or rollouts_per_epoch * self.schedule.num_train_epochs
+        return min(total, self.run.test_stop_step) if self.run.enable_test_mode and self.run.test_stop_step else total
+
     def problems(self) -> list[str]:
         """Everything that is wrong with these options, one sentence each."""
         found = required("--actor_model_name_or_path", self.model.actor_model_name_or_path)
-        found += required("--critic_model_name_or_path", self.model.critic_model_name_or_path)
-        found += _data_problems(self.data) + _schedule_problems(self.schedule)
+        if self.has_critic or not (self.model.reward_model_name_or_path or self.model.reward_fn):
+            found += required("--critic_model_name_or_path", self.model.critic_model_name_or_path)
+        found += data_problems(self.data) + schedule_problems(self.schedule)
         for name in ("actor_zero_stage", "critic_zero_stage"):
             found += zero_stage("--" + name, getattr(self.system, name))
         for role in ("actor", "critic"):
-            found += _lora_problems(getattr(self, f"{role}_lora"), prefix=f"--{role}_")
+            found += lora_problems(getattr(self, f"{role}_lora"), prefix=f"--{role}_")
             for name in (f"{role}_learning_rate", f"{role}_weight_decay"):
                 found += at_least("--" + name, getattr(self.optim, name), 0)
             found += at_least(f"--{role}_freeze_layers", getattr(self.system, f"{role}_freeze_layers"), 0)
@@ -301,6 +201,7 @@ class PPOConfig:
             "per_device_eval_batch_size",
             "generation_batches",
             "ppo_epochs",
+            "num_samples_per_prompt",
         ):
             found += at_least("--" + name, getattr(self.batch, name), 1)
         for name in ("max_prompt_seq_len", "max_answer_seq_len"):
@@ -309,8 +210,8 @@ class PPOConfig:
         if not found and self.rollout_rows % window:
             found.append(
                 f"A rollout of {self.rollout_rows} rows per process (--per_device_generation_batch_size x "
-                f"--generation_batches) is no multiple of an optimizer step of {window} rows "
-                "(--per_device_training_batch_size x --gradient_accumulation_steps): change one of the four."
+                f"--generation_batches x --num_samples_per_prompt) is no multiple of an optimizer step of {window} rows "
+                "(--per_device_training_batch_size x --gradient_accumulation_steps): change one of the five."
             )
         return found
 
@@ -322,12 +223,32 @@ class PPOConfig:
                 f"--inference_tp_size {system.inference_tp_size} needs --actor_zero_stage 3, "
                 f"not {system.actor_zero_stage}."
             )
+        if system.offload and not (system.actor_zero_stage or system.critic_zero_stage):
+            found.append(_OFFLOAD_NEEDS_ZERO.format("--actor_zero_stage or --critic_zero_stage"))
         if system.enable_mixed_precision_lora and not (self.lora.actor_lora_dim and system.actor_zero_stage == 3):
             found.append("--enable_mixed_precision_lora needs --actor_lora_dim above 0 and --actor_zero_stage 3.")
         return found
 
+    def _reward_problems(self) -> list[str]:
+        found, model = [], self.model
+        num_rewards = len(self.reward_models) + len(model.reward_fn)
+        if model.reward_weights and len(model.reward_weights) != num_rewards:
+            found.append(
+                f"--reward_weights gives {len(model.reward_weights)} weights for {num_rewards} rewards: one each."
+            )
+        for name in model.reward_fn:
+            file, _, function = name.rpartition(":")
+            if not (file.endswith(".py") and function.isidentifier()):
+                found.append(f"--reward_fn {name}: expected file.py:function.")
+        if not self.has_critic and self.batch.num_samples_per_prompt < 2:
+            found.append(
+                f"--advantage_estimator {self.ppo.advantage_estimator} compares answers to one prompt: give "
+                "--num_samples_per_prompt 2 or more."
+            )
+        return found
+
     def _algorithm_problems(self) -> list[str]:
-        ppo, sampling, found = self.ppo, self.sampling, []
+        ppo, sampling, found = self.ppo, self.sampling, self._reward_problems()
         for name in ("kl_coef", "missing_eos_penalty", "entropy_coef", "critic_warmup_steps"):
             found += at_least("--" + name, getattr(ppo, name), 0)
         for name in ("reward_clip", "cliprange", "cliprange_value", "kl_horizon"):
@@ -364,11 +285,13 @@ def _system_twin(system: PPOSystem, role: str) -> SystemOptions:
 
 def _single_model_problems(config) -> list[str]:
     found = required("--model_name_or_path", config.model.model_name_or_path)
-    found += _data_problems(config.data) + _schedule_problems(config.schedule)
+    found += data_problems(config.data) + schedule_problems(config.schedule)
     found += zero_stage("--zero_stage", config.system.zero_stage)
-    found += _lora_problems(config.lora)
+    found += lora_problems(config.lora)
     if config.lora.only_optimize_lora and config.lora.lora_dim == 0:
         found.append("--only_optimize_lora needs adapters: give --lora_dim above 0.")
+    if config.system.offload and config.system.zero_stage == 0:
+        found.append(_OFFLOAD_NEEDS_ZERO.format("--zero_stage"))
     found += at_least("--freeze_layers", config.system.freeze_layers, 0)
     for name in ("learning_rate", "weight_decay"):
         found += at_least("--" + name, getattr(config.optim, name), 0)
@@ -378,23 +301,3 @@ def _single_model_problems(config) -> list[str]:
     if config.system.dropout is not None:
         found += in_range("--dropout", config.system.dropout, 0.0, 1.0)
     return found
-
-
-def _lora_problems(lora: LoraOptions, *, prefix: str = "--") -> list[str]:
-    found = at_least(f"{prefix}lora_dim", lora.lora_dim, 0)
-    found += above(f"{prefix}lora_alpha", lora.lora_alpha, 0)
-    return found + at_least(f"{prefix}lora_learning_rate", lora.lora_learning_rate, 0)
-
-
-def _data_problems(data: DataOptions) -> list[str]:
-    found = [] if data.data_path else ["--data_path names no data set."]
-    return found + above("--eval_fraction", data.eval_fraction, 0) + in_range(
-        "--eval_fraction", data.eval_fraction, 0.0, 0.9
-    )
-
-
-def _schedule_problems(schedule: ScheduleOptions) -> list[str]:
-    found = at_least("--gradient_accumulation_steps", schedule.gradient_accumulation_steps, 1)
-    found += at_least("--num_train_epochs", schedule.num_train_epochs, 0)
-    found += at_least("--max_train_steps", schedule.max_train_steps, 0)
-    return found + at_least("--num_warmup_steps", schedule.num_warmup_steps, 0)

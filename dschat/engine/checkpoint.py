@@ -1,5 +1,7 @@
 """Saving models as Hugging Face folders."""
 
+from pathlib import Path
+
 import torch
 
 from dschat.engine.zero import full_tensors
@@ -9,7 +11,9 @@ from dschat.tracking import dist
 from dschat.tracking.log import logger
 
 
-def save_model(model: torch.nn.Module, tokenizer, path: str, *, generation_config=None) -> None:
+def save_model(
+    model: torch.nn.Module, tokenizer, path: str | Path, *, tensors: dict[str, torch.Tensor] | None = None
+) -> None:
     """Write a complete Hugging Face folder: weights (adapters merged), configuration, tokenizer, chat template.
 
     Works under every ZeRO stage: parameters are gathered one at a time. The folder appears whole or not at all.
@@ -17,12 +21,12 @@ def save_model(model: torch.nn.Module, tokenizer, path: str, *, generation_confi
 
     Args:
         model: a transformers model, not its engine nor a wrapper.
-        generation_config: saved instead of the model's own.
+        tensors: what ``full_tensors`` gave, to be saved instead of the model's weights as they are.
     """
-    tensors = full_tensors(model)
+    tensors = full_tensors(model) if tensors is None else tensors
     if dist.is_main():
         if has_lora(model):
             tensors = merged_state_dict(model, tensors)
-        save_pretrained_folder(model, tensors, tokenizer, path, generation_config=generation_config)
+        save_pretrained_folder(model, tensors, tokenizer, path)
         logger.info(f"saved {path}")
     dist.barrier()

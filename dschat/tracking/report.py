@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 from pathlib import Path
 
 import torch
@@ -35,6 +36,13 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[name] = "not installed"
     return found
+
+
+def op_build_name() -> str:
+    """A file name for the versions and the folder that compiled DeepSpeed ops belong to."""
+    found = versions()
+    folder = os.environ.get("TORCH_EXTENSIONS_DIR", "")
+    return re.sub(r"[^A-Za-z0-9.]+", "_", f"{found['torch']}-{found['deepspeed']}-{found['python']}-{folder}")
 
 
 def table(rows: list[list[str]], *, header: list[str]) -> str:

@@ -6,6 +6,8 @@ from typing import Callable, Optional
 
 import numpy as np
 
+from dschat.tracking.report import table
+
 BOOTSTRAP_RESAMPLES = 10_000
 
 
@@ -68,3 +70,28 @@ def ppo_section(folder: str | Path, *, judge: Optional[Callable[[str], float]] =
             "judge_gain_lower95": paired_lower_bound(*opinions),
         }
     return section
+
+
+def summary_text(summary: dict) -> str:
+    """A pipeline's summary as a table, three prompts with their answers, and the seconds of each stage."""
+    sft, reward, ppo = summary["sft"], summary["reward"], summary["ppo"]
+    rows = [
+        ["SFT: held-out perplexity", f"{sft['perplexity_before']:.1f}", f"{sft['perplexity_after']:.1f}"],
+        [
+            "reward model: held-out accuracy",
+            f"{100 * reward['accuracy_before']:.1f}%",
+            f"{100 * reward['accuracy_after']:.1f}%",
+        ],
+        ["PPO: mean held-out score", f"{ppo['score_before']:.2f}", f"{ppo['score_after']:.2f}"],
+        ["  in standard deviations", "", f"{ppo['score_gain_sd']:+.2f}"],
+        ["  KL per answer, nats", "0.00", f"{ppo['kl']:.2f}"],
+        ["  answer length, tokens", f"{ppo['length_before']:.1f}", f"{ppo['length_after']:.1f}"],
+    ]
+    if "judge_before" in ppo:
+        rows.append(["  independent judge", f"{ppo['judge_before']:.3f}", f"{ppo['judge_after']:.3f}"])
+    lines = ["", table(rows, header=["", "before", "after"])]
+    for sample in summary["samples"]:
+        lines += ["", sample["prompt"]]
+        lines += [f"  {name.upper():5}{sample[name].strip()!r}" for name in ("base", "sft", "rlhf")]
+    seconds = ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in summary["seconds"].items())
+    return "\n".join([*lines, "", f"seconds: {seconds}"])

@@ -9,7 +9,7 @@ import torch
 
 from dschat.tracking import dist
 from dschat.tracking.log import logger
-from dschat.trainers.rollout import exact_kl, generate, sampling_config, score
+from dschat.trainers.rollout import exact_kl, generate, sampling_config
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class PolicyEvaluator:
     def __init__(
         self,
         engines,
+        rewards,
         loader,
         tokenizer,
         *,
@@ -49,16 +50,12 @@ class PolicyEvaluator:
     ):
         """
         Args:
+            rewards: Answers to scores [B].
             loader: PromptBatches in the data set's order.
             output_dir: answers go to evaluation/rollout_N.jsonl below it; None: nowhere.
         """
-        self.engines, self.loader, self.tokenizer, self.seed, self.output_dir = (
-            engines,
-            loader,
-            tokenizer,
-            seed,
-            output_dir,
-        )
+        self.engines, self.rewards, self.loader, self.tokenizer = engines, rewards, loader, tokenizer
+        self.seed, self.output_dir = seed, output_dir
         self.generation = sampling_config(
             max_new_tokens=max_new_tokens, eos_token_ids=eos_token_ids, pad_token_id=tokenizer.pad_token_id
         )
@@ -82,7 +79,7 @@ class PolicyEvaluator:
                 answers = generate(engines.actor, prompts.to(device), generation=self.generation)
                 unused = self.generation.max_new_tokens - answers.tokens.shape[1]
                 columns = (
-                    score(engines.reward, answers),
+                    self.rewards(answers),
                     exact_kl(engines, answers),
                     answers.response_mask.sum(-1),
                     answers.ended.long(),

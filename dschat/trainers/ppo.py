@@ -1,25 +1,26 @@
-"""PPO on the four engines: generate experience, then learn from it.
+"""PPO on DeepSpeed engines: generate experience, then learn from it.
 
-    PromptBatch -> generate -> Answers -> make_experience -> Experience -> ppo_epochs x minibatches of
-    policy_loss and value_loss.
+    PromptBatch -> generate -> Answers -> rewards -> make_experience -> Experience
+        -> ppo_epochs x shuffled minibatches of policy_loss and value_loss (and, if asked, a PTX loss).
 """
 
-import itertools
 import time
+from typing import Callable, Iterator
 
 import torch
 
 from dschat.algorithms.kl import KLController
 from dschat.algorithms.logprobs import token_logprobs
-from dschat.algorithms.losses import policy_loss, value_loss
+from dschat.algorithms.losses import lm_loss_rows, policy_loss, value_loss
 from dschat.algorithms.masks import masked_sum
-from dschat.algorithms.types import Experience, PromptBatch
+from dschat.algorithms.types import Experience, PromptBatch, TextBatch
 from dschat.config.steps import PPOConfig
+from dschat.engine.ema import MovingAverage
 from dschat.engine.optim import step_together
+from dschat.models.causal_lm import forward_logits
 from dschat.tracking import dist
 from dschat.tracking.log import logger
-from dschat.tracking.metrics import MetricsWriter
-from dschat.tracking.progress import Progress, memory_gib
+from dschat.tracking.progress import memory_gib
 from dschat.trainers.ppo_stats import UpdateTotals, rollout_metrics
 from dschat.trainers.rlhf_engine import DeepSpeedRLHFEngine
 from dschat.trainers.rollout import (
@@ -29,32 +30,40 @@ from dschat.trainers.rollout import (
     concatenate,
     generate,
     make_experience,
-    print_answers,
     sampling_config,
     trim,
     whiten,
 )
 
+WHITENED = ("gae", "reinforce_baseline")
+
 
 class DeepSpeedPPOTrainer:
-    """Proximal policy optimisation of the actor against the reward model, with a critic and a KL penalty."""
+    """Proximal policy optimisation of the actor against rewards, with a critic and a KL penalty.
+
+    With a critic-free --advantage_estimator the same loop runs without a critic.
+    """
 
     def __init__(
         self,
         engines: DeepSpeedRLHFEngine,
         config: PPOConfig,
+        rewards: Callable[[Answers], torch.Tensor],
         *,
         eos_token_ids: tuple[int, ...],
         pad_token_id: int,
         score_std: float = 1.0,
+        ptx: Iterator[TextBatch] | None = None,
     ):
         """
         Args:
+            rewards: Answers to scores [B].
             eos_token_ids: the ids that end an answer.
             score_std: scores are divided by it; one constant for the whole run.
+            ptx: endless batches of general text for the PTX loss.
         """
-        self.engines, self.config, self.score_std = engines, config, score_std
-        self.pad_token_id = pad_token_id
+        self.engines, self.config, self.rewards, self.score_std = engines, config, rewards, score_std
+        self.pad_token_id, self.ptx = pad_token_id, ptx
         self.generation = sampling_config(
             max_new_tokens=config.data.max_answer_seq_len,
             eos_token_ids=eos_token_ids,
@@ -62,6 +71,7 @@ class DeepSpeedPPOTrainer:
             sampling=config.sampling,
         )
         self.kl = KLController(config.ppo.kl_coef, config.ppo.kl_target, config.ppo.kl_horizon)
+        self.ema = MovingAverage(engines.actor, decay=config.model.ema_decay) if config.model.enable_ema else None
         self.rollouts = 0
         self._order = torch.Generator().manual_seed(config.run.seed + 7919 * dist.rank())
 
@@ -70,19 +80,19 @@ class DeepSpeedPPOTrainer:
 
         Returns:
             The Experience of all rows of this process, the answers batch by batch, and metrics over all processes.
+
+        Raises:
+            ValueError: every answer is empty, or the KL is not finite. RewardFailure: a reward failed.
         """
         started = time.monotonic()
-        answers = [
-            generate(self.engines.actor, prompts.to(self.engines.actor.device), generation=self.generation)
-            for prompts in batches
-        ]
+        answers = [self._generate(prompts) for prompts in batches]
         generated = time.monotonic()
         pieces = [
             make_experience(
                 self.engines,
                 batch,
-                ppo=self.config.ppo,
-                temperature=self.config.sampling.temperature,
+                self.rewards(batch),
+                config=self.config,
                 score_std=self.score_std,
                 kl_coef=self.kl.coef,
             )
@@ -91,11 +101,16 @@ class DeepSpeedPPOTrainer:
         experience = concatenate(pieces, pad_token_id=self.pad_token_id)
         ended = torch.cat([batch.ended for batch in answers])
         metrics = rollout_metrics(
-            experience, ended, score_std=self.score_std, reward_clip=self.config.ppo.reward_clip
+            experience,
+            ended,
+            score_std=self.score_std,
+            reward_clip=self.config.ppo.reward_clip,
+            has_critic=self.config.has_critic,
         )
         metrics["kl_coef"] = self.kl.coef
+        self._check(metrics)
         self.kl.update(metrics["objective/kl"], len(ended) * dist.world_size())
-        if self.config.ppo.whiten_advantages:
+        if self.config.ppo.whiten_advantages and self.config.ppo.advantage_estimator in WHITENED:
             experience = whiten(experience)
         metrics["time/generate_s"] = generated - started
         metrics["time/score_s"] = time.monotonic() - generated
@@ -106,55 +121,86 @@ class DeepSpeedPPOTrainer:
         started = time.monotonic()
         self.engines.train()
         totals = UpdateTotals()
-        stopped = False
-        for _ in range(self.config.batch.ppo_epochs):
-            for window in self._windows(experience):
-                stopped = self._optimizer_step(window, totals)
-                if stopped:
-                    break
-            if stopped:
+        for window in self._windows(experience):
+            if self.optimizer_step(window, totals):
                 break
         self.rollouts += 1
-        return {
-            **totals.means(),
-            "grad_norm/actor": float(self.engines.actor.get_global_grad_norm() or 0.0),
-            "grad_norm/critic": float(self.engines.critic.get_global_grad_norm() or 0.0),
-            "lr/actor": self.engines.actor.get_lr()[0],
-            "lr/critic": self.engines.critic.get_lr()[0],
-            "time/train_s": time.monotonic() - started,
-            "perf/mem_gib": memory_gib()[0],
-        }
+        metrics = totals.means()
+        for role, engine in (("actor", self.engines.actor), ("critic", self.engines.critic)):
+            if engine is not None:
+                metrics[f"grad_norm/{role}"] = float(engine.get_global_grad_norm() or 0.0)
+                metrics[f"lr/{role}"] = engine.get_lr()[0]
+        return {**metrics, "time/train_s": time.monotonic() - started, "perf/mem_gib": memory_gib()[0]}
 
-    def _windows(self, experience: Experience):
-        """The micro-batches of each optimizer step of one epoch; sizes divide, which the configuration has checked."""
-        rows = self.config.batch.per_device_training_batch_size
-        steps = self.config.schedule.gradient_accumulation_steps
-        order = torch.randperm(len(experience.scores), generator=self._order).to(experience.scores.device)
-        for index in order.view(-1, steps, rows):
-            yield [trim(experience.rows(micro)) for micro in index]
+    def optimizer_step(self, window: list[Experience], totals: UpdateTotals) -> bool:
+        """One optimizer step of actor and critic on the micro-batches of `window`.
 
-    def _optimizer_step(self, window: list[Experience], totals: UpdateTotals) -> bool:
-        """One optimizer step of critic and actor; True where --target_kl then ends the updates of this rollout."""
+        Returns:
+            True where --target_kl ends the updates on this rollout.
+
+        Raises:
+            ValueError: a loss is not finite; no engine has stepped.
+        """
         tokens = dist.all_reduce(torch.stack([batch.response_mask.sum() for batch in window]).sum())
         # DeepSpeed averages gradients over processes and divides by the accumulation steps; undo both.
-        scale = dist.world_size() * len(window) / tokens
+        undo = dist.world_size() * len(window)
         actor, critic = self.engines.actor, self.engines.critic
-        learning = [critic] if self.rollouts < self.config.ppo.critic_warmup_steps else [actor, critic]
+        warming_up = self.config.has_critic and self.rollouts < self.config.ppo.critic_warmup_steps
+        learning = [critic] if warming_up else self.engines.trained
         approx_kl = torch.zeros((), device=tokens.device)
         for batch in window:
             if actor in learning:
                 loss, sums, ratio_max = self._actor_loss(batch)
-                actor.backward(loss * scale)
+                self._check_loss("policy", loss)
+                self._backward_actor(loss * undo / tokens, totals, undo)
                 totals.add(sums, batch.response_mask.sum(), ratio_max)
                 approx_kl += sums["policy/approx_kl"]
-            loss, sums = self._critic_loss(batch)
-            critic.backward(loss * scale)
-            totals.add(sums, batch.response_mask.sum())
+            if critic is not None:
+                loss, sums = self._critic_loss(batch)
+                self._check_loss("value", loss)
+                critic.backward(loss * undo / tokens)
+                totals.add(sums, batch.response_mask.sum())
+            boundary = actor.is_gradient_accumulation_boundary()
             if not step_together(*learning):
                 logger.info(f"rollout {self.rollouts + 1}: gradients are not finite, so no engine stepped")
                 totals.skipped += 1
+            elif self.ema is not None and boundary and actor in learning:
+                self.ema.update()
         target = self.config.ppo.target_kl
         return target is not None and (dist.all_reduce(approx_kl) / tokens).item() > target
+
+    def _generate(self, prompts: PromptBatch) -> Answers:
+        device, samples = self.engines.actor.device, self.config.batch.num_samples_per_prompt
+        index = torch.arange(len(prompts.index)).repeat_interleave(samples)
+        return generate(self.engines.actor, prompts.rows(index).to(device), generation=self.generation)
+
+    def _windows(self, experience: Experience):
+        """The micro-batches of each optimizer step; sizes divide, which the configuration has checked."""
+        rows = self.config.batch.per_device_training_batch_size
+        steps = self.config.schedule.gradient_accumulation_steps
+        for _ in range(self.config.batch.ppo_epochs):
+            order = torch.randperm(len(experience.scores), generator=self._order).to(experience.scores.device)
+            for index in order.view(-1, steps, rows):
+                yield [trim(experience.rows(micro)) for micro in index]
+
+    def _backward_actor(self, loss: torch.Tensor, totals: UpdateTotals, undo: int) -> None:
+        """Backward of the policy loss and, if asked, of the PTX loss behind it, as one micro-step of the engine."""
+        actor = self.engines.actor
+        if self.ptx is None:
+            actor.backward(loss)
+            return
+        boundary = actor.is_gradient_accumulation_boundary()
+        actor.set_gradient_accumulation_boundary(False)
+        actor.backward(loss)
+        actor.set_gradient_accumulation_boundary(boundary)
+        batch = next(self.ptx).to(actor.device)
+        logits = forward_logits(actor, actor.module, input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+        nll, tokens = (rows.sum() for rows in lm_loss_rows(logits, batch.labels))
+        self._check_loss("PTX", nll)
+        # A mean over this micro-batch of all processes, and over the micro-batches of the step.
+        share = undo / self.config.schedule.gradient_accumulation_steps / dist.all_reduce(tokens)
+        actor.backward(self.config.data.unsup_coef * nll * share)
+        totals.add({"ptx/loss": nll}, tokens)
 
     def _actor_loss(self, batch: Experience) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
         """The loss sum, sums to log, and the largest ratio."""
@@ -188,64 +234,23 @@ class DeepSpeedPPOTrainer:
         )
         return loss, {"value/loss": loss, "value/clipfrac": stats["clipped"]}
 
+    def _check(self, metrics: dict[str, float]) -> None:
+        where = f"rollout {self.rollouts + 1}"
+        if metrics["response/length_max"] <= 1 and metrics["response/eos_rate"] == 1:
+            raise ValueError(
+                f"{where}: every answer is empty (its first token ends it). Give --min_answer_len, or look at what "
+                "--actor_model_name_or_path was trained to answer to such prompts."
+            )
+        if not abs(metrics["objective/kl"]) < float("inf"):
+            raise ValueError(
+                f"{where}: the KL to the reference is {metrics['objective/kl']}. Lower --actor_learning_rate or raise "
+                "--kl_coef; with --dtype fp16 take bf16 or fp32."
+            )
 
-def train_ppo(
-    trainer: DeepSpeedPPOTrainer, loader, evaluator, *, rollouts: int, metrics: MetricsWriter, tokenizer
-) -> None:
-    """`rollouts` times: generate experience, learn from it, report.
-
-    Args:
-        loader: PromptBatches; its sampler has ``set_epoch``, and an epoch is a whole number of rollouts.
-        evaluator: has ``evaluate(rollout) -> metrics``.
-    """
-    run = trainer.config.run
-    progress = Progress("PPO", rollouts, interval_s=run.log_interval_s)
-    for step, batches in zip(range(1, rollouts + 1), _rollout_batches(loader, trainer.config.batch.generation_batches)):
-        experience, answers, values = trainer.generate_experience(batches)
-        if run.print_answers and (step - 1) % run.print_answers_interval == 0:
-            print_answers(answers, experience.scores, tokenizer)
-        values |= trainer.train_rlhf(experience)
-        values |= _speed(experience, values)
-        if step == rollouts or (run.eval_interval and step % run.eval_interval == 0):
-            values |= evaluator.evaluate(step)
-        metrics.write(step, values, tensorboard=_pipeline_tags(values, trainer.config))
-        progress.update(step, _shown(values))
-
-
-def _rollout_batches(loader, generation_batches: int):
-    """Lists of `generation_batches` prompt batches, epoch after epoch."""
-    for epoch in itertools.count():
-        loader.sampler.set_epoch(epoch)
-        batches = iter(loader)
-        while window := list(itertools.islice(batches, generation_batches)):
-            yield window
-
-
-def _speed(experience: Experience, values: dict[str, float]) -> dict[str, float]:
-    tokens = dist.all_reduce(experience.attention_mask.sum()).item()
-    seconds = values["time/generate_s"] + values["time/score_s"] + values["time/train_s"]
-    return {"perf/tokens_per_s": tokens / seconds}
-
-
-def _pipeline_tags(values: dict[str, float], config: PPOConfig) -> dict[str, float]:
-    """DeepSpeed-Chat's TensorBoard tags: means, and sums over the micro-batches of a process."""
-    micro_batches = config.updates_per_rollout * config.schedule.gradient_accumulation_steps
-    actor, critic = values.get("policy/loss", 0.0), values["value/loss"]
-    return {
-        "reward": values["objective/score"],
-        "actor_loss": actor,
-        "actor_loss_sum": actor * micro_batches,
-        "critic_loss": critic,
-        "critic_loss_sum": critic * micro_batches,
-    }
-
-
-def _shown(values: dict[str, float]) -> dict[str, str]:
-    return {
-        "score": f"{values['objective/score']:.3f}",
-        "KL": f"{values['objective/kl']:.2f}",
-        "len": f"{values['response/length_mean']:.1f}",
-        "ev": f"{values['value/explained_variance']:.2f}",
-        "s gen/score/train": "/".join(f"{values[f'time/{phase}_s']:.1f}" for phase in ("generate", "score", "train")),
-        "tok/s": f"{values['perf/tokens_per_s']:,.0f}",
-    }
+    def _check_loss(self, name: str, loss: torch.Tensor) -> None:
+        # All processes see the same sum, so that all stop together.
+        if not torch.isfinite(dist.all_reduce(loss)):
+            raise ValueError(
+                f"rollout {self.rollouts + 1}: the {name} loss is {loss.item()}, which is not finite; the weights are "
+                "as before. Lower --actor_learning_rate or --critic_learning_rate; with --dtype fp16 take bf16 or fp32."
+            )

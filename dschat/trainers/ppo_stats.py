@@ -9,7 +9,7 @@ from dschat.tracking import dist
 
 
 def rollout_metrics(
-    experience: Experience, ended: torch.Tensor, *, score_std: float, reward_clip: float
+    experience: Experience, ended: torch.Tensor, *, score_std: float, reward_clip: float, has_critic: bool
 ) -> dict[str, float]:
     """Statistics of one rollout, before advantages are whitened.
 
@@ -37,16 +37,18 @@ def rollout_metrics(
     scores, rows, advantages, value_sum, value_sums = reduced
     score_mean, spread = mean_and_std(scores)
     advantage_mean, advantage_std = mean_and_std(advantages)
-    return {
+    metrics = {
         "objective/score": score_mean.item(),
         "objective/score_std": spread.item(),
         **dict(zip(per_row, (rows / scores[0]).tolist())),
         "response/length_max": dist.all_reduce(lengths.max(), "max").item(),
-        "value/mean": (value_sum / advantages[0]).item(),
-        "value/explained_variance": explained_variance(value_sums),
         "advantage/mean": advantage_mean.item(),
         "advantage/std": advantage_std.item(),
     }
+    if has_critic:
+        metrics["value/mean"] = (value_sum / advantages[0]).item()
+        metrics["value/explained_variance"] = explained_variance(value_sums)
+    return metrics
 
 
 class UpdateTotals:

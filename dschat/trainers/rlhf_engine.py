@@ -20,64 +20,80 @@ from dschat.models.reward_model import load_reward_model
 from dschat.tracking import dist
 from dschat.tracking.log import logger
 
-LOADERS = {
-    "actor": (load_causal_lm, "actor_model_name_or_path"),
-    "ref": (load_causal_lm, "actor_model_name_or_path"),
-    "critic": (load_reward_model, "critic_model_name_or_path"),
-    "reward": (load_reward_model, "critic_model_name_or_path"),
-}
-
 
 class DeepSpeedRLHFEngine:
     """Actor, reference, reward and critic engines.
 
-    Actor and reference start from the SFT model, critic and reward from the reward model. The critic comes last,
-    by ``build_critic``, since its head is scaled by what the first three say of the rewards' spread.
+    Actor and reference start from the SFT model; the critic from --critic_model_name_or_path, which is also the
+    reward unless others are named. The critic comes last, by ``build_critic``, since its head is scaled by what the
+    first three say of the rewards' spread; critic-free estimators build none.
     """
 
-    def __init__(self, config: PPOConfig, *, tokenizer, critic_tokenizer, dtype: str, total_steps: int):
+    def __init__(self, config: PPOConfig, *, tokenizer, dtype: str, total_steps: int):
         """
         Args:
+            tokenizer: the actor's.
             dtype: "fp16", "bf16" or "fp32".
             total_steps: optimizer steps of the run, the schedules' length.
         """
         self._config, self._dtype, self._total_steps = config, dtype, total_steps
-        self._tokenizers = {"actor": tokenizer, "ref": tokenizer, "critic": critic_tokenizer, "reward": critic_tokenizer}
-        self.actor = self._training_engine("actor")
-        self.ref = self._inference_engine("ref", offload=config.system.offload_reference_model)
-        self.reward = self._inference_engine("reward", offload=config.system.offload_reward_model)
+        path = config.model.actor_model_name_or_path
+        source = (load_causal_lm, path, "--actor_model_name_or_path", tokenizer)
+        self.actor = self._training_engine("actor", source)
+        self.ref = self._inference_engine(
+            source, stage=config.system.actor_zero_stage, offload=config.system.offload_reference_model
+        )
+        self.rewards: list = []
         self.critic = None
 
-    def build_critic(self, *, score_std: float) -> None:
+    def add_reward(self, path: str, *, flag: str, tokenizer):
+        """Load a reward model behind an engine, and return the engine."""
+        system = self._config.system
+        engine = self._inference_engine(
+            (load_reward_model, path, flag, tokenizer),
+            stage=system.critic_zero_stage,
+            offload=system.offload_reward_model,
+        )
+        self.rewards.append(engine)
+        return engine
+
+    def build_critic(self, *, tokenizer, score_std: float) -> None:
         """Build the critic, its values divided by `score_std`: exact, since the head has no bias."""
-        self.critic = self._training_engine("critic", score_std=score_std)
+        path = self._config.model.critic_model_name_or_path
+        source = (load_reward_model, path, "--critic_model_name_or_path", tokenizer)
+        self.critic = self._training_engine("critic", source, score_std=score_std)
+
+    @property
+    def trained(self) -> list:
+        """The engines that learn."""
+        return [engine for engine in (self.actor, self.critic) if engine is not None]
 
     def eval(self) -> None:
         """Switch all engines to evaluation."""
-        for engine in (self.actor, self.ref, self.critic, self.reward):
-            if engine is not None:
-                engine.eval()
+        for engine in (*self.trained, self.ref, *self.rewards):
+            engine.eval()
 
     def train(self) -> None:
         """Switch the engines that learn to training (dropout stays off; checkpointing needs it)."""
-        self.actor.train()
-        self.critic.train()
+        for engine in self.trained:
+            engine.train()
 
-    def _load(self, role: str, ds_config: dict) -> torch.nn.Module:
-        load, field = LOADERS[role]
+    def _load(self, source: tuple, ds_config: dict) -> torch.nn.Module:
+        load, path, flag, tokenizer = source
+        logger.info(f"loading {path} ({flag})")
         with partitioned_loading(ds_config):
             model = load(
-                getattr(self._config.model, field),
+                path,
                 dtype=TORCH_DTYPES[self._dtype],
-                tokenizer=self._tokenizers[role],
+                tokenizer=tokenizer,
                 dropout=0.0,
                 trust_remote_code=self._config.model.trust_remote_code,
-                flag=f"--{field}",
+                flag=flag,
             )
         disable_dropout(model)
         return model
 
-    def _training_engine(self, role: str, *, score_std: float = 1.0):
+    def _training_engine(self, role: str, source: tuple, *, score_std: float = 1.0):
         config = self._config
         system: SystemOptions = getattr(config, f"{role}_system")
         lora = getattr(config, f"{role}_lora")
@@ -92,12 +108,10 @@ class DeepSpeedRLHFEngine:
             tensorboard_name=f"step3_{role}",
         )
         ds_config = override(ds_config, config.run.deepspeed_config or config.run.deepscale_config)
-        logger.info(f"loading the {role}")
-        model = self._load(role, ds_config)
+        model = self._load(source, ds_config)
         if role == "critic":
             scale_parameter(model.model.score.weight, 1.0 / score_std)
         lora_names = prepare_for_training(model, lora=lora, system=system, role=role)
-        disable_dropout(model)
         return build_training_engine(
             model,
             ds_config=ds_config,
@@ -109,14 +123,12 @@ class DeepSpeedRLHFEngine:
             lora_learning_rate=lora.lora_learning_rate,
         )
 
-    def _inference_engine(self, role: str, *, offload: bool):
+    def _inference_engine(self, source: tuple, *, stage: int, offload: bool):
         config = self._config
-        stage = config.system.actor_zero_stage if role == "ref" else config.system.critic_zero_stage
         ds_config = inference_config(
             SystemOptions(zero_stage=stage, offload=offload),
             dtype=self._dtype,
             micro_batch_size=config.batch.per_device_training_batch_size,
             world_size=dist.world_size(),
         )
-        logger.info(f"loading the {role} model")
-        return build_inference_engine(self._load(role, ds_config), ds_config=ds_config)
+        return build_inference_engine(self._load(source, ds_config), ds_config=ds_config)

@@ -6,12 +6,13 @@ import torch
 import torch.nn.functional as F
 from transformers import GenerationConfig
 
-from dschat.algorithms.advantages import gae, shape_rewards
+from dschat.algorithms.advantages import gae, group_advantages, shape_rewards
 from dschat.algorithms.kl import kl_estimate
 from dschat.algorithms.logprobs import full_kl, token_logprobs
-from dschat.algorithms.masks import last_index, masked_whiten, moments, pool_last, response_mask
+from dschat.algorithms.masks import last_index, masked_whiten, moments, response_mask
 from dschat.algorithms.types import Experience, PromptBatch
-from dschat.config.steps import PPOAlgorithm, PPOSampling
+from dschat.config.ppo_options import PPOSampling
+from dschat.config.steps import PPOConfig
 from dschat.models.causal_lm import forward_logits
 from dschat.tracking import dist
 from dschat.tracking.log import logger
@@ -107,25 +108,19 @@ def answer_values(engine, input_ids: torch.Tensor, attention_mask: torch.Tensor,
     return values[:, -num_answer_tokens - 1 : -1]
 
 
-def score(engine, answers: Answers) -> torch.Tensor:
-    """[B] fp32: the reward model's value at the last token of each answer."""
-    with torch.no_grad():
-        return pool_last(
-            engine(input_ids=answers.input_ids, attention_mask=answers.attention_mask), answers.attention_mask
-        )
-
-
 def make_experience(
-    engines, answers: Answers, *, ppo: PPOAlgorithm, temperature: float, score_std: float, kl_coef: float
+    engines, answers: Answers, scores: torch.Tensor, *, config: PPOConfig, score_std: float, kl_coef: float
 ) -> Experience:
-    """Score answers and compute everything that the updates will read.
+    """Everything that the updates will read of scored answers.
 
     Advantages are not whitened yet: that takes all batches of the rollout, see ``whiten``.
 
     Args:
-        engines: actor, ref, critic and reward engines (``DeepSpeedRLHFEngine``).
+        engines: actor, ref and critic engines (``DeepSpeedRLHFEngine``).
+        scores: [B], in the reward's own units.
         score_std: scores are divided by it before they are clipped.
     """
+    ppo, temperature = config.ppo, config.sampling.temperature
     mask, num_tokens = answers.response_mask, answers.tokens.shape[1]
     inputs = (answers.input_ids, answers.attention_mask, num_tokens)
     engines.eval()
@@ -133,20 +128,28 @@ def make_experience(
         # One model's logits at a time: together they would be the step's memory peak.
         logprobs, _ = token_logprobs(answer_logits(engines.actor, *inputs), answers.tokens, temperature=temperature)
         ref_logprobs, _ = token_logprobs(answer_logits(engines.ref, *inputs), answers.tokens, temperature=temperature)
-        values = answer_values(engines.critic, *inputs)
-        scores = score(engines.reward, answers)
+        zeros = torch.zeros_like(logprobs)
+        values = answer_values(engines.critic, *inputs) if config.has_critic else zeros
         kl = kl_estimate(logprobs, ref_logprobs, ppo.kl_estimator)
         penalised = scores / score_std - ppo.missing_eos_penalty * (~answers.ended)
         rewards = shape_rewards(penalised, kl, mask, kl_coef=kl_coef, reward_clip=ppo.reward_clip)
-        advantages, returns = gae(rewards, values, mask, gamma=ppo.gamma, lam=ppo.lam)
-    zero = torch.zeros_like(logprobs)
+        if config.has_critic:
+            advantages, returns = gae(rewards, values, mask, gamma=ppo.gamma, lam=ppo.lam)
+        else:
+            advantages = returns = group_advantages(
+                rewards,
+                mask,
+                estimator=ppo.advantage_estimator,
+                num_samples=config.batch.num_samples_per_prompt,
+                gamma=ppo.gamma,
+            )
     return Experience(
         input_ids=answers.input_ids,
         attention_mask=answers.attention_mask,
         response_mask=mask,
-        logprobs=torch.where(mask, logprobs, zero),
-        ref_logprobs=torch.where(mask, ref_logprobs, zero),
-        values=torch.where(mask, values, zero),
+        logprobs=torch.where(mask, logprobs, zeros),
+        ref_logprobs=torch.where(mask, ref_logprobs, zeros),
+        values=torch.where(mask, values, zeros),
         rewards=rewards,
         advantages=advantages,
         returns=returns,

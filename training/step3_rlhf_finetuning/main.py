@@ -1,4 +1,4 @@
-"""Step 3: PPO of the SFT model against the reward model."""
+"""Step 3: PPO of the SFT model against the reward."""
 
 from pathlib import Path
 
@@ -6,6 +6,7 @@ from dschat.config.parse import parse_config
 from dschat.config.steps import PPOConfig
 from dschat.data.collate import collate_prompts
 from dschat.data.loaders import build_prompt_data, first_rows, make_loaders
+from dschat.data.unsupervised import load_texts, ptx_batches
 from dschat.engine.build import resolve_dtype, start_processes
 from dschat.engine.checkpoint import save_model
 from dschat.models.tokenizer import eos_token_ids, load_tokenizer
@@ -13,26 +14,85 @@ from dschat.tracking import dist
 from dschat.tracking.log import run_main
 from dschat.tracking.metrics import MetricsWriter
 from dschat.trainers.evaluation import PolicyEvaluator
-from dschat.trainers.ppo import DeepSpeedPPOTrainer, train_ppo
+from dschat.trainers.ppo import DeepSpeedPPOTrainer
+from dschat.trainers.ppo_run import train_ppo
+from dschat.trainers.reward_setup import plan_rewards
+from dschat.trainers.rewards import RewardFailure
 from dschat.trainers.rlhf_engine import DeepSpeedRLHFEngine
 from dschat.trainers.setup import announce, prepare_output_dir, record_run, seed_everything
+
+# A spread of scores below this says nothing to divide by.
+SMALLEST_SCORE_STD = 1e-4
 
 
 def main() -> None:
     config = parse_config(PPOConfig)
-    run, model = config.run, config.model
+    data, run = config.data, config.run
     start_processes(run.local_rank)
     announce(config)
     prepare_output_dir(run.output_dir)
     seed_everything(run.seed)
-    dtype = resolve_dtype(model.dtype)
-    tokens = dict(
-        add_eot_token=model.add_eot_token, eot_token=model.eot_token, trust_remote_code=model.trust_remote_code
+    dtype = resolve_dtype(config.model.dtype)
+    tokenizer = load_tokenizer(
+        config.model.actor_model_name_or_path,
+        add_eot_token=config.model.add_eot_token,
+        eot_token=config.model.eot_token,
+        trust_remote_code=config.model.trust_remote_code,
+        flag="--actor_model_name_or_path",
     )
-    tokenizer = load_tokenizer(model.actor_model_name_or_path, flag="--actor_model_name_or_path", **tokens)
-    critic_tokenizer = load_tokenizer(model.critic_model_name_or_path, flag="--critic_model_name_or_path", **tokens)
+    plan = plan_rewards(config, tokenizer)
+    train_loader, eval_loader, ptx = load_data(config, tokenizer)
+    rollouts = config.num_rollouts(len(train_loader) // config.batch.generation_batches)
 
-    train_data, eval_data = build_prompt_data(config.data, tokenizer, max_prompt_len=config.data.max_prompt_seq_len)
+    engines = DeepSpeedRLHFEngine(
+        config, tokenizer=tokenizer, dtype=dtype, total_steps=rollouts * config.updates_per_rollout
+    )
+    eos_ids = eos_token_ids(engines.actor.module.generation_config, tokenizer)
+    evaluator = PolicyEvaluator(
+        engines,
+        plan.build(engines, eval_loader.dataset),
+        eval_loader,
+        tokenizer,
+        max_new_tokens=data.max_answer_seq_len,
+        eos_token_ids=eos_ids,
+        seed=run.seed,
+        output_dir=run.output_dir,
+    )
+    before = evaluator.evaluate(0)
+    score_std = 1.0
+    if config.ppo.normalize_reward and before["eval/score_sd"] > SMALLEST_SCORE_STD:
+        score_std = before["eval/score_sd"]
+    if config.has_critic:
+        engines.build_critic(tokenizer=plan.critic_tokenizer, score_std=score_std)
+    record_run(config, run.output_dir, dtype=dtype, rollouts=rollouts, score_std=score_std)
+    events = f"{run.tensorboard_path}/step3_tensorboard_logs" if run.enable_tensorboard else None
+    metrics = MetricsWriter(run.output_dir, tensorboard_dir=events)
+    metrics.write(0, before)
+
+    trainer = DeepSpeedPPOTrainer(
+        engines,
+        config,
+        plan.build(engines, train_loader.dataset),
+        eos_token_ids=eos_ids,
+        pad_token_id=tokenizer.pad_token_id,
+        score_std=score_std,
+        ptx=ptx,
+    )
+    # Ranks answer different prompts; equal draws would make their samples alike.
+    seed_everything(run.seed + dist.rank())
+    try:
+        train_ppo(trainer, train_loader, evaluator, rollouts=rollouts, metrics=metrics, tokenizer=tokenizer)
+    except RewardFailure:
+        save(config, trainer, tokenizer, plan.critic_tokenizer)
+        raise
+    metrics.close()
+    save(config, trainer, tokenizer, plan.critic_tokenizer)
+
+
+def load_data(config: PPOConfig, tokenizer):
+    """Loaders of training and held-out prompts, and the endless PTX batches or None."""
+    data, run = config.data, config.run
+    train_data, eval_data = build_prompt_data(data, tokenizer, max_prompt_len=data.max_prompt_seq_len)
     train_loader, eval_loader = make_loaders(
         train_data,
         first_rows(eval_data, run.eval_prompts),
@@ -43,48 +103,30 @@ def main() -> None:
         window=config.batch.generation_batches,
         seed=run.seed,
     )
-    rollouts = config.schedule.max_train_steps or (
-        len(train_loader) // config.batch.generation_batches * config.schedule.num_train_epochs
-    )
-    if run.enable_test_mode and run.test_stop_step:
-        rollouts = min(rollouts, run.test_stop_step)
+    ptx = None
+    if data.unsupervised_dataset_name:
+        ptx = ptx_batches(
+            load_texts(data.unsupervised_dataset_name, data.unsupervised_dataset_config_name, data.data_output_path),
+            tokenizer,
+            batch_size=config.batch.per_device_training_batch_size,
+            block_size=data.max_prompt_seq_len + data.max_answer_seq_len,
+            rank=dist.rank(),
+            world_size=dist.world_size(),
+            seed=run.seed,
+        )
+    return train_loader, eval_loader, ptx
 
-    engines = DeepSpeedRLHFEngine(
-        config,
-        tokenizer=tokenizer,
-        critic_tokenizer=critic_tokenizer,
-        dtype=dtype,
-        total_steps=rollouts * config.updates_per_rollout,
-    )
-    eos_ids = eos_token_ids(engines.actor.module.generation_config, tokenizer)
-    evaluator = PolicyEvaluator(
-        engines,
-        eval_loader,
-        tokenizer,
-        max_new_tokens=config.data.max_answer_seq_len,
-        eos_token_ids=eos_ids,
-        seed=run.seed,
-        output_dir=run.output_dir,
-    )
-    before = evaluator.evaluate(0)
-    score_std = max(before["eval/score_sd"], 1e-6) if config.ppo.normalize_reward else 1.0
-    engines.build_critic(score_std=score_std)
-    record_run(config, run.output_dir, dtype=dtype, rollouts=rollouts, score_std=score_std)
-    events = f"{run.tensorboard_path}/step3_tensorboard_logs" if run.enable_tensorboard else None
-    metrics = MetricsWriter(run.output_dir, tensorboard_dir=events)
-    metrics.write(0, before)
 
-    trainer = DeepSpeedPPOTrainer(
-        engines, config, eos_token_ids=eos_ids, pad_token_id=tokenizer.pad_token_id, score_std=score_std
-    )
-    # Ranks answer different prompts; equal draws would make their samples alike.
-    seed_everything(run.seed + dist.rank())
-    train_ppo(trainer, train_loader, evaluator, rollouts=rollouts, metrics=metrics, tokenizer=tokenizer)
-    metrics.close()
-    if run.output_dir is not None:
-        output = Path(run.output_dir)
-        save_model(engines.actor.module, tokenizer, output / "actor")
+def save(config: PPOConfig, trainer: DeepSpeedPPOTrainer, tokenizer, critic_tokenizer) -> None:
+    """Write actor, critic and the actor's moving average below --output_dir, as far as there are any."""
+    if config.run.output_dir is None:
+        return
+    output, engines = Path(config.run.output_dir), trainer.engines
+    save_model(engines.actor.module, tokenizer, output / "actor")
+    if engines.critic is not None:
         save_model(engines.critic.module.model, critic_tokenizer, output / "critic")
+    if trainer.ema is not None:
+        save_model(engines.actor.module, tokenizer, output / "actor_ema", tensors=trainer.ema.full_tensors())
 
 
 if __name__ == "__main__":

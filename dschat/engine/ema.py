@@ -1,0 +1,75 @@
+"""An exponential moving average of the trained weights: fp32, each process its own pieces of the master weights."""
+
+import torch
+from deepspeed.utils import safe_get_local_fp32_param
+
+from dschat.engine.zero import full_tensors, is_partitioned
+from dschat.tracking import dist
+
+
+class MovingAverage:
+    """ema = decay * ema + (1 - decay) * weights, of an engine's trainable parameters.
+
+    DeepSpeed's optimizers keep fp32 master weights, whole (ZeRO 0) or in pieces; each process averages the pieces it
+    owns, without communication. Half precision would lose most of it: a step of 1 - decay is below its resolution.
+    """
+
+    def __init__(self, engine, *, decay: float):
+        self.engine, self.decay = engine, decay
+        self._names = [name for name, p in engine.module.named_parameters() if p.requires_grad]
+        self._pieces = {name: piece.detach().clone() for name, piece in self._masters()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take in the weights as they are after an optimizer step."""
+        for name, piece in self._masters():
+            self._pieces[name].lerp_(piece.to(self._pieces[name].device), 1.0 - self.decay)
+
+    def full_tensors(self) -> dict[str, torch.Tensor]:
+        """The model's state dict as ``full_tensors`` gives it, with the averages in place of the trained weights.
+
+        In the training weights' precision, on rank 0; {} on the others. Every process must call it.
+        """
+        tensors = full_tensors(self.engine.module)
+        parameters = dict(self.engine.module.named_parameters())
+        for name in self._names:
+            whole = self._whole(parameters[name], self._pieces.get(name))
+            if dist.is_main():
+                old = tensors[name]
+                for alias in [key for key, tensor in tensors.items() if tensor is old]:
+                    tensors[alias] = whole.to(old.dtype).cpu()
+        return tensors
+
+    def _masters(self):
+        """Names and local fp32 pieces [n] or whole fp32 tensors of the trainable parameters."""
+        optimizer, stage = self.engine.optimizer, self.engine.zero_optimization_stage()
+        parameters = dict(self.engine.module.named_parameters())
+        if stage == 0 and hasattr(optimizer, "fp32_groups"):
+            masters = {
+                id(low): high
+                for lows, highs in zip(optimizer.fp16_groups, optimizer.fp32_groups)
+                for low, high in zip(lows, highs)
+            }
+        for name in self._names:
+            parameter = parameters[name]
+            if stage == 0:
+                yield name, masters[id(parameter)] if hasattr(optimizer, "fp32_groups") else parameter
+            elif stage == 3:
+                yield name, safe_get_local_fp32_param(parameter).flatten()
+            elif parameter._hp_mapping is not None:
+                yield name, parameter._hp_mapping.get_hp_fragment()
+
+    def _whole(self, parameter: torch.Tensor, piece: torch.Tensor | None) -> torch.Tensor:
+        """The whole average of one parameter, on every process."""
+        stage = self.engine.zero_optimization_stage()
+        if stage == 0:
+            return piece
+        if is_partitioned(parameter):
+            pieces = dist.gather_rows(piece.to(self.engine.device)[:, None])  # interleaved by rank
+            flat = pieces.view(-1, dist.world_size()).t().reshape(-1)
+            return flat[: parameter.ds_numel].view(parameter.ds_shape)
+        flat = torch.zeros(parameter.numel(), device=self.engine.device)
+        if piece is not None:
+            address = parameter._hp_mapping.lp_fragment_address
+            flat[address.start : address.start + address.numel] = piece.to(flat.device)
+        return dist.all_reduce(flat).view(parameter.shape)

@@ -1,0 +1,74 @@
+"""The run of step 3: rollout after rollout, with reports."""
+
+import itertools
+
+from dschat.algorithms.types import Experience
+from dschat.config.steps import PPOConfig
+from dschat.tracking import dist
+from dschat.tracking.metrics import MetricsWriter
+from dschat.tracking.progress import Progress
+from dschat.trainers.ppo import DeepSpeedPPOTrainer
+from dschat.trainers.rollout import print_answers
+
+
+def train_ppo(
+    trainer: DeepSpeedPPOTrainer, loader, evaluator, *, rollouts: int, metrics: MetricsWriter, tokenizer
+) -> None:
+    """`rollouts` times: generate experience, learn from it, report.
+
+    Args:
+        loader: PromptBatches; its sampler has ``set_epoch``, and an epoch is a whole number of rollouts.
+        evaluator: has ``evaluate(rollout) -> metrics``.
+    """
+    run = trainer.config.run
+    progress = Progress("PPO", rollouts, interval_s=run.log_interval_s)
+    for step, batches in zip(range(1, rollouts + 1), _rollout_batches(loader, trainer.config.batch.generation_batches)):
+        experience, answers, values = trainer.generate_experience(batches)
+        if run.print_answers and (step - 1) % run.print_answers_interval == 0:
+            print_answers(answers, experience.scores, tokenizer)
+        values |= trainer.train_rlhf(experience)
+        values |= _speed(experience, values)
+        if step == rollouts or (run.eval_interval and step % run.eval_interval == 0):
+            values |= evaluator.evaluate(step)
+        metrics.write(step, values, tensorboard=_pipeline_tags(values, trainer.config))
+        progress.update(step, _shown(values))
+
+
+def _rollout_batches(loader, generation_batches: int):
+    """Lists of `generation_batches` prompt batches, epoch after epoch."""
+    for epoch in itertools.count():
+        loader.sampler.set_epoch(epoch)
+        batches = iter(loader)
+        while window := list(itertools.islice(batches, generation_batches)):
+            yield window
+
+
+def _speed(experience: Experience, values: dict[str, float]) -> dict[str, float]:
+    tokens = dist.all_reduce(experience.attention_mask.sum()).item()
+    seconds = values["time/generate_s"] + values["time/score_s"] + values["time/train_s"]
+    return {"perf/tokens_per_s": tokens / seconds}
+
+
+def _pipeline_tags(values: dict[str, float], config: PPOConfig) -> dict[str, float]:
+    """DeepSpeed-Chat's TensorBoard tags: means, and sums over the micro-batches of a process."""
+    micro_batches = config.updates_per_rollout * config.schedule.gradient_accumulation_steps
+    actor, critic = values.get("policy/loss", 0.0), values.get("value/loss", 0.0)
+    return {
+        "reward": values["objective/score"],
+        "actor_loss": actor,
+        "actor_loss_sum": actor * micro_batches,
+        "critic_loss": critic,
+        "critic_loss_sum": critic * micro_batches,
+    }
+
+
+def _shown(values: dict[str, float]) -> dict[str, str]:
+    critic = {"ev": f"{values['value/explained_variance']:.2f}"} if "value/explained_variance" in values else {}
+    return {
+        "score": f"{values['objective/score']:.3f}",
+        "KL": f"{values['objective/kl']:.2f}",
+        "len": f"{values['response/length_mean']:.1f}",
+        **critic,
+        "s gen/score/train": "/".join(f"{values[f'time/{phase}_s']:.1f}" for phase in ("generate", "score", "train")),
+        "tok/s": f"{values['perf/tokens_per_s']:,.0f}",
+    }

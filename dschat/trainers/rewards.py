@@ -1,0 +1,226 @@
+"""Rewards from anywhere: reward models, with the actor's tokenizer or their own, and Python functions."""
+
+import importlib.util
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Callable, Protocol
+
+import torch
+
+from dschat.algorithms.masks import pool_last
+from dschat.data.templates import render
+from dschat.tracking import dist
+from dschat.trainers.rollout import Answers
+
+
+class RewardFailure(ValueError):
+    """A reward that raised, or returned something else than one finite number for each answer."""
+
+
+@dataclass(frozen=True)
+class AnswerTexts:
+    """The same answers as text, for rewards that do not read the actor's token ids."""
+
+    prompts: list[str]  # B prompts as rendered
+    answers: list[str]  # B answers, without special tokens
+    rows: list  # B rows of the data set
+    ended: list[bool]  # B, True where the answer ended by itself
+
+
+class Reward(Protocol):
+    """One source of scores."""
+
+    name: str
+
+    def __call__(self, answers: Answers, texts: Callable[[], AnswerTexts]) -> torch.Tensor:
+        """[B] fp32 scores."""
+
+
+class ModelReward:
+    """A reward model that reads the actor's own token ids."""
+
+    def __init__(self, engine, name: str):
+        self.engine, self.name = engine, name
+
+    def __call__(self, answers: Answers, texts) -> torch.Tensor:
+        values = self.engine(input_ids=answers.input_ids, attention_mask=answers.attention_mask)
+        return pool_last(values, answers.attention_mask)
+
+
+class RetokenisedReward:
+    """A reward model with another tokenizer: answers are rendered as text and tokenised again.
+
+    The end token follows an answer only where the policy ended it, as in training.
+    """
+
+    def __init__(self, engine, name: str, tokenizer, *, prompt_format: str):
+        self.engine, self.name, self.tokenizer, self.prompt_format = engine, name, tokenizer, prompt_format
+
+    def __call__(self, answers: Answers, texts) -> torch.Tensor:
+        known = texts()
+        ids = [
+            self._ids(row, answer, ended) for row, answer, ended in zip(known.rows, known.answers, known.ended)
+        ]
+        longest = max(len(row) for row in ids)
+        device = answers.input_ids.device
+        mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in ids], device=device)
+        pad = self.tokenizer.pad_token_id
+        tokens = torch.tensor([row + [pad] * (longest - len(row)) for row in ids], device=device)
+        return pool_last(self.engine(input_ids=tokens, attention_mask=mask), mask)
+
+    def _ids(self, row, answer: str, ended: bool) -> list[int]:
+        prompt, chosen, _ = render(
+            replace(row, chosen=answer or " ", rejected=None),
+            prompt_format=self.prompt_format,
+            tokenizer=self.tokenizer,
+        )
+        in_template = self.prompt_format == "chat" or (not isinstance(row.prompt, str) and self.tokenizer.chat_template)
+        ids = self.tokenizer(prompt + chosen, add_special_tokens=not in_template)["input_ids"]
+        if ended and ids[-1:] != [self.tokenizer.eos_token_id]:
+            ids = [*ids, self.tokenizer.eos_token_id]
+        return ids
+
+
+class FunctionReward:
+    """A Python function of prompts, answers and the data set's further columns."""
+
+    def __init__(self, function: Callable, name: str):
+        self.function, self.name = function, name
+
+    def __call__(self, answers: Answers, texts) -> torch.Tensor:
+        known = texts()
+        columns: dict[str, list] = {}
+        for name in {name for row in known.rows for name in row.columns}:
+            columns[name] = [row.columns.get(name) for row in known.rows]
+        if all(row.chosen is not None for row in known.rows):
+            columns.setdefault("chosen", [row.chosen for row in known.rows])
+        try:
+            scores = self.function(known.prompts, known.answers, **columns)
+        except Exception as error:
+            raise RewardFailure(self._blame(known, columns, error)) from error
+        if not hasattr(scores, "__len__") or len(scores) != len(known.answers):
+            count = len(scores) if hasattr(scores, "__len__") else type(scores).__name__
+            raise RewardFailure(
+                f"--reward_fn {self.name} returned {count} scores for {len(known.answers)} answers, the first of them "
+                f"to the prompt {known.prompts[0]!r}: return one number for each."
+            )
+        for score, prompt, answer in zip(scores, known.prompts, known.answers):
+            if not isinstance(score, (int, float)) or not math.isfinite(score):
+                raise RewardFailure(
+                    f"--reward_fn {self.name} returned {score!r} for the prompt {prompt!r} and the answer {answer!r}: "
+                    "return a finite number."
+                )
+        return torch.tensor([float(score) for score in scores], device=answers.input_ids.device)
+
+    def _blame(self, known: AnswerTexts, columns: dict[str, list], error: Exception) -> str:
+        """The message for `error`, with the first answer on which the function fails alone, where there is one."""
+        culprit = ""
+        for i, (prompt, answer) in enumerate(zip(known.prompts, known.answers)):
+            try:
+                self.function([prompt], [answer], **{name: [values[i]] for name, values in columns.items()})
+            except Exception:
+                culprit = f" on the prompt {prompt!r} and the answer {answer!r}"
+                break
+        culprit = culprit or f" on {len(known.answers)} answers, the first of them to the prompt {known.prompts[0]!r}"
+        return f"--reward_fn {self.name} raised {type(error).__name__}: {error}{culprit}."
+
+
+class WeightedRewards:
+    """The weighted sum of several rewards."""
+
+    def __init__(self, rewards: list[Reward], weights: list[float], dataset, tokenizer):
+        """
+        Args:
+            weights: one a reward; empty: 1 each.
+            dataset: prompts by row number: ``prompt_text(i)`` and ``row(i)``.
+            tokenizer: the actor's.
+        """
+        self.rewards, self.weights = rewards, weights or [1.0] * len(rewards)
+        self.dataset, self.tokenizer = dataset, tokenizer
+
+    def __call__(self, answers: Answers) -> torch.Tensor:
+        """[B] fp32.
+
+        Raises:
+            RewardFailure: on every process, where a reward failed on any of them.
+        """
+        total, failure, known = torch.zeros(len(answers.ended), device=answers.ended.device), None, None
+
+        def texts() -> AnswerTexts:
+            nonlocal known
+            known = known or self._texts(answers)
+            return known
+
+        with torch.no_grad():
+            for reward, weight in zip(self.rewards, self.weights):
+                try:
+                    total = total + weight * reward(answers, texts)
+                except RewardFailure as error:
+                    failure = error
+        if not torch.isfinite(total).all() and failure is None:
+            bad = int((~torch.isfinite(total)).nonzero()[0])
+            failure = RewardFailure(
+                f"the score of the answer {texts().answers[bad]!r} to the prompt {texts().prompts[bad]!r} is "
+                f"{total[bad].item()}: look at the reward model, or take --dtype bf16 or fp32 instead of fp16."
+            )
+        # The others must not wait in the next collective for a process that has stopped.
+        failed = dist.all_reduce(torch.tensor(int(failure is not None), device=total.device), "max")
+        if failure is not None:
+            raise failure
+        if failed:
+            raise RewardFailure("a reward failed on another process, which says why")
+        return total
+
+    def _texts(self, answers: Answers) -> AnswerTexts:
+        index = answers.prompts.index.tolist()
+        kept = [tokens[mask] for tokens, mask in zip(answers.tokens, answers.response_mask)]
+        return AnswerTexts(
+            prompts=[self.dataset.prompt_text(i) for i in index],
+            answers=self.tokenizer.batch_decode(kept, skip_special_tokens=True),
+            rows=[self.dataset.row(i) for i in index],
+            ended=answers.ended.tolist(),
+        )
+
+
+def load_function(name: str) -> Callable:
+    """The function that "file.py:function" names.
+
+    Raises:
+        ValueError: no such file or function, or the file does not run; names --reward_fn.
+    """
+    file, _, function = name.rpartition(":")
+    path = Path(file).expanduser()
+    if not path.is_file():
+        raise ValueError(f"--reward_fn {name}: there is no file {path}.")
+    spec = importlib.util.spec_from_file_location(f"reward_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ValueError(f"--reward_fn {name}: {path} does not run: {type(error).__name__}: {error}") from error
+    found = getattr(module, function, None)
+    if not callable(found):
+        raise ValueError(f"--reward_fn {name}: {path} has no function {function}.")
+    return found
+
+
+def same_tokens(tokenizer, other) -> bool:
+    """True where every token of `tokenizer` has the same id in `other`, which may have more."""
+    known = other.get_vocab()
+    return all(known.get(token) == index for token, index in tokenizer.get_vocab().items())
+
+
+def check_critic_tokenizer(tokenizer, critic_tokenizer, path: str) -> None:
+    """The critic reads the actor's token ids, so it must know them.
+
+    Raises:
+        ValueError: it does not; names --critic_model_name_or_path.
+    """
+    if not same_tokens(tokenizer, critic_tokenizer):
+        raise ValueError(
+            f"--critic_model_name_or_path {path}: its tokenizer ({len(critic_tokenizer)} tokens) is not the actor's "
+            f"({len(tokenizer)} tokens), and a critic reads the actor's tokens. Name this model by "
+            "--reward_model_name_or_path, where answers are tokenised again, and let the critic start from the actor "
+            "or from a reward model with its tokenizer."
+        )
