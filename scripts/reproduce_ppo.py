@@ -1,0 +1,245 @@
+"""Show that PPO learns: step 3 on the embedded default with 1 and 4 epochs per rollout over several seeds, a control
+with twenty times the KL coefficient, and sums checked by a function.
+
+    python scripts/reproduce_ppo.py --output docs/results/ppo --seeds 1 2 3 4 [--parallel 4]
+    python scripts/reproduce_ppo.py --tiny --output /tmp/tiny          # two seeds on a miniature model, on a CPU
+
+Every run is one launch of step 3; one that has finished is not run again. Prints a table of the bars and writes
+summary.json and, with matplotlib, ppo.png. Exits 1 where a bar is missed.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from dschat.tracking.report import hardware, table, versions, write_json  # noqa: E402
+from dschat.tracking.summary import ppo_section, read_jsonl  # noqa: E402
+
+MAIN = ROOT / "training" / "step3_rlhf_finetuning" / "main.py"
+DEMO = (
+    "--per_device_generation_batch_size 64 --per_device_training_batch_size 32 --per_device_eval_batch_size 128 "
+    "--max_prompt_seq_len 32 --max_answer_seq_len 20 --actor_learning_rate 2e-5 --critic_learning_rate 2e-5 "
+    "--kl_coef 0.1 --num_warmup_steps 4 --lr_scheduler_type constant_with_warmup --eval_interval 4 "
+    "--max_train_steps 60 --data_split 0,0,1"
+)
+ADDITION = (
+    "--per_device_generation_batch_size 32 --num_samples_per_prompt 4 --per_device_training_batch_size 64 "
+    "--per_device_eval_batch_size 128 --eval_prompts 256 --max_prompt_seq_len 96 --max_answer_seq_len 4 "
+    "--actor_learning_rate 1e-5 --kl_coef 0.02 --advantage_estimator rloo --num_warmup_steps 4 --max_train_steps 60 "
+    "--lr_scheduler_type constant_with_warmup --eval_interval 10 --data_split 0,0,1 --no_normalize_reward"
+)
+TINY = (
+    "--per_device_generation_batch_size 32 --per_device_training_batch_size 32 --max_prompt_seq_len 32 "
+    "--max_answer_seq_len 8 --actor_learning_rate 3e-3 --critic_learning_rate 3e-3 --kl_coef 0.01 --num_warmup_steps 0 "
+    "--max_train_steps 30 --lr_scheduler_type constant_with_warmup --eval_interval 10 --eval_prompts 64 --dtype fp32 "
+    "--data_split 0,0,1"
+)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="folder of metrics, summary and figure")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4])
+    parser.add_argument("--parallel", type=int, default=1, help="runs at a time, which share the GPU")
+    parser.add_argument("--models", type=Path, help="output folder of e2e_rlhf.py; default: its steps 1 and 2 are run")
+    parser.add_argument("--tiny", action="store_true", help="a miniature model, seeds 1 and 2, minutes on a CPU")
+    return parser.parse_args()
+
+
+def tiny_runs(work: Path) -> dict[str, list[str]]:
+    """Runs on a miniature model whose reward is a function: the share of lower-case vowels in the answer."""
+    from dschat.data.toy import write_toy_data
+    from dschat.models.tiny import make_tiny_model
+
+    model = make_tiny_model(work / "tiny", family="llama")
+    function = work / "vowels.py"
+    function.write_text(
+        "def reward(prompts, answers, **columns):\n"
+        "    return [sum(c in 'aeiou' for c in answer) / 8 for answer in answers]\n"
+    )
+    common = ["--data_path", str(write_toy_data(work / "data")), "--actor_model_name_or_path", str(model)]
+    common += ["--critic_model_name_or_path", str(model), "--reward_fn", f"{function}:reward", *TINY.split()]
+    return {f"epochs{epochs}": [*common, "--ppo_epochs", str(epochs)] for epochs in (1, 4)}
+
+
+def demo_runs(args: argparse.Namespace, work: Path) -> dict[str, list[str]]:
+    """The four kinds of runs on the embedded default; trains its SFT and reward models where none are given."""
+    from addition_reward import write_data
+
+    from dschat.data.reviews import build_reviews
+    from dschat.models.smollm2 import smollm2_folder
+
+    models = args.models
+    if models is None:
+        models = args.output / "models"
+        command = [sys.executable, str(ROOT / "e2e_rlhf.py"), "--output-dir", str(models)]
+        for step in ("1", "2"):
+            if not list(models.glob(f"{'actor' if step == '1' else 'reward'}-models/*/finished.json")):
+                subprocess.run([*command, "--step", step], check=True)
+    actor, critic = (next((models / f"{kind}-models").iterdir()) for kind in ("actor", "reward"))
+    common = ["--data_path", str(build_reviews() / "prompts"), "--actor_model_name_or_path", str(actor)]
+    common += ["--critic_model_name_or_path", str(critic), *DEMO.split()]
+    addition = ["--data_path", str(write_data(work / "addition")), "--actor_model_name_or_path", str(smollm2_folder())]
+    addition += ["--reward_fn", f"{ROOT / 'scripts' / 'addition_reward.py'}:reward", *ADDITION.split()]
+    return {
+        "epochs1": [*common, "--ppo_epochs", "1"],
+        "epochs4": [*common, "--ppo_epochs", "4"],
+        "control": [*common, "--ppo_epochs", "1", "--kl_coef", "2.0"],
+        "addition": addition,
+    }
+
+
+def launch(name: str, flags: list[str], seed: int, output: Path, work: Path) -> float:
+    """One launch of step 3; its metrics and first and last evaluations go to `output`. Returns seconds.
+
+    Raises:
+        RuntimeError: it failed; names the log.
+    """
+    target = output / f"{name}_seed{seed}.jsonl"
+    record = output / f"{name}_seed{seed}.json"
+    if record.exists():
+        return json.loads(record.read_text())["seconds"]
+    folder = work / f"{name}_seed{seed}"
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", str(port)]
+    command += ["--num_gpus" if has_gpu() else "--num_accelerators", "1", str(MAIN), *flags]
+    command += ["--seed", str(seed), "--output_dir", str(folder)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    started = time.monotonic()
+    log = output / f"{name}_seed{seed}.log"
+    with open(log, "w") as file:
+        if subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment).returncode:
+            raise RuntimeError(f"{name}, seed {seed}, failed; see {log}")
+    seconds = time.monotonic() - started
+    log.unlink()
+    shutil.copy(folder / "metrics.jsonl", target)
+    judge = None
+    if name in ("epochs1", "epochs4", "control") and "--reward_fn" not in flags:
+        from dschat.data.reviews import sentiment_judge
+
+        judge = sentiment_judge()
+    section = ppo_section(folder, judge=judge)
+    last = [line for line in read_jsonl(target) if "value/explained_variance" in line][-5:]
+    if last:
+        section["explained_variance_last5"] = sum(line["value/explained_variance"] for line in last) / len(last)
+    write_json(record, {"flags": flags_shown(flags), "seed": seed, "seconds": seconds, "result": section})
+    print(f"{name}, seed {seed}: {seconds:.0f} s, score {section['score_before']:.3f} -> {section['score_after']:.3f}", flush=True)
+    return seconds
+
+
+def flags_shown(flags: list[str]) -> str:
+    """The flags without this machine's paths."""
+    return " ".join(Path(word).name if os.path.isabs(word) else word for word in flags)
+
+
+def has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def rollouts_to_reach(metrics: list[dict], score: float) -> int | None:
+    """The first evaluated rollout whose held-out score is at least `score`, or None."""
+    return next((line["step"] for line in metrics if line.get("eval/score", -float("inf")) >= score), None)
+
+
+def judge_bars(output: Path, names: list[str], seeds: list[int]) -> tuple[list[list[str]], bool]:
+    """The table's rows, and whether all bars are met."""
+    rows, all_met = [], True
+
+    def bar(text: str, value: str, met: bool) -> None:
+        nonlocal all_met
+        all_met &= met
+        rows.append([text, value, "yes" if met else "NO"])
+
+    for seed in seeds:
+        results = {n: json.loads((output / f"{n}_seed{seed}.json").read_text())["result"] for n in names}
+        metrics = {n: read_jsonl(output / f"{n}_seed{seed}.jsonl") for n in names}
+        for name in ("epochs1", "epochs4"):
+            found = results[name]
+            bar(f"{name}, seed {seed}: score gain, sd", f"{found['score_gain_sd']:.2f}", found["score_gain_sd"] >= 1)
+            bar(f"{name}, seed {seed}: KL per answer", f"{found['kl']:.2f}", found["kl"] <= 8)
+            variance = found["explained_variance_last5"]
+            bar(f"{name}, seed {seed}: explained variance", f"{variance:.2f}", variance > 0.3)
+            if "judge_gain_lower95" in found:
+                lower = found["judge_gain_lower95"]
+                bar(f"{name}, seed {seed}: judge's gain, lower bound", f"{lower:.3f}", lower > 0)
+        final = metrics["epochs1"][-1]
+        reached = rollouts_to_reach(metrics["epochs4"], final["eval/score"])
+        bar(
+            f"seed {seed}: rollouts of 4 epochs to the 1-epoch score",
+            f"{reached} of {final['step']}",
+            reached is not None and reached <= final["step"] / 2,
+        )
+        if "control" in results:
+            found = results["control"]
+            text = f"{found['kl']:.2f}, {found['score_gain_sd']:+.2f} sd"
+            bar(f"control, seed {seed}: KL, score", text, found["kl"] < 0.5 and abs(found["score_gain_sd"]) < 0.25)
+        if "addition" in results:
+            found = results["addition"]
+            text = f"{100 * found['score_before']:.0f}% -> {100 * found['score_after']:.0f}%"
+            bar(f"addition, seed {seed}: exact match", text, found["score_after"] >= 0.7)
+    return rows, all_met
+
+
+def draw(output: Path, names: list[str], seeds: list[int]) -> None:
+    """Held-out score, KL and length over rollouts, one line a run."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        print("matplotlib is not installed: no figure (pip install matplotlib)")
+        return
+    kinds = [name for name in names if name != "addition"]
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4))
+    for color, name in zip(("tab:blue", "tab:orange", "tab:gray"), kinds):
+        for seed in seeds:
+            lines = [line for line in read_jsonl(output / f"{name}_seed{seed}.jsonl") if "eval/score" in line]
+            for axis, key in zip(axes, ("eval/score", "eval/kl", "eval/length")):
+                label = name if seed == seeds[0] else None
+                axis.plot([line["step"] for line in lines], [line[key] for line in lines], color=color, label=label)
+                axis.set(xlabel="rollouts", title={"eval/score": "held-out score", "eval/kl": "KL per answer, nats"}.get(key, "answer length, tokens"))
+    axes[0].legend()
+    figure.tight_layout()
+    figure.savefig(output / "ppo.png", dpi=120)
+
+
+def main() -> None:
+    args = parse_args()
+    args.output.mkdir(parents=True, exist_ok=True)
+    seeds = args.seeds[:2] if args.tiny else args.seeds
+    with tempfile.TemporaryDirectory() as temporary:
+        work = Path(temporary)
+        runs = tiny_runs(work) if args.tiny else demo_runs(args, work)
+        with ThreadPoolExecutor(args.parallel) as pool:
+            jobs = [
+                pool.submit(launch, name, flags, seed, args.output, work)
+                for seed in seeds
+                for name, flags in runs.items()
+            ]
+            seconds = [job.result() for job in jobs]
+    rows, all_met = judge_bars(args.output, list(runs), seeds)
+    print("\n" + table(rows, header=["bar", "found", "met"]))
+    record = {"bars": rows, "all_met": all_met, "launch_seconds": seconds, "parallel": args.parallel}
+    write_json(args.output / "summary.json", {**record, "hardware": hardware(), "versions": versions()})
+    draw(args.output, list(runs), seeds)
+    sys.exit(0 if all_met else 1)
+
+
+if __name__ == "__main__":
+    main()
