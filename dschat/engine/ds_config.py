@@ -1,5 +1,7 @@
 """From options to DeepSpeed's configuration. Pure: no DeepSpeed, no process group, no device."""
 
+from dataclasses import replace
+
 from dschat.config.options import SystemOptions
 
 # Steps without overflow after which a dynamic fp16 loss scale doubles.
@@ -18,7 +20,7 @@ def training_config(
     tensorboard_name: str = "",
     gradient_clipping: float = 1.0,
 ) -> dict:
-    """Configuration of an engine that trains.
+    """Configuration of an engine that trains. Stage 0 with half precision or offload becomes stage 1.
 
     Args:
         dtype: "fp16", "bf16" or "fp32".
@@ -27,6 +29,11 @@ def training_config(
         tensorboard_path: with it, the engine's own monitor writes below ``{path}/ds_tensorboard_logs/``.
         gradient_clipping: largest gradient norm; 0: no clipping.
     """
+    if system.zero_stage == 0 and (dtype != "fp32" or system.offload):
+        # Without ZeRO nothing is offloaded, and DeepSpeed's half-precision optimizer (0.19.8) starts with a step on
+        # zero gradients, which spoils Adam's bias correction, and in fp16 divides the gradients by a loss scale that
+        # backward never put on. Stage 1 takes the steps that stage 0 should.
+        system = replace(system, zero_stage=1)
     config = _common(system, dtype=dtype, offload_optimizer=system.offload)
     config.update(
         train_micro_batch_size_per_gpu=micro_batch_size,
