@@ -2,9 +2,15 @@
 #
 #   PYTHON        the interpreter that makes it (default: python3; 3.10 or later)
 #   DSCHAT_TORCH  the requirement for torch where none is there yet
+#   DSCHAT_CACHE  the folder for what can be made again (default: ~/.cache/dschat)
 
 ROOT="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)"
+CACHE="${DSCHAT_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/dschat}"
 VENV="$ROOT/.venv"
+if [[ "$ROOT" == *[[:space:]]* ]]; then
+    # torch hands the path of its libraries to the linker unquoted. .venv is then a link.
+    VENV="$CACHE/venv/$(printf '%s' "$ROOT" | cksum | tr -d ' ')"
+fi
 VENV_PYTHON="$VENV/bin/python"
 INSTALL_LOG="$VENV/install.log"
 CPU_TORCH="torch==2.13.0"
@@ -26,6 +32,7 @@ prepare_venv() {
         return
     fi
     make_venv
+    check_compiler
     install_torch
     say "[3/3] dschat and its dependencies: installing; log in $INSTALL_LOG"
     pip_install --editable "$ROOT[$extra]"
@@ -70,7 +77,10 @@ make_venv() {
     fi
     say "[1/3] environment: $VENV (new, $("$python" --version 2>&1)${options:+, with the torch of $python})"
     rm -rf -- "$VENV"
-    mkdir -- "$VENV"
+    mkdir -p -- "$VENV"
+    if [[ "$VENV" != "$ROOT/.venv" && ! -d "$ROOT/.venv" ]]; then
+        ln -sfn -- "$VENV" "$ROOT/.venv"
+    fi
     printf '%s\n' "$ROOT" >"$VENV/.dschat"
     "$python" -m venv "${options[@]+"${options[@]}"}" "$VENV" >"$INSTALL_LOG" 2>&1 ||
         fail "$python cannot make a virtual environment (on Debian and Ubuntu, install python3-venv): $(tail -n 3 -- "$INSTALL_LOG")"
@@ -109,6 +119,20 @@ install_torch() {
     pip_install "$requirement"
 }
 
+# DeepSpeed compiles a part of itself when it first starts without a GPU: better to learn now what is missing.
+check_compiler() {
+    local reason="DeepSpeed compiles a part of itself on a machine without a GPU" header
+    if has_gpu; then
+        return
+    fi
+    command -v -- "${CXX:-c++}" >/dev/null ||
+        fail "no C++ compiler (${CXX:-c++}): $reason. Install one (on Debian and Ubuntu, build-essential)."
+    header="$("$VENV_PYTHON" -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h"
+    [[ -f "$header" ]] || fail "no $header: $reason. Install Python's headers (on Debian and Ubuntu, python3-dev)."
+    [[ "$CACHE" != *[[:space:]]* ]] ||
+        fail "the cache folder $CACHE has a space in its name: $reason, which fails there. Set DSCHAT_CACHE to another."
+}
+
 has_gpu() { command -v nvidia-smi >/dev/null && nvidia-smi &>/dev/null; }
 
 pip_install() {
@@ -121,13 +145,13 @@ pip_install() {
 
 # Programs of the environment (deepspeed, ninja) are found, and compiled DeepSpeed operators are kept for every run.
 activate() {
-    local cache="${DSCHAT_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/dschat}" version
+    local version
     export PATH="$VENV/bin:$PATH"
     if [[ -z "${TORCH_EXTENSIONS_DIR:-}" ]]; then
         # torch parts builds by version itself only in its own default folder.
         version="$("$VENV_PYTHON" -c '
 import importlib.metadata, sys
 print("torch" + importlib.metadata.version("torch"), "python{}.{}".format(*sys.version_info), sep="-")')"
-        export TORCH_EXTENSIONS_DIR="$cache/torch_extensions/$version"
+        export TORCH_EXTENSIONS_DIR="$CACHE/torch_extensions/$version"
     fi
 }

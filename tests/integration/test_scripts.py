@@ -15,6 +15,7 @@ case "$*" in
     *version_info\\ \\<*) exit "${STUB_TOO_OLD:-0}" ;;
     *base_prefix*) exit "${STUB_IN_VENV:-0}" ;;
     *importlib.metadata*) echo torch9.9-python3.11 ;;
+    *sysconfig*) echo "${STUB_HEADERS:-$(dirname "$STUB_LOG")}" ;;
     "- "*) echo 9.9; exit "${STUB_NO_TORCH:-0}" ;;
     "-m pip --version") ;;
     "-m pip "*) echo "$*" >>"$STUB_LOG"; echo "words of pip"; exit "${STUB_PIP:-0}" ;;
@@ -26,19 +27,28 @@ esac
 
 @pytest.fixture
 def repository(tmp_path) -> Path:
-    """A copy of the scripts, in a folder whose name has a space in it."""
-    root = tmp_path / "a copy"
+    """A copy of the scripts, and beside it the interpreter and what stands for a compiler and Python's headers."""
+    (tmp_path / "Python.h").touch()
+    for name, text in (("python", INTERPRETER), ("c++", "#!/bin/sh\n")):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    return copy(tmp_path / "copy")
+
+
+def copy(root: Path) -> Path:
     shutil.copytree(ROOT / "scripts", root / "scripts")
     for name in ("setup.py", "requirements.txt"):
         shutil.copy(ROOT / name, root / name)
-    (tmp_path / "python").write_text(INTERPRETER)
-    (tmp_path / "python").chmod(0o755)
     return root
 
 
 def run(root: Path, *argv: str, script: str = "quickstart.sh", **environment: str) -> subprocess.CompletedProcess:
     outside = {name: value for name, value in os.environ.items() if name not in ("TORCH_EXTENSIONS_DIR", "DSCHAT_TORCH")}
-    stub = {"PYTHON": str(root.parent / "python"), "STUB_LOG": str(root.parent / "log"), "DSCHAT_CACHE": "/cache"}
+    stub = {
+        "PYTHON": str(root.parent / "python"),
+        "STUB_LOG": str(root.parent / "log"),
+        "DSCHAT_CACHE": str(root.parent / "cache"),
+    }
     # No GPU, whatever this machine has.
     (root.parent / "nvidia-smi").write_text("#!/bin/sh\nexit 1\n")
     (root.parent / "nvidia-smi").chmod(0o755)
@@ -52,6 +62,15 @@ def run(root: Path, *argv: str, script: str = "quickstart.sh", **environment: st
     )
 
 
+def path_with_gpu(root: Path) -> str:
+    """A PATH on which nvidia-smi works."""
+    folder = root.parent / "gpu"
+    folder.mkdir()
+    (folder / "nvidia-smi").write_text("#!/bin/sh\n")
+    (folder / "nvidia-smi").chmod(0o755)
+    return os.pathsep.join([str(folder), os.environ["PATH"]])
+
+
 def log(root: Path) -> list[str]:
     file = root.parent / "log"
     return file.read_text().splitlines() if file.exists() else []
@@ -63,7 +82,7 @@ def test_the_first_run_installs_and_the_second_only_runs(repository):
     assert first.returncode == 0, first.stderr
     pip = "-m pip install --disable-pip-version-check --no-input"
     assert log(root) == [f"venv -m venv {root}/.venv", f"{pip} torch==2.13.0", f"{pip} --editable {root}[demo]"]
-    ran = [f"<{root}/e2e_rlhf.py><--a><b c>", "/cache/torch_extensions/torch9.9-python3.11", f"{root}/.venv/bin"]
+    ran = [f"<{root}/e2e_rlhf.py><--a><b c>", f"{root.parent}/cache/torch_extensions/torch9.9-python3.11", f"{root}/.venv/bin"]
     assert first.stdout.splitlines()[-3:] == ran
     second = run(root, "--a", "b c")
     assert second.stdout.splitlines()[-3:] == ran and "(complete" in second.stdout
@@ -105,11 +124,7 @@ def test_on_a_gpu_and_as_the_user_says(repository):
     run(root, STUB_NO_TORCH="1", DSCHAT_TORCH="torch==8.8")
     assert log(root)[1].endswith(" torch==8.8")
     shutil.rmtree(root / ".venv")
-    (root.parent / "gpu").mkdir()
-    (root.parent / "gpu" / "nvidia-smi").write_text("#!/bin/sh\n")
-    (root.parent / "gpu" / "nvidia-smi").chmod(0o755)
-    path = os.pathsep.join([str(root.parent / "gpu"), os.environ["PATH"]])
-    run(root, STUB_NO_TORCH="1", PATH=path)
+    run(root, STUB_NO_TORCH="1", PATH=path_with_gpu(root))
     wanted = next(line for line in (ROOT / "requirements.txt").read_text().splitlines() if line.startswith("torch>="))
     assert log(root)[4].endswith(f" {wanted}")
 
@@ -144,3 +159,30 @@ def test_a_moved_repository_gets_a_new_environment(repository):
     done = run(moved)
     assert done.returncode == 0 and f"{moved}/.venv (new" in done.stdout
     assert log(moved)[2].endswith(f"{moved}/.venv")
+
+
+def test_a_repository_whose_path_has_a_space(repository):
+    """torch hands the path of its libraries to the linker unquoted, so they must lie elsewhere."""
+    root = copy(repository.parent / "a copy")
+    done = run(root, "b c")
+    assert done.returncode == 0, done.stderr
+    environment = (root / ".venv").resolve()
+    assert environment.parent == root.parent / "cache" / "venv" and " " not in str(environment)
+    assert log(root)[0].endswith(str(environment)) and log(root)[1].endswith(f"--editable {root}[demo]")
+    assert done.stdout.splitlines()[-3::2] == [f"<{root}/e2e_rlhf.py><b c>", f"{environment}/bin"]
+    assert "(complete" in run(root).stdout and len(log(root)) == 2
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        ({"CXX": "no-compiler"}, "no C++ compiler (no-compiler): "),
+        ({"STUB_HEADERS": "/nowhere"}, "no /nowhere/Python.h: "),
+        ({"DSCHAT_CACHE": "/tmp/with space"}, "the cache folder /tmp/with space has a space in its name: "),
+    ],
+)
+def test_without_a_gpu_what_compiling_needs_is_checked_first(missing, message, repository):
+    done = run(repository, **missing)
+    assert done.returncode == 1 and message in done.stderr
+    assert [line for line in log(repository) if "pip install" in line] == []
+    assert run(repository, PATH=path_with_gpu(repository), **missing).returncode == 0
