@@ -29,6 +29,7 @@ sys.path.insert(0, str(ROOT))
 
 from dschat.config.cache import cache_dir  # noqa: E402
 from dschat.config.recipes import resolve_model, size_name, step_flags  # noqa: E402
+from dschat.tracking.log import set_up_logging  # noqa: E402
 from dschat.tracking.progress import clock  # noqa: E402
 from dschat.tracking.report import hardware, op_build_name, versions, write_json  # noqa: E402
 from dschat.tracking.summary import ppo_section, read_jsonl, summary_text, supervised_section  # noqa: E402
@@ -41,7 +42,10 @@ MAINS = {
 TITLES = {1: "Step 1: supervised fine-tuning", 2: "Step 2: reward model", 3: "Step 3: PPO"}
 STAGES = {1: "sft", 2: "reward", 3: "ppo"}
 # Lines of launchers and libraries: they go to the log, not to the screen.
-NOISE = re.compile(r"^\[\d{4}-\d\d-\d\d|^\[transformers\]|^DeepSpeed deepspeed\.|Warning: |^\s*return func\(|^\[Gloo\]|^\[rank\d")
+NOISE = re.compile(
+    r"^\[\d{4}-\d\d-\d\d|^\[transformers\]|^DeepSpeed deepspeed\.|Warning: |^\s*return func\(|^\[Gloo\]|^\[rank\d"
+    r"|^(begin|end) bf16_ ?optimizer|^MA \d|^CPU Virtual Memory"
+)
 LAST_LINES = 15
 
 
@@ -255,6 +259,8 @@ def summarise(plan: Plan, seconds: dict[str, float]) -> dict:
 def main() -> None:
     args = parse_args()
     import torch
+
+    set_up_logging()
 
     on_gpu = torch.cuda.is_available()
     started = time.monotonic()

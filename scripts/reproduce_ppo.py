@@ -30,8 +30,7 @@ MAIN = ROOT / "training" / "step3_rlhf_finetuning" / "main.py"
 DEMO = (
     "--per_device_generation_batch_size 64 --per_device_training_batch_size 32 --per_device_eval_batch_size 128 "
     "--max_prompt_seq_len 32 --max_answer_seq_len 20 --actor_learning_rate 2e-5 --critic_learning_rate 2e-5 "
-    "--kl_coef 0.1 --num_warmup_steps 4 --lr_scheduler_type constant_with_warmup --eval_interval 4 "
-    "--max_train_steps 60 --data_split 0,0,1"
+    "--kl_coef 0.15 --num_warmup_steps 4 --lr_scheduler_type constant_with_warmup --eval_interval 4 --data_split 0,0,1"
 )
 ADDITION = (
     "--per_device_generation_batch_size 32 --num_samples_per_prompt 4 --per_device_training_batch_size 64 "
@@ -41,10 +40,17 @@ ADDITION = (
 )
 TINY = (
     "--per_device_generation_batch_size 32 --per_device_training_batch_size 32 --max_prompt_seq_len 32 "
-    "--max_answer_seq_len 8 --actor_learning_rate 3e-3 --critic_learning_rate 3e-3 --kl_coef 0.01 --num_warmup_steps 0 "
-    "--max_train_steps 30 --lr_scheduler_type constant_with_warmup --eval_interval 10 --eval_prompts 64 --dtype fp32 "
-    "--data_split 0,0,1"
+    "--max_answer_seq_len 8 --actor_learning_rate 1e-3 --critic_learning_rate 1e-3 --kl_coef 0.02 --num_warmup_steps 0 "
+    "--lr_scheduler_type constant_with_warmup --eval_interval 4 --eval_prompts 64 --dtype fp32 --data_split 0,0,1 "
+    "--no_normalize_reward"
 )
+
+
+PLOTTED = {
+    "eval/score": "held-out score",
+    "eval/kl": "KL per answer, nats",
+    "eval/length": "answer length, tokens",
+}
 
 
 def parse_args() -> argparse.Namespace:
@@ -70,7 +76,10 @@ def tiny_runs(work: Path) -> dict[str, list[str]]:
     )
     common = ["--data_path", str(write_toy_data(work / "data")), "--actor_model_name_or_path", str(model)]
     common += ["--critic_model_name_or_path", str(model), "--reward_fn", f"{function}:reward", *TINY.split()]
-    return {f"epochs{epochs}": [*common, "--ppo_epochs", str(epochs)] for epochs in (1, 4)}
+    return {
+        "epochs1": [*common, "--ppo_epochs", "1", "--max_train_steps", "40"],
+        "epochs4": [*common, "--ppo_epochs", "4", "--max_train_steps", "20"],
+    }
 
 
 def demo_runs(args: argparse.Namespace, work: Path) -> dict[str, list[str]]:
@@ -93,9 +102,9 @@ def demo_runs(args: argparse.Namespace, work: Path) -> dict[str, list[str]]:
     addition = ["--data_path", str(write_data(work / "addition")), "--actor_model_name_or_path", str(smollm2_folder())]
     addition += ["--reward_fn", f"{ROOT / 'scripts' / 'addition_reward.py'}:reward", *ADDITION.split()]
     return {
-        "epochs1": [*common, "--ppo_epochs", "1"],
-        "epochs4": [*common, "--ppo_epochs", "4"],
-        "control": [*common, "--ppo_epochs", "1", "--kl_coef", "2.0"],
+        "epochs1": [*common, "--ppo_epochs", "1", "--max_train_steps", "40"],
+        "epochs4": [*common, "--ppo_epochs", "4", "--max_train_steps", "24"],
+        "control": [*common, "--ppo_epochs", "1", "--max_train_steps", "40", "--kl_coef", "3.0"],
         "addition": addition,
     }
 
@@ -140,6 +149,11 @@ def launch(name: str, flags: list[str], seed: int, output: Path, work: Path) -> 
     return seconds
 
 
+def seeds_of(name: str, seeds: list[int]) -> list[int]:
+    """Every seed for the runs that are compared, the first alone for the control and the sums."""
+    return seeds if name.startswith("epochs") else seeds[:1]
+
+
 def flags_shown(flags: list[str]) -> str:
     """The flags without this machine's paths."""
     return " ".join(Path(word).name if os.path.isabs(word) else word for word in flags)
@@ -166,8 +180,9 @@ def judge_bars(output: Path, names: list[str], seeds: list[int]) -> tuple[list[l
         rows.append([text, value, "yes" if met else "NO"])
 
     for seed in seeds:
-        results = {n: json.loads((output / f"{n}_seed{seed}.json").read_text())["result"] for n in names}
-        metrics = {n: read_jsonl(output / f"{n}_seed{seed}.jsonl") for n in names}
+        run = [name for name in names if seed in seeds_of(name, seeds)]
+        results = {name: json.loads((output / f"{name}_seed{seed}.json").read_text())["result"] for name in run}
+        metrics = {name: read_jsonl(output / f"{name}_seed{seed}.jsonl") for name in run}
         for name in ("epochs1", "epochs4"):
             found = results[name]
             bar(f"{name}, seed {seed}: score gain, sd", f"{found['score_gain_sd']:.2f}", found["score_gain_sd"] >= 1)
@@ -208,12 +223,13 @@ def draw(output: Path, names: list[str], seeds: list[int]) -> None:
     kinds = [name for name in names if name != "addition"]
     figure, axes = plt.subplots(1, 3, figsize=(13, 4))
     for color, name in zip(("tab:blue", "tab:orange", "tab:gray"), kinds):
-        for seed in seeds:
+        for seed in seeds_of(name, seeds):
             lines = [line for line in read_jsonl(output / f"{name}_seed{seed}.jsonl") if "eval/score" in line]
-            for axis, key in zip(axes, ("eval/score", "eval/kl", "eval/length")):
+            for axis, key in zip(axes, KEYS):
                 label = name if seed == seeds[0] else None
                 axis.plot([line["step"] for line in lines], [line[key] for line in lines], color=color, label=label)
-                axis.set(xlabel="rollouts", title={"eval/score": "held-out score", "eval/kl": "KL per answer, nats"}.get(key, "answer length, tokens"))
+    for axis, title in zip(axes, PLOTTED.values()):
+        axis.set(xlabel="rollouts", title=title)
     axes[0].legend()
     figure.tight_layout()
     figure.savefig(output / "ppo.png", dpi=120)
@@ -229,8 +245,8 @@ def main() -> None:
         with ThreadPoolExecutor(args.parallel) as pool:
             jobs = [
                 pool.submit(launch, name, flags, seed, args.output, work)
-                for seed in seeds
                 for name, flags in runs.items()
+                for seed in seeds_of(name, seeds)
             ]
             seconds = [job.result() for job in jobs]
     rows, all_met = judge_bars(args.output, list(runs), seeds)

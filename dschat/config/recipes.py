@@ -11,22 +11,21 @@ TINY = ("tiny-llama", "tiny-opt", "tiny-gpt2", "tiny-gpt_neox", "tiny-qwen2", "t
 # a CPU run of two cores ends in ten minutes, and a GPU run, which has time to spare, learns longer.
 DEMO_CPU = {
     1: "--learning_rate 2e-4 --freeze_layers 18 --per_device_train_batch_size 16 --per_device_eval_batch_size 32 "
-    "--num_warmup_steps 2 --max_train_steps 20",
-    2: "--learning_rate 5e-5 --freeze_layers 12 --per_device_train_batch_size 16 --per_device_eval_batch_size 32 "
-    "--cut_fraction 0.5 --num_warmup_steps 4 --eval_iters 1000",
-    3: "--actor_learning_rate 5e-5 --critic_learning_rate 5e-5 --actor_freeze_layers 18 --critic_freeze_layers 18 "
-    "--per_device_generation_batch_size 32 --per_device_training_batch_size 32 --per_device_eval_batch_size 64 "
-    "--max_prompt_seq_len 32 --max_answer_seq_len 20 --kl_coef 0.05 --num_warmup_steps 2 --max_train_steps 16 "
-    "--lr_scheduler_type constant_with_warmup",
+    "--num_warmup_steps 2",
+    2: "--learning_rate 1e-4 --freeze_layers 12 --per_device_train_batch_size 16 --per_device_eval_batch_size 32 "
+    "--cut_fraction 0.5 --num_warmup_steps 4 --eval_iters 1000 --max_train_steps 48",
+    3: "--actor_learning_rate 8e-5 --critic_learning_rate 8e-5 --actor_freeze_layers 18 --critic_freeze_layers 18 "
+    "--per_device_generation_batch_size 32 --per_device_training_batch_size 16 --ppo_epochs 2 "
+    "--per_device_eval_batch_size 64 --max_prompt_seq_len 32 --max_answer_seq_len 20 --kl_coef 0.1 "
+    "--num_warmup_steps 2 --max_train_steps 12 --lr_scheduler_type constant_with_warmup",
 }
 DEMO_GPU = {
-    1: "--learning_rate 2e-4 --freeze_layers 18 --per_device_train_batch_size 16 --per_device_eval_batch_size 64 "
-    "--num_warmup_steps 4",
-    2: "--learning_rate 5e-5 --per_device_train_batch_size 16 --per_device_eval_batch_size 64 --cut_fraction 0.5 "
-    "--num_warmup_steps 8 --eval_iters 1000",
+    1: DEMO_CPU[1],
+    2: "--learning_rate 1e-4 --freeze_layers 12 --per_device_train_batch_size 16 --per_device_eval_batch_size 64 "
+    "--cut_fraction 0.5 --num_warmup_steps 4 --eval_iters 1000",
     3: "--actor_learning_rate 2e-5 --critic_learning_rate 2e-5 --per_device_generation_batch_size 64 "
-    "--per_device_training_batch_size 64 --per_device_eval_batch_size 128 --max_prompt_seq_len 32 "
-    "--max_answer_seq_len 20 --kl_coef 0.05 --num_warmup_steps 4 --max_train_steps 40 "
+    "--per_device_training_batch_size 32 --ppo_epochs 2 --per_device_eval_batch_size 128 --max_prompt_seq_len 32 "
+    "--max_answer_seq_len 20 --kl_coef 0.1 --num_warmup_steps 4 --max_train_steps 20 "
     "--lr_scheduler_type constant_with_warmup",
 }
 TINY_RUN = {

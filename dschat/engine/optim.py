@@ -63,6 +63,12 @@ def step_together(*engines) -> bool:
     return finite
 
 
+def gradient_norm(engine) -> float:
+    """The gradient norm of the last optimizer step; NaN where DeepSpeed does not tell it (fp32 without ZeRO)."""
+    norm = engine.get_global_grad_norm()
+    return float("nan") if norm is None else float(norm)
+
+
 def _is_finite(engine) -> torch.Tensor:
     """Scalar int32 on the engine's device: 1 where all gradients that this rank holds are finite."""
     optimizer = engine.optimizer

@@ -95,6 +95,7 @@ def load_reward_model(
     dropout: Optional[float] = None,
     trust_remote_code: bool = False,
     flag: str = "--model_name_or_path",
+    fresh_head: bool = True,
 ) -> RewardModel:
     """A reward model in `dtype`, from one of three sources:
 
@@ -109,6 +110,7 @@ def load_reward_model(
     Args:
         dropout: set as every dropout probability; None keeps the model's own.
         flag: the command-line flag that `path` came from, for messages.
+        fresh_head: allow a causal language model; where scores count at once, a random head is an error.
 
     Raises:
         ValueError: nothing there, incomplete, more than one label, a head that is missing or unusable, or
@@ -123,6 +125,11 @@ def load_reward_model(
         )
     config.num_labels = 1
     old_checkpoint = _deepspeed_chat_tensors(source)
+    if old_checkpoint is None and not is_classifier and not fresh_head:
+        raise ValueError(
+            f"{flag} {path!r} is a language model without a reward head, and its scores would be random. Give a "
+            "sequence classifier with one label, such as step 2 saves."
+        )
     if old_checkpoint is not None:
         model = _load_deepspeed_chat(old_checkpoint, config=config, dtype=dtype, path=path, flag=flag)
     else:

@@ -16,7 +16,7 @@ from dschat.algorithms.masks import masked_sum
 from dschat.algorithms.types import Experience, PromptBatch, TextBatch
 from dschat.config.steps import PPOConfig
 from dschat.engine.ema import MovingAverage
-from dschat.engine.optim import step_together
+from dschat.engine.optim import gradient_norm, step_together
 from dschat.models.causal_lm import forward_logits
 from dschat.tracking import dist
 from dschat.tracking.log import logger
@@ -120,16 +120,19 @@ class DeepSpeedPPOTrainer:
         """`ppo_epochs` passes over the rollout in shuffled minibatches; returns metrics over all processes."""
         started = time.monotonic()
         self.engines.train()
+        roles = {"actor": self.engines.actor, "critic": self.engines.critic}
+        # Before the first update: the schedule moves on with every step.
+        rates = {role: engine.get_lr()[0] for role, engine in roles.items() if engine is not None}
         totals = UpdateTotals()
         for window in self._windows(experience):
             if self.optimizer_step(window, totals):
                 break
         self.rollouts += 1
         metrics = totals.means()
-        for role, engine in (("actor", self.engines.actor), ("critic", self.engines.critic)):
+        for role, engine in roles.items():
             if engine is not None:
-                metrics[f"grad_norm/{role}"] = float(engine.get_global_grad_norm() or 0.0)
-                metrics[f"lr/{role}"] = engine.get_lr()[0]
+                metrics[f"grad_norm/{role}"] = gradient_norm(engine)
+                metrics[f"lr/{role}"] = rates[role]
         return {**metrics, "time/train_s": time.monotonic() - started, "perf/mem_gib": memory_gib()[0]}
 
     def optimizer_step(self, window: list[Experience], totals: UpdateTotals) -> bool:

@@ -1,5 +1,7 @@
 """The four models of step 3, each behind its DeepSpeed engine."""
 
+from functools import partial
+
 import torch
 
 from dschat.config.steps import PPOConfig
@@ -50,7 +52,7 @@ class DeepSpeedRLHFEngine:
         """Load a reward model behind an engine, and return the engine."""
         system = self._config.system
         engine = self._inference_engine(
-            (load_reward_model, path, flag, tokenizer),
+            (partial(load_reward_model, fresh_head=False), path, flag, tokenizer),
             stage=system.critic_zero_stage,
             offload=system.offload_reward_model,
         )

@@ -1,5 +1,6 @@
 """From prompts to experience: generation, scoring, rewards, advantages. Nothing here has a gradient."""
 
+import contextlib
 from dataclasses import dataclass, replace
 
 import torch
@@ -67,7 +68,7 @@ def generate(engine, prompts: PromptBatch, *, generation: GenerationConfig) -> A
     Under ZeRO-3 every process keeps stepping until the last one is done (synced_gpus): each step gathers weights.
     """
     engine.eval()
-    with torch.no_grad():
+    with torch.no_grad(), _only(engine.module, generation):
         sequences = engine.module.generate(
             input_ids=prompts.input_ids,
             attention_mask=prompts.attention_mask,
@@ -88,6 +89,18 @@ def generate(engine, prompts: PromptBatch, *, generation: GenerationConfig) -> A
         response_mask=mask,
         ended=torch.isin(final, torch.tensor(generation.eos_token_id, device=final.device)),
     )
+
+
+@contextlib.contextmanager
+def _only(model, generation: GenerationConfig):
+    """Inside, `generation` is the model's own too: ``generate`` fills what is None from there (min_p, suppressed
+    tokens and the like), and neither a model's defaults nor transformers' may change what is sampled."""
+    own = model.generation_config
+    model.generation_config = generation
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def answer_logits(engine, input_ids: torch.Tensor, attention_mask: torch.Tensor, num_answer_tokens: int) -> torch.Tensor:

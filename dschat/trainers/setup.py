@@ -33,6 +33,11 @@ def announce(config) -> None:
     for name in ("enable_hybrid_engine", "unpin_actor_parameters", "release_inference_cache"):
         if given.get(name):
             logger.warning(f"--{name} has no effect yet: generation is the model's own generate")
+    for name, stage in (("offload_reference_model", "actor_zero_stage"), ("offload_reward_model", "critic_zero_stage")):
+        if given.get(name) and given[stage] != 3:
+            logger.warning(f"--{name} has no effect at --{stage} {given[stage]}: only ZeRO-3 offloads parameters")
+    if given.get("inference_tp_size", 1) > 1:
+        logger.warning("--inference_tp_size has no effect yet: generation is the model's own generate")
     if given.get("enable_mixed_precision_lora"):
         logger.warning("--enable_mixed_precision_lora has no effect yet: frozen weights keep their precision")
     if given.get("top_k") or given.get("top_p", 1.0) < 1.0:

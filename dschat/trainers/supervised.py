@@ -15,6 +15,7 @@ import torch
 from dschat.algorithms.losses import lm_loss_rows, pairwise_loss
 from dschat.algorithms.masks import pool_last
 from dschat.algorithms.types import PairBatch, TextBatch
+from dschat.engine.optim import gradient_norm
 from dschat.models.causal_lm import forward_logits
 from dschat.tracking import dist
 from dschat.tracking.log import logger
@@ -143,6 +144,7 @@ def train_supervised(
 def _optimizer_step(engine, objective: Objective, window: list, step: int) -> dict[str, float]:
     started = time.monotonic()
     engine.train()
+    rate = engine.get_lr()[0]  # of this step: engine.step() moves the schedule on
     window = [batch.to(engine.device) for batch in window]
     weight = dist.all_reduce(torch.stack([objective.weight(batch) for batch in window]).sum())
     # DeepSpeed averages gradients over processes and divides by the accumulation steps; undo both.
@@ -165,8 +167,8 @@ def _optimizer_step(engine, objective: Objective, window: list, step: int) -> di
     seconds = time.monotonic() - started
     return {
         **{f"train/{key}": value for key, value in zip(sums, totals.tolist())},
-        "train/lr": engine.get_lr()[0],
-        "train/grad_norm": float(engine.get_global_grad_norm() or 0.0),
+        "train/lr": rate,
+        "train/grad_norm": gradient_norm(engine),
         "time/step_s": seconds,
         "perf/tokens_per_s": tokens / seconds,
         "perf/mem_gib": memory_gib()[0],
