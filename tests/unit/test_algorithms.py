@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from dschat.algorithms.advantages import gae, shape_rewards
+from dschat.algorithms.advantages import gae, group_advantages, shape_rewards
 from dschat.algorithms.kl import KLController, kl_estimate
 from dschat.algorithms.logprobs import full_kl, token_logprobs
 from dschat.algorithms.losses import (
@@ -233,3 +233,33 @@ def test_explained_variance_by_hand():
     assert explained_variance(value_moments(torch.full((1, 3), 9.0), returns, mask)) == pytest.approx(0.0)
     # errors (0, 1, 2): variance 2/3 against 8/3
     assert explained_variance(value_moments(torch.tensor([[0.0, 1.0, 2.0]]), returns, mask)) == pytest.approx(0.75)
+
+
+def test_group_advantages_by_hand():
+    # One prompt, answers with R = 3 and 1; and one with R = 0 and 4, the second one token long.
+    rewards = torch.tensor([[1.0, 2.0], [0.0, 1.0], [-1.0, 1.0], [4.0, 0.0]])
+    mask = torch.tensor([[True, True], [True, True], [True, True], [True, False]])
+
+    def estimate(name):
+        return group_advantages(rewards, mask, estimator=name, num_samples=2, gamma=1.0)
+
+    assert estimate("rloo").tolist() == [[2.0, 2.0], [-2.0, -2.0], [-4.0, -4.0], [4.0, 0.0]]
+    scale = 1 / math.sqrt(2)  # a group (x, y) has mean +- d/2 and sample deviation d / sqrt(2)
+    expected = torch.tensor([[scale, scale], [-scale, -scale], [-scale, -scale], [scale, 0.0]])
+    torch.testing.assert_close(estimate("grpo"), expected, rtol=0, atol=1e-5)
+    # Rewards to go, minus the group's mean R of 2.
+    assert estimate("reinforce_baseline").tolist() == [[1.0, 0.0], [-1.0, -1.0], [-2.0, -1.0], [2.0, 0.0]]
+    with pytest.raises(ValueError, match="gae"):
+        estimate("gae")
+
+
+@pytest.mark.parametrize("num_samples", [2, 4])
+def test_rloo_equals_leaving_one_out_in_a_loop(num_samples):
+    (rewards, *_), mask = random_rows(batch=8)
+    rewards = torch.where(mask, rewards, torch.zeros_like(rewards))
+    found = group_advantages(rewards, mask, estimator="rloo", num_samples=num_samples, gamma=1.0)
+    totals = rewards.sum(-1).tolist()
+    for i, total in enumerate(totals):
+        start = i - i % num_samples
+        others = [totals[j] for j in range(start, start + num_samples) if j != i]
+        assert found[i, 0].item() == pytest.approx(total - sum(others) / len(others), abs=1e-12)

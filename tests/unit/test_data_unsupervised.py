@@ -1,0 +1,55 @@
+"""Text for the PTX loss."""
+
+import itertools
+import json
+
+import pytest
+
+from dschat.data.unsupervised import load_texts, ptx_batches
+from dschat.models.tiny import byte_tokenizer
+
+
+def test_texts_of_local_files(tmp_path):
+    text, rows = tmp_path / "a.txt", tmp_path / "b.jsonl"
+    text.write_text("first\nline\n\n\nsecond\n")
+    rows.write_text(json.dumps({"text": "one"}) + "\n" + json.dumps({"text": "two"}) + "\n")
+    assert load_texts(str(text)) == ["first\nline", "second"]
+    assert load_texts(str(rows)) == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    "name,content,words",
+    [
+        ("none.txt", None, "no such file"),
+        ("empty.txt", "\n\n", "no text"),
+        ("rows.jsonl", '{"text": "a"}\n{"body": "b"}\n', "line 2: no field text"),
+        ("broken.jsonl", '{"text": "a"}\n{"text": \n', "line 2"),
+    ],
+)
+def test_bad_files_are_named_with_the_flag(tmp_path, name, content, words):
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=words) as caught:
+        load_texts(str(tmp_path / name))
+    assert "--unsupervised_dataset_name" in str(caught.value)
+
+
+def test_blocks_are_full_and_every_text_is_read_once_a_pass():
+    tokenizer = byte_tokenizer(add_bos=False)
+    texts = ["aaa", "bbb", "ccc", "ddd"]  # 4 tokens each with their EOS
+    batches = ptx_batches(texts, tokenizer, batch_size=2, block_size=4, rank=0, world_size=1, seed=3)
+    first = [tokenizer.decode(row) for batch in itertools.islice(batches, 2) for row in batch.input_ids]
+    assert sorted(first) == ["aaa</s>", "bbb</s>", "ccc</s>", "ddd</s>"]
+    batch = next(batches)
+    assert batch.input_ids.shape == (2, 4) and batch.attention_mask.all()
+    assert batch.labels.tolist() == batch.input_ids.tolist()
+
+
+def test_processes_read_texts_of_their_own():
+    tokenizer = byte_tokenizer(add_bos=False)
+    texts = [letter * 3 for letter in "abcdef"]
+    seen = []
+    for rank in (0, 1):
+        batches = ptx_batches(texts, tokenizer, batch_size=3, block_size=4, rank=rank, world_size=2, seed=0)
+        seen.append({tokenizer.decode(row) for row in next(batches).input_ids})
+    assert not seen[0] & seen[1] and len(seen[0] | seen[1]) == 6
