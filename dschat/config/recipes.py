@@ -1,6 +1,7 @@
 """What e2e_rlhf.py runs: the flags of the three steps for the embedded default, the tiny models and the real sizes."""
 
 import re
+from pathlib import Path
 
 # Sizes that are known by their number alone, DeepSpeed-Chat's way of naming OPT.
 OPT_SIZES = ("125m", "350m", "1.3b", "2.7b", "6.7b", "13b", "30b", "66b")
@@ -65,18 +66,18 @@ def resolve_model(name: str) -> tuple[str, str]:
         return "real", f"facebook/opt-{short}"
     if name.lower() in LLAMA2:
         return "real", LLAMA2[name.lower()]
-    if "/" in name or name.startswith((".", "~")):
+    if "/" in name or name.startswith((".", "~")) or Path(name).is_dir():
         return "real", name
     raise ValueError(
-        f"{name!r} is no known model: give one of {', '.join((*OPT_SIZES, *LLAMA2, *TINY))}, a folder (with a / in "
-        "its path) or a hub id (owner/name)."
+        f"{name!r} is no known model: give one of {', '.join((*OPT_SIZES, *LLAMA2, *TINY))}, an existing folder or a hub "
+        "id (owner/name)."
     )
 
 
 def size_name(name: str) -> str:
     """The folder name for a model below the output folder: its last path part, as a plain file name."""
     last = name.rstrip("/").split("/")[-1].removeprefix("opt-")
-    return re.sub(r"[^A-Za-z0-9._-]", "_", last) or "model"
+    return re.sub(r"[^A-Za-z0-9._-]", "_", last).strip(".") or "model"
 
 
 def step_flags(step: int, *, kind: str, on_gpu: bool, single_gpu: bool, actor_stage: str, reward_stage: str) -> list[str]:
