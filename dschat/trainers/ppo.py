@@ -192,10 +192,9 @@ class DeepSpeedPPOTrainer:
         if self.ptx is None:
             actor.backward(loss)
             return
-        boundary = actor.is_gradient_accumulation_boundary()
         actor.set_gradient_accumulation_boundary(False)
         actor.backward(loss)
-        actor.set_gradient_accumulation_boundary(boundary)
+        actor.set_gradient_accumulation_boundary(None)  # what was set would stay: let the engine count again
         batch = next(self.ptx).to(actor.device)
         logits = forward_logits(actor, actor.module, input_ids=batch.input_ids, attention_mask=batch.attention_mask)
         nll, tokens = (rows.sum() for rows in lm_loss_rows(logits, batch.labels))
