@@ -31,7 +31,7 @@ from dschat.config.cache import cache_dir  # noqa: E402
 from dschat.config.recipes import resolve_model, size_name, step_flags  # noqa: E402
 from dschat.tracking.log import set_up_logging  # noqa: E402
 from dschat.tracking.progress import clock  # noqa: E402
-from dschat.tracking.report import hardware, op_build_name, versions, write_json  # noqa: E402
+from dschat.tracking.report import cpu_cores, hardware, op_build_name, versions, write_json  # noqa: E402
 from dschat.tracking.summary import ppo_section, read_jsonl, summary_text, supervised_section  # noqa: E402
 
 MAINS = {
@@ -41,6 +41,7 @@ MAINS = {
 }
 TITLES = {1: "Step 1: supervised fine-tuning", 2: "Step 2: reward model", 3: "Step 3: PPO"}
 STAGES = {1: "sft", 2: "reward", 3: "ppo"}
+DEPENDENTS = {1: (1, 3), 2: (2, 3), 3: (3,)}  # what a new run of a step makes stale
 # Lines of launchers and libraries: they go to the log, not to the screen.
 NOISE = re.compile(
     r"^\[\d{4}-\d\d-\d\d|^\[transformers\]|^DeepSpeed deepspeed\.|Warning: |^\s*return func\(|^\[Gloo\]|^\[rank\d"
@@ -78,7 +79,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def make_plan(args: argparse.Namespace, *, on_gpu: bool) -> Plan:
+def make_plan(args: argparse.Namespace) -> Plan:
     """Resolve names; fetch or make the models and data of the demo and the tiny runs.
 
     Raises:
@@ -154,15 +155,14 @@ def launcher(args: argparse.Namespace, *, on_gpu: bool) -> list[str]:
     return words + ([count, str(processes)] if processes else [])
 
 
-def run_logged(command: list[str], log: Path, *, processes: int) -> None:
+def run_logged(command: list[str], log: Path, *, threads: int | None = None) -> None:
     """Run `command` with its output in `log` and, launcher noise left out, on the screen.
 
     Raises:
         RuntimeError: it failed; the message holds its last lines, the log's path and, last, the cause.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    environment = {"OMP_NUM_THREADS": str(max(1, cores // max(1, processes))), "TOKENIZERS_PARALLELISM": "false"}
+    environment = {"TOKENIZERS_PARALLELISM": "false", **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     last: deque[str] = deque(maxlen=LAST_LINES)
     with open(log, "w", encoding="utf-8") as file:
@@ -193,28 +193,28 @@ def build_ops(*, on_gpu: bool) -> float:
     print("building DeepSpeed's CPU communication op (once, about a minute)", flush=True)
     started = time.monotonic()
     code = "from dschat.engine.build import start_processes; start_processes()"
-    run_logged([sys.executable, "-c", code], marker.with_suffix(".log"), processes=1)
+    run_logged([sys.executable, "-c", code], marker.with_suffix(".log"))
     marker.touch()
     return time.monotonic() - started
 
 
 def run_steps(args: argparse.Namespace, plan: Plan, *, on_gpu: bool) -> dict[str, float]:
     """Run what has not finished; returns the seconds of each stage, of finished ones as they were."""
-    seconds, again = {}, args.fresh
+    seconds = {}
     for step in args.step or (1, 2, 3):
         command = step_command(step, plan, args, on_gpu=on_gpu)
         done = plan.outputs[step] / "finished.json"
         record = json.loads(done.read_text()) if done.exists() else {}
-        if record.get("command") == command and not again and not args.step:
+        if record.get("command") == command and not args.fresh and not args.step:
             print(f"\n{TITLES[step]}: finished before, {clock(record['seconds'])} (--fresh runs it again)")
             seconds[STAGES[step]] = record["seconds"]
             continue
-        again = True  # what follows depends on it
-        done.unlink(missing_ok=True)
+        for later in DEPENDENTS[step]:
+            (plan.outputs[later] / "finished.json").unlink(missing_ok=True)
         print(f"\n{TITLES[step]}  ->  {plan.outputs[step]}", flush=True)
         started = time.monotonic()
-        processes = args.num_processes or 1
-        run_logged(launcher(args, on_gpu=on_gpu) + command, plan.outputs[step] / "training.log", processes=processes)
+        threads = None if on_gpu else max(1, cpu_cores() // (args.num_processes or 1))
+        run_logged(launcher(args, on_gpu=on_gpu) + command, plan.outputs[step] / "training.log", threads=threads)
         seconds[STAGES[step]] = time.monotonic() - started
         write_json(done, {"command": command, "seconds": seconds[STAGES[step]]})
     return seconds
@@ -222,6 +222,8 @@ def run_steps(args: argparse.Namespace, plan: Plan, *, on_gpu: bool) -> dict[str
 
 def summarise(plan: Plan, seconds: dict[str, float]) -> dict:
     """The summary of the three finished steps, with three prompts answered by the base, SFT and RLHF models."""
+    import torch
+
     from dschat.models.answers import greedy_answers
 
     started = time.monotonic()
@@ -233,7 +235,11 @@ def summarise(plan: Plan, seconds: dict[str, float]) -> dict:
     models = {"base": plan.actor, "sft": str(plan.outputs[1]), "rlhf": str(plan.outputs[3] / "actor")}
     first = sorted((plan.outputs[3] / "evaluation").glob("rollout_*.jsonl"))[0]
     prompts = [row["prompt"] for row in read_jsonl(first)[:3]]
-    answers = {name: greedy_answers(path, prompts, max_new_tokens=20) for name, path in models.items()}
+    try:
+        answers = {name: greedy_answers(path, prompts, max_new_tokens=20) for name, path in models.items()}
+    except torch.OutOfMemoryError:
+        print("no sample answers: a model does not fit whole on one device")
+        prompts, answers = [], {}
     samples = [
         {"prompt": prompt, **{name: texts[i] for name, texts in answers.items()}} for i, prompt in enumerate(prompts)
     ]
@@ -264,7 +270,7 @@ def main() -> None:
 
     on_gpu = torch.cuda.is_available()
     started = time.monotonic()
-    plan = make_plan(args, on_gpu=on_gpu)
+    plan = make_plan(args)
     prepare = time.monotonic() - started
     build = build_ops(on_gpu=on_gpu)
     seconds = run_steps(args, plan, on_gpu=on_gpu)

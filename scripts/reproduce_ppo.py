@@ -96,7 +96,7 @@ def demo_runs(args: argparse.Namespace, work: Path) -> dict[str, list[str]]:
         for step in ("1", "2"):
             if not list(models.glob(f"{'actor' if step == '1' else 'reward'}-models/*/finished.json")):
                 subprocess.run([*command, "--step", step], check=True)
-    actor, critic = (next((models / f"{kind}-models").iterdir()) for kind in ("actor", "reward"))
+    actor, critic = (next((models / f"{kind}-models").glob("*/finished.json")).parent for kind in ("actor", "reward"))
     common = ["--data_path", str(build_reviews() / "prompts"), "--actor_model_name_or_path", str(actor)]
     common += ["--critic_model_name_or_path", str(critic), *DEMO.split()]
     addition = ["--data_path", str(write_data(work / "addition")), "--actor_model_name_or_path", str(smollm2_folder())]
@@ -117,8 +117,8 @@ def launch(name: str, flags: list[str], seed: int, output: Path, work: Path) -> 
     """
     target = output / f"{name}_seed{seed}.jsonl"
     record = output / f"{name}_seed{seed}.json"
-    if record.exists():
-        return json.loads(record.read_text())["seconds"]
+    if record.exists() and (known := json.loads(record.read_text()))["flags"] == flags_shown(flags):
+        return known["seconds"]
     folder = work / f"{name}_seed{seed}"
     with socket.socket() as probe:
         probe.bind(("", 0))
@@ -225,7 +225,7 @@ def draw(output: Path, names: list[str], seeds: list[int]) -> None:
     for color, name in zip(("tab:blue", "tab:orange", "tab:gray"), kinds):
         for seed in seeds_of(name, seeds):
             lines = [line for line in read_jsonl(output / f"{name}_seed{seed}.jsonl") if "eval/score" in line]
-            for axis, key in zip(axes, KEYS):
+            for axis, key in zip(axes, PLOTTED):
                 label = name if seed == seeds[0] else None
                 axis.plot([line["step"] for line in lines], [line[key] for line in lines], color=color, label=label)
     for axis, title in zip(axes, PLOTTED.values()):

@@ -4,6 +4,8 @@ A [B, T, V] tensor of fp32 logits is the largest of the whole step (1.5 GiB for 
 one: rows are cast chunk by chunk, and in training each chunk is recomputed in backward.
 """
 
+import itertools
+
 import torch
 from torch.utils.checkpoint import checkpoint
 
@@ -28,8 +30,8 @@ def token_logprobs(
     flat_logits, flat_tokens = logits.reshape(-1, vocab), tokens.reshape(-1)
     rows = max(1, chunk_elements // vocab)
     pieces = []
-    for start in range(0, batch * length, rows):
-        chunk = (flat_logits[start : start + rows], flat_tokens[start : start + rows], temperature)
+    # split, not slices: the gradient of each slice would be a tensor as large as all logits.
+    for chunk in zip(flat_logits.split(rows), flat_tokens.split(rows), itertools.repeat(temperature)):
         if torch.is_grad_enabled() and logits.requires_grad:
             pieces.append(checkpoint(_chunk_logprobs, *chunk, use_reentrant=False, preserve_rng_state=False))
         else:

@@ -17,9 +17,10 @@ def lm_loss_rows(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tens
     Returns:
         nll [B] fp32, summed over each row's tokens, and the number of those tokens [B] int64.
     """
-    targets = labels[:, 1:]
+    # The last position predicts nothing; leaving it in spares a copy of all logits.
+    targets = F.pad(labels[:, 1:], (0, 1), value=-100)
     mask = targets != -100
-    logprobs, _ = token_logprobs(logits[:, :-1], targets.clamp(min=0))
+    logprobs, _ = token_logprobs(logits, targets.clamp(min=0))
     return -torch.where(mask, logprobs, torch.zeros_like(logprobs)).sum(-1), mask.sum(-1)
 
 

@@ -66,7 +66,7 @@ class ScheduleOptions:
 class RunOptions:
     _argument_group_name = "run"
 
-    output_dir: Optional[str] = flag(None, "Where the model, metrics.jsonl and config.json go.")
+    output_dir: Optional[str] = flag(None, "Where the model, metrics.jsonl and run.json go.")
     seed: int = flag(1234, "Seed of initialisation, data order and sampling.")
     log_interval_s: float = flag(5.0, "Seconds between progress lines.")
     enable_tensorboard: bool = flag(False, "Write TensorBoard events, of the pipeline and of each engine.")

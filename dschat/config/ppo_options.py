@@ -135,7 +135,7 @@ class PPOAlgorithm:
     normalize_reward: bool = flag(
         True, "Divide scores by their standard deviation over the SFT model's answers to held-out prompts."
     )
-    missing_eos_penalty: float = flag(0.0, "Subtracted from the score of an answer that did not end by itself.")
+    missing_eos_penalty: float = flag(0.0, "Subtracted from the divided score of an answer that did not end by itself.")
     cliprange: float = flag(0.2, "Clip range of the probability ratio.")
     cliprange_value: float = flag(0.2, "Clip range of the value update, in normalised reward units.")
     gamma: float = flag(1.0, "Discount per token.")
@@ -148,7 +148,7 @@ class PPOAlgorithm:
     )
     entropy_coef: float = flag(0.0, "Weight of the entropy bonus.")
     target_kl: Optional[float] = flag(
-        None, "Stop the remaining epochs of a rollout when the approximate KL to its policy exceeds this."
+        None, "End the updates on a rollout when the approximate KL to its policy exceeds this."
     )
     critic_warmup_steps: int = flag(0, "Rollouts in which only the critic learns.")
 

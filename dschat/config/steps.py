@@ -36,8 +36,6 @@ from dschat.config.ppo_options import (
     PPOSystem,
 )
 
-_OFFLOAD_NEEDS_ZERO = "--offload has no effect at ZeRO stage 0: give {} 2 or 3."
-
 
 @dataclass(frozen=True)
 class SFTData(DataOptions):
@@ -223,8 +221,6 @@ class PPOConfig:
                 f"--inference_tp_size {system.inference_tp_size} needs --actor_zero_stage 3, "
                 f"not {system.actor_zero_stage}."
             )
-        if system.offload and not (system.actor_zero_stage or system.critic_zero_stage):
-            found.append(_OFFLOAD_NEEDS_ZERO.format("--actor_zero_stage or --critic_zero_stage"))
         if system.enable_mixed_precision_lora and not (self.lora.actor_lora_dim and system.actor_zero_stage == 3):
             found.append("--enable_mixed_precision_lora needs --actor_lora_dim above 0 and --actor_zero_stage 3.")
         return found
@@ -236,6 +232,8 @@ class PPOConfig:
             found.append(
                 f"--reward_weights gives {len(model.reward_weights)} weights for {num_rewards} rewards: one each."
             )
+        for names, flag in ((self.reward_models, "--reward_model_name_or_path"), (model.reward_fn, "--reward_fn")):
+            found += [f"{flag} {name} is given twice." for name in sorted(set(names)) if names.count(name) > 1]
         for name in model.reward_fn:
             file, _, function = name.rpartition(":")
             if not (file.endswith(".py") and function.isidentifier()):
@@ -290,8 +288,6 @@ def _single_model_problems(config) -> list[str]:
     found += lora_problems(config.lora)
     if config.lora.only_optimize_lora and config.lora.lora_dim == 0:
         found.append("--only_optimize_lora needs adapters: give --lora_dim above 0.")
-    if config.system.offload and config.system.zero_stage == 0:
-        found.append(_OFFLOAD_NEEDS_ZERO.format("--zero_stage"))
     found += at_least("--freeze_layers", config.system.freeze_layers, 0)
     for name in ("learning_rate", "weight_decay"):
         found += at_least("--" + name, getattr(config.optim, name), 0)

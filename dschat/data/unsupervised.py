@@ -60,9 +60,9 @@ def _blocks(texts, tokenizer, *, block_size: int, rank: int, world_size: int, se
         # With fewer texts than processes each reads all of them.
         for i in order[rank::world_size] if len(order) >= world_size else order:
             held += tokenizer(texts[i])["input_ids"] + [tokenizer.eos_token_id]
-            while len(held) >= block_size:
-                yield held[:block_size]
-                held = held[block_size:]
+            full = len(held) // block_size * block_size
+            yield from (held[start : start + block_size] for start in range(0, full, block_size))
+            held = held[full:]
 
 
 def _local_texts(path: Path) -> list[str]:

@@ -85,6 +85,13 @@ def override(ds_config: dict, path: str | None) -> dict:
         raise ValueError(f"--deepspeed_config {path}: {error}") from error
     if not isinstance(extra, dict):
         raise ValueError(f"--deepspeed_config {path}: expected a JSON object, found {type(extra).__name__}.")
+    owned = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    clash = [key for key in owned if key in extra and extra[key] != ds_config[key]]
+    if clash:
+        raise ValueError(
+            f"--deepspeed_config {path}: {', '.join(clash)} follow from the batch-size and accumulation flags; take "
+            "them out of the file."
+        )
     return _merge(ds_config, extra)
 
 

@@ -32,7 +32,7 @@ def adamw(
         rate = lora_learning_rate if name in lora_names else learning_rate
         groups.setdefault((rate, weight_decay if is_matrix else 0.0), []).append(parameter)
     if not groups:
-        raise ValueError("No parameter is trainable: lower --freeze_layers or leave --only_optimize_lora out.")
+        raise ValueError("No parameter is trainable: lower the freeze_layers flag or leave --only_optimize_lora out.")
     param_groups = [{"params": p, "lr": lr, "weight_decay": decay} for (lr, decay), p in groups.items()]
     if cpu_offload:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
@@ -60,6 +60,9 @@ def step_together(*engines) -> bool:
         if not finite:
             _spoil_gradients(engine)
         engine.step()
+        if not finite and engine.zero_optimization_stage() == 3:
+            # A rank that owns nothing of the first parameter would not overwrite what was planted there.
+            engine.optimizer.grad_partitions_flat_buffer.zero_()
     return finite
 
 
@@ -75,8 +78,6 @@ def _is_finite(engine) -> torch.Tensor:
     bad = torch.zeros((), dtype=torch.bool, device=engine.device)
     if getattr(optimizer, "cpu_offload", False):
         bad |= bool(optimizer.local_overflow)
-    if hasattr(optimizer, "inf_or_nan_tracker"):
-        bad |= optimizer.inf_or_nan_tracker.to(bad.device).any()
     for gradient in _local_gradients(engine):
         # The extremes carry any inf or NaN, without a mask as large as the gradients.
         bad |= ~torch.isfinite(torch.stack(torch.aminmax(gradient))).all().to(bad.device)
@@ -87,8 +88,10 @@ def _spoil_gradients(engine) -> None:
     optimizer = engine.optimizer
     if getattr(optimizer, "cpu_offload", False):
         optimizer.local_overflow = True
-    if hasattr(optimizer, "inf_or_nan_tracker"):
-        optimizer.inf_or_nan_tracker.fill_(True)
+    if getattr(optimizer, "cpu_offload", False) or getattr(optimizer, "offload_optimizer", False):
+        # Offloaded gradients are on the host already; what DeepSpeed still reads of them before a step are norms.
+        for key, norm in list(optimizer.norm_for_param_grads.items())[:1]:
+            optimizer.norm_for_param_grads[key] = torch.full_like(norm, float("inf"))
     if engine.zero_optimization_stage() == 0 and not (engine.fp16_enabled() or engine.bfloat16_enabled()):
         # Plain torch AdamW has no overflow check; without gradients it leaves every parameter as it is.
         engine.zero_grad()

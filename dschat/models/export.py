@@ -49,7 +49,7 @@ def save_pretrained_folder(
     Raises:
         ValueError: tensors are missing, left over, of another shape, or tied but different.
     """
-    path = Path(path)
+    path = Path(path).resolve()  # a link stays a link, and what it points to is replaced
     inner = pretrained(model)
     weights = _complete_tensors(inner, _without_wrapper(model, tensors))
     shell = _savable_copy(inner, tokenizer, generation_config)

@@ -32,7 +32,7 @@ def prepare_for_training(
             flag=f"{prefix}lora_module_name",
         )
     if system.freeze_layers:
-        freeze_lower_layers(model, system.freeze_layers)
+        freeze_lower_layers(model, system.freeze_layers, flag=f"{prefix}freeze_layers")
     if system.gradient_checkpointing:
         enable_checkpointing(model)
     return lora_parameter_names(model)

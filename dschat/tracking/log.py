@@ -94,9 +94,12 @@ def _launcher_pids() -> list[int]:
         import psutil
     except ImportError:  # comes with DeepSpeed; without it there is no launcher either
         return []
-    parent = psutil.Process().parent()
-    if parent is None or not any("deepspeed" in word for word in parent.cmdline()):
+    try:
+        parent = psutil.Process().parent()
+        if parent is None or not any("deepspeed" in word for word in parent.cmdline()):
+            return []
+        above = parent.parent()
+        is_command = above is not None and any("deepspeed" in word for word in above.cmdline())
+    except psutil.Error:  # the launcher is going away already
         return []
-    above = parent.parent()
-    is_command = above is not None and any("deepspeed" in word for word in above.cmdline())
     return [parent.pid] + ([above.pid] if is_command else [])

@@ -16,7 +16,7 @@ def hardware() -> dict[str, str | int | float]:
 
     found: dict[str, str | int | float] = {
         "cpu": _cpu_name(),
-        "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        "cpu_cores": cpu_cores(),
         "host_memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
     }
     if torch.cuda.is_available():
@@ -24,6 +24,11 @@ def hardware() -> dict[str, str | int | float]:
         found["gpus"] = torch.cuda.device_count()
         found["gpu_memory_gib"] = round(torch.cuda.get_device_properties(0).total_memory / 2**30, 1)
     return found
+
+
+def cpu_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def versions() -> dict[str, str]:

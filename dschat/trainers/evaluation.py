@@ -62,6 +62,10 @@ class PolicyEvaluator:
 
     def evaluate(self, rollout: int) -> dict[str, float]:
         """Metrics after `rollout` rollouts (0: before training), over all processes."""
+        if rollout == 0 and self.output_dir is not None and dist.is_main():
+            # An earlier run's answers would pass for later ones of this run.
+            for old in (Path(self.output_dir) / "evaluation").glob("rollout_*.jsonl"):
+                old.unlink()
         result = self._answer()
         values = result.summary()
         shown = "  ".join(f"{key[5:]} {value:.4g}" for key, value in values.items())

@@ -251,8 +251,9 @@ class DeepSpeedPPOTrainer:
 
     def _check_loss(self, name: str, loss: torch.Tensor) -> None:
         # All processes see the same sum, so that all stop together.
-        if not torch.isfinite(dist.all_reduce(loss)):
+        total = dist.all_reduce(loss)
+        if not torch.isfinite(total):
             raise ValueError(
-                f"rollout {self.rollouts + 1}: the {name} loss is {loss.item()}, which is not finite; the weights are "
-                "as before. Lower --actor_learning_rate or --critic_learning_rate; with --dtype fp16 take bf16 or fp32."
+                f"rollout {self.rollouts + 1}: the {name} loss, summed over processes, is {total.item()}; the weights "
+                "are as before. Lower --actor_learning_rate or --critic_learning_rate; with --dtype fp16 take bf16 or fp32."
             )

@@ -46,7 +46,13 @@ class RewardPlan:
         if same_tokens(self.tokenizer, tokenizer):
             return ModelReward(engine, path)
         logger.info(f"{path} has a tokenizer of its own: answers are decoded and tokenised again")
-        return RetokenisedReward(engine, path, tokenizer, prompt_format=self.config.model.reward_prompt_format)
+        return RetokenisedReward(
+            engine,
+            path,
+            tokenizer,
+            prompt_format=self.config.model.reward_prompt_format,
+            max_tokens=getattr(engine.module.model.config, "max_position_embeddings", None),
+        )
 
 
 def plan_rewards(config: PPOConfig, tokenizer) -> RewardPlan:

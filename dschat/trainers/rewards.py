@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+import numbers
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Callable, Protocol
@@ -54,8 +55,13 @@ class RetokenisedReward:
     The end token follows an answer only where the policy ended it, as in training.
     """
 
-    def __init__(self, engine, name: str, tokenizer, *, prompt_format: str):
+    def __init__(self, engine, name: str, tokenizer, *, prompt_format: str, max_tokens: int | None = None):
+        """
+        Args:
+            max_tokens: longer texts lose their beginning, since the end is what is scored; None: no limit.
+        """
         self.engine, self.name, self.tokenizer, self.prompt_format = engine, name, tokenizer, prompt_format
+        self.max_tokens = max_tokens
 
     def __call__(self, answers: Answers, texts) -> torch.Tensor:
         known = texts()
@@ -79,7 +85,7 @@ class RetokenisedReward:
         ids = self.tokenizer(prompt + chosen, add_special_tokens=not in_template)["input_ids"]
         if ended and ids[-1:] != [self.tokenizer.eos_token_id]:
             ids = [*ids, self.tokenizer.eos_token_id]
-        return ids
+        return ids[-self.max_tokens :] if self.max_tokens else ids
 
 
 class FunctionReward:
@@ -99,6 +105,7 @@ class FunctionReward:
             scores = self.function(known.prompts, known.answers, **columns)
         except Exception as error:
             raise RewardFailure(self._blame(known, columns, error)) from error
+        scores = scores.tolist() if hasattr(scores, "tolist") else scores  # numpy arrays and tensors
         if not hasattr(scores, "__len__") or len(scores) != len(known.answers):
             count = len(scores) if hasattr(scores, "__len__") else type(scores).__name__
             raise RewardFailure(
@@ -106,7 +113,7 @@ class FunctionReward:
                 f"to the prompt {known.prompts[0]!r}: return one number for each."
             )
         for score, prompt, answer in zip(scores, known.prompts, known.answers):
-            if not isinstance(score, (int, float)) or not math.isfinite(score):
+            if not isinstance(score, numbers.Real) or not math.isfinite(score):
                 raise RewardFailure(
                     f"--reward_fn {self.name} returned {score!r} for the prompt {prompt!r} and the answer {answer!r}: "
                     "return a finite number."

@@ -1,5 +1,6 @@
 """What every main does before and after training: messages about flags, seeds, folders, the record of the run."""
 
+import os
 import random
 from pathlib import Path
 
@@ -40,8 +41,14 @@ def announce(config) -> None:
         logger.warning("--inference_tp_size has no effect yet: generation is the model's own generate")
     if given.get("enable_mixed_precision_lora"):
         logger.warning("--enable_mixed_precision_lora has no effect yet: frozen weights keep their precision")
-    if given.get("top_k") or given.get("top_p", 1.0) < 1.0:
-        logger.warning("--top_k and --top_p change what is sampled but not the logprobs: ratio and KL are biased")
+    if given.get("top_k") or given.get("top_p", 1.0) < 1.0 or given.get("min_answer_len"):
+        logger.warning(
+            "--top_k, --top_p and --min_answer_len change what is sampled but not the logprobs: ratio and KL are biased"
+        )
+    if given.get("critic_warmup_steps") and given.get("advantage_estimator") != "gae":
+        logger.warning("--critic_warmup_steps has no effect: this --advantage_estimator has no critic")
+    if given.get("enable_test_mode") and not given.get("test_stop_step"):
+        logger.warning("--enable_test_mode has no effect without --test_stop_step")
     if given["output_dir"] is None:
         logger.info("--output_dir is not given: the trained model will not be saved")
 
@@ -60,7 +67,12 @@ def prepare_output_dir(output_dir: str | None) -> None:
     """
     if output_dir is None:
         return
-    path = Path(output_dir)
+    path = Path(output_dir).resolve()
+    if path.is_mount() or (path.exists() and not os.access(path.parent, os.W_OK)):
+        raise ValueError(
+            f"--output_dir {output_dir}: a finished model takes its name by a rename, which a mount point or a folder "
+            "above that is not writable forbids. Give a folder below it."
+        )
     try:
         path.mkdir(parents=True, exist_ok=True)
         probe = path / f".probe.{dist.rank()}"

@@ -15,7 +15,7 @@ import torch
 from dschat.algorithms.losses import lm_loss_rows, pairwise_loss
 from dschat.algorithms.masks import pool_last
 from dschat.algorithms.types import PairBatch, TextBatch
-from dschat.engine.optim import gradient_norm
+from dschat.engine.optim import gradient_norm, step_together
 from dschat.models.causal_lm import forward_logits
 from dschat.tracking import dist
 from dschat.tracking.log import logger
@@ -155,13 +155,14 @@ def _optimizer_step(engine, objective: Objective, window: list, step: int) -> di
         for key, value in {"loss": loss.detach(), **extra}.items():
             sums[key] = sums.get(key, 0) + value
         # All processes see the same sum, so that all stop together.
-        if not torch.isfinite(dist.all_reduce(loss)):
+        total = dist.all_reduce(loss)
+        if not torch.isfinite(total):
             raise ValueError(
-                f"The loss of step {step} is {loss.item()}, which is not finite. Lower --learning_rate, or take "
+                f"The loss of step {step}, summed over processes, is {total.item()}. Lower --learning_rate, or take "
                 "--dtype bf16 or fp32 instead of fp16."
             )
         engine.backward(loss * scale)
-        engine.step()
+        step_together(engine)
     totals = dist.all_reduce(torch.stack([value.double() for value in sums.values()])) / weight
     tokens = dist.all_reduce(torch.stack([batch.attention_mask.sum() for batch in window]).sum()).item()
     seconds = time.monotonic() - started

@@ -69,7 +69,7 @@ def test_commands_of_real_sizes(e2e):
         "--actor-model facebook/opt-1.3b --reward-model facebook/opt-350m --deployment-type multi_node "
         "--hostfile hosts --output-dir out --actor-zero-stage 2 --data-path rows.jsonl".split()
     )
-    plan = e2e.make_plan(args, on_gpu=True)
+    plan = e2e.make_plan(args)
     output = Path(args.output_dir)
     assert plan.outputs == {
         1: output / "actor-models" / "1.3b",
@@ -100,4 +100,4 @@ def test_the_launcher_counts_processes_by_deployment(e2e):
 
 def test_models_that_do_not_go_together_are_refused(e2e):
     with pytest.raises(ValueError, match="--actor-model 1.3b and --reward-model tiny-opt"):
-        e2e.make_plan(e2e.parse_args("--actor-model 1.3b --reward-model tiny-opt".split()), on_gpu=False)
+        e2e.make_plan(e2e.parse_args("--actor-model 1.3b --reward-model tiny-opt".split()))

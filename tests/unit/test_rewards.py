@@ -2,6 +2,7 @@
 
 import types
 
+import numpy as np
 import pytest
 import torch
 
@@ -126,6 +127,23 @@ def test_another_tokenizer_reads_the_same_texts_with_an_eos_only_where_the_polic
     scores = weighted(RetokenisedReward(engine, "m", other, prompt_format="auto"))(make_answers())
     assert seen["texts"] == ["<s>oneab</s>", "<s>twoc"]
     assert scores.tolist() == [6.0, 4.0]
+
+
+def test_a_text_longer_than_the_reward_model_takes_loses_its_beginning():
+    other = byte_tokenizer(pad_is_eos=True)
+    seen = {}
+
+    def engine(input_ids, attention_mask):
+        seen["texts"] = [other.decode(row[mask.bool()]) for row, mask in zip(input_ids, attention_mask)]
+        return torch.zeros(input_ids.shape)
+
+    weighted(RetokenisedReward(engine, "m", other, prompt_format="auto", max_tokens=4))(make_answers())
+    assert seen["texts"] == ["eab</s>", "twoc"]
+
+
+def test_numpy_scores_are_numbers():
+    assert weighted(lambda p, a, **c: np.array([0.5, 1.5], dtype=np.float32))(make_answers()).tolist() == [0.5, 1.5]
+    assert weighted(lambda p, a, **c: [np.float32(0.5), np.int64(2)])(make_answers()).tolist() == [0.5, 2.0]
 
 
 def test_a_chat_template_of_the_reward_model_is_used_when_asked():

@@ -11,7 +11,7 @@ from dschat.engine.build import resolve_dtype, start_processes
 from dschat.engine.checkpoint import save_model
 from dschat.models.tokenizer import eos_token_ids, load_tokenizer
 from dschat.tracking import dist
-from dschat.tracking.log import run_main
+from dschat.tracking.log import logger, run_main
 from dschat.tracking.metrics import MetricsWriter
 from dschat.trainers.evaluation import PolicyEvaluator
 from dschat.trainers.ppo import DeepSpeedPPOTrainer
@@ -59,9 +59,7 @@ def main() -> None:
         output_dir=run.output_dir,
     )
     before = evaluator.evaluate(0)
-    score_std = 1.0
-    if config.ppo.normalize_reward and before["eval/score_sd"] > SMALLEST_SCORE_STD:
-        score_std = before["eval/score_sd"]
+    score_std = reward_scale(config, before["eval/score_sd"])
     if config.has_critic:
         engines.build_critic(tokenizer=plan.critic_tokenizer, score_std=score_std)
     record_run(config, run.output_dir, dtype=dtype, rollouts=rollouts, score_std=score_std)
@@ -87,6 +85,17 @@ def main() -> None:
         raise
     metrics.close()
     save(config, trainer, tokenizer, plan.critic_tokenizer)
+
+
+def reward_scale(config: PPOConfig, score_sd: float) -> float:
+    """What scores are divided by in this run; logged, since the clips and the KL coefficient are in these units."""
+    if not config.ppo.normalize_reward:
+        return 1.0
+    if not score_sd > SMALLEST_SCORE_STD:
+        logger.warning(f"the first scores hardly differ (standard deviation {score_sd:.3g}): they are not divided by it")
+        return 1.0
+    logger.info(f"scores are divided by {score_sd:.4g}, their standard deviation before training")
+    return score_sd
 
 
 def load_data(config: PPOConfig, tokenizer):
