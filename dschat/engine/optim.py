@@ -57,6 +57,9 @@ def step_together(*engines) -> bool:
         flags = torch.stack([_is_finite(engine) for engine in engines]).min()
         finite = bool(dist.all_reduce(flags, "min"))
     for engine in engines:
+        if not finite and _has_no_overflow_check(engine):
+            _count_skipped_step(engine)
+            continue
         if not finite:
             _spoil_gradients(engine)
         engine.step()
@@ -84,6 +87,20 @@ def _is_finite(engine) -> torch.Tensor:
     return (~bad).int()
 
 
+def _has_no_overflow_check(engine) -> bool:
+    """True for plain torch AdamW: fp32 without ZeRO."""
+    return engine.zero_optimization_stage() == 0 and not (engine.fp16_enabled() or engine.bfloat16_enabled())
+
+
+def _count_skipped_step(engine) -> None:
+    """Drop the gradients, and count as engine.step does at an overflow; its clipping fails without gradients."""
+    engine.zero_grad()
+    engine.micro_steps += 1
+    engine.global_steps += 1
+    engine.skipped_steps += 1
+    engine.global_samples += engine.train_batch_size()
+
+
 def _spoil_gradients(engine) -> None:
     optimizer = engine.optimizer
     if getattr(optimizer, "cpu_offload", False):
@@ -92,10 +109,6 @@ def _spoil_gradients(engine) -> None:
         # Offloaded gradients are on the host already; what DeepSpeed still reads of them before a step are norms.
         for key, norm in list(optimizer.norm_for_param_grads.items())[:1]:
             optimizer.norm_for_param_grads[key] = torch.full_like(norm, float("inf"))
-    if engine.zero_optimization_stage() == 0 and not (engine.fp16_enabled() or engine.bfloat16_enabled()):
-        # Plain torch AdamW has no overflow check; without gradients it leaves every parameter as it is.
-        engine.zero_grad()
-        return
     for gradient in _local_gradients(engine):
         gradient.view(-1)[:1].fill_(float("inf"))
         break
