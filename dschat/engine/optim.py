@@ -32,7 +32,10 @@ def adamw(
         rate = lora_learning_rate if name in lora_names else learning_rate
         groups.setdefault((rate, weight_decay if is_matrix else 0.0), []).append(parameter)
     if not groups:
-        raise ValueError("No parameter is trainable: lower the freeze_layers flag or leave --only_optimize_lora out.")
+        raise ValueError(
+            "No parameter is trainable: lower --freeze_layers (in step 3 --actor_freeze_layers or "
+            "--critic_freeze_layers), or leave --only_optimize_lora out."
+        )
     param_groups = [{"params": p, "lr": lr, "weight_decay": decay} for (lr, decay), p in groups.items()]
     if cpu_offload:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
