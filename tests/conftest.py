@@ -1,0 +1,38 @@
+"""Launches for the tests that need a process group: all cases of as many ranks share one, whichever file asks first.
+
+A test names what it needs by the mark ``cases`` and takes the results from the fixture ``launches``:
+
+    @pytest.mark.cases(CASE)
+    def test_it(launches):
+        assert launches[CASE].metrics()[-1]["step"] == 3
+
+Only cases that a selected test names are run.
+"""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent / "integration"))
+
+from launches import Case, Launches  # noqa: E402
+from stock import write_stock  # noqa: E402
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "cases(*cases): the launched cases whose results the test reads")
+
+
+@pytest.fixture(scope="session")
+def stock(tmp_path_factory) -> Path:
+    """The folder of miniature models and toy data; see stock.py. Not to be written to."""
+    return write_stock(tmp_path_factory.mktemp("stock"))
+
+
+@pytest.fixture(scope="session")
+def launches(request, stock, tmp_path_factory) -> Launches:
+    """The results of all launched cases, by case."""
+    named = [case for item in request.session.items for mark in item.iter_markers("cases") for case in mark.args]
+    cases: list[Case] = list({case.name: case for case in named}.values())
+    return Launches(cases, folder=tmp_path_factory.mktemp("cases"), stock=stock)

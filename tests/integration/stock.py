@@ -1,0 +1,88 @@
+"""The miniature models and the toy data that the launched cases share."""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from experience import write_experience
+
+from dschat.data.collate import collate_text
+from dschat.data.datasets import SFTDataset
+from dschat.data.row_files import read_rows
+from dschat.data.toy import write_toy_data
+from dschat.models.causal_lm import forward_logits, load_causal_lm
+from dschat.models.export import save_pretrained_folder
+from dschat.models.families import FAMILIES
+from dschat.models.reward_model import load_reward_model
+from dschat.models.tiny import make_tiny_model
+from dschat.models.tokenizer import load_tokenizer
+
+MAX_LEN = 48  # tokens; the longest toy text has 27
+PAD_IS_EOS = ("gpt2", "gpt_neox")  # as their published tokenizers, which have no padding token
+SFT_STEPS = 30
+
+
+def write_stock(folder: Path) -> Path:
+    """Write models and data, and return `folder`.
+
+    toy/ holds rows, texts.jsonl texts for PTX, fp16.json and sgd.json are each a --deepspeed_config. base/FAMILY,
+    sft/FAMILY (which mostly ends its answers) and reward/FAMILY are models; sft-eot/ and reward-eot/ are those of
+    --add_eot_token. What is faulty/ is what a user may give by mistake. The rest comes from experience.py.
+    """
+    write_toy_data(folder / "toy", num_train=64, num_eval=16)
+    # The usual first loss scale of 2^16 overflows for longer than these runs last.
+    (folder / "fp16.json").write_text(json.dumps({"fp16": {"initial_scale_power": 8}}))
+    (folder / "sgd.json").write_text(json.dumps({"zero_allow_untested_optimizer": True, "gradient_clipping": 0.0}))
+    texts = [f"{word} " * 40 for word in ("one", "two", "three", "four")]
+    (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    for family in FAMILIES:
+        base = make_tiny_model(folder / "base" / family, family=family, pad_is_eos=family in PAD_IS_EOS)
+        for kind in ("", "-eot"):
+            sft, reward = (folder / f"{name}{kind}" / family for name in ("sft", "reward"))
+            _write_sft(str(base), folder / "toy" / "train.jsonl", sft, add_eot_token=bool(kind))
+            _write_reward(str(sft), reward)
+    _write_reward(str(folder / "base" / "llama"), folder / "reward-base" / "llama")
+    write_experience(folder)
+    _write_faulty(folder)
+    return folder
+
+
+def _write_sft(base: str, rows: Path, path: Path, *, add_eot_token: bool) -> None:
+    tokenizer = load_tokenizer(base, add_eot_token=add_eot_token)
+    model = load_causal_lm(base, dtype=torch.float32)
+    data = SFTDataset(
+        read_rows(str(rows), flag="rows"),
+        tokenizer,
+        max_seq_len=MAX_LEN,
+        prompt_format="plain",
+        end_token_id=tokenizer.eos_token_id,
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for step in range(SFT_STEPS):
+        items = [data[(16 * step + i) % len(data)] for i in range(16)]
+        batch = collate_text(items, pad_id=tokenizer.pad_token_id)
+        logits = forward_logits(model, model, input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    save_pretrained_folder(model, dict(model.state_dict()), tokenizer, path)
+
+
+def _write_reward(sft: str, path: Path) -> None:
+    tokenizer = load_tokenizer(sft)
+    torch.manual_seed(1)
+    model = load_reward_model(sft, dtype=torch.float32, tokenizer=tokenizer)
+    save_pretrained_folder(model, dict(model.state_dict()), tokenizer, path)
+
+
+def _write_faulty(folder: Path) -> None:
+    faulty = folder / "faulty"
+    faulty.mkdir()
+    lines = (folder / "toy" / "train.jsonl").read_text().splitlines()
+    (faulty / "broken.jsonl").write_text("\n".join([*lines[:2], '{"prompt": "the film', *lines[3:]]) + "\n")
+    (faulty / "no-pairs.jsonl").write_text('{"prompt": "a", "chosen": " b"}\n{"prompt": "c", "chosen": " d"}\n')
+    shutil.copytree(folder / "base" / "llama", faulty / "no-weights", ignore=shutil.ignore_patterns("*.safetensors"))
+    shutil.copytree(folder / "base" / "llama", faulty / "no-tokenizer", ignore=shutil.ignore_patterns("tokenizer*"))
+    (faulty / "file").write_text("")

@@ -1,0 +1,106 @@
+"""Runs a list of cases in one process group, one after the other: starting one costs more than most cases.
+
+    python -m deepspeed.launcher.runner --num_accelerators 2 --master_port 29512 worker.py cases.json
+
+`launches.py` writes cases.json and reads what each rank leaves behind: RESULTS/NAME.RANK.json. A case is the main of
+a step (with its flags), or a function (with keyword arguments) whose result is kept.
+"""
+
+import gc
+import importlib.util
+import json
+import os
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+
+from dschat.engine.build import on_cpu, start_processes
+from dschat.tracking import dist
+from dschat.tracking.log import set_up_logging
+
+
+def load(path: str):
+    """The module of a Python file, under a name that no other file has."""
+    name = "_".join(Path(path).with_suffix("").parts[-2:])
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+def run(case: dict):
+    """What the case's function returns; None for the main of a step."""
+    module = load(case["file"])
+    if case["argv"] is None:
+        return getattr(module, case["function"])(**case["kwargs"])
+    sys.argv = [case["file"], f"--local_rank={os.environ['LOCAL_RANK']}", *case["argv"]]
+    module.main()
+    return None
+
+
+def attempt(case: dict) -> dict:
+    """The result of a case: ok, its value or its error, and its seconds."""
+    started = time.monotonic()
+    result: dict = {"ok": True, "value": None}
+    try:
+        result["value"] = run(case)
+    except Exception as error:
+        result = {
+            "ok": False,
+            "error": str(error),
+            "error_type": type(error).__name__,
+            "traceback": traceback.format_exc(),
+        }
+    return {**result, "seconds": time.monotonic() - started}
+
+
+def main() -> None:
+    plan = json.loads(Path(sys.argv[-1]).read_text())
+    start_processes()
+    set_up_logging()
+    # DeepSpeed declines fp16 where a CPU has no instructions for it; torch computes it all the same, only slowly.
+    if on_cpu():
+        get_accelerator().is_fp16_supported = lambda: True
+    engines = track_engines()
+    # What the imports made stays; without this, looking through it takes longer than most cases.
+    gc.collect()
+    gc.freeze()
+    for case in plan["cases"]:
+        dist.barrier()
+        print(f"\n=== {case['name']}", flush=True)
+        torch.manual_seed(0)
+        result = attempt(case)
+        path = Path(plan["results"]) / f"{case['name']}.{dist.rank()}.json"
+        path.write_text(json.dumps(result))
+        if not result["ok"] and not case["fails"]:
+            print(result["traceback"], flush=True)
+            # The other ranks may wait in a collective that this one never enters; `launches.py` starts afresh.
+            os._exit(3)
+        for engine in engines:
+            engine.destroy()
+        engines.clear()
+        gc.collect()
+
+
+def track_engines() -> list:
+    """A list to which every engine that is built from now on is added."""
+    engines: list = []
+    initialize = deepspeed.initialize
+
+    def tracked(*args, **kwargs):
+        found = initialize(*args, **kwargs)
+        engines.append(found[0])
+        return found
+
+    deepspeed.initialize = tracked
+    return engines
+
+
+if __name__ == "__main__":
+    main()
