@@ -1,0 +1,60 @@
+"""What a model folder that a step wrote has to be."""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def load_plainly(folder: Path, *, reward: bool = False):
+    """The saved model, by transformers alone, which must miss nothing and have nothing left over."""
+    model_class = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
+    model, info = model_class.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    assert not any(info.values()), info
+    return model.eval()
+
+
+def check_model_folder(folder: Path, *, start: Path, reward: bool, options: dict) -> None:
+    """The folder loads, is in the precision of training, and what trained is what changed since `start`.
+
+    Args:
+        start: the causal language model, or the reward model, that training began with.
+        options: one value of each axis of `options.py`.
+    """
+    model, tokenizer = load_plainly(folder, reward=reward), AutoTokenizer.from_pretrained(folder)
+    assert model.dtype == AutoConfig.from_pretrained(folder).dtype == TORCH_DTYPES[options["dtype"]]
+    check_changes(model, start, lora=options["lora"], exact=options["dtype"] == "fp32")
+    assert tokenizer.eos_token == ("<|endoftext|>" if options["eot"] else "</s>")
+    assert len(tokenizer) <= model.get_input_embeddings().num_embeddings
+    assert tokenizer.chat_template
+    if reward:
+        assert model.config.pad_token_id == tokenizer.pad_token_id != tokenizer.eos_token_id
+    else:
+        ends = model.generation_config.eos_token_id
+        assert tokenizer.eos_token_id in (ends if isinstance(ends, list) else [ends])
+        assert not model.generation_config.do_sample
+    assert not list(folder.parent.glob(f".{folder.name}*")), "a temporary folder stayed behind"
+
+
+def check_changes(model, start: Path, *, lora: str, exact: bool) -> None:
+    """What trains has changed, and nothing else. Not `exact`: short training may be lost in rounding norms near 1."""
+    is_reward = "ForSequenceClassification" in AutoConfig.from_pretrained(start).architectures[0]
+    before, after = load_plainly(start, reward=is_reward).state_dict(), model.state_dict()
+    common = {name for name in after if name in before} - {"score.weight"}
+    assert set(after) - common <= {"score.weight"}
+    changed = {name for name in common if _differs(before[name], after[name])}
+    layers = {name for name in common if ".layers." in name or ".h." in name}
+    matrices = {name for name in layers if after[name].dim() == 2}
+    assert matrices and matrices <= changed
+    if lora == "only-lora":
+        assert changed == matrices
+    else:
+        assert changed - layers, "embeddings and last norm"
+        assert (changed & layers) - matrices or not exact, "norms and biases"
+
+
+def _differs(before: torch.Tensor, after: torch.Tensor) -> bool:
+    """Whether rows that both have differ; a vocabulary may have grown."""
+    return not torch.equal(after[: before.shape[0]], before.to(after.dtype))
