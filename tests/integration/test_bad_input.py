@@ -1,0 +1,96 @@
+"""What a user gives by mistake ends with one message that names it, before any training."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+from launches import MAINS, Case, environment, launcher
+
+SFT = "--model_name_or_path {stock}/base/llama --data_path {stock}/toy --data_split 1,0,0 --dtype fp32 --max_seq_len 48"
+REWARD = SFT.replace("1,0,0", "0,1,0")
+PPO = (
+    "--actor_model_name_or_path {stock}/sft/llama --critic_model_name_or_path {stock}/reward/llama "
+    "--data_path {stock}/toy --data_split 0,0,1 --dtype fp32 --max_prompt_seq_len 24 --max_answer_seq_len 4"
+)
+# Step, its flags (the last of a kind counts), and what the message must hold.
+MISTAKES = {
+    "no-data": (1, f"{SFT} --data_path {{stock}}/none.jsonl", ["--data_path", "none.jsonl", "no such file"]),
+    "broken-line": (
+        1,
+        f"{SFT} --data_path {{stock}}/faulty/broken.jsonl",
+        ["faulty/broken.jsonl, line 3", "--skip_bad_rows"],
+    ),
+    "no-pairs": (
+        2,
+        f"{REWARD} --data_path {{stock}}/faulty/no-pairs.jsonl",
+        ["faulty/no-pairs.jsonl", '"rejected"', "step 2"],
+    ),
+    "no-share": (1, f"{SFT} --data_split 0,1,1", ["--data_split 0,1,1", "step 1"]),
+    "no-model": (1, f"{SFT} --model_name_or_path {{stock}}/none", ["--model_name_or_path", "none", "does not exist"]),
+    "no-weights": (
+        1,
+        f"{SFT} --model_name_or_path {{stock}}/faulty/no-weights",
+        ["--model_name_or_path", "no-weights", "model.safetensors"],
+    ),
+    "no-tokenizer": (
+        1,
+        f"{SFT} --model_name_or_path {{stock}}/faulty/no-tokenizer",
+        ["--model_name_or_path", "no-tokenizer", "tokenizer.json"],
+    ),
+    "reward-as-sft": (1, f"{SFT} --model_name_or_path {{stock}}/reward/llama", ["reward model", "causal"]),
+    "no-such-layer": (
+        1,
+        f"{SFT} --lora_dim 2 --lora_module_name attn.query",
+        ["--lora_module_name", "attn.query", "q_proj"],
+    ),
+    "too-frozen": (1, f"{SFT} --freeze_layers 9", ["--freeze_layers 9", "2 layers"]),
+    "output-is-a-file": (1, f"{SFT} --output_dir {{stock}}/faulty/file", ["--output_dir", "faulty/file"]),
+    "no-ds-config": (1, f"{SFT} --deepspeed_config {{stock}}/none.json", ["--deepspeed_config", "none.json"]),
+    "no-critic": (3, f"{PPO} --critic_model_name_or_path {{stock}}/none", ["--critic_model_name_or_path", "none"]),
+    "sft-as-critic": (3, f"{PPO} --critic_model_name_or_path {{stock}}/sft/llama", ["--critic_model_name_or_path"]),
+    "uneven-rollout": (
+        3,
+        f"{PPO} --per_device_generation_batch_size 6 --per_device_training_batch_size 4",
+        ["6 rows", "4 rows", "--per_device_generation_batch_size"],
+    ),
+    "two-at-once": (2, f"{REWARD} --zero_stage 5 --max_seq_len 1", ["--zero_stage 5", "--max_seq_len 1"]),
+}
+
+
+def mistake(name: str):
+    step, argv, words = MISTAKES[name]
+    case = Case(f"mistake-{name}", step=step, argv=argv, fails=True)
+    return pytest.param(case, words, id=name, marks=pytest.mark.cases(case))
+
+
+@pytest.mark.parametrize("case, words", [mistake(name) for name in MISTAKES])
+def test_a_mistake_is_a_value_error_that_names_it(case, words, launches):
+    (result,) = launches[case].ranks
+    assert not result["ok"] and result["error_type"] == "ValueError", result
+    assert [word for word in words if word not in result["error"]] == []
+    assert not (launches[case].out / "model.safetensors").exists()
+
+
+def launched(step: int, argv: str, stock: Path) -> subprocess.CompletedProcess:
+    """A step under the real launcher with two ranks, both outputs as one."""
+    words = [word.format(stock=stock) for word in argv.split()]
+    command = [*launcher(2), str(MAINS[step]), *words]
+    return subprocess.run(
+        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=180, cwd=stock
+    )
+
+
+@pytest.mark.parametrize(
+    "step, argv, message",
+    [
+        (1, f"{SFT} --model_name_or_path {{stock}}/none", "--model_name_or_path '{stock}/none' does not exist; give"),
+        (3, f"{PPO} --kl_coeff 0.1", "--kl_coeff: no flag of that name (Step 3, PPO). Did you mean --kl_coef?"),
+    ],
+    ids=["missing folder", "unknown flag"],
+)
+def test_the_message_is_the_last_on_the_screen_of_a_real_launch(step, argv, message, stock):
+    done = launched(step, argv, stock)
+    assert done.returncode != 0
+    last = done.stdout.rstrip().splitlines()[-1]
+    assert last.startswith(f"error (rank 0): {message.format(stock=stock)}"), done.stdout[-2000:]
+    assert "Traceback" not in done.stdout
