@@ -42,18 +42,12 @@ class MovingAverage:
 
     def _masters(self):
         """Names and local fp32 pieces [n] or whole fp32 tensors of the trainable parameters."""
-        optimizer, stage = self.engine.optimizer, self.engine.zero_optimization_stage()
+        stage = self.engine.zero_optimization_stage()
         parameters = dict(self.engine.module.named_parameters())
-        if stage == 0 and hasattr(optimizer, "fp32_groups"):
-            masters = {
-                id(low): high
-                for lows, highs in zip(optimizer.fp16_groups, optimizer.fp32_groups)
-                for low, high in zip(lows, highs)
-            }
         for name in self._names:
             parameter = parameters[name]
             if stage == 0:
-                yield name, masters[id(parameter)] if hasattr(optimizer, "fp32_groups") else parameter
+                yield name, parameter  # stage 0 is fp32: half precision runs as stage 1
             elif stage == 3:
                 yield name, safe_get_local_fp32_param(parameter).flatten()
             elif parameter._hp_mapping is not None:

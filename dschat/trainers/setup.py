@@ -31,6 +31,9 @@ def announce(config) -> None:
             logger.info(f"--{name} has no effect: {reason}")
     if given.get("num_padding_at_beginning", 1) != 1:
         logger.info("--num_padding_at_beginning has no effect: positions come from the attention mask")
+    for name in ("zero_stage", "actor_zero_stage", "critic_zero_stage"):
+        if given.get(name) == 0 and given["dtype"] != "fp32":
+            logger.info(f"--{name} 0 in half precision runs as stage 1, with the same result")
     for name in ("enable_hybrid_engine", "unpin_actor_parameters", "release_inference_cache"):
         if given.get(name):
             logger.warning(f"--{name} has no effect yet: generation is the model's own generate")
