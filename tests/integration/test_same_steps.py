@@ -42,9 +42,6 @@ def test_processes_and_accumulation_split_a_step_without_changing_it(cases, laun
     assert len(expected) == 6 and expected[3] < expected[0]
     for case in cases[1:]:
         assert losses(launches, case) == pytest.approx(expected, rel=1e-5), case.name
-    # Adam's steps do not tell the scale of a gradient; its norm does.
-    norms = [launches[case].per_step("train/grad_norm") for case in cases if "-0-" not in case.name]
-    assert len(norms) == 6 and all(norm == pytest.approx(norms[0], rel=1e-4) for norm in norms)
 
 
 @pytest.mark.parametrize("cases", BY_STAGE)
