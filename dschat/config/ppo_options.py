@@ -105,9 +105,22 @@ class PPOSystem:
     critic_dropout: Optional[float] = flag(None, "Accepted for compatibility: dropout is off in all four models.")
     actor_freeze_layers: int = flag(0, "Freeze the actor's embeddings and this many of its lowest layers.")
     critic_freeze_layers: int = flag(0, "Freeze the critic's embeddings and this many of its lowest layers.")
-    enable_hybrid_engine: bool = flag(False, "Generate with the Hybrid Engine.")
-    unpin_actor_parameters: bool = flag(False, "Hybrid Engine: free the gathered parameters after generation.")
-    release_inference_cache: bool = flag(False, "Hybrid Engine: free the KV cache after generation.")
+    enable_hybrid_engine: bool = flag(
+        False, "Generate with the Hybrid Engine: an inference replica of the actor, many times faster on a GPU."
+    )
+    unpin_actor_parameters: bool = flag(
+        False, "Hybrid Engine: free gathered and merged weights after generation, which costs time at the next."
+    )
+    release_inference_cache: bool = flag(
+        False, "Hybrid Engine: free KV cache, gathered weights and CUDA graphs after generation, which costs more time."
+    )
+    cuda_graph: bool = flag(True, "Hybrid Engine: replay decode steps as CUDA graphs, on a GPU.")
+    compile: bool = flag(True, "Hybrid Engine: compile the decoder layers of those steps with torch.compile.")
+    hybrid_lora: Literal["merge", "attach", "auto"] = flag(
+        "auto",
+        "Hybrid Engine with LoRA: merged copies of adapted weights, or the low-rank products beside the shared weights; "
+        "auto merges where memory allows. ZeRO-3 always merges.",
+    )
     inference_tp_size: int = flag(1, "Hybrid Engine: tensor-parallel processes in generation (actor ZeRO-3).")
     tp_gather_partition_size: int = flag(8, "Hybrid Engine: layers gathered at a time under tensor parallelism.")
     enable_mixed_precision_lora: bool = flag(False, "MixZ++: quantise frozen weights (actor LoRA and ZeRO-3).")

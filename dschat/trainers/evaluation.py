@@ -80,7 +80,7 @@ class PolicyEvaluator:
         parts = []
         with _seeded(self.seed + dist.rank(), device):
             for prompts in self.loader:
-                answers = generate(engines.actor, prompts.to(device), generation=self.generation)
+                answers = generate(engines.generator, prompts.to(device), generation=self.generation)
                 unused = self.generation.max_new_tokens - answers.tokens.shape[1]
                 columns = (
                     self.rewards(answers),
@@ -90,6 +90,7 @@ class PolicyEvaluator:
                     torch.nn.functional.pad(answers.tokens, (0, unused)),
                 )
                 parts.append(columns)
+        engines.generator.end_rollout()
         num_rows = len(self.loader.dataset)
         columns = [dist.gather_rows(torch.cat(column), num_rows).cpu() for column in zip(*parts)]
         return PolicyEvaluation(columns[0], columns[1], columns[2], columns[3].bool(), columns[4])

@@ -21,7 +21,7 @@ from dschat.models.causal_lm import forward_logits
 from dschat.tracking import dist
 from dschat.tracking.log import logger
 from dschat.tracking.progress import memory_gib
-from dschat.trainers.ppo_stats import UpdateTotals, rollout_metrics
+from dschat.trainers.ppo_stats import UpdateTotals, logprob_gap, rollout_metrics
 from dschat.trainers.rlhf_engine import DeepSpeedRLHFEngine
 from dschat.trainers.rollout import (
     Answers,
@@ -69,6 +69,7 @@ class DeepSpeedPPOTrainer:
             eos_token_ids=eos_token_ids,
             pad_token_id=pad_token_id,
             sampling=config.sampling,
+            num_samples=config.batch.num_samples_per_prompt,
         )
         self.kl = KLController(config.ppo.kl_coef, config.ppo.kl_target, config.ppo.kl_horizon)
         self.ema = MovingAverage(engines.actor, decay=config.model.ema_decay) if config.model.enable_ema else None
@@ -85,7 +86,9 @@ class DeepSpeedPPOTrainer:
             ValueError: every answer is empty, or the KL is not finite. RewardFailure: a reward failed.
         """
         started = time.monotonic()
-        answers = [self._generate(prompts) for prompts in batches]
+        device, generator = self.engines.actor.device, self.engines.generator
+        answers = [generate(generator, prompts.to(device), generation=self.generation) for prompts in batches]
+        generator.end_rollout()
         generated = time.monotonic()
         pieces = [
             make_experience(
@@ -98,6 +101,7 @@ class DeepSpeedPPOTrainer:
             )
             for batch in answers
         ]
+        told = logprob_gap([(p.logprobs, a.sampled_logprobs, p.response_mask) for p, a in zip(pieces, answers)])
         experience = concatenate(pieces, pad_token_id=self.pad_token_id)
         ended = torch.cat([batch.ended for batch in answers])
         metrics = rollout_metrics(
@@ -114,6 +118,7 @@ class DeepSpeedPPOTrainer:
             experience = whiten(experience)
         metrics["time/generate_s"] = generated - started
         metrics["time/score_s"] = time.monotonic() - generated
+        metrics |= told | generator.metrics()
         return experience, answers, metrics
 
     def train_rlhf(self, experience: Experience) -> dict[str, float]:
@@ -171,11 +176,6 @@ class DeepSpeedPPOTrainer:
                 self.ema.update()
         target = self.config.ppo.target_kl
         return target is not None and (dist.all_reduce(approx_kl) / tokens).item() > target
-
-    def _generate(self, prompts: PromptBatch) -> Answers:
-        device, samples = self.engines.actor.device, self.config.batch.num_samples_per_prompt
-        index = torch.arange(len(prompts.index)).repeat_interleave(samples)
-        return generate(self.engines.actor, prompts.rows(index).to(device), generation=self.generation)
 
     def _windows(self, experience: Experience):
         """The micro-batches of each optimizer step; sizes divide, which the configuration has checked."""

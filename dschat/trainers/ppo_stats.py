@@ -51,6 +51,19 @@ def rollout_metrics(
     return metrics
 
 
+def logprob_gap(batches: list[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]]) -> dict[str, float]:
+    """How far the generator's logprobs of the sampled tokens are from the training engine's: the mean of |difference|.
+
+    Args:
+        batches: the engine's logprobs, the generator's or None, and the response mask, all [B, R].
+    """
+    if any(sampled is None for _, sampled, _ in batches):
+        return {}
+    sums = [torch.stack([masked_sum((a - b).abs(), mask).double(), mask.sum().double()]) for a, b, mask in batches]
+    gap, tokens = dist.all_reduce(torch.stack(sums).sum(0)).tolist()
+    return {"rollout/logprob_gap": gap / tokens}
+
+
 class UpdateTotals:
     """Sums over the micro-batches of a rollout's updates, reduced over processes once."""
 

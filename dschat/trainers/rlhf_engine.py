@@ -15,6 +15,7 @@ from dschat.engine.build import (
     partitioned_loading,
 )
 from dschat.engine.ds_config import inference_config, training_config
+from dschat.engine.hybrid_engine import Generator, HybridEngine, PlainGenerator
 from dschat.engine.zero import scale_parameter
 from dschat.models.causal_lm import disable_dropout, load_causal_lm
 from dschat.models.prepare import prepare_for_training
@@ -47,6 +48,8 @@ class DeepSpeedRLHFEngine:
         )
         self.rewards: list = []
         self.critic = None
+        # Last, since the Hybrid Engine looks at the memory that is left.
+        self.generator = self._generator()
 
     def add_reward(self, path: str, *, flag: str, tokenizer):
         """Load a reward model behind an engine, and return the engine."""
@@ -79,6 +82,23 @@ class DeepSpeedRLHFEngine:
         """Switch the engines that learn to training (dropout stays off; checkpointing needs it)."""
         for engine in self.trained:
             engine.train()
+
+    def _generator(self) -> Generator:
+        config, system = self._config, self._config.system
+        if not system.enable_hybrid_engine:
+            return PlainGenerator(self.actor)
+        batch, data = config.batch, config.data
+        rollout_rows = batch.per_device_generation_batch_size * batch.num_samples_per_prompt
+        return HybridEngine(
+            self.actor,
+            lora_mode=system.hybrid_lora,
+            cuda_graph=system.cuda_graph,
+            compiled=system.compile,
+            unpin=system.unpin_actor_parameters,
+            release_cache=system.release_inference_cache,
+            max_rows=max(rollout_rows, batch.per_device_eval_batch_size),
+            max_length=data.max_prompt_seq_len + data.max_answer_seq_len,
+        )
 
     def _load(self, source: tuple, ds_config: dict) -> torch.nn.Module:
         load, path, flag, tokenizer = source

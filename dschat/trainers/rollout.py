@@ -1,6 +1,5 @@
 """From prompts to experience: generation, scoring, rewards, advantages. Nothing here has a gradient."""
 
-import contextlib
 from dataclasses import dataclass, replace
 
 import torch
@@ -28,6 +27,7 @@ class Answers:
     attention_mask: torch.Tensor  # [B, P + R] int64
     response_mask: torch.Tensor  # [B, R] bool
     ended: torch.Tensor  # [B] bool, True where the answer ended by itself, with an EOS
+    sampled_logprobs: torch.Tensor | None = None  # [B, R] fp32, as the generator saw them, where it tells
 
     @property
     def tokens(self) -> torch.Tensor:
@@ -41,14 +41,17 @@ def sampling_config(
     eos_token_ids: tuple[int, ...],
     pad_token_id: int,
     sampling: PPOSampling = PPOSampling(),
+    num_samples: int = 1,
 ) -> GenerationConfig:
     """A GenerationConfig that says everything, so that neither the model's nor transformers' defaults get a word in.
 
     Args:
         sampling: default: the plain softmax, at temperature 1.
+        num_samples: answers to each prompt.
     """
     return GenerationConfig(
         do_sample=True,
+        num_return_sequences=num_samples,
         temperature=sampling.temperature,
         top_k=sampling.top_k,
         top_p=sampling.top_p,
@@ -62,24 +65,19 @@ def sampling_config(
     )
 
 
-def generate(engine, prompts: PromptBatch, *, generation: GenerationConfig) -> Answers:
-    """Sample one answer a prompt, by the model's own ``generate``.
+def generate(generator, prompts: PromptBatch, *, generation: GenerationConfig) -> Answers:
+    """Sample `generation.num_return_sequences` answers to each prompt, those of one prompt together.
 
-    Under ZeRO-3 every process keeps stepping until the last one is done (synced_gpus): each step gathers weights.
+    Args:
+        generator: has ``decode(input_ids, attention_mask, generation) -> Decoded`` (engine/hybrid_engine.py).
     """
-    engine.eval()
-    with torch.no_grad(), _only(engine.module, generation):
-        sequences = engine.module.generate(
-            input_ids=prompts.input_ids,
-            attention_mask=prompts.attention_mask,
-            generation_config=generation,
-            synced_gpus=engine.zero_optimization_stage() == 3 and dist.world_size() > 1,
-        )
-    tokens = sequences[:, prompts.input_ids.shape[1] :]
-    mask = response_mask(tokens, generation.eos_token_id)
-    # With synced_gpus a process may have run on after its last answer ended.
+    decoded = generator.decode(prompts.input_ids, prompts.attention_mask, generation)
+    copies = torch.arange(len(prompts.index), device=prompts.index.device)
+    prompts = prompts.rows(copies.repeat_interleave(generation.num_return_sequences))
+    mask = response_mask(decoded.tokens, generation.eos_token_id)
+    # A generator may have run on after the last answer ended.
     longest = int(mask.sum(-1).max())
-    tokens, mask = tokens[:, :longest], mask[:, :longest]
+    tokens, mask = decoded.tokens[:, :longest], mask[:, :longest]
     tokens = torch.where(mask, tokens, torch.full_like(tokens, generation.pad_token_id))
     final = tokens.gather(-1, last_index(mask)[:, None]).squeeze(-1)
     return Answers(
@@ -88,19 +86,8 @@ def generate(engine, prompts: PromptBatch, *, generation: GenerationConfig) -> A
         attention_mask=torch.cat([prompts.attention_mask, mask.long()], dim=-1),
         response_mask=mask,
         ended=torch.isin(final, torch.tensor(generation.eos_token_id, device=final.device)),
+        sampled_logprobs=None if decoded.logprobs is None else decoded.logprobs[:, :longest],
     )
-
-
-@contextlib.contextmanager
-def _only(model, generation: GenerationConfig):
-    """Inside, `generation` is the model's own too: ``generate`` fills what is None from there (min_p, suppressed
-    tokens and the like), and neither a model's defaults nor transformers' may change what is sampled."""
-    own = model.generation_config
-    model.generation_config = generation
-    try:
-        yield
-    finally:
-        model.generation_config = own
 
 
 def answer_logits(engine, input_ids: torch.Tensor, attention_mask: torch.Tensor, num_answer_tokens: int) -> torch.Tensor:

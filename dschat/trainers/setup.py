@@ -34,9 +34,10 @@ def announce(config) -> None:
     for name in ("zero_stage", "actor_zero_stage", "critic_zero_stage"):
         if given.get(name) == 0 and given["dtype"] != "fp32":
             logger.info(f"--{name} 0 in half precision runs as stage 1, with the same result")
-    for name in ("enable_hybrid_engine", "unpin_actor_parameters", "release_inference_cache"):
-        if given.get(name):
-            logger.warning(f"--{name} has no effect yet: generation is the model's own generate")
+    if not given.get("enable_hybrid_engine"):
+        for name in ("unpin_actor_parameters", "release_inference_cache"):
+            if given.get(name):
+                logger.warning(f"--{name} has no effect without --enable_hybrid_engine")
     for name, stage in (("offload_reference_model", "actor_zero_stage"), ("offload_reward_model", "critic_zero_stage")):
         if given.get(name) and given[stage] != 3:
             logger.warning(f"--{name} has no effect at --{stage} {given[stage]}: only ZeRO-3 offloads parameters")

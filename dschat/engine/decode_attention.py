@@ -1,0 +1,186 @@
+"""Attention of one new token over a static key-value cache, as a Triton kernel that reads only what a row has.
+
+A kernel that takes a mask reads the whole cache, however little of it is filled. This one gets bounds [first, end) for
+each row in device memory: left padding and the unfilled end are not read, and one captured CUDA graph serves every
+length. Long rows are split over several programs (Dao et al. 2023, Flash-Decoding), whose parts a second kernel joins.
+"""
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # builds of torch for CPUs come without
+    triton = None
+
+NAME = "dschat_decode"
+BLOCK = 64  # cache positions that a program reads at a time
+PROGRAMS = 1024  # programs to aim for: several waves over the multiprocessors of a large GPU
+MAX_SPLITS = 16
+
+
+def register() -> None:
+    """Make the attention known to transformers under NAME. With anything but bounds it is transformers' sdpa."""
+    AttentionInterface.register(NAME, attention_forward)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def attention_forward(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
+    """As transformers' attention functions: query [B, H, T, D], key and value [B, K, L, D] to [B, T, H, D].
+
+    Args:
+        attention_mask: bounds [B, 1, 1, 2] int32 for a decode step (T = 1), else a mask as sdpa takes it.
+    """
+    if attention_mask is None or attention_mask.dtype != torch.int32:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return decode_attention(query, key, value, attention_mask, scale).transpose(1, 2), None
+
+
+def decode_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """[B, H, 1, D]: softmax(scale q k') v over cache positions first <= i < end.
+
+    Args:
+        query: [B, H, 1, D].
+        key, value: [B, K, L, D], H a multiple of K; the last dimension contiguous.
+        bounds: [B, 1, 1, 2] int32, first and end of each row; end > first.
+    """
+    batch, heads, _, width = query.shape
+    kv_heads = key.shape[1]
+    group = heads // kv_heads
+    splits = max(1, min(MAX_SPLITS, PROGRAMS // (batch * kv_heads), key.shape[2] // BLOCK))
+    query = query.reshape(batch, heads, width)
+    out = torch.empty_like(query)
+    parts = torch.empty(batch, heads, splits, width, dtype=torch.float32, device=query.device)
+    sums = torch.empty(batch, heads, splits, 2, dtype=torch.float32, device=query.device)
+    _attend[(batch * kv_heads, splits)](
+        query,
+        key,
+        value,
+        bounds,
+        out,
+        parts,
+        sums,
+        scale * 1.4426950408889634,  # exp(x) = exp2(x log2 e), and the GPU has exp2
+        *key.stride()[:3],
+        *value.stride()[:3],
+        KV_HEADS=kv_heads,
+        GROUP=group,
+        ROWS=1 if group == 1 else max(16, _power_of_2(group)),
+        WIDTH=width,
+        PADDED=_power_of_2(width),
+        BLOCK=BLOCK,
+        SPLITS=splits,
+        num_warps=4,
+    )
+    if splits > 1:
+        _join[(batch * heads,)](
+            parts, sums, out, WIDTH=width, PADDED=_power_of_2(width), SPLITS=splits, num_warps=1
+        )
+    return out[:, :, None]
+
+
+def _power_of_2(number: int) -> int:
+    """The next power of two; a function of ours, since torch.compile does not trace Triton's."""
+    return 1 << (number - 1).bit_length()
+
+
+if triton is not None:
+
+    @triton.jit
+    def _attend(
+        query,
+        key,
+        value,
+        bounds,
+        out,
+        parts,
+        sums,
+        scale,
+        key_b,
+        key_h,
+        key_l,
+        value_b,
+        value_h,
+        value_l,
+        KV_HEADS: tl.constexpr,
+        GROUP: tl.constexpr,
+        ROWS: tl.constexpr,
+        WIDTH: tl.constexpr,
+        PADDED: tl.constexpr,
+        BLOCK: tl.constexpr,
+        SPLITS: tl.constexpr,
+    ):
+        b, h = (tl.program_id(0) // KV_HEADS).to(tl.int64), (tl.program_id(0) % KV_HEADS).to(tl.int64)
+        split = tl.program_id(1)
+        first, end = tl.load(bounds + 2 * b), tl.load(bounds + 2 * b + 1)
+        share = tl.cdiv(tl.cdiv(end - first, SPLITS), BLOCK) * BLOCK
+        first += split * share
+        end = tl.minimum(end, first + share)
+        d = tl.arange(0, PADDED)
+        rows = tl.arange(0, ROWS)
+        heads = b * KV_HEADS * GROUP + h * GROUP + rows
+        is_row = rows < GROUP
+        q = tl.load(
+            query + heads[:, None] * WIDTH + d[None, :], mask=is_row[:, None] & (d < WIDTH)[None, :], other=0.0
+        )
+        highest = tl.full([ROWS], -1e30, tl.float32)
+        total = tl.zeros([ROWS], tl.float32)
+        result = tl.zeros([ROWS, PADDED], tl.float32)
+        for start in range(first, end, BLOCK):
+            n = start + tl.arange(0, BLOCK)
+            live = (n < end)[:, None] & (d < WIDTH)[None, :]
+            k = tl.load(key + b * key_b + h * key_h + n[:, None] * key_l + d[None, :], mask=live, other=0.0)
+            v = tl.load(value + b * value_b + h * value_h + n[:, None] * value_l + d[None, :], mask=live, other=0.0)
+            if ROWS == 1:
+                s = tl.sum(q.to(tl.float32) * k.to(tl.float32), 1)[None, :]
+            else:
+                s = tl.dot(q, tl.trans(k), input_precision="ieee")
+            s = tl.where((n < end)[None, :], s * scale, -1e30)
+            higher = tl.maximum(highest, tl.max(s, 1))
+            p = tl.exp2(s - higher[:, None])
+            keep = tl.exp2(highest - higher)
+            total = total * keep + tl.sum(p, 1)
+            if ROWS == 1:
+                new = tl.sum(tl.trans(p) * v.to(tl.float32), 0)[None, :]
+            else:
+                new = tl.dot(p.to(v.dtype), v, input_precision="ieee")
+            result = result * keep[:, None] + new
+            highest = higher
+        if SPLITS == 1:
+            result = result / total[:, None]
+            tl.store(
+                out + heads[:, None] * WIDTH + d[None, :],
+                result.to(out.dtype.element_ty),
+                mask=is_row[:, None] & (d < WIDTH)[None, :],
+            )
+        else:
+            part = heads * SPLITS + split
+            tl.store(parts + part[:, None] * WIDTH + d[None, :], result, mask=is_row[:, None] & (d < WIDTH)[None, :])
+            tl.store(sums + 2 * part, highest, mask=is_row)
+            tl.store(sums + 2 * part + 1, total, mask=is_row)
+
+    @triton.jit
+    def _join(parts, sums, out, WIDTH: tl.constexpr, PADDED: tl.constexpr, SPLITS: tl.constexpr):
+        row = tl.program_id(0).to(tl.int64)
+        d = tl.arange(0, PADDED)
+        highest = -1e30
+        total = 0.0
+        result = tl.zeros([PADDED], tl.float32)
+        for split in range(SPLITS):
+            m = tl.load(sums + 2 * (row * SPLITS + split))
+            t = tl.load(sums + 2 * (row * SPLITS + split) + 1)
+            part = tl.load(parts + (row * SPLITS + split) * WIDTH + d, mask=d < WIDTH, other=0.0)
+            higher = tl.maximum(highest, m)
+            keep, scale = tl.exp2(highest - higher), tl.exp2(m - higher)
+            total = total * keep + t * scale
+            result = result * keep + part * scale
+            highest = higher
+        tl.store(out + row * WIDTH + d, (result / total).to(out.dtype.element_ty), mask=d < WIDTH)

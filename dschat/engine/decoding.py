@@ -1,0 +1,226 @@
+"""Decoding by a plain transformers module: a prefill that groups prompts by length, then one token at a time.
+
+Prompts stand padded on the left, [N, P]; answer token r of a row is written at position P + r of the key-value cache.
+This file holds what runs anywhere; graph_decoding.py replays the steps as CUDA graphs.
+"""
+
+from dataclasses import dataclass
+from typing import Iterator
+
+import torch
+from torch import nn
+from transformers import DynamicCache, GenerationConfig
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+
+from dschat.engine.sampling import Sampler
+from dschat.models.causal_lm import position_ids_from_mask, takes_position_ids
+from dschat.models.structure import forward_takes
+
+GROUP_TOKENS = 64  # prompts whose lengths fall into one stretch of so many tokens share a prefill
+POLL_STEPS = 8  # steps between looks at the device whether all answers have ended
+COMPACT_AT = 0.75  # share of unfinished rows at which the eager loop drops the finished ones
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """Answers of N rows."""
+
+    tokens: torch.Tensor  # [N, R] int64; padding behind the first EOS
+    logprobs: torch.Tensor | None  # [N, R] fp32, of the full softmax at the sampling temperature, where they are known
+
+
+class SlotLayer(CacheLayerMixin):
+    """Keys and values of one layer in buffers [N, heads, L, head width] that are allocated once.
+
+    With `position` (an int64 tensor [1]) new tokens go there and the whole buffers are returned, so that a captured
+    step serves every length; without, behind the `filled` positions, and what is filled is returned.
+    """
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor):
+        super().__init__()
+        self.keys, self.values = keys, values
+        self.rows, self.filled = keys.shape[0], 0
+        self.position: torch.Tensor | None = None
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor | None = None) -> None:
+        """Nothing to do: the buffers are there."""
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        """Store the new tokens [rows, heads, T, width]; returns what attention reads."""
+        keys, values = self.keys[: self.rows], self.values[: self.rows]
+        if self.position is not None:
+            keys.index_copy_(2, self.position, key_states)
+            values.index_copy_(2, self.position, value_states)
+            return keys, values
+        end = self.filled + key_states.shape[2]
+        keys[:, :, self.filled : end] = key_states
+        values[:, :, self.filled : end] = value_states
+        self.filled = end
+        return keys[:, :, :end], values[:, :, :end]
+
+    def get_seq_length(self, *args) -> int:
+        return self.filled
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.filled + query_length, 0
+
+    def get_max_length(self) -> int:
+        return self.keys.shape[2]
+
+    get_max_cache_shape = get_max_length  # its name before transformers 5.2x
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """Rows [n] of the buffers move to the front, and only they are used from now on."""
+        self.rows = len(rows)
+        for buffer in (self.keys, self.values):
+            buffer[: self.rows] = buffer.index_select(0, rows)
+
+
+class SlotCache(Cache):
+    """A SlotLayer for each layer of the model."""
+
+    def __init__(self, shapes: list[tuple[torch.Tensor, torch.Tensor]], *, rows: int, length: int):
+        """
+        Args:
+            shapes: keys and values [*, heads, *, width] of each layer, which say heads, width, dtype and device.
+            rows: N.
+            length: L.
+        """
+        layers = []
+        for pair in shapes:
+            # Zeros: what a mask hides is still multiplied by a weight of 0, and 0 * NaN is NaN.
+            buffers = [t.new_zeros(rows, t.shape[1], length, t.shape[3]) for t in pair]
+            layers.append(SlotLayer(*buffers))
+        super().__init__(layers=layers)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers."""
+        return sum(2 * layer.keys.nbytes for layer in self.layers)
+
+    def start(self, *, rows: int, filled: int, position: torch.Tensor | None = None) -> None:
+        """Use the first `rows` rows, of which `filled` positions hold tokens."""
+        for layer in self.layers:
+            layer.rows, layer.filled, layer.position = rows, filled, position
+
+    def fill(self, cache: Cache, rows: torch.Tensor, *, copies: int, end: int) -> None:
+        """Put the prompts that `cache` holds into positions [end - T, end) of `copies` slots for each of `rows`."""
+        slots = (rows[:, None] * copies + torch.arange(copies, device=rows.device)).view(-1)
+        for slot_layer, layer in zip(self.layers, cache.layers):
+            start = end - layer.keys.shape[2]
+            slot_layer.keys[slots, :, start:end] = layer.keys.repeat_interleave(copies, dim=0)
+            slot_layer.values[slots, :, start:end] = layer.values.repeat_interleave(copies, dim=0)
+
+
+def length_groups(attention_mask: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Row indices [n] of prompts of like length, so that short ones are not prefilled as long as the longest."""
+    stretch = (attention_mask.sum(-1) - 1).clamp(min=0) // GROUP_TOKENS
+    for value in stretch.unique().tolist():
+        yield (stretch == value).nonzero().squeeze(-1)
+
+
+def prefill(model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, Cache]:
+    """Logits [n, V] of the last position, and a cache of the prompts [n, P] without the columns that all pad."""
+    start = int(attention_mask.argmax(-1).min())
+    input_ids, attention_mask = input_ids[:, start:], attention_mask[:, start:]
+    inputs = dict(input_ids=input_ids, attention_mask=attention_mask, use_cache=True)
+    if takes_position_ids(model):
+        inputs["position_ids"] = position_ids_from_mask(attention_mask)
+    if forward_takes(model, "logits_to_keep"):
+        inputs["logits_to_keep"] = 1
+    cache = DynamicCache(config=model.config)
+    return model(**inputs, past_key_values=cache).logits[:, -1], cache
+
+
+def has_plain_cache(model: nn.Module) -> bool:
+    """True where every layer caches all keys and values; not with sliding windows, recurrent states and the like."""
+    layers = DynamicCache(config=model.config).layers
+    return all(type(layer) is DynamicLayer for layer in layers)
+
+
+def decode_step(model: nn.Module, tokens: torch.Tensor, mask: torch.Tensor, cache: Cache) -> torch.Tensor:
+    """Logits [N, V] behind `tokens` [N], the newest of the texts whose attention mask is `mask` [N, T]."""
+    inputs = dict(input_ids=tokens[:, None], attention_mask=mask, use_cache=True)
+    if takes_position_ids(model):
+        inputs["position_ids"] = (mask.sum(-1, keepdim=True) - 1).clamp(min=0)
+    return model(**inputs, past_key_values=cache).logits[:, -1]
+
+
+def prefill_slots(
+    model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, *, copies: int, make_cache
+) -> tuple[torch.Tensor, SlotCache]:
+    """Every prompt [B, P] prefilled once and put into `copies` slots each.
+
+    Args:
+        make_cache: the keys and values of a prefilled group, layer by layer, to the SlotCache to be used.
+
+    Returns:
+        Logits [B * copies, V] behind the prompts, and the cache, whose positions [0, P) are filled.
+    """
+    cache, logits = None, None
+    for rows in length_groups(attention_mask):
+        found, group = prefill(model, input_ids[rows], attention_mask[rows])
+        if cache is None:
+            cache = make_cache([(layer.keys, layer.values) for layer in group.layers])
+            logits = found.new_empty(len(input_ids), found.shape[-1])
+        logits[rows] = found
+        cache.fill(group, rows, copies=copies, end=input_ids.shape[1])
+    return logits.repeat_interleave(copies, dim=0), cache
+
+
+def eager_decode(
+    model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, generation: GenerationConfig
+) -> Decoded:
+    """Answers to prompts [B, P], `num_return_sequences` in a row for each, one forward a token.
+
+    Finished rows leave the batch once they are a quarter of it. Models with caches of other kinds (sliding windows)
+    keep all rows, and prefill each copy of a prompt.
+    """
+    copies, num_new = generation.num_return_sequences or 1, generation.max_new_tokens
+    sampler = Sampler(generation, input_ids.device)
+    plain = has_plain_cache(model)
+    texts, mask = (t.repeat_interleave(copies, dim=0) for t in (input_ids, attention_mask))
+    num_rows, num_prompt = texts.shape
+    if plain:
+        length = num_prompt + num_new
+        logits, cache = prefill_slots(
+            model,
+            input_ids,
+            attention_mask,
+            copies=copies,
+            make_cache=lambda shapes: SlotCache(shapes, rows=num_rows, length=length),
+        )
+        cache.start(rows=num_rows, filled=num_prompt)
+    else:
+        logits, cache = prefill(model, texts, mask)
+        # The prefill left out the columns that all pad; its masks go on from there.
+        texts, mask = texts[:, -cache.get_seq_length() :], mask[:, -cache.get_seq_length() :]
+    tokens = texts.new_full((num_rows, num_new), generation.pad_token_id)
+    logprobs = torch.zeros(num_rows, num_new, device=texts.device)
+    rows = torch.arange(num_rows, device=texts.device)
+    finished = torch.zeros(num_rows, dtype=torch.bool, device=texts.device)
+    for step in range(num_new):
+        if step > 0:
+            logits = decode_step(model, texts[:, -1], mask, cache)
+        new, new_logprobs = sampler(logits, texts, step)
+        new = torch.where(finished, generation.pad_token_id, new)
+        tokens[rows, step] = new
+        logprobs[rows, step] = torch.where(finished, 0.0, new_logprobs)
+        finished = finished | sampler.is_end(new)
+        if _poll(step, texts.device):
+            live = (~finished).nonzero().squeeze(-1)
+            if len(live) == 0:
+                break
+            if plain and len(live) <= COMPACT_AT * len(rows):
+                rows, texts, mask, new, finished = (t[live] for t in (rows, texts, mask, new, finished))
+                for layer in cache.layers:
+                    layer.keep(live)
+        texts = torch.cat([texts, new[:, None]], dim=-1)
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=-1)
+    return Decoded(tokens, logprobs)
+
+
+def _poll(step: int, device: torch.device) -> bool:
+    """Whether to ask now which rows have ended: on a CPU always, elsewhere seldom, since asking waits for the device."""
+    return device.type == "cpu" or (step + 1) % POLL_STEPS == 0

@@ -1,0 +1,230 @@
+"""Where answers come from: the training module's own generate, or the Hybrid Engine's inference replica.
+
+Both stand behind DeepSpeed's RolloutEngine. DeepSpeed's own hybrid engine fits no model of transformers 5; ours needs
+nothing of a model but that it is a causal language model of transformers: see replica.py and decoding.py.
+"""
+
+import contextlib
+
+import torch
+from deepspeed.runtime.rollout.base import RolloutBatch, RolloutEngine, RolloutRequest, SamplingConfig
+from transformers import GenerationConfig
+
+from dschat.engine.decoding import Decoded, eager_decode
+from dschat.engine.graph_decoding import GraphDecoder, GraphMismatch, takes_graphs
+from dschat.engine.replica import MEMORY_SHARE, LoraMode, Replica, free_memory
+from dschat.tracking import dist
+from dschat.tracking.log import logger
+
+GIB = 2**30
+
+
+class Generator(RolloutEngine):
+    """Samples answers with an actor engine's weights."""
+
+    def __init__(self, engine):
+        self.engine = engine
+
+    def decode(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, generation: GenerationConfig
+    ) -> Decoded:
+        """Answers [N, R] to prompts padded on the left, N = B * num_return_sequences, those of one prompt together.
+
+        What follows the first EOS of a row is arbitrary.
+
+        Args:
+            input_ids, attention_mask: [B, P].
+        """
+        raise NotImplementedError
+
+    def generate(self, request: RolloutRequest, sampling: SamplingConfig) -> RolloutBatch:
+        """DeepSpeed's interface: greedy at temperature 0, ends and padding by the model's generation config."""
+        own = self.engine.module.generation_config
+        eos = own.eos_token_id if isinstance(own.eos_token_id, (list, tuple)) else [own.eos_token_id]
+        generation = GenerationConfig(
+            do_sample=sampling.temperature > 0,
+            temperature=sampling.temperature or 1.0,
+            top_p=sampling.top_p,
+            top_k=max(sampling.top_k, 0),
+            max_new_tokens=sampling.max_new_tokens,
+            num_return_sequences=sampling.n_samples_per_prompt,
+            eos_token_id=[token for token in eos if token is not None],
+            pad_token_id=eos[0] if own.pad_token_id is None else own.pad_token_id,
+        )
+        prompts, mask = request.prompt_ids, request.prompt_attention_mask
+        tokens = self.decode(prompts, mask, generation).tokens
+        prompts, mask = (t.repeat_interleave(sampling.n_samples_per_prompt, dim=0) for t in (prompts, mask))
+        is_end = torch.isin(tokens, torch.tensor(generation.eos_token_id, device=tokens.device))
+        live = (is_end.long().cumsum(-1) - is_end.long()) == 0
+        starts = torch.full((len(tokens),), prompts.shape[1], device=tokens.device)
+        return RolloutBatch(torch.cat([prompts, tokens], -1), torch.cat([mask, live.to(mask.dtype)], -1), starts)
+
+    def sync_weights(self, step: int) -> None:
+        """Nothing to do where the training weights generate."""
+
+    def end_rollout(self) -> None:
+        """All answers of a rollout are there: free what is not to be kept until the next one."""
+
+    def metrics(self) -> dict[str, float]:
+        """What to log of the last rollout."""
+        return {}
+
+
+class PlainGenerator(Generator):
+    """transformers' generate on the training module: slow under ZeRO-3, simple, and what the Hybrid Engine is tested
+    against."""
+
+    def decode(self, input_ids, attention_mask, generation) -> Decoded:
+        """As Generator, without logprobs; under ZeRO-3 every process keeps stepping until the last one is done (synced_gpus)."""
+        self.engine.eval()
+        with torch.no_grad(), _only(self.engine.module, generation):
+            sequences = self.engine.module.generate(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                generation_config=generation,
+                synced_gpus=self.engine.zero_optimization_stage() == 3 and dist.world_size() > 1,
+            )
+        return Decoded(sequences[:, input_ids.shape[1] :], None)
+
+
+class HybridEngine(Generator):
+    """Generates with an inference replica of the actor."""
+
+    name = "dschat_hybrid_engine"
+
+    def __init__(
+        self,
+        engine,
+        *,
+        lora_mode: LoraMode = "auto",
+        cuda_graph: bool = True,
+        compiled: bool = True,
+        unpin: bool = False,
+        release_cache: bool = False,
+        max_rows: int = 0,
+        max_length: int = 0,
+    ):
+        """
+        Args:
+            engine: the actor's training engine.
+            lora_mode: how adapters get into the replica, see Replica.
+            cuda_graph: on a GPU, replay decode steps as CUDA graphs.
+            compiled: run those through torch.compile.
+            unpin: free gathered and merged weights after each rollout.
+            release_cache: free the key-value cache, those weights and the graphs after each rollout.
+            max_rows: answers at a time, for the check of memory.
+            max_length: tokens of the longest prompt and answer together, likewise.
+
+        Raises:
+            ValueError: the copies and the cache do not fit into memory; says how much is missing and what frees it.
+        """
+        super().__init__(engine)
+        self.unpin, self.release_cache = unpin, release_cache
+        self.replica = Replica(engine, lora_mode=lora_mode)
+        self._graphs: GraphDecoder | None = None
+        self.refresh_s = 0.0
+        self._check_memory(max_rows, max_length)
+        reason = takes_graphs(self.replica.model) if cuda_graph and engine.device.type == "cuda" else None
+        if reason is not None:
+            logger.warning(f"Hybrid Engine: no CUDA graphs for {type(engine.module).__name__}, since {reason}")
+        elif cuda_graph and engine.device.type == "cuda":
+            self._graphs = GraphDecoder(self.replica.model, compiled=compiled)
+        logger.info(f"Hybrid Engine: {self._description()}")
+
+    def decode(self, input_ids, attention_mask, generation) -> Decoded:
+        """As Generator. Every process must call it, since ZeRO-3's weights are gathered from all."""
+        self.refresh_s += self.replica.refresh()
+        with torch.no_grad():
+            if self._graphs is not None:
+                try:
+                    return self._graphs.decode(input_ids, attention_mask, generation, self.replica.addresses())
+                except GraphMismatch as mismatch:
+                    logger.warning(
+                        f"Hybrid Engine: CUDA graphs are off for {type(self.engine.module).__name__}, whose captured "
+                        f"steps compute something else ({mismatch})"
+                    )
+                    self._drop_graphs()
+            return eager_decode(self.replica.model, input_ids, attention_mask, generation)
+
+    def sync_weights(self, step: int) -> None:
+        """Take the engine's weights anew, also where they changed without an optimizer step."""
+        self.refresh_s += self.replica.refresh(force=True)
+
+    def end_rollout(self) -> None:
+        """Free what --unpin_actor_parameters and --release_inference_cache say."""
+        if self.release_cache and self._graphs is not None:
+            self._graphs.release()
+        if self.unpin or self.release_cache:
+            self.replica.release()
+        if self.release_cache and self.engine.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def metrics(self) -> dict[str, float]:
+        """Seconds since the last call that went into weights and captures."""
+        found = {"time/gather_s": self.refresh_s}
+        self.refresh_s = 0.0
+        if self._graphs is not None:
+            found["time/capture_s"], self._graphs.capture_s = self._graphs.capture_s, 0.0
+        return found
+
+    def shutdown(self) -> None:
+        """Free everything."""
+        self._drop_graphs()
+        self.replica.release()
+
+    def _drop_graphs(self) -> None:
+        self._graphs.release() if self._graphs is not None else None
+        self._graphs = None
+
+    def _description(self) -> str:
+        replica = self.replica
+        if replica.partitioned:
+            weights = f"weights gathered from ZeRO-3, {replica.copied_bytes / GIB:.2f} GiB on every process"
+        elif replica.attached:
+            weights = "the training weights, LoRA attached"
+        elif replica.copied_bytes:
+            weights = f"the training weights, and merged copies of adapted layers, {replica.copied_bytes / GIB:.2f} GiB"
+        else:
+            weights = "the training weights"
+        if self._graphs is None:
+            return f"{weights}; eager decoding"
+        return f"{weights}; CUDA graphs, {'compiled' if self._graphs.compiled else 'not compiled'}"
+
+    def _check_memory(self, rows: int, length: int) -> None:
+        cache = cache_bytes(self.engine.module.config, rows=rows, length=length, itemsize=self._itemsize())
+        copies, free = self.replica.copied_bytes, free_memory(self.engine.device)
+        if copies + cache <= MEMORY_SHARE * free:
+            return
+        remedies = ["smaller --per_device_generation_batch_size", "leave out --enable_hybrid_engine"]
+        if self.replica.partitioned:
+            remedies.insert(0, "--inference_tp_size 2")
+        elif copies:
+            remedies.insert(0, "--hybrid_lora attach")
+        raise ValueError(
+            f"--enable_hybrid_engine needs {(copies + cache) / GIB:.1f} GiB on each device, {copies / GIB:.1f} for weights "
+            f"and {cache / GIB:.1f} for the key-value cache of {rows} answers; {free / GIB:.1f} GiB are free. Give "
+            f"{', or '.join(remedies)}."
+        )
+
+    def _itemsize(self) -> int:
+        return next(p for p in self.engine.module.parameters() if p.is_floating_point()).element_size()
+
+
+def cache_bytes(config, *, rows: int, length: int, itemsize: int) -> int:
+    """Bytes of a key-value cache of `rows` x `length` tokens."""
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    return 2 * config.num_hidden_layers * rows * length * kv_heads * width * itemsize
+
+
+@contextlib.contextmanager
+def _only(model, generation: GenerationConfig):
+    """Inside, `generation` is the model's own too: ``generate`` fills what is None from there (min_p, suppressed
+    tokens and the like), and neither a model's defaults nor transformers' may change what is sampled."""
+    own = model.generation_config
+    model.generation_config = generation
+    try:
+        yield
+    finally:
+        model.generation_config = own
