@@ -142,46 +142,62 @@ def step_command(step: int, plan: Plan, args: argparse.Namespace, *, on_gpu: boo
     return [str(MAINS[step]), *models[step], *plan.data[step], *flags, "--output_dir", str(plan.outputs[step])]
 
 
-def launcher(args: argparse.Namespace, *, on_gpu: bool) -> list[str]:
-    """The deepspeed command in front of a main, on a master port that is free now."""
+def run_step(command: list[str], log: Path, args: argparse.Namespace, *, on_gpu: bool) -> None:
+    """Run a main and its flags under DeepSpeed's launcher, on a master port that is free now; see run_logged."""
     with socket.socket() as probe:
         probe.bind(("", 0))
         port = probe.getsockname()[1]
+    threads = {} if on_gpu else {"OMP_NUM_THREADS": str(max(1, cpu_cores() // (args.num_processes or 1)))}
+    processes = args.num_processes or (1 if args.deployment_type == "single_gpu" or not on_gpu else 0)
+    if args.deployment_type != "multi_node" and processes and "CUDA_VISIBLE_DEVICES" not in os.environ:
+        from dschat.engine.launch import start_launcher
+
+        environment = child_environment(threads)
+        run_logged(
+            lambda: start_launcher(command, num_processes=processes, master_port=port, environment=environment), log
+        )
+        return
     words = [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", str(port)]
     if args.deployment_type == "multi_node":
-        return words + (["--hostfile", args.hostfile] if args.hostfile else [])
-    processes = args.num_processes or (1 if args.deployment_type == "single_gpu" or not on_gpu else 0)
-    count = "--num_gpus" if on_gpu else "--num_accelerators"
-    return words + ([count, str(processes)] if processes else [])
+        words += ["--hostfile", args.hostfile] if args.hostfile else []
+    elif processes:
+        words += ["--num_gpus" if on_gpu else "--num_accelerators", str(processes)]
+    run_logged(lambda: start_process(words + command, child_environment(threads)), log)
 
 
-def run_logged(command: list[str], log: Path, *, threads: int | None = None) -> None:
-    """Run `command` with its output in `log` and, launcher noise left out, on the screen.
+def child_environment(defaults: dict[str, str]) -> dict[str, str]:
+    """This process's environment, with `defaults` where it says nothing, and the repository on Python's path."""
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    return {"TOKENIZERS_PARALLELISM": "false", **defaults, **os.environ, "PYTHONPATH": path}
+
+
+def start_process(command: list[str], environment: dict[str, str]):
+    """The process id of `command`, and its output."""
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    )
+    return process.pid, process.stdout
+
+
+def run_logged(start, log: Path) -> None:
+    """Call `start() -> (process id, output)`; the output goes to `log` and, launcher noise left out, on the screen.
 
     Raises:
         RuntimeError: it failed; the message holds its last lines, the log's path and, last, the cause.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    environment = {"TOKENIZERS_PARALLELISM": "false", **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     last: deque[str] = deque(maxlen=LAST_LINES)
     with open(log, "w", encoding="utf-8") as file:
-        process = subprocess.Popen(
-            command,
-            env={**environment, **os.environ, "PYTHONPATH": path},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-        )
-        for line in process.stdout:
+        pid, output = start()
+        for line in output:
             file.write(line)
             file.flush()
             if line.strip() and not NOISE.search(line):
                 last.append(line.rstrip())
                 print("  " + line.rstrip(), flush=True)
-    if process.wait() != 0:
-        cause = next((line for line in reversed(last) if line.startswith("error")), f"exit status {process.returncode}")
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    if status != 0:
+        cause = next((line for line in reversed(last) if line.startswith("error")), f"exit status {status}")
         raise RuntimeError("last lines:\n  " + "\n  ".join(last) + f"\nwhole log: {log}\n{cause}")
 
 
@@ -193,7 +209,8 @@ def build_ops(*, on_gpu: bool) -> float:
     print("building DeepSpeed's CPU communication op (once, about a minute)", flush=True)
     started = time.monotonic()
     code = "from dschat.engine.build import start_processes; start_processes()"
-    run_logged([sys.executable, "-c", code], marker.with_suffix(".log"))
+    command = [sys.executable, "-c", code]
+    run_logged(lambda: start_process(command, child_environment({})), marker.with_suffix(".log"))
     marker.touch()
     return time.monotonic() - started
 
@@ -213,8 +230,7 @@ def run_steps(args: argparse.Namespace, plan: Plan, *, on_gpu: bool) -> dict[str
             (plan.outputs[later] / "finished.json").unlink(missing_ok=True)
         print(f"\n{TITLES[step]}  ->  {plan.outputs[step]}", flush=True)
         started = time.monotonic()
-        threads = None if on_gpu else max(1, cpu_cores() // (args.num_processes or 1))
-        run_logged(launcher(args, on_gpu=on_gpu) + command, plan.outputs[step] / "training.log", threads=threads)
+        run_step(command, plan.outputs[step] / "training.log", args, on_gpu=on_gpu)
         seconds[STAGES[step]] = time.monotonic() - started
         write_json(done, {"command": command, "seconds": seconds[STAGES[step]]})
     return seconds

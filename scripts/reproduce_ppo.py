@@ -30,13 +30,15 @@ MAIN = ROOT / "training" / "step3_rlhf_finetuning" / "main.py"
 DEMO = (
     "--per_device_generation_batch_size 64 --per_device_training_batch_size 32 --per_device_eval_batch_size 128 "
     "--max_prompt_seq_len 32 --max_answer_seq_len 20 --actor_learning_rate 2e-5 --critic_learning_rate 2e-5 "
-    "--kl_coef 0.15 --num_warmup_steps 4 --lr_scheduler_type constant_with_warmup --eval_interval 4 --data_split 0,0,1"
+    "--kl_coef 0.15 --num_warmup_steps 4 --lr_scheduler_type constant_with_warmup --eval_interval 4 --data_split 0,0,1 "
+    "--enable_hybrid_engine --no_compile"
 )
 ADDITION = (
     "--per_device_generation_batch_size 32 --num_samples_per_prompt 4 --per_device_training_batch_size 64 "
     "--per_device_eval_batch_size 128 --eval_prompts 256 --max_prompt_seq_len 96 --max_answer_seq_len 4 "
     "--actor_learning_rate 1e-5 --kl_coef 0.02 --advantage_estimator rloo --num_warmup_steps 4 --max_train_steps 60 "
-    "--lr_scheduler_type constant_with_warmup --eval_interval 10 --data_split 0,0,1 --no_normalize_reward"
+    "--lr_scheduler_type constant_with_warmup --eval_interval 10 --data_split 0,0,1 --no_normalize_reward "
+    "--enable_hybrid_engine --no_compile"
 )
 TINY = (
     "--per_device_generation_batch_size 32 --per_device_training_batch_size 32 --max_prompt_seq_len 32 "

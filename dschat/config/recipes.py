@@ -18,7 +18,7 @@ DEMO_CPU = {
     3: "--actor_learning_rate 8e-5 --critic_learning_rate 8e-5 --actor_freeze_layers 18 --critic_freeze_layers 18 "
     "--per_device_generation_batch_size 32 --per_device_training_batch_size 16 --ppo_epochs 2 "
     "--per_device_eval_batch_size 64 --max_prompt_seq_len 32 --max_answer_seq_len 20 --kl_coef 0.1 "
-    "--num_warmup_steps 2 --max_train_steps 12 --lr_scheduler_type constant_with_warmup",
+    "--num_warmup_steps 2 --max_train_steps 12 --lr_scheduler_type constant_with_warmup --enable_hybrid_engine",
 }
 DEMO_GPU = {
     1: DEMO_CPU[1],
@@ -26,15 +26,15 @@ DEMO_GPU = {
     "--cut_fraction 0.5 --num_warmup_steps 4 --eval_iters 1000",
     3: "--actor_learning_rate 2e-5 --critic_learning_rate 2e-5 --per_device_generation_batch_size 64 "
     "--per_device_training_batch_size 32 --ppo_epochs 2 --per_device_eval_batch_size 128 --max_prompt_seq_len 32 "
-    "--max_answer_seq_len 20 --kl_coef 0.1 --num_warmup_steps 4 --max_train_steps 20 "
-    "--lr_scheduler_type constant_with_warmup",
+    "--max_answer_seq_len 20 --kl_coef 0.1 --num_warmup_steps 4 --max_train_steps 15 "
+    "--lr_scheduler_type constant_with_warmup --enable_hybrid_engine --no_compile",
 }
 TINY_RUN = {
     1: "--learning_rate 1e-3 --per_device_train_batch_size 8 --max_seq_len 64 --max_train_steps 20 --dtype fp32",
     2: "--learning_rate 1e-3 --per_device_train_batch_size 8 --max_seq_len 64 --max_train_steps 20 --dtype fp32",
     3: "--actor_learning_rate 1e-3 --critic_learning_rate 1e-3 --per_device_generation_batch_size 8 "
     "--per_device_training_batch_size 8 --max_prompt_seq_len 32 --max_answer_seq_len 16 --num_warmup_steps 0 "
-    "--eval_prompts 32 --max_train_steps 8 --dtype fp32",
+    "--eval_prompts 32 --max_train_steps 8 --dtype fp32 --enable_hybrid_engine",
 }
 # DeepSpeed-Chat's published settings: learning rates, epochs and batches of its OPT and Llama-2 scripts.
 REAL = {
@@ -44,7 +44,8 @@ REAL = {
     "--per_device_train_batch_size 4 --gradient_checkpointing --gradient_accumulation_steps 4",
     3: "--actor_learning_rate 9.65e-6 --critic_learning_rate 5e-6 --actor_weight_decay 0.1 --critic_weight_decay 0.1 "
     "--per_device_generation_batch_size 4 --per_device_training_batch_size 4 --max_prompt_seq_len 256 "
-    "--max_answer_seq_len 256 --actor_gradient_checkpointing --critic_gradient_checkpointing --num_warmup_steps 100",
+    "--max_answer_seq_len 256 --actor_gradient_checkpointing --critic_gradient_checkpointing --num_warmup_steps 100 "
+    "--enable_hybrid_engine",
 }
 
 

@@ -18,7 +18,7 @@ except ImportError:  # builds of torch for CPUs come without
 
 NAME = "dschat_decode"
 BLOCK = 64  # cache positions that a program reads at a time
-PROGRAMS = 1024  # programs to aim for: several waves over the multiprocessors of a large GPU
+PROGRAMS = 512  # programs to aim for: four on each multiprocessor of an H100
 MAX_SPLITS = 16
 
 
@@ -56,7 +56,7 @@ def decode_attention(
     kv_heads = key.shape[1]
     group = heads // kv_heads
     splits = max(1, min(MAX_SPLITS, PROGRAMS // (batch * kv_heads), key.shape[2] // BLOCK))
-    query = query.reshape(batch, heads, width)
+    query = query.reshape(batch, heads, width).contiguous()
     out = torch.empty_like(query)
     parts = torch.empty(batch, heads, splits, width, dtype=torch.float32, device=query.device)
     sums = torch.empty(batch, heads, splits, 2, dtype=torch.float32, device=query.device)
@@ -68,17 +68,17 @@ def decode_attention(
         out,
         parts,
         sums,
-        scale * 1.4426950408889634,  # exp(x) = exp2(x log2 e), and the GPU has exp2
         *key.stride()[:3],
         *value.stride()[:3],
         KV_HEADS=kv_heads,
         GROUP=group,
         ROWS=1 if group == 1 else max(16, _power_of_2(group)),
+        SCALE=scale * 1.4426950408889634,  # exp(x) = exp2(x log2 e), and the GPU has exp2
         WIDTH=width,
         PADDED=_power_of_2(width),
         BLOCK=BLOCK,
         SPLITS=splits,
-        num_warps=4,
+        num_warps=2,
     )
     if splits > 1:
         _join[(batch * heads,)](
@@ -103,7 +103,6 @@ if triton is not None:
         out,
         parts,
         sums,
-        scale,
         key_b,
         key_h,
         key_l,
@@ -113,6 +112,7 @@ if triton is not None:
         KV_HEADS: tl.constexpr,
         GROUP: tl.constexpr,
         ROWS: tl.constexpr,
+        SCALE: tl.constexpr,
         WIDTH: tl.constexpr,
         PADDED: tl.constexpr,
         BLOCK: tl.constexpr,
@@ -143,7 +143,7 @@ if triton is not None:
                 s = tl.sum(q.to(tl.float32) * k.to(tl.float32), 1)[None, :]
             else:
                 s = tl.dot(q, tl.trans(k), input_precision="ieee")
-            s = tl.where((n < end)[None, :], s * scale, -1e30)
+            s = tl.where((n < end)[None, :], s * SCALE, -1e30)
             higher = tl.maximum(highest, tl.max(s, 1))
             p = tl.exp2(s - higher[:, None])
             keep = tl.exp2(highest - higher)

@@ -128,7 +128,9 @@ class HybridEngine(Generator):
         if reason is not None:
             logger.warning(f"Hybrid Engine: no CUDA graphs for {type(engine.module).__name__}, since {reason}")
         elif cuda_graph and engine.device.type == "cuda":
-            self._graphs = GraphDecoder(self.replica.model, compiled=compiled)
+            self._graphs = GraphDecoder(
+                self.replica.model, compiled=compiled, max_rows=max_rows, max_length=max_length
+            )
         logger.info(f"Hybrid Engine: {self._description()}")
 
     def decode(self, input_ids, attention_mask, generation) -> Decoded:

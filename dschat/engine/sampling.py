@@ -59,14 +59,13 @@ class Sampler:
             scores = torch.where(early, barred, scores)
         scores = self.warpers(texts, scores)
         if self.do_sample:
-            # Exponential races: argmax p_i / E_i with E_i ~ Exp(1) draws i with probability p_i. torch.multinomial
-            # checks its input, which costs a synchronisation on some devices.
-            probabilities = scores.softmax(-1)
-            races = torch.empty_like(probabilities).exponential_().clamp_(min=1e-30)
-            tokens = (probabilities / races).argmax(-1)
+            # argmax(score_i + G_i) with standard Gumbel noise G = -log E, E ~ Exp(1), draws i with its softmax probability.
+            # torch.multinomial checks its input, which costs a synchronisation on some devices.
+            tokens = (scores - torch.empty_like(scores).exponential_().log_()).argmax(-1)
         else:
             tokens = scores.argmax(-1)
-        logprobs = torch.log_softmax(logits / self.temperature, dim=-1).gather(-1, tokens[:, None]).squeeze(-1)
+        scaled = logits / self.temperature if self.temperature != 1.0 else logits
+        logprobs = torch.log_softmax(scaled, dim=-1).gather(-1, tokens[:, None]).squeeze(-1)
         return tokens, logprobs
 
     def is_end(self, tokens: torch.Tensor) -> torch.Tensor:

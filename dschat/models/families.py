@@ -21,6 +21,10 @@ from transformers import (
 # OPT-350m widens its 512 embedding columns to 1024, BLOOM normalises them.
 EMBEDDING_MODULE_NAMES = ("project_in", "word_embeddings_layernorm")
 
+# Linear layers side by side in one module that read the same input, in the order in which forwards call them: a decode
+# step computes them in one launch. Other families lose that, and nothing else.
+SHARED_INPUT_NAMES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
 
 @dataclass(frozen=True)
 class Shape:

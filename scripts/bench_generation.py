@@ -1,0 +1,202 @@
+"""Tokens a second of the ways to generate, on random weights of a named shape.
+
+    python scripts/bench_generation.py --shape llama-2-7b --batch 16 --paths compiled graph plain zero3
+
+Each path answers the same random prompts of --prompt tokens with --answer sampled tokens that never end. A row tells the
+milliseconds of a decode step (prefill apart), tokens a second, and the share of the limit: the time to read all weights
+and the mean key-value cache once at the copy bandwidth that is measured first. With --json all rows, hardware and versions
+go to a file; --profile adds the kernels of one decode step.
+"""
+
+import argparse
+import gc
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from dschat.config.options import SystemOptions  # noqa: E402
+from dschat.engine.build import build_inference_engine, start_processes  # noqa: E402
+from dschat.engine.decoding import SlotCache, prefill_slots  # noqa: E402
+from dschat.engine.ds_config import inference_config  # noqa: E402
+from dschat.engine.hybrid_engine import HybridEngine, PlainGenerator, cache_bytes  # noqa: E402
+from dschat.models.families import shape_config  # noqa: E402
+from dschat.tracking.log import set_up_logging  # noqa: E402
+from dschat.tracking.report import hardware, table, versions, write_json  # noqa: E402
+
+PATHS = {
+    "compiled": "Hybrid Engine: CUDA graphs, compiled",
+    "graph": "Hybrid Engine: CUDA graphs",
+    "eager": "Hybrid Engine: eager",
+    "plain": "module.generate",
+    "zero3": "module.generate under ZeRO-3",
+    "zero3-compiled": "Hybrid Engine under ZeRO-3, compiled",
+}
+SLOW_STEPS = 32  # answer tokens of the paths that would take minutes
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="llama-2-7b", help="a shape of dschat/models/families.py")
+    parser.add_argument("--batch", type=int, nargs="+", default=[16])
+    parser.add_argument("--prompt", type=int, default=256, help="prompt tokens")
+    parser.add_argument("--answer", type=int, default=256, help="answer tokens")
+    parser.add_argument("--paths", nargs="+", default=["compiled", "graph", "plain"], choices=PATHS)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--repeats", type=int, default=3, help="rollouts that are timed; the fastest counts")
+    parser.add_argument("--json", type=Path, help="file for the rows")
+    parser.add_argument("--profile", action="store_true", help="print the kernels of the fastest path's decode steps")
+    return parser.parse_args()
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes a second of a large copy on the device, read and written."""
+    source = torch.empty(2**30 if device.type == "cuda" else 2**26, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / min(timed(lambda: target.copy_(source), device) for _ in range(10))
+
+
+def timed(call, device: torch.device) -> float:
+    """Seconds of a call, the device's work included."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def random_model(args: argparse.Namespace, device: torch.device) -> torch.nn.Module:
+    """The shape with random weights, made on the device."""
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(shape_config(args.shape), dtype=getattr(torch, args.dtype)).eval()
+
+
+def make_generator(path: str, model: torch.nn.Module, device: torch.device):
+    """The generator of a path, on `model` or on a ZeRO-3 engine around it."""
+    if path.startswith("zero3"):
+        config = inference_config(
+            SystemOptions(zero_stage=3), dtype=dtype_name(model), micro_batch_size=1, world_size=1
+        )
+        engine = build_inference_engine(model, ds_config=config)
+    else:
+        # Generators ask an engine for no more than this.
+        engine = SimpleNamespace(
+            module=model, device=device, global_steps=0, eval=model.eval, zero_optimization_stage=lambda: 0
+        )
+    if path in ("plain", "zero3"):
+        return PlainGenerator(engine)
+    return HybridEngine(engine, cuda_graph=path != "eager", compiled=path.endswith("compiled"))
+
+
+def dtype_name(model: torch.nn.Module) -> str:
+    return {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[model.dtype]
+
+
+def measure(path: str, model, args: argparse.Namespace, batch: int, device: torch.device, bandwidth: float) -> dict:
+    """One row."""
+    num_new = SLOW_STEPS if path == "zero3" else args.answer
+    generation = GenerationConfig(
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=num_new, pad_token_id=0, eos_token_id=[]
+    )
+    generation.num_return_sequences, generation.min_new_tokens = 1, 0
+    torch.manual_seed(0)
+    vocab = model.config.vocab_size
+    ids = torch.randint(3, vocab, (batch, args.prompt), device=device)
+    mask = torch.ones_like(ids)
+    generator = make_generator(path, model, device)
+    warm_s = timed(lambda: generator.decode(ids, mask, generation), device)
+    rollouts = [timed(lambda: generator.decode(ids, mask, generation), device) for _ in range(args.repeats)]
+    prefill_s = min(timed(lambda: run_prefill(model, ids, mask), device) for _ in range(2)) if path[:5] != "zero3" else 0.0
+    step_s = (min(rollouts) - prefill_s) / max(num_new - 1, 1)
+    weights = sum(p.numel() for p in model.parameters() if p.dim() > 0) * model.dtype.itemsize
+    if path.startswith("zero3"):
+        weights = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters()) * model.dtype.itemsize
+    mean_length = args.prompt + num_new // 2
+    cache = cache_bytes(model.config, rows=batch, length=mean_length, itemsize=model.dtype.itemsize)
+    limit_s = (weights + cache) / bandwidth
+    row = {
+        "path": path,
+        "shape": args.shape,
+        "batch": batch,
+        "prompt": args.prompt,
+        "answer": num_new,
+        "tokens_per_s": batch / step_s,
+        "ms_per_step": 1e3 * step_s,
+        "limit_ms": 1e3 * limit_s,
+        "share_of_limit": limit_s / step_s,
+        "prefill_ms": 1e3 * prefill_s,
+        "rollout_s": min(rollouts),
+        "first_rollout_s": warm_s,
+        "gpu": torch.cuda.get_device_name() if device.type == "cuda" else "none",
+    }
+    if device.type == "cuda":
+        row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        torch.cuda.reset_peak_memory_stats()
+    if args.profile and device.type == "cuda" and path in ("compiled", "graph"):
+        row["kernels"] = profile(generator, ids, mask, generation)
+    generator.shutdown()
+    return row
+
+
+def run_prefill(model, ids, mask) -> None:
+    with torch.no_grad():
+        rows, length = len(ids), ids.shape[1] + 1
+        make_cache = lambda shapes: SlotCache(shapes, rows=rows, length=length)  # noqa: E731
+        prefill_slots(model, ids, mask, copies=1, make_cache=make_cache)
+
+
+def profile(generator, ids, mask, generation) -> list[dict]:
+    """Kernels of a rollout by their total time, in microseconds a decode step."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiler
+
+    with profiler(activities=[ProfilerActivity.CUDA]) as found:
+        generator.decode(ids, mask, generation)
+        torch.cuda.synchronize()
+    events = sorted(found.key_averages(), key=lambda event: -event.self_device_time_total)[:18]
+    steps = generation.max_new_tokens - 1
+    rows = [
+        {"kernel": e.key[:90], "us_per_step": e.self_device_time_total / steps, "calls_per_step": e.count / steps}
+        for e in events
+    ]
+    print(table([[r["kernel"], f"{r['us_per_step']:.1f}", f"{r['calls_per_step']:.1f}"] for r in rows], header=["kernel", "us", "calls"]))
+    return rows
+
+
+def main() -> None:
+    args = parse_args()
+    device = start_processes()
+    set_up_logging()
+    bandwidth = copy_bandwidth(device)
+    print(f"copy bandwidth {bandwidth / 1e12:.2f} TB/s", flush=True)
+    model = random_model(args, device)
+    rows = []
+    # A model that ZeRO-3 has partitioned is good for nothing else.
+    for path in sorted(args.paths, key=lambda path: path.startswith("zero3")):
+        for batch in args.batch:
+            rows.append(measure(path, model, args, batch, device, bandwidth))
+            gc.collect()
+            print({key: round(v, 3) if isinstance(v, float) else v for key, v in rows[-1].items() if key != "kernels"}, flush=True)
+    shown = [
+        [PATHS[r["path"]], str(r["batch"]), f"{r['ms_per_step']:.2f}", f"{r['tokens_per_s']:.0f}",
+         f"{r['limit_ms']:.2f}", f"{100 * r['share_of_limit']:.0f}%"]
+        for r in rows
+    ]
+    print(table(shown, header=[args.shape, "batch", "ms a step", "tokens/s", "limit, ms", "of the limit"]))
+    if args.json:
+        write_json(
+            args.json,
+            {"rows": rows, "copy_bandwidth": bandwidth, "hardware": hardware(), "versions": versions()},
+        )
+
+
+if __name__ == "__main__":
+    main()
