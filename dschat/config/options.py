@@ -68,6 +68,13 @@ class RunOptions:
 
     output_dir: Optional[str] = flag(None, "Where the model, metrics.jsonl and run.json go.")
     seed: int = flag(1234, "Seed of initialisation, data order and sampling.")
+    save_interval: int = flag(
+        0, "Write a checkpoint to resume from every so many optimizer steps (step 3: rollouts); 0: when stopped only."
+    )
+    save_total_limit: int = flag(2, "Keep this many checkpoints, and delete older ones; 0: keep all.")
+    resume: Optional[str] = flag(
+        None, "Go on from a checkpoint: latest (the newest whole one in --output_dir, or from the start), or its folder."
+    )
     log_interval_s: float = flag(5.0, "Seconds between progress lines.")
     enable_tensorboard: bool = flag(False, "Write TensorBoard events, of the pipeline and of each engine.")
     local_rank: int = flag(-1, "Set by the launcher.")
@@ -75,6 +82,19 @@ class RunOptions:
     deepspeed_config: Optional[str] = flag(None, "JSON file merged over the generated DeepSpeed configuration.")
     deepscale: bool = flag(False, "Old name of --deepspeed; has no effect.")
     deepscale_config: Optional[str] = flag(None, "Old name of --deepspeed_config.")
+
+    def problems(self) -> list[str]:
+        """Everything that is wrong with these options, one sentence each."""
+        found = [
+            f"--{name} {getattr(self, name)}: must be at least 0."
+            for name in ("save_interval", "save_total_limit")
+            if getattr(self, name) < 0
+        ]
+        if self.output_dir is None:
+            for name in ("save_interval", "resume"):
+                if getattr(self, name):
+                    found.append(f"--{name} {getattr(self, name)} needs --output_dir: checkpoints lie in it.")
+        return found
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ def parse_config(config_class, argv: list[str] | None = None):
     else:
         values = _from_flags(parser, argv, title)
     config = config_class(**dict(zip(groups, values)))
-    problems = config.problems()
+    problems = config.problems() + [p for group in values if hasattr(group, "problems") for p in group.problems()]
     if problems:
         raise ValueError("\n".join(problems))
     return config

@@ -42,7 +42,7 @@ class ShardedSampler(Sampler[int]):
         self.world_size = world_size
         self.shuffle = shuffle
         self.seed = seed
-        self.epoch = 0
+        self.epoch = self.start = 0
         multiple = world_size * batch_size * window
         self.total = -(-num_rows // multiple) * multiple
         if shuffle and num_rows < multiple:
@@ -56,9 +56,9 @@ class ShardedSampler(Sampler[int]):
         """Rows of this rank before the padding begins; what follows repeats rows of some rank."""
         return -(-(self.num_rows - self.rank) // self.world_size) if self.rank < self.num_rows else 0
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the permutation of the next pass."""
-        self.epoch = epoch
+    def set_epoch(self, epoch: int, *, start: int = 0) -> None:
+        """Choose the permutation of the next pass, which leaves out this rank's first `start` rows."""
+        self.epoch, self.start = epoch, start
 
     def __len__(self) -> int:
         return self.total // self.world_size
@@ -67,7 +67,7 @@ class ShardedSampler(Sampler[int]):
         order = np.arange(self.num_rows)
         if self.shuffle:
             order = np.random.RandomState([self.seed & 0xFFFFFFFF, self.epoch]).permutation(self.num_rows)
-        return iter(np.resize(order, self.total)[self.rank :: self.world_size].tolist())
+        return iter(np.resize(order, self.total)[self.rank :: self.world_size][self.start :].tolist())
 
 
 def make_loader(

@@ -1,6 +1,5 @@
 """General text for the PTX loss of step 3: an endless stream of blocks of equal length."""
 
-import itertools
 import random
 from pathlib import Path
 from typing import Iterator, Optional, Sequence
@@ -32,37 +31,63 @@ def load_texts(name: str, config_name: Optional[str] = None, cache_dir: Optional
     return texts
 
 
-def ptx_batches(
-    texts: Sequence[str],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    batch_size: int,
-    block_size: int,
-    rank: int,
-    world_size: int,
-    seed: int,
-) -> Iterator[TextBatch]:
+class PTXBatches:
     """Endless TextBatches [batch_size, block_size] without padding; each process reads texts of its own.
 
     Texts are tokenised as they are reached, closed by EOS and joined; each pass has an order of its own.
     """
-    blocks = _blocks(texts, tokenizer, block_size=block_size, rank=rank, world_size=world_size, seed=seed)
-    while True:
-        ids = torch.tensor(list(itertools.islice(blocks, batch_size)))
-        yield TextBatch(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids.clone())
 
+    def __init__(
+        self,
+        texts: Sequence[str],
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        batch_size: int,
+        block_size: int,
+        rank: int,
+        world_size: int,
+        seed: int,
+    ):
+        self.texts, self.tokenizer, self.seed = texts, tokenizer, seed
+        self.batch_size, self.block_size = batch_size, block_size
+        self.rank, self.world_size = rank, world_size
+        self._epoch, self._place, self._held = 0, 0, []  # pass, texts of it that are read, tokens not given out yet
+        self._order = self._order_of(0)
 
-def _blocks(texts, tokenizer, *, block_size: int, rank: int, world_size: int, seed: int) -> Iterator[list[int]]:
-    held: list[int] = []
-    for epoch in itertools.count():
-        order = list(range(len(texts)))
-        random.Random(f"ptx {seed} {epoch}").shuffle(order)
+    def __iter__(self) -> Iterator[TextBatch]:
+        return self
+
+    def __next__(self) -> TextBatch:
+        needed = self.batch_size * self.block_size
+        while len(self._held) < needed:
+            if self._place == len(self._order):
+                self._epoch, self._place = self._epoch + 1, 0
+                self._order = self._order_of(self._epoch)
+            text = self.texts[self._order[self._place]]
+            self._held += self.tokenizer(text)["input_ids"] + [self.tokenizer.eos_token_id]
+            self._place += 1
+        ids = torch.tensor(self._held[:needed]).view(self.batch_size, self.block_size)
+        self._held = self._held[needed:]
+        return TextBatch(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids.clone())
+
+    def state(self) -> tuple[dict[str, torch.Tensor], dict]:
+        """Where the stream stands: no tensors, and JSON."""
+        return {}, {"epoch": self._epoch, "place": self._place, "held": self._held}
+
+    def restore(self, saved) -> None:
+        """Go on from where ``state`` was taken; of as many processes, or of others at about the same place."""
+        _, values = saved.of_rank(None if saved.same_processes else 0)
+        self._epoch, self._place, self._held = values["epoch"], values["place"], values["held"]
+        self._order = self._order_of(self._epoch)
+        if not saved.same_processes:
+            read = self._place * saved.checkpoint.processes // self.world_size
+            self._place, self._held = min(read, len(self._order)), []
+
+    def _order_of(self, epoch: int) -> list[int]:
+        order = list(range(len(self.texts)))
+        random.Random(f"ptx {self.seed} {epoch}").shuffle(order)
         # With fewer texts than processes each reads all of them.
-        for i in order[rank::world_size] if len(order) >= world_size else order:
-            held += tokenizer(texts[i])["input_ids"] + [tokenizer.eos_token_id]
-            full = len(held) // block_size * block_size
-            yield from (held[start : start + block_size] for start in range(0, full, block_size))
-            held = held[full:]
+        return order[self.rank :: self.world_size] if len(order) >= self.world_size else order
 
 
 def _local_texts(path: Path) -> list[str]:

@@ -25,6 +25,28 @@ class MovingAverage:
         for name, piece in self._masters():
             self._pieces[name].lerp_(piece.to(self._pieces[name].device), 1.0 - self.decay)
 
+    def state(self) -> tuple[dict[str, torch.Tensor], dict]:
+        """This process's pieces, flat, and where each begins in its parameter; whole ones come from rank 0 alone."""
+        if self.engine.zero_optimization_stage() == 0 and not dist.is_main():
+            return {}, {"starts": {}}
+        parameters = dict(self.engine.module.named_parameters())
+        starts = {name: self._start(parameters[name], piece) for name, piece in self._pieces.items()}
+        return {name: piece.flatten() for name, piece in self._pieces.items()}, {"starts": starts}
+
+    @torch.no_grad()
+    def restore(self, saved) -> None:
+        """Become what ``state`` was taken of, whatever the number of processes; `saved` has ``of_rank`` and
+        ``checkpoint.processes``."""
+        parameters = dict(self.engine.module.named_parameters())
+        for rank in range(saved.checkpoint.processes):
+            tensors, values = saved.of_rank(rank)
+            for name in tensors.keys() & self._pieces.keys():
+                own, first = self._pieces[name].view(-1), self._start(parameters[name], self._pieces[name])
+                other, begin = tensors[name], values["starts"][name]
+                low, high = max(first, begin), min(first + len(own), begin + len(other))
+                if low < high:
+                    own[low - first : high - first] = other[low - begin : high - begin].to(own.device)
+
     def full_tensors(self) -> dict[str, torch.Tensor]:
         """The model's state dict as ``full_tensors`` gives it, with the averages in place of the trained weights.
 
@@ -52,6 +74,13 @@ class MovingAverage:
                 yield name, safe_get_local_fp32_param(parameter).flatten()
             elif parameter._hp_mapping is not None:
                 yield name, parameter._hp_mapping.get_hp_fragment()
+
+    def _start(self, parameter: torch.Tensor, piece: torch.Tensor) -> int:
+        """Where this process's piece begins in the flat parameter."""
+        stage = self.engine.zero_optimization_stage()
+        if stage == 0:
+            return 0
+        return dist.rank() * piece.numel() if stage == 3 else parameter._hp_mapping.lp_fragment_address.start
 
     def _whole(self, parameter: torch.Tensor, piece: torch.Tensor | None) -> torch.Tensor:
         """The whole average of one parameter, on every process."""

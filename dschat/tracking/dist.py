@@ -53,6 +53,26 @@ def gather_rows(rows: torch.Tensor, num_rows: int | None = None) -> torch.Tensor
     return rows if num_rows is None else rows[:num_rows]
 
 
+def gather_texts(text: str) -> list[str]:
+    """The texts of all processes, by rank."""
+    if world_size() == 1:
+        return [text]
+    # As bytes in a tensor: torch's own gathering of objects goes by pickle.
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    own = torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)
+    lengths = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(world_size())]
+    dist.all_gather(lengths, torch.tensor([len(own)], device=device))
+    longest = max(int(length) for length in lengths)
+    texts = [torch.empty(longest, dtype=torch.uint8, device=device) for _ in range(world_size())]
+    dist.all_gather(texts, torch.nn.functional.pad(own, (0, longest - len(own))))
+    return [bytes(row[: int(length)].tolist()).decode() for row, length in zip(texts, lengths)]
+
+
+def first_fault(fault: str) -> str:
+    """The text of the lowest rank that has one, on every process; "" where none has."""
+    return next((text for text in gather_texts(fault) if text), "")
+
+
 def barrier() -> None:
     """Wait for all processes."""
     if world_size() > 1:

@@ -52,6 +52,14 @@ def set_up_logging() -> None:
     transformers_logging.disable_progress_bar()
 
 
+class Stopped(Exception):
+    """The run was asked to stop, and has."""
+
+    def __init__(self, message: str, *, status: int):
+        super().__init__(message)
+        self.status = status
+
+
 def run_main(main) -> None:
     """Run ``main()`` and exit 0; at a failure exit 1 with its cause as the last thing printed.
 
@@ -67,16 +75,18 @@ def run_main(main) -> None:
         _fail(str(error))
     except KeyboardInterrupt:
         _fail("interrupted")
+    except Stopped as stop:
+        _fail(str(stop), status=stop.status, word="stopped")
     except Exception as error:
         traceback.print_exc()
         _fail(f"{type(error).__name__}: {error}")
     sys.stdout.flush()
 
 
-def _fail(cause: str) -> None:
+def _fail(cause: str, *, status: int = 1, word: str = "error") -> None:
     if int(os.environ.get("LOCAL_RANK", 0)) != 0:
         time.sleep(OTHER_RANKS_WAIT_S)
-    message = f"\nerror (rank {dist.rank()}): {cause}\n"
+    message = f"\n{word} (rank {dist.rank()}): {cause}\n"
     sys.stdout.flush()
     sys.stderr.write(message)
     sys.stderr.flush()
@@ -85,7 +95,7 @@ def _fail(cause: str) -> None:
         words = [sys.executable, "-c", _LAST_WORD, message, ",".join(map(str, launcher))]
         subprocess.Popen(words, start_new_session=True, stdin=subprocess.DEVNULL)
     # Not sys.exit: a process group whose peers are gone can hang in its destructors.
-    os._exit(1)
+    os._exit(status)
 
 
 def _launcher_pids() -> list[int]:

@@ -14,8 +14,12 @@ class Progress:
     ``SFT  step 12/40  30%  loss 3.912  1,024 tok/s  mem 3.1/24.0 GiB  left 0:43``
     """
 
-    def __init__(self, name: str, total: int, *, interval_s: float = 5.0):
-        self.name, self.total, self.interval_s = name, total, interval_s
+    def __init__(self, name: str, total: int, *, interval_s: float = 5.0, done: int = 0):
+        """
+        Args:
+            done: steps that an earlier process took.
+        """
+        self.name, self.total, self.interval_s, self.done = name, total, interval_s, done
         self._start = time.monotonic()
         self._last = -float("inf")
 
@@ -25,7 +29,7 @@ class Progress:
         if not dist.is_main() or (now - self._last < self.interval_s and step != self.total):
             return
         self._last = now
-        left = (now - self._start) / max(step, 1) * (self.total - step)
+        left = (now - self._start) / max(step - self.done, 1) * (self.total - step)
         parts = [f"{self.name}  step {step}/{self.total}  {100 * step // max(self.total, 1)}%"]
         parts += [f"{key} {value}" for key, value in fields.items()]
         parts += [f"mem {memory_text()}", f"left {clock(left)}"]

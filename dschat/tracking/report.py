@@ -62,11 +62,15 @@ def table(rows: list[list[str]], *, header: list[str]) -> str:
 
 
 def write_json(path: str | Path, value) -> None:
-    """Write JSON by a temporary sibling, fsync and rename: a reader sees all of it or the old file."""
+    """Write JSON as ``write_text`` does."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a file by a temporary sibling, fsync and rename: a reader sees all of it or the old file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
     with open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()

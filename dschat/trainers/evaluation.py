@@ -62,10 +62,8 @@ class PolicyEvaluator:
 
     def evaluate(self, rollout: int) -> dict[str, float]:
         """Metrics after `rollout` rollouts (0: before training), over all processes."""
-        if rollout == 0 and self.output_dir is not None and dist.is_main():
-            # An earlier run's answers would pass for later ones of this run.
-            for old in (Path(self.output_dir) / "evaluation").glob("rollout_*.jsonl"):
-                old.unlink()
+        if rollout == 0:
+            self.forget_behind(-1)
         result = self._answer()
         values = result.summary()
         shown = "  ".join(f"{key[5:]} {value:.4g}" for key, value in values.items())
@@ -73,6 +71,13 @@ class PolicyEvaluator:
         if self.output_dir is not None and dist.is_main():
             self._write(result, Path(self.output_dir) / "evaluation" / f"rollout_{rollout:06d}.jsonl")
         return values
+
+    def forget_behind(self, rollout: int) -> None:
+        """Delete the answers of later rollouts: an earlier run's would pass for those of this one."""
+        if self.output_dir is not None and dist.is_main():
+            for file in (Path(self.output_dir) / "evaluation").glob("rollout_*.jsonl"):
+                if int(file.stem.removeprefix("rollout_")) > rollout:
+                    file.unlink()
 
     def _answer(self) -> PolicyEvaluation:
         engines, device = self.engines, self.engines.actor.device

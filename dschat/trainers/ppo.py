@@ -34,6 +34,7 @@ from dschat.trainers.rollout import (
     trim,
     whiten,
 )
+from dschat.trainers.run_state import Saved
 
 WHITENED = ("gae", "reinforce_baseline")
 
@@ -75,6 +76,17 @@ class DeepSpeedPPOTrainer:
         self.ema = MovingAverage(engines.actor, decay=config.model.ema_decay) if config.model.enable_ema else None
         self.rollouts = 0
         self._order = torch.Generator().manual_seed(config.run.seed + 7919 * dist.rank())
+
+    def state(self) -> tuple[dict[str, torch.Tensor], dict]:
+        """What changes from rollout to rollout, besides the engines; see ``RunState``."""
+        return {"order": self._order.get_state()}, {"rollouts": self.rollouts, "kl_coef": self.kl.coef}
+
+    def restore(self, saved: Saved) -> None:
+        """Become what ``state`` was taken of."""
+        tensors, values = saved.of_rank(None if saved.same_processes else 0)
+        self.rollouts, self.kl.coef = values["rollouts"], values["kl_coef"]
+        if saved.same_processes:
+            self._order.set_state(tensors["order"])
 
     def generate_experience(self, batches: list[PromptBatch]) -> tuple[Experience, list[Answers], dict[str, float]]:
         """One rollout: answers to all prompt batches, scored, with whitened advantages.

@@ -1,7 +1,5 @@
 """The run of step 3: rollout after rollout, with reports."""
 
-import itertools
-
 from dschat.algorithms.types import Experience
 from dschat.config.steps import PPOConfig
 from dschat.tracking import dist
@@ -9,38 +7,48 @@ from dschat.tracking.metrics import MetricsWriter
 from dschat.tracking.progress import Progress
 from dschat.trainers.ppo import DeepSpeedPPOTrainer
 from dschat.trainers.rollout import print_answers
+from dschat.trainers.run_state import RunState
+
+
+def run_state(trainer: DeepSpeedPPOTrainer, loader, metrics: MetricsWriter) -> RunState:
+    """All of the run that changes from rollout to rollout; `loader` gives the training prompts."""
+    engines = {"actor": trainer.engines.actor, "critic": trainer.engines.critic}
+    state = RunState(
+        trainer.config,
+        loader=loader,
+        window=trainer.config.batch.generation_batches,
+        engines={name: engine for name, engine in engines.items() if engine is not None},
+        metrics=metrics,
+    )
+    parts = {"trainer": trainer, "ema": trainer.ema, "ptx": trainer.ptx}
+    state.parts = {name: part for name, part in parts.items() if part is not None}
+    state.facts = {"score_std": trainer.score_std}
+    return state
 
 
 def train_ppo(
-    trainer: DeepSpeedPPOTrainer, loader, evaluator, *, rollouts: int, metrics: MetricsWriter, tokenizer
+    trainer: DeepSpeedPPOTrainer, state: RunState, evaluator, *, rollouts: int, metrics: MetricsWriter, tokenizer
 ) -> None:
-    """`rollouts` times: generate experience, learn from it, report.
+    """Up to `rollouts`: generate experience, learn from it, report.
 
     Args:
-        loader: PromptBatches; its sampler has ``set_epoch``, and an epoch is a whole number of rollouts.
+        state: gives the prompts, and behind each rollout may save the run or stop it.
         evaluator: has ``evaluate(rollout) -> metrics``.
     """
     run = trainer.config.run
-    progress = Progress("PPO", rollouts, interval_s=run.log_interval_s)
-    for step, batches in zip(range(1, rollouts + 1), _rollout_batches(loader, trainer.config.batch.generation_batches)):
-        experience, answers, values = trainer.generate_experience(batches)
-        if run.print_answers and (step - 1) % run.print_answers_interval == 0:
-            print_answers(answers, experience.scores, tokenizer)
-        values |= trainer.train_rlhf(experience)
-        values |= _speed(experience, values)
-        if step == rollouts or (run.eval_interval and step % run.eval_interval == 0):
-            values |= evaluator.evaluate(step)
-        metrics.write(step, values, tensorboard=_pipeline_tags(values, trainer.config))
-        progress.update(step, _shown(values))
-
-
-def _rollout_batches(loader, generation_batches: int):
-    """Lists of `generation_batches` prompt batches, epoch after epoch."""
-    for epoch in itertools.count():
-        loader.sampler.set_epoch(epoch)
-        batches = iter(loader)
-        while window := list(itertools.islice(batches, generation_batches)):
-            yield window
+    progress = Progress("PPO", rollouts, interval_s=run.log_interval_s, done=state.step)
+    with state:
+        for step, batches in zip(range(state.step + 1, rollouts + 1), state.windows()):
+            experience, answers, values = trainer.generate_experience(batches)
+            if run.print_answers and (step - 1) % run.print_answers_interval == 0:
+                print_answers(answers, experience.scores, tokenizer)
+            values |= trainer.train_rlhf(experience)
+            values |= _speed(experience, values)
+            if step == rollouts or (run.eval_interval and step % run.eval_interval == 0):
+                values |= evaluator.evaluate(step)
+            metrics.write(step, values, tensorboard=_pipeline_tags(values, trainer.config))
+            progress.update(step, _shown(values))
+            state.end_step(last=step == rollouts)
 
 
 def _speed(experience: Experience, values: dict[str, float]) -> dict[str, float]:

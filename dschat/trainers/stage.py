@@ -1,6 +1,5 @@
 """What steps 1 and 2 share before and after their loop: see the mains for the order."""
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,12 +9,14 @@ from dschat.engine.build import TORCH_DTYPES, build_training_engine, on_cpu, ove
 from dschat.engine.build import start_processes
 from dschat.engine.checkpoint import save_model
 from dschat.engine.ds_config import training_config
+from dschat.engine.run_checkpoint import Checkpoint
 from dschat.models.causal_lm import disable_dropout
 from dschat.models.prepare import prepare_for_training
 from dschat.models.tokenizer import end_token_id, load_tokenizer
 from dschat.tracking import dist
 from dschat.tracking.log import logger
 from dschat.tracking.metrics import MetricsWriter
+from dschat.trainers.run_state import RunState, find_checkpoint
 from dschat.trainers.setup import announce, prepare_output_dir, record_run, seed_everything
 from dschat.trainers.supervised import Objective, train_supervised
 
@@ -30,17 +31,19 @@ class Stage:
     dtype: str
     tokenizer: object
     end_token_id: int
+    checkpoint: Checkpoint | None  # what the run goes on from
 
 
 def start_stage(config, *, number: int) -> Stage:
     """Join the process group, seed, check the output folder and load the tokenizer.
 
     Raises:
-        ValueError: the tokenizer or the output folder cannot be used.
+        ValueError: the tokenizer, the output folder or the checkpoint cannot be used.
     """
     device = start_processes(config.run.local_rank)
     announce(config)
     prepare_output_dir(config.run.output_dir)
+    checkpoint = find_checkpoint(config)
     seed_everything(config.run.seed)
     model = config.model
     tokenizer = load_tokenizer(
@@ -50,7 +53,7 @@ def start_stage(config, *, number: int) -> Stage:
         trust_remote_code=model.trust_remote_code,
     )
     end = end_token_id(tokenizer, add_eot_token=model.add_eot_token, eot_token=model.eot_token)
-    return Stage(number, config, device, resolve_dtype(model.dtype), tokenizer, end)
+    return Stage(number, config, device, resolve_dtype(model.dtype), tokenizer, end, checkpoint)
 
 
 def train_stage(stage: Stage, objective: Objective, *, load_model, train_loader, eval_loader) -> torch.nn.Module:
@@ -66,15 +69,23 @@ def train_stage(stage: Stage, objective: Objective, *, load_model, train_loader,
     tensorboard = run.tensorboard_path if run.enable_tensorboard else None
     engine = _build_engine(stage, load_model, total_steps=total_steps, tensorboard=tensorboard)
     events = f"{tensorboard}/step{stage.number}_tensorboard_logs" if tensorboard else None
-    metrics = MetricsWriter(run.output_dir, tensorboard_dir=events)
-    record_run(config, run.output_dir, dtype=stage.dtype, total_steps=total_steps)
+    done = stage.checkpoint.step if stage.checkpoint else None
+    metrics = MetricsWriter(run.output_dir, tensorboard_dir=events, resume_from=done)
+    record_run(config, run.output_dir, dtype=stage.dtype, total_steps=total_steps, resumed_from=done)
+    state = RunState(
+        config,
+        loader=train_loader,
+        window=schedule.gradient_accumulation_steps,
+        engines={"model": engine},
+        metrics=metrics,
+    )
+    state.restore(stage.checkpoint)
     train_supervised(
         engine,
         objective,
-        train_loader=train_loader,
+        state,
         eval_loader=eval_loader,
         num_eval_rows=len(eval_loader.dataset),
-        num_epochs=math.ceil(total_steps / epoch_steps),
         total_steps=total_steps,
         metrics=metrics,
         eval_interval=getattr(run, "eval_interval", 0),

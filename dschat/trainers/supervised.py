@@ -5,7 +5,6 @@ An objective says what a batch weighs, what it loses and how it is evaluated; se
 that the split into processes and micro-batches does not change the gradient.
 """
 
-import itertools
 import math
 import time
 from typing import Protocol
@@ -21,6 +20,7 @@ from dschat.tracking import dist
 from dschat.tracking.log import logger
 from dschat.tracking.metrics import MetricsWriter
 from dschat.tracking.progress import Progress, memory_gib
+from dschat.trainers.run_state import RunState
 
 
 class Objective(Protocol):
@@ -97,11 +97,10 @@ class RewardObjective:
 def train_supervised(
     engine,
     objective: Objective,
+    run: RunState,
     *,
-    train_loader,
     eval_loader,
     num_eval_rows: int,
-    num_epochs: int,
     total_steps: int,
     metrics: MetricsWriter,
     eval_interval: int = 0,
@@ -111,7 +110,7 @@ def train_supervised(
     """Train `engine` for `total_steps` optimizer steps, evaluating before, between and after.
 
     Args:
-        train_loader: its sampler has ``set_epoch``, and an epoch is a whole number of optimizer steps.
+        run: gives the batches, and behind each step may save the run or stop it.
         eval_loader: in the data set's order.
         num_eval_rows: how many of its rows are the data set's own; what wraps around behind them is not counted.
         eval_interval: optimizer steps between evaluations; 0: after every epoch.
@@ -119,26 +118,25 @@ def train_supervised(
     Raises:
         ValueError: the loss is not finite (the step is not taken).
     """
-    evaluated = objective.evaluate(engine, eval_loader, num_eval_rows)
-    _report_evaluation(objective, "before training", evaluated)
-    metrics.write(0, evaluated)
-    progress = Progress(objective.name, total_steps, interval_s=log_interval_s)
-    evaluate_every = eval_interval or len(train_loader) // engine.gradient_accumulation_steps()
-    step = 0
-    for epoch in range(num_epochs):
-        train_loader.sampler.set_epoch(epoch)
-        for window in _windows(train_loader, engine.gradient_accumulation_steps()):
-            if step == total_steps:
-                break
-            step += 1
+    if run.step == 0:
+        evaluated = objective.evaluate(engine, eval_loader, num_eval_rows)
+        _report_evaluation(objective, "before training", evaluated)
+        metrics.write(0, evaluated)
+    progress = Progress(objective.name, total_steps, interval_s=log_interval_s, done=run.step)
+    evaluate_every = eval_interval or run.steps_per_epoch
+    windows = run.windows()
+    with run:
+        while run.step < total_steps:
+            window, step, epoch = next(windows), run.step + 1, run.step // run.steps_per_epoch + 1
             values = _optimizer_step(engine, objective, window, step)
             if step == total_steps or step % evaluate_every == 0:
                 values |= objective.evaluate(engine, eval_loader, num_eval_rows)
                 _report_evaluation(objective, f"step {step}", values)
             metrics.write(step, values)
             if print_loss:
-                logger.info(f"epoch {epoch + 1}, step {step}, loss {values['train/loss']:.6f}")
+                logger.info(f"epoch {epoch}, step {step}, loss {values['train/loss']:.6f}")
             progress.update(step, _shown(values))
+            run.end_step(last=step == total_steps)
 
 
 def _optimizer_step(engine, objective: Objective, window: list, step: int) -> dict[str, float]:
@@ -182,12 +180,6 @@ def _evaluate_rows(engine, loader, num_rows: int, rows_of) -> torch.Tensor:
     with torch.no_grad():
         local = torch.cat([rows_of(batch.to(engine.device)).double() for batch in loader])
     return dist.gather_rows(local, num_rows)
-
-
-def _windows(loader, size: int):
-    batches = iter(loader)
-    while window := list(itertools.islice(batches, size)):
-        yield window
 
 
 def _shown(values: dict[str, float]) -> dict[str, str]:

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from dschat.data.unsupervised import load_texts, ptx_batches
+from dschat.data.unsupervised import PTXBatches, load_texts
 from dschat.models.tiny import byte_tokenizer
 
 
@@ -37,7 +37,7 @@ def test_bad_files_are_named_with_the_flag(tmp_path, name, content, words):
 def test_blocks_are_full_and_every_text_is_read_once_a_pass():
     tokenizer = byte_tokenizer(add_bos=False)
     texts = ["aaa", "bbb", "ccc", "ddd"]  # 4 tokens each with their EOS
-    batches = ptx_batches(texts, tokenizer, batch_size=2, block_size=4, rank=0, world_size=1, seed=3)
+    batches = PTXBatches(texts, tokenizer, batch_size=2, block_size=4, rank=0, world_size=1, seed=3)
     first = [tokenizer.decode(row) for batch in itertools.islice(batches, 2) for row in batch.input_ids]
     assert sorted(first) == ["aaa</s>", "bbb</s>", "ccc</s>", "ddd</s>"]
     batch = next(batches)
@@ -50,6 +50,6 @@ def test_processes_read_texts_of_their_own():
     texts = [letter * 3 for letter in "abcdef"]
     seen = []
     for rank in (0, 1):
-        batches = ptx_batches(texts, tokenizer, batch_size=3, block_size=4, rank=rank, world_size=2, seed=0)
+        batches = PTXBatches(texts, tokenizer, batch_size=3, block_size=4, rank=rank, world_size=2, seed=0)
         seen.append({tokenizer.decode(row) for row in next(batches).input_ids})
     assert not seen[0] & seen[1] and len(seen[0] | seen[1]) == 6

@@ -6,19 +6,21 @@ from dschat.config.parse import parse_config
 from dschat.config.steps import PPOConfig
 from dschat.data.collate import collate_prompts
 from dschat.data.loaders import build_prompt_data, first_rows, make_loaders
-from dschat.data.unsupervised import load_texts, ptx_batches
+from dschat.data.unsupervised import PTXBatches, load_texts
 from dschat.engine.build import resolve_dtype, start_processes
 from dschat.engine.checkpoint import save_model
+from dschat.engine.run_checkpoint import Checkpoint
 from dschat.models.tokenizer import eos_token_ids, load_tokenizer
 from dschat.tracking import dist
 from dschat.tracking.log import logger, run_main
 from dschat.tracking.metrics import MetricsWriter
 from dschat.trainers.evaluation import PolicyEvaluator
 from dschat.trainers.ppo import DeepSpeedPPOTrainer
-from dschat.trainers.ppo_run import train_ppo
-from dschat.trainers.reward_setup import plan_rewards
+from dschat.trainers.ppo_run import run_state, train_ppo
+from dschat.trainers.reward_setup import RewardPlan, plan_rewards
 from dschat.trainers.rewards import RewardFailure
 from dschat.trainers.rlhf_engine import DeepSpeedRLHFEngine
+from dschat.trainers.run_state import find_checkpoint
 from dschat.trainers.setup import announce, prepare_output_dir, record_run, seed_everything
 
 # A spread of scores below this says nothing to divide by.
@@ -31,6 +33,7 @@ def main() -> None:
     start_processes(run.local_rank)
     announce(config)
     prepare_output_dir(run.output_dir)
+    checkpoint = find_checkpoint(config)
     seed_everything(run.seed)
     dtype = resolve_dtype(config.model.dtype)
     tokenizer = load_tokenizer(
@@ -58,15 +61,18 @@ def main() -> None:
         seed=run.seed,
         output_dir=run.output_dir,
     )
-    before = evaluator.evaluate(0)
-    score_std = reward_scale(config, before["eval/score_sd"])
+    before = None if checkpoint else evaluator.evaluate(0)
+    score_std = reward_scale(config, before["eval/score_sd"]) if before else checkpoint.facts["score_std"]
     if config.has_critic:
         engines.build_critic(tokenizer=plan.critic_tokenizer, score_std=score_std)
-    record_run(config, run.output_dir, dtype=dtype, rollouts=rollouts, score_std=score_std)
-    events = f"{run.tensorboard_path}/step3_tensorboard_logs" if run.enable_tensorboard else None
-    metrics = MetricsWriter(run.output_dir, tensorboard_dir=events)
-    metrics.write(0, before)
-
+    record_run(
+        config,
+        run.output_dir,
+        dtype=dtype,
+        rollouts=rollouts,
+        score_std=score_std,
+        resumed_from=checkpoint.step if checkpoint else None,
+    )
     trainer = DeepSpeedPPOTrainer(
         engines,
         config,
@@ -76,15 +82,43 @@ def main() -> None:
         score_std=score_std,
         ptx=ptx,
     )
+    train(trainer, train_loader, evaluator, checkpoint, rollouts=rollouts, before=before, plan=plan)
+
+
+def train(
+    trainer: DeepSpeedPPOTrainer,
+    loader,
+    evaluator: PolicyEvaluator,
+    checkpoint: Checkpoint | None,
+    *,
+    rollouts: int,
+    before: dict[str, float] | None,
+    plan: RewardPlan,
+) -> None:
+    """Train from the beginning or from `checkpoint`, and save.
+
+    Args:
+        before: the evaluation before training; None where the run goes on.
+    """
+    config = trainer.config
+    run = config.run
     # Ranks answer different prompts; equal draws would make their samples alike.
     seed_everything(run.seed + dist.rank())
+    events = f"{run.tensorboard_path}/step3_tensorboard_logs" if run.enable_tensorboard else None
+    done = checkpoint.step if checkpoint else None
+    metrics = MetricsWriter(run.output_dir, tensorboard_dir=events, resume_from=done)
+    if before:
+        metrics.write(0, before)
+    state = run_state(trainer, loader, metrics)
+    state.restore(checkpoint)
+    evaluator.forget_behind(state.step)
     try:
-        train_ppo(trainer, train_loader, evaluator, rollouts=rollouts, metrics=metrics, tokenizer=tokenizer)
+        train_ppo(trainer, state, evaluator, rollouts=rollouts, metrics=metrics, tokenizer=plan.tokenizer)
     except RewardFailure:
-        save(config, trainer, tokenizer, plan.critic_tokenizer)
+        save(config, trainer, plan.tokenizer, plan.critic_tokenizer)
         raise
     metrics.close()
-    save(config, trainer, tokenizer, plan.critic_tokenizer)
+    save(config, trainer, plan.tokenizer, plan.critic_tokenizer)
 
 
 def reward_scale(config: PPOConfig, score_sd: float) -> float:
@@ -114,7 +148,7 @@ def load_data(config: PPOConfig, tokenizer):
     )
     ptx = None
     if data.unsupervised_dataset_name:
-        ptx = ptx_batches(
+        ptx = PTXBatches(
             load_texts(data.unsupervised_dataset_name, data.unsupervised_dataset_config_name, data.data_output_path),
             tokenizer,
             batch_size=config.batch.per_device_training_batch_size,
