@@ -169,9 +169,12 @@ def _is_probability(name: str, value) -> bool:
 
 
 def set_config_dropout(config: PreTrainedConfig, probability: float) -> None:
-    """Set every numeric entry of `config` with "drop" in its name (layerdrop too) to `probability`."""
+    """Set every numeric entry of `config` with "drop" in its name to `probability`, and layerdrop to 0.
+
+    A layer that one process leaves out and another does not has no gradient to share: their collectives part ways.
+    """
     for name in [n for n, v in vars(config).items() if _is_probability(n, v)]:
-        setattr(config, name, float(probability))
+        setattr(config, name, 0.0 if "layerdrop" in name else float(probability))
 
 
 def disable_dropout(model: nn.Module) -> None:
