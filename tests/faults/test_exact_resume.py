@@ -1,0 +1,67 @@
+"""A run that was killed and resumed ends as one that never was: weights and metrics to the bit."""
+
+import pytest
+from covers import pairwise, product
+
+STEPS, KILLED_IN, SAVED_EVERY = 12, 7, 5
+AXES = {"step": (1, 2, 3), "zero": (0, 2, 3), "ranks": (1, 2), "lora": (False, True)}
+SUPERVISED = (
+    "--data_path {stock}/toy --max_seq_len 48 --max_train_steps 12 --learning_rate 1e-2 --dtype fp32 --save_interval 5 "
+    "--num_warmup_steps 3 --weight_decay 0.1 --per_device_eval_batch_size 8"
+)
+# 64 prompts and 12 rollouts of 8 or 16: more than one pass, so that the run is killed in a later one.
+PPO = (
+    "--actor_model_name_or_path {stock}/sft/llama --critic_model_name_or_path {stock}/reward/llama "
+    "--data_path {stock}/toy --data_split 0,0,1 --max_prompt_seq_len 24 --max_answer_seq_len 6 --max_train_steps 12 "
+    "--per_device_generation_batch_size 4 --generation_batches 2 --per_device_training_batch_size 4 "
+    "--actor_learning_rate 1e-3 --critic_learning_rate 1e-3 --num_warmup_steps 3 --dtype fp32 --save_interval 5 "
+    "--kl_target 0.5 --kl_horizon 100 --eval_prompts 8 --eval_interval 4 "
+    "--enable_ema --unsupervised_dataset_name {stock}/texts.jsonl --unsup_coef 0.1"
+)
+
+
+def flags(options: dict) -> str:
+    zero, lora = options["zero"], options["lora"]
+    if options["step"] == 3:
+        adapters = "--actor_lora_dim 4 --critic_lora_dim 4 --only_optimize_lora" if lora else ""
+        return f"{PPO} --actor_zero_stage {zero} --critic_zero_stage {zero} {adapters}"
+    # OPT has dropout, so that random numbers matter; accumulation and two passes are in it too.
+    model = "--model_name_or_path {stock}/base/opt --dropout 0.1 --data_split " + ("1,0,0", "0,1,0")[options["step"] - 1]
+    rows = "--per_device_train_batch_size 4 --gradient_accumulation_steps 2"
+    adapters = "--lora_dim 4 --lora_learning_rate 1e-2" if lora else ""
+    return f"{SUPERVISED} {model} {rows} --zero_stage {zero} {adapters}"
+
+
+def params() -> list:
+    few = [tuple(row.items()) for row in pairwise(AXES)]
+    return [
+        pytest.param(
+            row,
+            id=f"step{row['step']}-zero{row['zero']}-ranks{row['ranks']}" + ("-lora" if row["lora"] else ""),
+            marks=[] if tuple(row.items()) in few else [pytest.mark.slow],
+        )
+        for row in product(AXES)
+    ]
+
+
+@pytest.mark.parametrize("options", params())
+def test_a_killed_run_goes_on_as_if_it_had_not_been(options, zygote, tmp_path):
+    step, ranks, argv = options["step"], options["ranks"], flags(options)
+    whole = zygote.run(step, tmp_path / "whole", argv.replace("--save_interval 5", ""), ranks=ranks)
+    assert whole.statuses == [0] * ranks, whole.log[-3000:]
+    killed = zygote.run(step, tmp_path / "killed", argv, ranks=ranks, kill_in_step=KILLED_IN)
+    assert killed.statuses == [-9] * ranks, killed.log[-3000:]
+    assert killed.metrics()[-1]["step"] == KILLED_IN - 1 and not killed.weights()
+    resumed = zygote.run(step, tmp_path / "killed", f"{argv} --resume latest", ranks=ranks)
+    assert resumed.statuses == [0] * ranks, resumed.log[-3000:]
+    assert f"going on behind step {SAVED_EVERY}" in resumed.log
+    assert [line["step"] for line in whole.metrics()] == list(range(STEPS + 1))
+    assert resumed.metrics() == whole.metrics()
+    assert resumed.weights() == whole.weights() and len(whole.weights()) > 10
+    assert resumed.checkpoints() == ["latest", "step_00000005", "step_00000010"]
+    assert evaluations(resumed) == evaluations(whole)
+
+
+def evaluations(run) -> dict[str, str]:
+    """The answers that PPO wrote down, by file."""
+    return {file.name: file.read_text() for file in (run.out / "evaluation").glob("*")}

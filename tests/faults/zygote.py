@@ -1,0 +1,135 @@
+"""Runs of the mains as processes that can be killed, forked from one that has the imports behind it.
+
+Starting Python and its libraries costs many times what a miniature run does. This process reads jobs, one JSON line
+each, forks a process group with one process a rank, has each run a step's main, ends them by a signal where the job
+says so, and answers with one JSON line: their exit statuses and seconds.
+"""
+
+import importlib.util
+import json
+import os
+import resource
+import signal
+import socket
+import sys
+import time
+import traceback
+from pathlib import Path
+
+# What the mains and they in turn import, so that the children need not.
+import deepspeed  # noqa: F401
+import peft  # noqa: F401
+import transformers.models.llama.modeling_llama  # noqa: F401
+import transformers.models.opt.modeling_opt  # noqa: F401
+
+import dschat.data.loaders  # noqa: F401
+import dschat.trainers.ppo_run  # noqa: F401
+import dschat.trainers.reward_setup  # noqa: F401
+import dschat.trainers.stage  # noqa: F401
+from dschat.tracking.log import run_main
+from dschat.tracking.metrics import MetricsWriter
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start(job: dict) -> list[int]:
+    """The process ids of the job's ranks, the first of which leads their group."""
+    port, pids = free_port(), []
+    for rank in range(job["ranks"]):
+        pid = os.fork()
+        if pid == 0:
+            os.setpgid(0, pids[0] if pids else 0)
+            become_rank(job, rank, port)
+        os.setpgid(pid, pids[0] if pids else pid)
+        pids.append(pid)
+    return pids
+
+
+def become_rank(job: dict, rank: int, port: int) -> None:
+    """Run the main as `rank`, and end."""
+    status = 9
+    try:
+        log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        for stream in (1, 2):
+            os.dup2(log, stream)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.environ.update(
+            RANK=str(rank), WORLD_SIZE=str(job["ranks"]), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1"
+        )
+        os.environ["MASTER_PORT"] = str(port)
+        if job.get("file_bytes"):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (job["file_bytes"],) * 2)
+        if job.get("kill_in_step"):
+            kill_in_step(job["kill_in_step"])
+        if job.get("before"):
+            file, _, function = job["before"].partition(":")
+            getattr(load(file), function)(rank)
+        sys.argv = [job["main"], *job["argv"]]
+        run_main(load(job["main"]).main)
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(status)
+
+
+def kill_in_step(step: int) -> None:
+    """The whole group is killed when the weights of `step` have moved and before that is written anywhere."""
+    write = MetricsWriter.write
+
+    def killing(self, number, *args, **kwargs):
+        if number == step:
+            os.killpg(0, signal.SIGKILL)
+        write(self, number, *args, **kwargs)
+
+    MetricsWriter.write = killing
+
+
+def load(path: str):
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def finish(job: dict, pids: list[int]) -> dict:
+    """Wait for the ranks, send the job's signal in time, and kill what does not end."""
+    started, statuses, sent = time.monotonic(), {}, not job.get("signal")
+    while len(statuses) < len(pids):
+        for pid in set(pids) - set(statuses):
+            found, status = os.waitpid(pid, os.WNOHANG)
+            if found:
+                statuses[pid] = os.waitstatus_to_exitcode(status)
+        seconds = time.monotonic() - started
+        if not sent and due(job, seconds):
+            sent = True
+            for rank in job.get("signal_ranks") or range(len(pids)):
+                os.kill(pids[rank], job["signal"])
+        if seconds > job["timeout_s"]:
+            os.killpg(pids[0], signal.SIGKILL)
+        time.sleep(0.002)
+    return {"statuses": [statuses[pid] for pid in pids], "seconds": time.monotonic() - started}
+
+
+def due(job: dict, seconds: float) -> bool:
+    """Whether it is time for the signal: after so many seconds, or lines of a file."""
+    if job.get("signal_after_s") is not None:
+        return seconds >= job["signal_after_s"]
+    path, lines = Path(job["signal_file"]), job["signal_lines"]
+    return path.exists() and path.read_bytes().count(b"\n") >= lines
+
+
+def main() -> None:
+    print(json.dumps({"ready": True}), flush=True)
+    for line in sys.stdin:
+        job = json.loads(line)
+        print(json.dumps(finish(job, start(job))), flush=True)
+
+
+if __name__ == "__main__":
+    main()
