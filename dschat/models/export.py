@@ -3,6 +3,7 @@
 import copy
 import fnmatch
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -164,12 +165,33 @@ def replace_folder(new: Path, path: Path) -> None:
         old.rename(path)
         aside.rmdir()
         raise
+    _move_the_rest(old, path)
+    _fsync(path.parent)
+    shutil.rmtree(aside)
+
+
+def mend_folder(path: Path) -> None:
+    """Finish or undo what ``replace_folder`` did not come to when its process was killed; nobody may write there now.
+
+    Afterwards `path` is the new folder with all that belongs there, or the old one, and nothing lies beside it.
+    """
+    ours = re.compile(rf"\.{re.escape(path.name)}\.[a-z0-9_]{{8}}\.(tmp|old)")  # as tempfile.mkdtemp names them
+    for aside in [entry for entry in path.parent.glob(".*") if ours.fullmatch(entry.name)]:
+        old = aside / path.name
+        if aside.suffix == ".old" and old.is_dir():
+            if path.exists():
+                _move_the_rest(old, path)
+            else:
+                old.rename(path)
+        shutil.rmtree(aside)
+
+
+def _move_the_rest(old: Path, path: Path) -> None:
+    """Move what belongs to no model from `old` into `path`."""
     for entry in old.iterdir():
         is_models = any(fnmatch.fnmatch(entry.name, pattern) for pattern in MODEL_FILES)
         if not is_models and not (path / entry.name).exists():
             entry.rename(path / entry.name)
-    _fsync(path.parent)
-    shutil.rmtree(aside)
 
 
 def _fsync(path: Path) -> None:

@@ -1,5 +1,6 @@
 """What every main does before and after training: messages about flags, seeds, folders, the record of the run."""
 
+import glob
 import os
 import random
 from pathlib import Path
@@ -7,7 +8,9 @@ from pathlib import Path
 import torch
 
 from dschat.config.parse import config_dict
+from dschat.models.export import mend_folder
 from dschat.tracking import dist
+from dschat.tracking.lock import lock_folder
 from dschat.tracking.log import logger
 from dschat.tracking.report import hardware, versions, write_json
 
@@ -21,6 +24,8 @@ WITHOUT_EFFECT = {
     "actor_dropout": "dropout is off in all four models of step 3",
     "critic_dropout": "dropout is off in all four models of step 3",
 }
+# What step 3 saves below its output folder.
+MODEL_FOLDERS = ("actor", "critic", "actor_ema")
 
 
 def announce(config) -> None:
@@ -64,10 +69,12 @@ def seed_everything(seed: int) -> None:
 
 
 def prepare_output_dir(output_dir: str | None) -> None:
-    """Make the output folder and see that it can be written.
+    """Make the output folder, see that it can be written, and keep other runs from it until this process ends.
+
+    What a run that was killed left half done beside it is put in order. Every process must call it.
 
     Raises:
-        ValueError: it cannot; names --output_dir.
+        ValueError: it cannot be written, or another run writes to it; names --output_dir.
     """
     if output_dir is None:
         return
@@ -77,6 +84,9 @@ def prepare_output_dir(output_dir: str | None) -> None:
             f"--output_dir {output_dir}: a finished model takes its name by a rename, which a mount point or a folder "
             "above that is not writable forbids. Give a folder below it."
         )
+    fault = dist.first_fault(_taken(path) if dist.is_main() else "")
+    if fault:
+        raise ValueError(f"--output_dir {output_dir}: {fault}. Give another folder.")
     try:
         path.mkdir(parents=True, exist_ok=True)
         probe = path / f".probe.{dist.rank()}"
@@ -84,6 +94,24 @@ def prepare_output_dir(output_dir: str | None) -> None:
         probe.unlink()
     except OSError as error:
         raise ValueError(f"--output_dir {output_dir}: not writable ({error.strerror}). Give another folder.") from error
+
+
+def _taken(path: Path) -> str:
+    """Take the folder for this run and put it in order; returns why that cannot be, or ""."""
+    try:
+        # A run that is alive holds the folder, or what was it a moment ago.
+        asides = path.parent.glob(f".{glob.escape(path.name)}.*.old/{glob.escape(path.name)}")
+        for folder in [*([path] if path.is_dir() else []), *asides]:
+            lock_folder(folder)
+        for folder in (path, *(path / name for name in MODEL_FOLDERS)):
+            mend_folder(folder)
+        path.mkdir(parents=True, exist_ok=True)
+        lock_folder(path)
+    except BlockingIOError as error:
+        return str(error)
+    except OSError as error:
+        return f"not writable ({error.strerror})"
+    return ""
 
 
 def record_run(config, output_dir: str | None, *, dtype: str, **facts) -> None:

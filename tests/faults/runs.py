@@ -1,8 +1,11 @@
 """Runs through `zygote.py`, and what they leave behind."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +42,29 @@ class Run:
         return sorted(path.name for path in (self.out / "checkpoints").iterdir())
 
 
+@dataclass(frozen=True)
+class Started:
+    """A run that goes on; its process group is that of its first rank."""
+
+    out: Path
+    pids: list[int]
+    log: Path
+    seen: int  # bytes of the log that are of earlier runs
+    when: float
+
+    def kill(self) -> None:
+        """kill -9 of all ranks."""
+        os.killpg(self.pids[0], signal.SIGKILL)
+
+    def wait_for_step(self, step: int) -> None:
+        """Until metrics.jsonl has the line of `step`."""
+        path = self.out / "metrics.jsonl"
+        deadline = time.monotonic() + TIMEOUT_S
+        while not (path.exists() and path.read_bytes().count(b"\n") > step):
+            assert time.monotonic() < deadline, f"no step {step} in {TIMEOUT_S} s: {self.log.read_text()[-3000:]}"
+            time.sleep(0.002)
+
+
 class Zygote:
     """The process that runs are forked from."""
 
@@ -53,30 +79,37 @@ class Zygote:
             env=environment(),
         )
 
-    def run(self, step: int, out: Path, argv: str, *, ranks: int = 1, **job) -> Run:
-        """Run step `step` into the folder `out`, and wait for its end.
+    def run(self, step: int, out: Path, argv: str, *, timeout_s: float = TIMEOUT_S, **job) -> Run:
+        """Run step `step` into the folder `out`, and wait for its end; see ``start``."""
+        return self.wait(self.start(step, out, argv, **job), timeout_s=timeout_s)
+
+    def start(self, step: int, out: Path, argv: str, *, ranks: int = 1, **job) -> Started:
+        """Start step `step` into the folder `out`.
 
         Args:
             argv: its flags; {stock} and {out} are filled in.
             job: what shall happen to it; see zygote.py.
         """
-        log = out.with_suffix(".log")
+        log = job.pop("log", out.with_suffix(".log"))
         seen = log.stat().st_size if log.exists() else 0
         words = ["--output_dir", str(out), *(word.format(stock=self.stock, out=out) for word in argv.split())]
-        job = {"main": str(MAINS[step]), "argv": words, "ranks": ranks, "log": str(log), "timeout_s": TIMEOUT_S, **job}
+        pids = self._ask({"main": str(MAINS[step]), "argv": words, "ranks": ranks, "log": str(log), **job})["pids"]
+        return Started(out, pids, log, seen, time.monotonic())
+
+    def wait(self, started: Started, *, timeout_s: float = TIMEOUT_S) -> Run:
+        """Wait for a run's end."""
+        statuses = self._ask({"wait": started.pids, "timeout_s": timeout_s})["statuses"]
+        with open(started.log, errors="replace") as file:
+            file.seek(started.seen)
+            return Run(started.out, statuses, time.monotonic() - started.when, file.read())
+
+    def _ask(self, job: dict) -> dict:
         self._process.stdin.write(json.dumps(job) + "\n")
         self._process.stdin.flush()
-        answer = None
-        while answer is None or "statuses" not in answer:
-            answer = self._answer()
-        with open(log, errors="replace") as file:
-            file.seek(seen)
-            return Run(out, answer["statuses"], answer["seconds"], file.read())
-
-    def _answer(self) -> dict:
-        line = self._process.stdout.readline()
-        assert line, "the process that runs are forked from has ended"
-        return json.loads(line) if line.startswith("{") else {}
+        # The libraries that it imports say things of their own.
+        while not (line := self._process.stdout.readline()).startswith("{"):
+            assert line, "the process that runs are forked from has ended"
+        return json.loads(line)
 
     def end(self) -> None:
         """Let it go."""

@@ -1,10 +1,11 @@
 """Runs of the mains as processes that can be killed, forked from one that has the imports behind it.
 
 Starting Python and its libraries costs many times what a miniature run does. This process reads jobs, one JSON line
-each, forks a process group with one process a rank, has each run a step's main, ends them by a signal where the job
-says so, and answers with one JSON line: their exit statuses and seconds.
+each, forks a process group with one process a rank, has each run a step's main, and answers with one JSON line: their
+process ids. A job {"wait": ids} waits for them, and the answer holds their exit statuses.
 """
 
+import ctypes
 import importlib.util
 import json
 import os
@@ -63,6 +64,8 @@ def become_rank(job: dict, rank: int, port: int) -> None:
         os.environ["MASTER_PORT"] = str(port)
         if job.get("file_bytes"):
             resource.setrlimit(resource.RLIMIT_FSIZE, (job["file_bytes"],) * 2)
+        if job.get("plain_user"):
+            drop_capabilities()
         if job.get("kill_in_step"):
             kill_in_step(job["kill_in_step"])
         if job.get("before"):
@@ -76,6 +79,13 @@ def become_rank(job: dict, rank: int, port: int) -> None:
     finally:
         sys.stdout.flush()
         os._exit(status)
+
+
+def drop_capabilities() -> None:
+    """Let the permission bits of files count for root too."""
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # version 3 of the interface, this process
+    if ctypes.CDLL(None, use_errno=True).capset(header, (ctypes.c_uint32 * 6)()) != 0:
+        raise OSError(ctypes.get_errno(), "capset")
 
 
 def kill_in_step(step: int) -> None:
@@ -97,38 +107,25 @@ def load(path: str):
     return module
 
 
-def finish(job: dict, pids: list[int]) -> dict:
-    """Wait for the ranks, send the job's signal in time, and kill what does not end."""
-    started, statuses, sent = time.monotonic(), {}, not job.get("signal")
+def wait(pids: list[int], timeout_s: float) -> dict:
+    """The ranks' exit statuses (negative: a signal), once all have ended or been killed at the time limit."""
+    started, statuses = time.monotonic(), {}
     while len(statuses) < len(pids):
         for pid in set(pids) - set(statuses):
             found, status = os.waitpid(pid, os.WNOHANG)
             if found:
                 statuses[pid] = os.waitstatus_to_exitcode(status)
-        seconds = time.monotonic() - started
-        if not sent and due(job, seconds):
-            sent = True
-            for rank in job.get("signal_ranks") or range(len(pids)):
-                os.kill(pids[rank], job["signal"])
-        if seconds > job["timeout_s"]:
+        if time.monotonic() - started > timeout_s:
             os.killpg(pids[0], signal.SIGKILL)
-        time.sleep(0.002)
-    return {"statuses": [statuses[pid] for pid in pids], "seconds": time.monotonic() - started}
-
-
-def due(job: dict, seconds: float) -> bool:
-    """Whether it is time for the signal: after so many seconds, or lines of a file."""
-    if job.get("signal_after_s") is not None:
-        return seconds >= job["signal_after_s"]
-    path, lines = Path(job["signal_file"]), job["signal_lines"]
-    return path.exists() and path.read_bytes().count(b"\n") >= lines
+        time.sleep(0.005)
+    return {"statuses": [statuses[pid] for pid in pids]}
 
 
 def main() -> None:
-    print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
         job = json.loads(line)
-        print(json.dumps(finish(job, start(job))), flush=True)
+        answer = wait(job["wait"], job["timeout_s"]) if "wait" in job else {"pids": start(job)}
+        print(json.dumps(answer), flush=True)
 
 
 if __name__ == "__main__":

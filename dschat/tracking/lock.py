@@ -1,0 +1,34 @@
+"""One run a folder: a lock that the system takes back when its process ends, however it ends."""
+
+import fcntl
+import os
+import socket
+from pathlib import Path
+
+from dschat.tracking.log import logger
+
+LOCK = ".lock"
+_held: dict[Path, int] = {}  # folder -> open file; a lock lives as long as its file is open
+
+
+def lock_folder(folder: Path) -> None:
+    """Hold `folder` until this process ends.
+
+    Raises:
+        BlockingIOError: another process holds it; the message names it.
+    """
+    folder = folder.resolve()
+    if folder in _held:
+        return
+    descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        holder = os.read(descriptor, 200).decode(errors="replace").strip()
+        os.close(descriptor)
+        raise BlockingIOError(f"another run writes to it ({holder})") from None
+    except OSError as error:  # some network file systems have no locks
+        logger.warning(f"{folder}: cannot be locked ({error.strerror}): see yourself that no other run writes to it")
+    os.ftruncate(descriptor, 0)
+    os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+    _held[folder] = descriptor

@@ -1,0 +1,80 @@
+"""Output folders: one run each, and put in order where a run was killed as it put its model there."""
+
+import itertools
+import stat
+from pathlib import Path
+
+import pytest
+
+from dschat.models import export
+from dschat.models.export import mend_folder, replace_folder
+
+SFT = (
+    "--model_name_or_path {stock}/base/llama --data_path {stock}/toy --data_split 1,0,0 --dtype fp32 --max_seq_len 48 "
+    "--per_device_train_batch_size 4"
+)
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing of what Python does at an error happens."""
+
+
+def folder(path: Path, **files: str) -> Path:
+    path.mkdir()
+    for name, text in files.items():
+        (path / name.replace("_", ".", 1)).write_text(text)
+    return path
+
+
+def content(path: Path) -> dict[str, str]:
+    return {file.name: file.read_text() for file in path.iterdir()}
+
+
+@pytest.mark.parametrize("killed_at", range(1, 6))
+def test_a_replacement_that_was_killed_is_mended(killed_at, tmp_path, monkeypatch):
+    old = folder(tmp_path / "out", config_json="old", metrics_jsonl="lines", log_txt="log")
+    new = folder(tmp_path / ".out.abcd1234.tmp", config_json="new")
+    calls, rename = itertools.count(1), Path.rename
+
+    def renaming(self, target):
+        if next(calls) == killed_at:
+            raise Killed
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", renaming)
+    monkeypatch.setattr(export.shutil, "rmtree", lambda *args, **kwargs: (_ for _ in ()).throw(Killed))
+    with pytest.raises(Killed):
+        replace_folder(new, old)
+    monkeypatch.undo()
+    mend_folder(old)
+    assert content(old) == {"config.json": "old" if killed_at <= 2 else "new", "metrics.jsonl": "lines", "log.txt": "log"}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_mending_leaves_what_belongs_to_others(tmp_path):
+    out = folder(tmp_path / "out", config_json="mine")
+    others = [folder(tmp_path / name) for name in (".out.x.abcd1234.tmp", ".outer.abcd1234.tmp", ".out.abcd.tmp")]
+    mend_folder(out)
+    assert all(path.exists() for path in others) and content(out) == {"config.json": "mine"}
+
+
+def test_the_second_run_in_a_folder_refuses(zygote, tmp_path):
+    out, argv = tmp_path / "out", f"{SFT} --max_train_steps 2000"
+    first = zygote.start(1, out, argv)
+    first.wait_for_step(3)
+    second = zygote.run(1, out, argv, log=tmp_path / "second.log")
+    first.wait_for_step((out / "metrics.jsonl").read_text().count("\n"))  # it goes on
+    first.kill()
+    zygote.wait(first)
+    assert second.statuses == [1]
+    assert f"--output_dir {out}: another run writes to it (process {first.pids[0]} on " in second.log
+    third = zygote.run(1, out, argv.replace("2000", "1"))
+    assert third.statuses == [0], "a run that was killed holds nothing"
+
+
+def test_a_folder_that_cannot_be_written_is_refused(zygote, tmp_path):
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "closed").chmod(stat.S_IRUSR | stat.S_IXUSR)
+    run = zygote.run(1, tmp_path / "closed" / "out", SFT, log=tmp_path / "log", plain_user=True)
+    assert run.statuses == [1]
+    assert f"--output_dir {tmp_path}/closed/out: not writable (Permission denied). Give another folder" in run.log
