@@ -79,7 +79,11 @@ def run_main(main) -> None:
         _fail(str(stop), status=stop.status, word="stopped")
     except Exception as error:
         traceback.print_exc()
-        _fail(f"{type(error).__name__}: {error}")
+        words = str(error)
+        # What the collectives of torch say when the other side is gone.
+        lost = any(word in words for word in ("Connection closed by peer", "Connection reset by peer", "Broken pipe"))
+        hint = "; another process of the run has probably ended: look for the first error above" if lost else ""
+        _fail(f"{type(error).__name__}: {words}{hint}")
     sys.stdout.flush()
 
 

@@ -56,6 +56,14 @@ class Started:
         """kill -9 of all ranks."""
         os.killpg(self.pids[0], signal.SIGKILL)
 
+    def kill_rank(self, rank: int) -> None:
+        """kill -9 of one rank alone."""
+        self.signal_rank(rank, signal.SIGKILL)
+
+    def signal_rank(self, rank: int, number: int) -> None:
+        """A signal to one rank alone."""
+        os.kill(self.pids[rank], number)
+
     def wait_for_step(self, step: int) -> None:
         """Until metrics.jsonl has the line of `step`."""
         path = self.out / "metrics.jsonl"

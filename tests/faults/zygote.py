@@ -62,8 +62,8 @@ def become_rank(job: dict, rank: int, port: int) -> None:
             RANK=str(rank), WORLD_SIZE=str(job["ranks"]), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1"
         )
         os.environ["MASTER_PORT"] = str(port)
-        if job.get("file_bytes"):
-            resource.setrlimit(resource.RLIMIT_FSIZE, (job["file_bytes"],) * 2)
+        if str(rank) in job.get("file_bytes", {}):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (job["file_bytes"][str(rank)],) * 2)
         if job.get("plain_user"):
             drop_capabilities()
         if job.get("kill_in_step"):

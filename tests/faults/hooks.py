@@ -1,0 +1,67 @@
+"""What `zygote.py` may do to a run before its main begins: ``function(rank)``."""
+
+import time
+
+import torch
+
+from dschat.algorithms.types import Experience
+from dschat.trainers.ppo import DeepSpeedPPOTrainer
+from dschat.trainers.supervised import SFTObjective
+
+BAD_STEP = 3
+
+
+def nan_in_sft(rank: int) -> None:
+    """The loss of step 3 is NaN on rank 1."""
+    loss_sum, calls = SFTObjective.loss_sum, []
+
+    def spoiled(self, engine, batch):
+        calls.append(1)
+        loss, extra = loss_sum(self, engine, batch)
+        return (loss * float("nan") if rank == 1 and len(calls) == BAD_STEP else loss), extra
+
+    SFTObjective.loss_sum = spoiled
+
+
+def nan_in_ppo(rank: int) -> None:
+    """The actor's loss in the first step of rollout 3 is NaN on rank 1."""
+    actor_loss = DeepSpeedPPOTrainer._actor_loss
+
+    def spoiled(self, batch: Experience):
+        loss, *rest = actor_loss(self, batch)
+        return (loss * float("nan") if rank == 1 and self.rollouts + 1 == BAD_STEP else loss), *rest
+
+    DeepSpeedPPOTrainer._actor_loss = spoiled
+
+
+def deaf(rank: int) -> None:
+    """Rank 0 stays in step 3 for ever, as it would in a collective of a GPU that waits for a dead process."""
+    weight, calls = SFTObjective.weight, []
+
+    def waiting(self, batch):
+        calls.append(1)
+        if rank == 0 and len(calls) == BAD_STEP:
+            time.sleep(1e6)
+        return weight(self, batch)
+
+    SFTObjective.weight = waiting
+
+
+def slow(rank: int) -> None:
+    """Steps take a while, so that a signal finds the run in the middle of one."""
+    weight = SFTObjective.weight
+
+    def slowly(self, batch):
+        time.sleep(0.05)
+        return weight(self, batch)
+
+    SFTObjective.weight = slowly
+
+
+def no_pickle(rank: int) -> None:
+    """Reading or writing a pickle ends the run."""
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("a pickle")
+
+    torch.load = torch.save = refuse

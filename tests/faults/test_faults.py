@@ -1,0 +1,207 @@
+"""Faults that a run has to survive, or to end from with a message: kills, a full disk, dead ranks, damaged files."""
+
+import random
+import re
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from dschat.engine.run_checkpoint import newest_checkpoint, open_checkpoint
+
+HOOKS = Path(__file__).with_name("hooks.py")
+SFT = (
+    "--model_name_or_path {stock}/base/opt --dropout 0.1 --data_path {stock}/toy --data_split 1,0,0 --dtype fp32 "
+    "--max_seq_len 48 --per_device_train_batch_size 4 --learning_rate 1e-2 --zero_stage 2 --per_device_eval_batch_size 16"
+)
+PPO = (
+    "--actor_model_name_or_path {stock}/sft/llama --critic_model_name_or_path {stock}/reward/llama "
+    "--data_path {stock}/toy --data_split 0,0,1 --max_prompt_seq_len 24 --max_answer_seq_len 6 --max_train_steps 6 "
+    "--per_device_generation_batch_size 4 --per_device_training_batch_size 4 --dtype fp32 --eval_prompts 4"
+)
+KILLS = 20
+
+
+def hook(name: str) -> dict:
+    return {"before": f"{HOOKS}:{name}"}
+
+
+def steps_of(run) -> list[int]:
+    return [line["step"] for line in run.metrics()]
+
+
+def test_twenty_kills_at_random_moments_lose_nothing_but_the_steps_behind_the_last_checkpoint(zygote, tmp_path, record):
+    draw, steps, every = random.Random(3), 240, 3
+    argv = f"{SFT} --max_train_steps {steps} --save_interval {every}"
+    whole = zygote.run(1, tmp_path / "whole", argv)
+    assert whole.statuses == [0], whole.log[-3000:]
+    out, lost, in_save = tmp_path / "killed", [], 0
+    for number in range(KILLS):
+        saves = draw.randrange(1, 3) if number % 2 else 0  # every other kill is in a save
+        run = zygote.start(1, out, f"{argv} --resume latest", **hook("slow"))
+        if saves:
+            in_save += kill_in_save(run, out, saves, draw.uniform(0, 0.012))
+        else:
+            time.sleep(draw.uniform(0.2, 3.0))
+            run.kill()
+        ended = zygote.wait(run)
+        assert ended.statuses == [-9], f"kill {number}: {ended.log[-3000:]}"
+        if (begun := re.search(r"going on behind step (\d+)", ended.log)) and lost:
+            lost[-1] -= int(begun[1])
+        lost.append(last_step(out))
+        assert "is no whole checkpoint" not in ended.log
+    resumed = zygote.run(1, out, f"{argv} --resume latest")
+    assert resumed.statuses == [0], resumed.log[-3000:]
+    lost[-1] -= int(re.search(r"going on behind step (\d+)", resumed.log)[1])
+    assert in_save >= KILLS // 4
+    assert resumed.metrics() == whole.metrics() and resumed.weights() == whole.weights()
+    assert max(lost) <= every and last_step(out) == steps
+    record(kills=KILLS, of_them_in_a_save=in_save, survived=KILLS, most_steps_lost_in_one=max(lost), save_interval=every)
+
+
+def kill_in_save(run, out: Path, saves: int, delay_s: float) -> bool:
+    """Kill a run shortly after the beginning of its `saves`-th save; whether the save was not finished by then."""
+    deadline, seen = time.monotonic() + 60, set()
+    while len(seen) < saves and time.monotonic() < deadline:
+        seen |= {path.name for path in (out / "checkpoints").glob(".step_*.tmp")}
+        time.sleep(0.001)
+    time.sleep(delay_s)
+    run.kill()
+    return any((out / "checkpoints").glob(".step_*.tmp"))
+
+
+def last_step(out: Path) -> int:
+    """The step of the last whole line of metrics.jsonl."""
+    path = out / "metrics.jsonl"
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    return int(re.match(r'\{"step": (\d+)', lines[-1])[1]) if lines else 0
+
+
+@pytest.mark.parametrize("ranks, full_on", [(1, 0), (2, 1)])
+def test_a_full_disk_costs_a_checkpoint_and_no_more(ranks, full_on, zygote, tmp_path):
+    argv = f"{SFT} --max_train_steps 6 --save_interval 2"
+    whole = zygote.run(1, tmp_path / "whole", argv, ranks=ranks)
+    killed = zygote.run(1, tmp_path / "out", argv, ranks=ranks, kill_in_step=4)
+    assert killed.checkpoints() == ["latest", "step_00000002"]
+    full = zygote.run(1, tmp_path / "out", f"{argv} --resume latest", ranks=ranks, file_bytes={full_on: 100_000})
+    assert "no checkpoint of step 4" in full.log and "File too large" in full.log and "the run goes on" in full.log
+    assert full.checkpoints() == ["latest", "step_00000002"]
+    assert steps_of(full) == list(range(7)), full.log[-3000:]
+    if full_on == 0:  # the rank that writes the model
+        assert full.statuses == [1] and "error (rank 0)" in full.log and "File too large" in full.log.split("error (rank 0)")[-1]
+    after = zygote.run(1, tmp_path / "out", f"{argv} --resume latest", ranks=ranks)
+    assert after.statuses == [0] * ranks, after.log[-3000:]
+    assert after.metrics() == whole.metrics() and after.weights() == whole.weights()
+    assert not list(tmp_path.glob(".out*")), "a temporary folder stayed behind"
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_the_others_end_when_a_rank_is_killed(victim, zygote, tmp_path):
+    started = zygote.start(1, tmp_path / "out", f"{SFT} --max_train_steps 2000", ranks=2)
+    started.wait_for_step(3)
+    started.kill_rank(victim)
+    run = zygote.wait(started, timeout_s=60)
+    other = 1 - victim
+    assert run.statuses[victim] == -9 and run.statuses[other] == 1, run.log[-3000:]
+    assert f"error (rank {other})" in run.log and "another process of the run has probably ended" in run.log
+
+
+def test_a_rank_that_waits_for_a_dead_one_ends_itself(zygote, tmp_path):
+    started = zygote.start(1, tmp_path / "out", f"{SFT} --max_train_steps 20", ranks=2, **hook("deaf"))
+    started.wait_for_step(2)
+    started.kill_rank(1)
+    run = zygote.wait(started, timeout_s=60)
+    assert run.statuses == [1, -9] and run.seconds < 60
+    assert "error (rank 0): the process of rank 1 has ended" in run.log
+
+
+@pytest.mark.parametrize("step, argv, name", [(1, f"{SFT} --max_train_steps 6", "nan_in_sft"), (3, PPO, "nan_in_ppo")])
+def test_a_nan_on_one_rank_ends_all_with_one_message(step, argv, name, zygote, tmp_path):
+    run = zygote.run(step, tmp_path / "out", f"{argv} --save_interval 1", ranks=2, **hook(name))
+    assert run.statuses == [1, 1]
+    assert re.search(r"error \(rank 0\): .*(step|rollout) 3\b.* is nan", run.log), run.log[-3000:]
+    assert run.checkpoints() == ["latest", "step_00000001", "step_00000002"]
+
+
+DAMAGES = {
+    "a flipped bit": lambda path: flip(next(path.glob("model/*optim_states.pt"))),
+    "a flipped bit in facts": lambda path: flip(path / "facts.json"),
+    "cut short": lambda path: cut(next(path.glob("model/*model_states.pt"))),
+    "a missing file": lambda path: (path / "rank_00000.safetensors").unlink(),
+    "a file too many": lambda path: (path / "model" / "more.pt").write_bytes(b"x"),
+    "a link": lambda path: link(next(path.glob("model/*model_states.pt"))),
+    "no manifest": lambda path: (path / "manifest.json").unlink(),
+    "half a manifest": lambda path: cut(path / "manifest.json"),
+    "an empty manifest": lambda path: (path / "manifest.json").write_text("{}"),
+    "empty": lambda path: (shutil.rmtree(path), path.mkdir()),
+}
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def link(path: Path) -> None:
+    moved = path.rename(path.parents[3] / "elsewhere.pt")
+    path.symlink_to(moved)
+
+
+@pytest.fixture(scope="module")
+def two_checkpoints(zygote, tmp_path_factory) -> Path:
+    """The output folder of a run that was killed in step 5, with checkpoints of steps 2 and 4."""
+    out = tmp_path_factory.mktemp("damage") / "out"
+    run = zygote.run(1, out, f"{SFT} --max_train_steps 6 --save_interval 2", kill_in_step=5)
+    assert run.checkpoints() == ["latest", "step_00000002", "step_00000004"], run.log[-3000:]
+    return out
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_passed_over_with_a_warning(damage, two_checkpoints, tmp_path, caplog, monkeypatch):
+    root = tmp_path / "out" / "checkpoints"
+    shutil.copytree(two_checkpoints / "checkpoints", root)
+    assert newest_checkpoint(root).step == 4
+    DAMAGES[damage](root / "step_00000004")
+    monkeypatch.setattr("dschat.engine.run_checkpoint.logger.propagate", True)
+    assert newest_checkpoint(root).step == 2
+    warning = caplog.records[-1].getMessage()
+    assert "step_00000004 is no whole checkpoint" in warning and "Trying the one before" in warning
+    with pytest.raises(ValueError, match="step_00000004 is no whole checkpoint"):
+        open_checkpoint(root / "step_00000004")
+
+
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(zygote, two_checkpoints, tmp_path):
+    argv = f"{SFT} --max_train_steps 6 --save_interval 2"
+    whole = zygote.run(1, tmp_path / "whole", argv)
+    shutil.copytree(two_checkpoints, tmp_path / "out")
+    flip(next((tmp_path / "out" / "checkpoints" / "step_00000004").glob("model/*optim_states.pt")))
+    named = zygote.run(1, tmp_path / "out", f"{argv} --resume {{out}}/checkpoints/step_00000004")
+    assert named.statuses == [1] and "is no whole checkpoint" in named.log and "--resume" in named.log
+    resumed = zygote.run(1, tmp_path / "out", f"{argv} --resume latest")
+    assert resumed.statuses == [0], resumed.log[-3000:]
+    assert "is no whole checkpoint" in resumed.log and "going on behind step 2" in resumed.log
+    assert resumed.metrics() == whole.metrics() and resumed.weights() == whole.weights()
+
+
+@pytest.mark.parametrize("number, ranks", [(signal.SIGTERM, 1), (signal.SIGINT, 2)])
+def test_a_signal_to_one_rank_saves_and_ends_all(number, ranks, zygote, tmp_path):
+    argv = f"{SFT} --max_train_steps 8"
+    whole = zygote.run(1, tmp_path / "whole", argv, ranks=ranks)
+    started = zygote.start(1, tmp_path / "out", argv, ranks=ranks, **hook("slow"))
+    started.wait_for_step(3)
+    started.signal_rank(0, number)
+    stopped = zygote.wait(started)
+    assert stopped.statuses == [128 + number] * ranks, stopped.log[-3000:]
+    step = steps_of(stopped)[-1]
+    assert f"stopped (rank 0): {number.name} behind step {step}: a checkpoint is written" in stopped.log
+    assert 3 <= step < 8 and stopped.checkpoints() == ["latest", f"step_{step:08d}"]
+    resumed = zygote.run(1, tmp_path / "out", f"{argv} --resume latest", ranks=ranks)
+    assert resumed.statuses == [0] * ranks, resumed.log[-3000:]
+    assert resumed.metrics() == whole.metrics() and resumed.weights() == whole.weights()
