@@ -58,9 +58,10 @@ class PeerWatch:
 
     def __enter__(self) -> "PeerWatch":
         self._done = threading.Event()
-        own = f"{socket.gethostname()} {os.getpid()}"
-        hosts = [text.split() for text in dist.gather_texts(own)]
-        self._peers = {rank: int(pid) for rank, (host, pid) in enumerate(hosts) if host == socket.gethostname()}
+        # Those that one launcher started, whose process ids mean the same here.
+        place = f"{socket.gethostname()}/{os.getppid()}"
+        found = [text.split() for text in dist.gather_texts(f"{place} {os.getpid()}")]
+        self._peers = {rank: int(pid) for rank, (other, pid) in enumerate(found) if other == place}
         del self._peers[dist.rank()]
         if self._peers:
             threading.Thread(target=self._watch, daemon=True).start()
@@ -84,4 +85,4 @@ def _alive(pid: int) -> bool:
         with open(f"/proc/{pid}/stat") as file:
             return file.read().rpartition(")")[2].split()[0] not in "ZX"
     except OSError:
-        return os.path.exists("/proc/self/stat") is False  # without /proc nothing can be told
+        return not os.path.exists("/proc/self/stat")  # without /proc nothing can be told

@@ -1,5 +1,6 @@
 """Runs through `zygote.py`, and what they leave behind."""
 
+import hashlib
 import json
 import os
 import signal
@@ -29,12 +30,12 @@ class Run:
         lines = [json.loads(line) for line in (self.out / "metrics.jsonl").read_text().splitlines()]
         return [{key: value for key, value in line.items() if key[:5] not in ("time/", "perf/")} for line in lines]
 
-    def weights(self) -> dict[str, bytes]:
-        """Each saved model's tensors as bytes, by model and name."""
+    def weights(self) -> dict[str, str]:
+        """The sum of each saved model's tensors, by model and name."""
         found = {}
         for file in sorted(self.out.glob("**/model*.safetensors")):
             for name, tensor in load_file(file).items():
-                found[f"{file.relative_to(self.out)} {name}"] = tensor.numpy().tobytes()
+                found[f"{file.relative_to(self.out)} {name}"] = hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
         return found
 
     def checkpoints(self) -> list[str]:
