@@ -24,7 +24,8 @@ def flags(options: dict) -> str:
     zero, lora = options["zero"], options["lora"]
     if options["step"] == 3:
         adapters = "--actor_lora_dim 4 --critic_lora_dim 4 --only_optimize_lora" if lora else ""
-        return f"{PPO} --actor_zero_stage {zero} --critic_zero_stage {zero} {adapters}"
+        hybrid = "--enable_hybrid_engine" if options["ranks"] == 2 or lora else ""
+        return f"{PPO} --actor_zero_stage {zero} --critic_zero_stage {zero} {adapters} {hybrid}"
     # OPT has dropout, so that random numbers matter; accumulation and two passes are in it too.
     model = "--model_name_or_path {stock}/base/opt --dropout 0.1 --data_split " + ("1,0,0", "0,1,0")[options["step"] - 1]
     rows = "--per_device_train_batch_size 4 --gradient_accumulation_steps 2"
