@@ -9,18 +9,17 @@ With a model's size, name or folder it trains that one:
     python e2e_rlhf.py --actor-model facebook/opt-1.3b --reward-model facebook/opt-350m --deployment-type single_gpu
     python e2e_rlhf.py --actor-model tiny-llama --reward-model tiny-llama        # miniature, in a minute, offline
 
-A step that fails stops the run; the same command then goes on with the first step that has not finished.
+A step that fails or is stopped stops the run; the same command then goes on with the first step that has not finished,
+from its latest checkpoint where it has one.
 """
 
 import argparse
 import json
 import os
-import re
+import shutil
 import socket
-import subprocess
 import sys
 import time
-from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +28,7 @@ sys.path.insert(0, str(ROOT))
 
 from dschat.config.cache import cache_dir  # noqa: E402
 from dschat.config.recipes import resolve_model, size_name, step_flags  # noqa: E402
+from dschat.tracking.child import run_logged, start_process  # noqa: E402
 from dschat.tracking.log import set_up_logging  # noqa: E402
 from dschat.tracking.progress import clock  # noqa: E402
 from dschat.tracking.report import cpu_cores, hardware, op_build_name, versions, write_json  # noqa: E402
@@ -42,12 +42,6 @@ MAINS = {
 TITLES = {1: "Step 1: supervised fine-tuning", 2: "Step 2: reward model", 3: "Step 3: PPO"}
 STAGES = {1: "sft", 2: "reward", 3: "ppo"}
 DEPENDENTS = {1: (1, 3), 2: (2, 3), 3: (3,)}  # what a new run of a step makes stale
-# Lines of launchers and libraries: they go to the log, not to the screen.
-NOISE = re.compile(
-    r"^\[\d{4}-\d\d-\d\d|^\[transformers\]|^DeepSpeed deepspeed\.|Warning: |^\s*return func\(|^\[Gloo\]|^\[rank\d"
-    r"|^(begin|end) bf16_ ?optimizer|^MA \d|^CPU Virtual Memory"
-)
-LAST_LINES = 15
 
 
 @dataclass(frozen=True)
@@ -75,6 +69,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument("--data-path", nargs="+", help="data for all three steps, as --data_path of the mains")
     parser.add_argument("--num-processes", type=int, default=0, help="processes on this machine; default: by deployment")
     parser.add_argument("--hostfile", help="DeepSpeed hostfile, for multi_node")
+    parser.add_argument("--save-interval", type=int, default=0, help="checkpoint every so many steps; 0: when stopped")
     parser.add_argument("--fresh", action="store_true", help="run every step again, finished or not")
     return parser.parse_args(argv)
 
@@ -139,7 +134,20 @@ def step_command(step: int, plan: Plan, args: argparse.Namespace, *, on_gpu: boo
         actor_stage=args.actor_zero_stage,
         reward_stage=args.reward_zero_stage,
     )
+    if args.save_interval:
+        flags += ["--save_interval", str(args.save_interval)]
     return [str(MAINS[step]), *models[step], *plan.data[step], *flags, "--output_dir", str(plan.outputs[step])]
+
+
+def resumption(output: Path, command: list[str], *, fresh: bool) -> list[str]:
+    """The flags with which a step goes on that `command` began and did not finish; what others left is deleted."""
+    begun = output / "started.json"
+    same = begun.exists() and json.loads(begun.read_text()) == command
+    if not same or fresh:
+        shutil.rmtree(output / "checkpoints", ignore_errors=True)
+        write_json(begun, command)
+        return []
+    return ["--resume", "latest"] if (output / "checkpoints").is_dir() else []
 
 
 def run_step(command: list[str], log: Path, args: argparse.Namespace, *, on_gpu: bool) -> None:
@@ -171,36 +179,6 @@ def child_environment(defaults: dict[str, str]) -> dict[str, str]:
     return {"TOKENIZERS_PARALLELISM": "false", **defaults, **os.environ, "PYTHONPATH": path}
 
 
-def start_process(command: list[str], environment: dict[str, str]):
-    """The process id of `command`, and its output."""
-    process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-    )
-    return process.pid, process.stdout
-
-
-def run_logged(start, log: Path) -> None:
-    """Call `start() -> (process id, output)`; the output goes to `log` and, launcher noise left out, on the screen.
-
-    Raises:
-        RuntimeError: it failed; the message holds its last lines, the log's path and, last, the cause.
-    """
-    log.parent.mkdir(parents=True, exist_ok=True)
-    last: deque[str] = deque(maxlen=LAST_LINES)
-    with open(log, "w", encoding="utf-8") as file:
-        pid, output = start()
-        for line in output:
-            file.write(line)
-            file.flush()
-            if line.strip() and not NOISE.search(line):
-                last.append(line.rstrip())
-                print("  " + line.rstrip(), flush=True)
-    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    if status != 0:
-        cause = next((line for line in reversed(last) if line.startswith("error")), f"exit status {status}")
-        raise RuntimeError("last lines:\n  " + "\n  ".join(last) + f"\nwhole log: {log}\n{cause}")
-
-
 def build_ops(*, on_gpu: bool) -> float:
     """Build DeepSpeed's communication op for CPUs once, apart from the steps; returns seconds, 0 where it is built."""
     marker = cache_dir() / "ops" / op_build_name()
@@ -230,7 +208,9 @@ def run_steps(args: argparse.Namespace, plan: Plan, *, on_gpu: bool) -> dict[str
             (plan.outputs[later] / "finished.json").unlink(missing_ok=True)
         print(f"\n{TITLES[step]}  ->  {plan.outputs[step]}", flush=True)
         started = time.monotonic()
-        run_step(command, plan.outputs[step] / "training.log", args, on_gpu=on_gpu)
+        # A step that has finished is not gone on with: its checkpoints are of a model that is there.
+        flags = resumption(plan.outputs[step], command, fresh=args.fresh or bool(record))
+        run_step(command + flags, plan.outputs[step] / "training.log", args, on_gpu=on_gpu)
         seconds[STAGES[step]] = time.monotonic() - started
         write_json(done, {"command": command, "seconds": seconds[STAGES[step]]})
     return seconds

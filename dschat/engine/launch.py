@@ -33,6 +33,7 @@ def start_launcher(
         # Nothing that this program holds is used in here but modules: threads and devices do not survive a fork.
         status = 1
         try:
+            os.setsid()  # a terminal's Ctrl-C goes to the caller, which hands it on
             os.dup2(writable, 1)
             os.dup2(writable, 2)
             os.environ.update(environment)

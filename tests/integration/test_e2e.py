@@ -2,8 +2,10 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -83,6 +85,35 @@ def test_a_step_that_fails_ends_with_its_log_and_its_cause(finished, tmp_path):
     assert log.startswith("whole log: ") and cause in Path(log.removeprefix("whole log: ")).read_text()
     assert "Traceback" not in done.stdout
     assert not list(output.glob("step3-models/*/finished.json"))
+
+
+def test_an_interrupted_step_goes_on_from_its_checkpoint(finished, tmp_path):
+    output = tmp_path / "a copy"
+    shutil.copytree(finished[0], output)
+    (ppo,) = output.glob("step3-models/*")
+    (ppo / "finished.json").unlink()
+    models = ("--actor-model", "tiny-llama", "--reward-model", "tiny-llama")
+    command = [sys.executable, str(ROOT / "e2e_rlhf.py"), *models, "--output-dir", str(output)]
+    (ppo / "metrics.jsonl").unlink()
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen(command, cwd=tmp_path, env=environment(), stdout=log, stderr=subprocess.STDOUT)
+        while not (ppo / "metrics.jsonl").exists() or (ppo / "metrics.jsonl").read_text().count("\n") < 3:
+            assert process.poll() is None, (tmp_path / "log").read_text()[-3000:]
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(120) == 1
+    screen = (tmp_path / "log").read_text()
+    assert "SIGTERM behind step" in screen and "a checkpoint is written" in screen, screen[-3000:]
+    assert screen.rstrip().endswith("interrupted; the same command goes on with the step that was running")
+    done = tiny("llama", output, tmp_path)
+    assert done.returncode == 0 and "going on behind step" in done.stdout, done.stdout[-3000:]
+    assert done.stdout.count("finished before") == 2
+    check_summary(output)
+    before, after = (
+        [{k: v for k, v in json.loads(line).items() if k[:5] not in ("time/", "perf/")} for line in file.open()]
+        for file in (next(finished[0].glob("step3-models/*/metrics.jsonl")), ppo / "metrics.jsonl")
+    )
+    assert before == after
 
 
 @pytest.mark.slow
