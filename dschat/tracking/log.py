@@ -82,8 +82,12 @@ def run_main(main) -> None:
         words = str(error)
         # What the collectives of torch say when the other side is gone.
         lost = any(word in words for word in ("Connection closed by peer", "Connection reset by peer", "Broken pipe"))
-        hint = "; another process of the run has probably ended: look for the first error above" if lost else ""
-        _fail(f"{type(error).__name__}: {words}{hint}")
+        if lost:
+            # At once, since the launcher may end this process while it gives the other one time to speak.
+            words = f"another process of the run has ended: look for its error above ({words.splitlines()[0]})"
+            sys.stderr.write(f"\nrank {dist.rank()}: {words}\n")
+            sys.stderr.flush()
+        _fail(f"{type(error).__name__}: {words}")
     sys.stdout.flush()
 
 

@@ -1,13 +1,16 @@
 """Faults that a run has to survive, or to end from with a message: kills, a full disk, dead ranks, damaged files."""
 
+import os
 import random
 import re
 import shutil
 import signal
+import subprocess
 import time
 from pathlib import Path
 
 import pytest
+from launches import MAINS, environment, launcher
 
 from dschat.engine.run_checkpoint import newest_checkpoint, open_checkpoint
 
@@ -111,7 +114,7 @@ def test_the_others_end_when_a_rank_is_killed(victim, zygote, tmp_path):
     run = zygote.wait(started, timeout_s=60)
     other = 1 - victim
     assert run.statuses[victim] == -9 and run.statuses[other] == 1, run.log[-3000:]
-    assert f"error (rank {other})" in run.log and "another process of the run has probably ended" in run.log
+    assert f"error (rank {other})" in run.log and "another process of the run has ended" in run.log
 
 
 def test_a_rank_that_waits_for_a_dead_one_ends_itself(zygote, tmp_path):
@@ -211,3 +214,24 @@ def test_a_signal_to_one_rank_saves_and_ends_all(number, ranks, zygote, tmp_path
     resumed = zygote.run(1, tmp_path / "out", f"{argv} --resume latest", ranks=ranks)
     assert resumed.statuses == [0] * ranks, resumed.log[-3000:]
     assert resumed.metrics() == whole.metrics() and resumed.weights() == whole.weights()
+
+
+def test_under_the_launcher_too_a_killed_rank_ends_the_run(stock, tmp_path):
+    argv = [word.format(stock=stock) for word in f"{SFT} --max_train_steps 5000".split()]
+    command = launcher(2) + [str(MAINS[1]), *argv, "--output_dir", str(tmp_path / "out")]
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, env=environment(), cwd=tmp_path, start_new_session=True
+        )
+    metrics = tmp_path / "out" / "metrics.jsonl"
+    deadline = time.monotonic() + 90
+    while not metrics.exists() or metrics.read_bytes().count(b"\n") < 3:
+        assert time.monotonic() < deadline, (tmp_path / "log").read_text()[-3000:]
+        time.sleep(0.01)
+    (holder,) = re.findall(r"process (\d+) on", (tmp_path / "out" / ".lock").read_text())
+    os.kill(int(holder), signal.SIGKILL)
+    killed = time.monotonic()
+    assert process.wait(60) != 0 and time.monotonic() - killed < 60
+    assert "rank 1: another process of the run has ended" in (tmp_path / "log").read_text()
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
