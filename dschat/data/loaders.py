@@ -223,7 +223,17 @@ def make_loaders(
     Args:
         collate: ``collate_text``, ``collate_pairs`` or ``collate_prompts``.
         window: training batches per optimizer step (step 3: per rollout).
+
+    Raises:
+        ValueError: the training rows are fewer than one batch of each process.
     """
+    least = dist.world_size() * train_batch_size
+    if len(train) < least:
+        raise ValueError(
+            f"{len(train)} training rows are fewer than one batch of each process ({dist.world_size()} processes x "
+            f"{train_batch_size} rows). Give more rows by --data_path or a larger share by --data_split, or a smaller "
+            "--per_device_train_batch_size (step 3: --per_device_generation_batch_size)."
+        )
     collate = functools.partial(collate, pad_id=pad_id)
     placed = dict(rank=dist.rank(), world_size=dist.world_size(), seed=seed)
     return (

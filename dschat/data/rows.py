@@ -1,10 +1,12 @@
 """One row of text, whatever the data set called its columns, and the checks that every row passes."""
 
 import json
+import unicodedata
 from dataclasses import dataclass, field
 from typing import Callable
 
 ROLES = ("system", "user", "assistant")
+INVISIBLE = ("Cc", "Cf", "Zs", "Zl", "Zp")
 ANSWER_FIELDS = ("chosen", "response")
 
 
@@ -60,7 +62,8 @@ def checked_text(value: object, name: str) -> str:
 
 def answer(value: object, name: str) -> str:
     """`value`, if it is a text with something in it; else a ValueError that names the field."""
-    if not checked_text(value, name).strip():
+    # Characters that control or format, such as a zero-width space, are no more to learn than white space is.
+    if all(unicodedata.category(char) in INVISIBLE for char in checked_text(value, name)):
         raise ValueError(f'field "{name}" is empty ({_short(value)}); an answer needs at least one word')
     return value
 

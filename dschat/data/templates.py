@@ -9,7 +9,8 @@ from dschat.data.rows import Row
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 IN_FORM = re.compile(r"\s*Human:.*Assistant:\s*", re.DOTALL)
-TURN = re.compile(r"(?:^|\n)\s*(Human|Assistant):")
+# White space without line ends, each of which may begin a turn itself: with them the time grows with their square.
+TURN = re.compile(r"(?:^|\n)[^\S\n]*(Human|Assistant):")
 
 
 def render(row: Row, *, prompt_format: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str | None, str | None]:

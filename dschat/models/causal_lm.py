@@ -3,12 +3,15 @@
 Nothing here may read parameter data unless it says so: under ZeRO-3 a parameter is an empty shard.
 """
 
+import contextlib
 import json
+import pickle
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Optional
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -88,18 +91,36 @@ def load_causal_lm(
     architecture = next(iter(config.architectures or ()), "")
     if architecture.endswith("ForSequenceClassification"):
         raise ValueError(f"{flag} {path!r} is a reward model ({architecture}); give a causal language model.")
-    model, info = AutoModelForCausalLM.from_pretrained(
-        source,
-        config=config,
-        dtype=dtype,
-        trust_remote_code=trust_remote_code,
-        ignore_mismatched_sizes=True,
-        output_loading_info=True,
-    )
+    with readable_weights(path, flag=flag):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source,
+            config=config,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
     require_complete(model, info, path=path, flag=flag)
     if tokenizer is not None:
         grow_vocabulary(model, len(tokenizer))
     return model
+
+
+@contextlib.contextmanager
+def readable_weights(path: str, *, flag: str):
+    """Inside, files of weights are read.
+
+    Raises:
+        ValueError: one is damaged, or holds more than tensors, which might run code as it is read.
+    """
+    try:
+        yield
+    except (pickle.UnpicklingError, SafetensorError, EOFError) as error:
+        reason = str(error).split("\n")[0].split(". ")[0]
+        raise ValueError(
+            f"{flag} {path!r}: its weights cannot be read ({type(error).__name__}: {reason}). A file is damaged, or a .bin "
+            "holds more than tensors, which is refused. Give a whole copy, with safetensors where there are any."
+        ) from error
 
 
 def require_complete(

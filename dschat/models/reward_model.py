@@ -26,6 +26,7 @@ from dschat.models.causal_lm import (
     grow_vocabulary,
     load_config,
     position_ids_from_mask,
+    readable_weights,
     require_complete,
     takes_position_ids,
 )
@@ -124,7 +125,8 @@ def load_reward_model(
             "Give a reward model, or a causal language model to start one from."
         )
     config.num_labels = 1
-    old_checkpoint = _deepspeed_chat_tensors(source)
+    with readable_weights(path, flag=flag):
+        old_checkpoint = _deepspeed_chat_tensors(source)
     if old_checkpoint is None and not is_classifier and not fresh_head:
         raise ValueError(
             f"{flag} {path!r} is a language model without a reward head, and its scores would be random. Give a "
@@ -163,13 +165,14 @@ def _load_classifier(
         # Drawing it afterwards would need the parameter's data, of which ZeRO-3 leaves an empty shard.
         for name in initial:
             setattr(config, name, (width + 1) ** -0.5)
-    try:
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            source, config=config, ignore_mismatched_sizes=True, output_loading_info=True, **loading
-        )
-    except ValueError as error:  # transformers knows no such class for this configuration, and lists all it has
-        reason = str(error).split("\n")[0]
-        raise ValueError(f"{flag} {path!r} cannot be loaded as a reward model: {reason}") from error
+    with readable_weights(path, flag=flag):
+        try:
+            model, info = AutoModelForSequenceClassification.from_pretrained(
+                source, config=config, ignore_mismatched_sizes=True, output_loading_info=True, **loading
+            )
+        except ValueError as error:  # transformers knows no such class for this configuration, and lists all it has
+            reason = str(error).split("\n")[0]
+            raise ValueError(f"{flag} {path!r} cannot be loaded as a reward model: {reason}") from error
     for name, value in initial.items():
         setattr(model.config, name, value)
     require_complete(model, info, path=path, flag=flag, fresh=[f"{HEAD}.weight"] if fresh_head else [])

@@ -86,3 +86,39 @@ def _write_faulty(folder: Path) -> None:
     shutil.copytree(folder / "base" / "llama", faulty / "no-weights", ignore=shutil.ignore_patterns("*.safetensors"))
     shutil.copytree(folder / "base" / "llama", faulty / "no-tokenizer", ignore=shutil.ignore_patterns("tokenizer*"))
     (faulty / "file").write_text("")
+    (faulty / "empty.jsonl").write_text("\n\n")
+    good = '{"prompt": "a", "chosen": " b", "rejected": " c"}'
+    many = [good, '{"question": "a"}', '{"prompt": 7, "chosen": " b"}', '{"prompt": "a", "chosen": " \\u200b\\n"}']
+    many += ['{"prompt": "a", "chosen": " b", "rejected": "b "}', "[1]", '{"prompt": "a", "rejected": " b"}']
+    many += ['{"prompt": "\\ud800", "chosen": " b"}', "{"]
+    (faulty / "many.jsonl").write_text("\n".join(many) + "\n")
+    (faulty / "latin.jsonl").write_bytes(good.encode() + b"\n" + '{"prompt": "café", "chosen": " b"}'.encode("latin-1"))
+    (faulty / "rewards.py").write_text("def constant(prompts, answers, **columns):\n    return [0.0] * len(answers)\n")
+    (faulty / "broken.py").write_text("f = 1 / 0\n")
+    _write_faulty_models(folder)
+
+
+def _write_faulty_models(folder: Path) -> None:
+    base, faulty = folder / "base" / "llama", folder / "faulty"
+    for name in ("no-eos", "no-config", "pickled", "cut"):
+        shutil.copytree(base, faulty / name)
+    (faulty / "no-config" / "config.json").unlink()
+    weights = base / "model.safetensors"
+    (faulty / "cut" / "model.safetensors").write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+    config = json.loads((base / "tokenizer_config.json").read_text())
+    config.pop("eos_token")
+    (faulty / "no-eos" / "tokenizer_config.json").write_text(json.dumps(config))
+    (faulty / "pickled" / "model.safetensors").unlink()
+    torch.save({"model.embed_tokens.weight": Malicious(folder / "was-run")}, faulty / "pickled" / "pytorch_model.bin")
+    shutil.copytree(faulty / "pickled", faulty / "pickled-reward")
+    torch.save({"v_head.weight": Malicious(folder / "was-run")}, faulty / "pickled-reward" / "pytorch_model.bin")
+
+
+class Malicious:
+    """What a pickle can do to who reads it: here it makes a file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)

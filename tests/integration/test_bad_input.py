@@ -25,6 +25,72 @@ MISTAKES = {
         f"{REWARD} --data_path {{stock}}/faulty/no-pairs.jsonl",
         ["faulty/no-pairs.jsonl", '"rejected"', "step 2"],
     ),
+    "broken-line-but-skipped": (
+        2,
+        f"{REWARD} --data_path {{stock}}/faulty/no-pairs.jsonl --skip_bad_rows",
+        ["--data_split", "--data_path", "no-pairs.jsonl"],
+    ),
+    "many-faults": (
+        2,
+        f"{REWARD} --data_path {{stock}}/faulty/many.jsonl",
+        [
+            *("many.jsonl, line 2: no field", "line 3: field \"prompt\" is 7, not a text"),
+            *("line 4: field \"chosen\" is empty", "line 5: fields \"chosen\" and \"rejected\" are equal", "line 6: "),
+            *("... and 3 more", "--skip_bad_rows"),
+        ],
+    ),
+    "empty-file": (1, f"{SFT} --data_path {{stock}}/faulty/empty.jsonl", ["empty.jsonl: no rows", "--data_path"]),
+    "no-utf-8": (1, f"{SFT} --data_path {{stock}}/faulty/latin.jsonl", ["latin.jsonl, line 2: not valid UTF-8", "0xe9"]),
+    "few-rows": (
+        1,
+        f"{SFT} --per_device_train_batch_size 65",
+        ["64 training rows", "1 processes x 65 rows", "--per_device_train_batch_size", "--data_path"],
+    ),
+    "few-prompts": (
+        3,
+        f"{PPO} --per_device_generation_batch_size 65 --per_device_training_batch_size 65",
+        ["64 training rows", "--per_device_generation_batch_size"],
+    ),
+    "no-shares": (1, f"{SFT} --data_split 0,0,0", ["--data_split 0,0,0", "such as 2,4,4"]),
+    "no-end-token": (
+        1,
+        f"{SFT} --model_name_or_path {{stock}}/faulty/no-eos",
+        ["--model_name_or_path", "no-eos", "end-of-sequence", "--add_eot_token"],
+    ),
+    "no-config": (
+        1,
+        f"{SFT} --model_name_or_path {{stock}}/faulty/no-config",
+        ["--model_name_or_path", "no-config", "config.json"],
+    ),
+    "pickled-weights": (
+        1,
+        f"{SFT} --model_name_or_path {{stock}}/faulty/pickled",
+        ["--model_name_or_path", "faulty/pickled'", "a .bin holds more than tensors, which is refused", "safetensors"],
+    ),
+    "pickled-reward": (
+        2,
+        f"{REWARD} --model_name_or_path {{stock}}/faulty/pickled-reward",
+        ["--model_name_or_path", "faulty/pickled-reward'", "a .bin holds more than tensors, which is refused"],
+    ),
+    "cut-weights": (
+        1,
+        f"{SFT} --model_name_or_path {{stock}}/faulty/cut",
+        ["--model_name_or_path", "faulty/cut'", "A file is damaged", "whole copy"],
+    ),
+    "no-reward-file": (3, f"{PPO} --reward_fn {{stock}}/none.py:f", ["--reward_fn", "there is no file", "none.py"]),
+    "no-reward-function": (
+        3,
+        f"{PPO} --reward_fn {{stock}}/faulty/rewards.py:missing",
+        ["--reward_fn", "has no function missing"],
+    ),
+    "no-reward-name": (3, f"{PPO} --reward_fn {{stock}}/faulty/rewards.py", ["--reward_fn", "file.py:function"]),
+    "broken-reward-file": (
+        3,
+        f"{PPO} --reward_fn {{stock}}/faulty/broken.py:f",
+        ["--reward_fn", "broken.py does not run: ZeroDivisionError"],
+    ),
+    "no-checkpoint": (1, f"{SFT} --resume {{stock}}/none", ["--resume", "none", "no whole checkpoint", "latest"]),
+    "save-nowhere": (1, f"{SFT} --save_interval -1", ["--save_interval -1", "at least 0"]),
     "no-share": (1, f"{SFT} --data_split 0,1,1", ["--data_split 0,1,1", "step 1"]),
     "no-model": (1, f"{SFT} --model_name_or_path {{stock}}/none", ["--model_name_or_path", "none", "does not exist"]),
     "no-weights": (
@@ -69,6 +135,7 @@ def test_a_mistake_is_a_value_error_that_names_it(case, words, launches):
     assert not result["ok"] and result["error_type"] == "ValueError", result
     assert [word for word in words if word not in result["error"]] == []
     assert not (launches[case].out / "model.safetensors").exists()
+    assert not (launches.stock / "was-run").exists(), "code from a file of weights was run"
 
 
 def launched(step: int, argv: str, stock: Path) -> subprocess.CompletedProcess:
