@@ -65,3 +65,14 @@ def no_pickle(rank: int) -> None:
         raise AssertionError("a pickle")
 
     torch.load = torch.save = refuse
+
+
+def told_pickles(rank: int) -> None:
+    """Every file that torch.load reads is told."""
+    load = torch.load
+
+    def telling(path, *args, **kwargs):
+        print(f"torch.load {path}", flush=True)
+        return load(path, *args, **kwargs)
+
+    torch.load = telling

@@ -1,0 +1,179 @@
+"""Whatever a file or a flag holds: it is used, or one ValueError names it. Nothing else, and no waiting."""
+
+import json
+import string
+import time
+
+import pytest
+from data_helpers import CHAT_TEMPLATE, make_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dschat.config.parse import parse_config
+from dschat.config.steps import PPOConfig, RewardConfig, SFTConfig
+from dschat.data.datasets import PairDataset, PromptDataset, SFTDataset
+from dschat.data.rows import Row, row_from_columns
+from dschat.data.sources import load_source
+from dschat.data.splits import parse_shares, share_sizes, split_indices
+from dschat.data.templates import render
+from dschat.tracking.manifest import content_fault, file_entry, read_manifest, write_manifest
+
+QUICK = settings(max_examples=60, deadline=None)
+TEXTS = st.text(max_size=20)
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | TEXTS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=3),
+    max_leaves=6,
+)
+MESSAGES = st.lists(
+    st.fixed_dictionaries({}, optional={"role": st.sampled_from(["user", "assistant", "system", "x"]) | VALUES, "content": VALUES}),
+    max_size=4,
+)
+FIELDS = st.dictionaries(
+    st.sampled_from(["prompt", "chosen", "rejected", "response", "messages", "more"]), VALUES | MESSAGES, max_size=5
+)
+GOOD = {"prompt": "a", "chosen": " b", "rejected": " c"}
+
+
+@given(raw=FIELDS)
+@QUICK
+def test_fields_of_any_kind_make_a_row_or_an_error(raw):
+    try:
+        row = row_from_columns(raw)
+    except ValueError as error:
+        assert str(error)
+        return
+    texts = [row.prompt] if isinstance(row.prompt, str) else [message["content"] for message in row.prompt]
+    for text in [*texts, *(answer for answer in (row.chosen, row.rejected) if answer is not None)]:
+        assert isinstance(text, str) and text.encode("utf-8") is not None
+    assert row.chosen is None or row.chosen.strip()
+    assert row.rejected is None or row.rejected != row.chosen
+
+
+@given(lines=st.lists(st.binary(max_size=30) | FIELDS.map(lambda raw: json.dumps(raw).encode()), max_size=5), skip=st.booleans())
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv"])
+@QUICK
+def test_any_file_is_read_or_named(tmp_path_factory, suffix, lines, skip):
+    path = tmp_path_factory.mktemp("any") / f"rows{suffix}"
+    path.write_bytes(b"\n".join(lines))
+    try:
+        source = load_source(str(path), eval_fraction=0.5, data_seed=0, skip_bad_rows=skip)
+    except ValueError as error:
+        assert "rows" + suffix in str(error)
+        return
+    tokenizer = make_tokenizer()
+    for part in (source.train, source.eval):
+        for number in range(len(part)):
+            row = source.row(part[number], place=part.place(number))
+            assert row.place
+            check_items(row, tokenizer)
+
+
+def check_items(row: Row, tokenizer) -> None:
+    """Every data set gives items of the right length, or an error that names the row."""
+    options = dict(prompt_format="human_assistant")
+    ending = dict(max_seq_len=12, end_token_id=tokenizer.eos_token_id)
+    sets = [PromptDataset([row], tokenizer, max_prompt_len=12, **options)]
+    if row.chosen:
+        sets.append(SFTDataset([row], tokenizer, **ending, **options))
+    if row.rejected:
+        sets.append(PairDataset([row], tokenizer, **ending, **options))
+    for dataset in sets:
+        item = dataset[0]
+        for name in ("input_ids", "chosen_ids", "rejected_ids"):
+            assert name not in item or 0 < len(item[name]) <= 12
+
+
+@given(good=st.integers(0, 6), more=st.integers(0, 6), bad=st.sampled_from(['{"prompt"', "7", "{}", '{"prompt": 1}', "\\"]))
+@QUICK
+def test_the_line_of_a_fault_is_named_exactly(tmp_path_factory, good, more, bad):
+    path = tmp_path_factory.mktemp("line") / "rows.jsonl"
+    path.write_text("\n".join([json.dumps(GOOD)] * good + [bad] + [json.dumps(GOOD)] * more) + "\n")
+    with pytest.raises(ValueError, match=rf"rows\.jsonl, line {good + 1}: ") as caught:
+        load_source(str(path), eval_fraction=0.5, data_seed=0)
+    assert "--skip_bad_rows" in str(caught.value) or not good + more
+    if good + more > 1:
+        source = load_source(str(path), eval_fraction=0.5, data_seed=0, skip_bad_rows=True)
+        assert len(source.train) + len(source.eval) == good + more
+
+
+@given(shares=st.text(alphabet="0123456789,.-/e ", max_size=12), rows=st.integers(1, 50))
+@QUICK
+def test_any_split_is_a_partition_or_an_error(shares, rows):
+    try:
+        parsed = parse_shares(shares)
+    except ValueError as error:
+        assert f"--data_split {shares}" in str(error)
+        return
+    assert sum(share_sizes(rows, parsed)) == rows
+    parts = [split_indices(rows, shares, stage=stage, data_seed=1) for stage in (1, 2, 3)]
+    assert sorted(sum(parts, [])) == list(range(rows))
+
+
+FLAGS = st.dictionaries(
+    st.sampled_from(
+        [
+            *("zero_stage", "max_seq_len", "per_device_eval_batch_size", "gradient_accumulation_steps", "lora_dim"),
+            *("num_train_epochs", "max_train_steps", "save_interval", "save_total_limit", "freeze_layers"),
+            *("learning_rate", "weight_decay", "eval_fraction", "lora_alpha", "seed", "output_dir", "resume"),
+        ]
+    ),
+    st.integers(-3, 5) | st.floats(allow_nan=False, width=16) | st.text(string.ascii_letters, min_size=1, max_size=4),
+    max_size=4,
+)
+
+
+@given(flags=FLAGS, step=st.sampled_from([SFTConfig, RewardConfig, PPOConfig]))
+@QUICK
+def test_any_flags_are_a_configuration_or_an_error_that_names_one_of_them(flags, step):
+    words = [word for name, value in flags.items() for word in (f"--{name}={value}",)]
+    models = ["--model_name_or_path=m"] if step is not PPOConfig else []
+    models = models or ["--actor_model_name_or_path=m", "--critic_model_name_or_path=m"]
+    try:
+        parse_config(step, models + words)
+    except ValueError as error:
+        assert any(f"--{name}" in str(error) for name in flags), error
+
+
+@given(data=st.data(), sizes=st.lists(st.integers(1, 300), min_size=1, max_size=4))
+@QUICK
+def test_any_damage_to_a_checkpoint_shows(tmp_path_factory, data, sizes):
+    folder = tmp_path_factory.mktemp("folder")
+    (folder / "inner").mkdir()
+    for number, size in enumerate(sizes):
+        (folder / "inner" / f"{number}").write_bytes(bytes(range(256)) * (size // 256 + 1))
+    names = [f"inner/{number}" for number in range(len(sizes))]
+    write_manifest(folder, {name: file_entry(folder / name) for name in names})
+    assert content_fault(folder, read_manifest(folder), names) == ""
+    path = folder / data.draw(st.sampled_from(names))
+    content = bytearray(path.read_bytes())
+    at = data.draw(st.integers(0, len(content) - 1))
+    content[at] ^= data.draw(st.integers(1, 255))
+    path.write_bytes(content)
+    assert path.name in content_fault(folder, read_manifest(folder), names)
+    path.write_bytes(content[:at])
+    with pytest.raises(ValueError, match=path.name):
+        read_manifest(folder)
+
+
+SHAPES = {
+    "one word": "x" * 2**21,
+    "words": "word " * 2**19,
+    "line ends": "\n\nHuman: a" + "\n" * 2**21 + "x\n\nAssistant:",
+    "spaces": "\n\nHuman: a" + " " * 2**21 + "\n\nAssistant:",
+    "turns": "\n\nHuman: a\n\nAssistant: b" * 2**16 + "\n\nHuman: a\n\nAssistant:",
+    "brackets": "[(" * 2**20,
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_prompt_of_two_megabytes_is_cut_within_seconds(shape):
+    tokenizer = make_tokenizer(chat_template=CHAT_TEMPLATE)
+    row = Row(SHAPES[shape], " yes")
+    started = time.monotonic()
+    for prompt_format in ("plain", "human_assistant", "chat"):
+        prompt, _, _ = render(row, prompt_format=prompt_format, tokenizer=tokenizer)
+        assert prompt
+    item = PromptDataset([row], tokenizer, max_prompt_len=16, prompt_format="human_assistant")[0]
+    assert len(item["input_ids"]) == 16
+    assert time.monotonic() - started < 20
