@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from dschat.engine.engine_state import load_engine, save_engine
+from dschat.engine.universal import load_engine_universally
 from dschat.tracking import dist
 from dschat.tracking.log import logger
 from dschat.tracking.manifest import content_fault, file_entry, fsync, read_manifest, write_manifest
@@ -38,9 +39,20 @@ class Checkpoint:
         return self.facts["processes"]
 
     def load_engines(self, engines: dict[str, object]) -> None:
-        """Take the state of each engine, by the name it was saved under. Every process must call it."""
+        """Take the state of each engine, by the name it was saved under. Every process must call it.
+
+        Raises:
+            ValueError: another number of processes saved it, and it cannot be converted.
+        """
+        scratch = self.path.parent / f".{self.path.name}.universal"
         for name, engine in engines.items():
-            load_engine(engine, self.path, name)
+            # Without ZeRO every process has all.
+            if self.processes == dist.world_size() or engine.zero_optimization_stage() == 0:
+                load_engine(engine, self.path, name)
+            else:
+                load_engine_universally(engine, self.path, name, scratch=scratch)
+        if dist.is_main():
+            shutil.rmtree(scratch, ignore_errors=True)
 
     def rank_state(self, rank: int | None = None) -> tuple[dict[str, torch.Tensor], dict]:
         """The tensors and the JSON that the process `rank` (default: this one) gave to ``save_checkpoint``."""

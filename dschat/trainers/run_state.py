@@ -24,6 +24,7 @@ from dschat.tracking import dist
 from dschat.tracking.interrupt import Interruption, PeerWatch
 from dschat.tracking.log import Stopped, logger
 from dschat.tracking.metrics import MetricsWriter
+from dschat.trainers.setup import seed_everything
 
 # Flags that may differ between a run and its resumption: they change neither the numbers nor the model.
 FREE = {
@@ -230,6 +231,9 @@ class RunState:
         self._restored = None
         if saved.same_processes:
             _set_random_state(*saved.of_rank())
+        else:
+            # Nobody's numbers to go on with: others than at the start, and others on each process.
+            seed_everything(self.config.run.seed + 1_000_003 * self.step + dist.rank())
 
     def _check_rows(self, checkpoint: Checkpoint) -> None:
         """
