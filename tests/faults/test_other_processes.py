@@ -23,8 +23,8 @@ def flags(step: int, zero: int, ranks: int, lora: bool) -> str:
     return f"{ppo} {rows} {stages} {PPO_LORA if lora else ''}"
 
 
-CASES = [(1, 2, (2, 1), False), (2, 3, (2, 1), True), (3, 2, (1, 2), True), (1, 0, (1, 2), False)]
-MORE_CASES = [(1, 3, (1, 2), True), (2, 2, (1, 2), True), (3, 3, (2, 1), False), (3, 0, (2, 1), True), (2, 3, (1, 2), False)]
+CASES = [(1, 2, (2, 1), False), (2, 3, (2, 1), True), (3, 2, (1, 2), False), (1, 0, (1, 2), False)]
+MORE_CASES = [(1, 3, (1, 2), True), (2, 2, (1, 2), True), (3, 3, (2, 1), True), (3, 0, (2, 1), True), (2, 3, (1, 2), False)]
 
 
 def case(step: int, zero: int, ranks: tuple[int, int], lora: bool, *marks):
@@ -42,9 +42,10 @@ def test_other_processes_take_exactly_the_weights_and_go_on_alike(step, zero, ra
     short = {number: words.replace("_steps 12", "_steps 5") for number, words in argv.items()}
     saved = zygote.run(step, tmp_path / "short", short[first], ranks=first)
     assert saved.statuses == [0] * first, saved.log[-3000:]
+    weights = saved.weights()  # before the next run writes its own there
     loaded = zygote.run(step, tmp_path / "short", f"{short[second]} --resume latest", ranks=second)
     assert loaded.statuses == [0] * second, loaded.log[-3000:]
-    assert loaded.weights() == saved.weights() and len(saved.weights()) > 10
+    assert loaded.weights() == weights and len(weights) > 10
     assert loaded.checkpoints() == ["latest", "step_00000005"]
     killed = zygote.run(step, tmp_path / "out", argv[first], ranks=first, kill_in_step=7)
     assert killed.metrics()[-1]["step"] == 6
