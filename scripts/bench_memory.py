@@ -75,12 +75,20 @@ CASES = {
     ),
 }
 
+# With --tiny, so that a CPU is not busy for long.
+TINY_FLAGS = {
+    1: "--per_device_train_batch_size 4",
+    2: "--per_device_train_batch_size 4",
+    3: "--per_device_generation_batch_size 4 --per_device_training_batch_size 4 --max_answer_seq_len 32",
+}
+
 
 def main() -> None:
     args = parse_args()
     if args.one:
         case = CASES[args.one]
-        flags = f"{case.flags} --dtype {args.dtype} {args.more}"
+        tiny = TINY_FLAGS[case.step] if args.tiny else ""
+        flags = f"{case.flags} {tiny} --dtype {args.dtype} {args.more}"
         result = measure(case.step, case.models, flags, tiny=args.tiny)
         Path(args.result).write_text(json.dumps(result))
         return

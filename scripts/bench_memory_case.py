@@ -22,13 +22,6 @@ TINY = {
     "llama": dict(hidden=256, layers=4, heads=4, kv_heads=4, vocab=4096),
 }
 
-TINY_FLAGS = {
-    1: "--per_device_train_batch_size 4",
-    2: "--per_device_train_batch_size 4",
-    3: "--per_device_generation_batch_size 4 --per_device_training_batch_size 4 --max_answer_seq_len 32",
-}
-
-
 
 class CudaMeter:
     """The largest sum of live tensors since the last reading, by the CUDA allocator's own count."""
@@ -92,7 +85,7 @@ def measure(step: int, models: tuple[str, ...], flags: str, *, tiny: bool) -> di
     Args:
         models: published shapes: the model, or actor and critic.
         flags: of the step's main, without models and data.
-        tiny: miniature shapes in their place, and small batches.
+        tiny: miniature shapes in their place.
     """
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import torch
@@ -101,7 +94,7 @@ def measure(step: int, models: tuple[str, ...], flags: str, *, tiny: bool) -> di
     with tempfile.TemporaryDirectory(prefix="bench_memory.") as folder:
         paths = [write_model(Path(folder) / f"model{i}", name, tiny=tiny) for i, name in enumerate(models)]
         write_rows(Path(folder) / "rows.jsonl")
-        argv = step_argv(step, paths, folder) + flags.split() + (TINY_FLAGS[step].split() if tiny else [])
+        argv = step_argv(step, paths, folder) + flags.split()
         plan = predict(step, argv)
         meter = CudaMeter() if on_gpu else host_meter()
         peaks: dict[str, int] = {}
