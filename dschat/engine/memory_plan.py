@@ -145,7 +145,7 @@ def _plan_ppo(config: PPOConfig, *, world_size: int, dtype: str) -> StepPlan:
             logits=logits,
             width=width,
             sliced=True,
-            beside=there - models["actor"].resident,
+            beside=there - models["actor"].resident + (models["critic"].waiting if "critic" in models else 0.0),
         ),
     }
     if "critic" in models:
@@ -170,9 +170,9 @@ def _critic_phases(config: PPOConfig, size: ModelSize, models: dict, *, tokens: 
         tokens=tokens,
         logits=0,
         width=width,
-        beside=there - critic.resident + actor.gradients,
+        beside=there - critic.resident + max(actor.gradients, actor.waiting),
     )
-    phases["critic step"] -= actor.gradients  # the actor has stepped by then
+    phases["critic step"] = there + critic.gradients + critic.step  # the actor has stepped by then
     phases["actor step"] = there + actor.gradients + critic.gradients + actor.step
     return phases
 
