@@ -1,11 +1,11 @@
 """The memory of a whole step, phase by phase."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from dschat.config.steps import PPOConfig
 from dschat.engine.activations import inference_bytes, kept_bytes, kl_bytes, loss_bytes, working_bytes
 from dschat.engine.memory import WIDTHS, Footprint, inference_footprint, training_footprint
-from dschat.engine.model_size import ModelSize, find_config, model_size
+from dschat.engine.model_size import ModelSize, named_size
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,6 @@ class StepPlan:
     sizes: dict[str, ModelSize]
     resident: dict[str, float]  # on top of the models', what stays from phase to phase
     phases: dict[str, float]  # all that lies on the GPU at the worst moment of each
-    activations: dict[str, float] = field(default_factory=dict)  # the part of the phases' that is not resident
 
     @property
     def peak(self) -> tuple[str, float]:
@@ -52,12 +51,14 @@ def plan_step(config, *, world_size: int, dtype: str) -> StepPlan:
 def _plan_supervised(config, *, world_size: int, dtype: str) -> StepPlan:
     width, system, batch = WIDTHS[dtype], config.system, config.batch
     reward = hasattr(config.run, "eval_iters")
-    model_config = find_config(
+    size = named_size(
         config.model.model_name_or_path,
         flag="--model_name_or_path",
         trust_remote_code=config.model.trust_remote_code,
+        reward=reward,
+        lora=config.lora,
+        system=system,
     )
-    size = model_size(model_config, reward=reward, lora=config.lora, system=system)
     steps = config.schedule.gradient_accumulation_steps
     model = training_footprint(size, system, dtype=dtype, world_size=world_size, accumulation=steps)
     rows = 2 if reward else 1  # a pair is two texts
@@ -187,8 +188,7 @@ def _ppo_models(config: PPOConfig, *, world_size: int, dtype: str) -> tuple[dict
     width, system, options = WIDTHS[dtype], config.system, config.model
 
     def size_of(name: str, flag: str, **more) -> ModelSize:
-        found = find_config(name, flag=flag, trust_remote_code=options.trust_remote_code)
-        return model_size(found, trust_remote_code=options.trust_remote_code, **more)
+        return named_size(name, flag=flag, trust_remote_code=options.trust_remote_code, **more)
 
     def trained(role: str, size: ModelSize) -> Footprint:
         return training_footprint(

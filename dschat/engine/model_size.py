@@ -1,6 +1,7 @@
 """The numbers of a model that its memory depends on, counted on the meta device: nothing is loaded or allocated."""
 
-from dataclasses import dataclass
+import functools
+from dataclasses import dataclass, replace
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -57,6 +58,36 @@ def find_config(name: str, *, flag: str, trust_remote_code: bool = False) -> Pre
     return load_config(name, flag=flag, trust_remote_code=trust_remote_code)[1]
 
 
+def named_size(
+    name: str,
+    *,
+    flag: str,
+    trust_remote_code: bool = False,
+    reward: bool = False,
+    lora: LoraOptions = LoraOptions(),
+    system: SystemOptions | None = None,
+    role: str = "",
+) -> ModelSize:
+    """The size of what `find_config` finds, as the step would prepare it; counted once.
+
+    Args:
+        reward, system, role: see ``model_size``.
+
+    Raises:
+        ValueError: nothing of that name, or options that do not fit the model.
+    """
+    if system is not None:  # what the counts do not depend on
+        system = replace(system, zero_stage=0, offload=False, gradient_checkpointing=False)
+    lora = replace(lora, lora_alpha=1.0, lora_learning_rate=0.0)
+    return _counted(name, flag, trust_remote_code, reward, lora, system, role)
+
+
+@functools.lru_cache
+def _counted(name, flag, trust_remote_code, reward, lora, system, role) -> ModelSize:
+    config = find_config(name, flag=flag, trust_remote_code=trust_remote_code)
+    return model_size(config, reward=reward, lora=lora, system=system, role=role, trust_remote_code=trust_remote_code)
+
+
 def model_size(
     config: PreTrainedConfig,
     *,
@@ -66,7 +97,7 @@ def model_size(
     role: str = "",
     trust_remote_code: bool = False,
 ) -> ModelSize:
-    """Count a model as the step would prepare it.
+    """Count a model.
 
     Args:
         reward: a reward model or critic, without logits.
