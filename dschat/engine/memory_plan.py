@@ -114,7 +114,8 @@ def _plan_ppo(config: PPOConfig, *, world_size: int, dtype: str) -> StepPlan:
     prompt, answer = data.max_prompt_seq_len, data.max_answer_seq_len
     actor = sizes["actor"]
     rows = batch.per_device_generation_batch_size * batch.num_samples_per_prompt
-    cache = width * 2 * actor.layers * actor.kv_width * rows * (prompt + answer)
+    held = rows_of_evaluation(config, world_size=world_size)
+    cache = width * 2 * actor.layers * actor.kv_width * max(rows, held) * (prompt + answer)
     replica = _replica_bytes(config, actor, width=width)
     resident, passing = {}, {}
     for name, size, frees in (
@@ -130,11 +131,10 @@ def _plan_ppo(config: PPOConfig, *, world_size: int, dtype: str) -> StepPlan:
 
     train = batch.per_device_training_batch_size
     tokens, logits = train * (prompt + answer), train * (answer + 1) * actor.vocab
-    held = rows_of_evaluation(config, world_size=world_size)
     scored = loss_bytes(rows * (answer + 1) * actor.vocab, width=width, sliced=True, backward=False)
     phases = {
         "build": sum(model.weights for model in models.values()) + max(model.build for model in models.values()),
-        "generate": there + sum(passing.values()) + inference_bytes(actor, tokens=rows * prompt, width=width),
+        "generate": there + sum(passing.values()) + inference_bytes(actor, tokens=max(rows, held) * prompt, width=width),
         "score": there + max(scored, forward(rows, list(sizes))),
         "evaluate": there + kl_bytes(held * (answer + 1) * actor.vocab, width=width) + forward(held, ["actor"]),
         **_training_phases(
@@ -228,9 +228,9 @@ def _ppo_models(config: PPOConfig, *, world_size: int, dtype: str) -> tuple[dict
 
 def _replica_bytes(config: PPOConfig, actor: ModelSize, *, width: int) -> float:
     """Of the Hybrid Engine's inference replica: nothing where it shares the training weights (ZeRO <= 2 without LoRA),
-    the merged layers with LoRA, and under ZeRO-3 all weights, gathered."""
+    the merged layers with LoRA (unless attached), and under ZeRO-3 all weights, gathered."""
     if not config.system.enable_hybrid_engine:
         return 0.0
     if config.system.actor_zero_stage == 3:
         return width * (actor.parameters - actor.adapters) / config.system.inference_tp_size
-    return width * actor.merged
+    return 0.0 if config.system.hybrid_lora == "attach" else width * actor.merged

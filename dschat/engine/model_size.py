@@ -1,16 +1,16 @@
 """The numbers of a model that its memory depends on, counted on the meta device: nothing is loaded or allocated."""
 
+import copy
 import functools
 from dataclasses import dataclass, replace
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedConfig
 
 from dschat.config.options import LoraOptions, SystemOptions
 from dschat.models.causal_lm import load_config
-from dschat.models.families import SHAPES, shape_config
+from dschat.models.families import FAMILIES, SHAPES, shape_config
 from dschat.models.lora import lora_parameter_names
 from dschat.models.prepare import prepare_for_training
 from dschat.models.reward_model import RewardModel
@@ -107,42 +107,64 @@ def model_size(
     Raises:
         ValueError: more layers to freeze than there are, or a LoRA scope that matches nothing.
     """
-    model = _on_meta(config, reward=reward, trust_remote_code=trust_remote_code)
+    text = config.get_text_config()
+    layers, shallow = text.num_hidden_layers, _enough_layers(config, lora, system)
+    model = _on_meta(_with_layers(config, shallow), reward=reward, trust_remote_code=trust_remote_code)
     if system is None:
         model.requires_grad_(False)
     else:
         prepare_for_training(model, lora=lora, system=system, role=role)
-    parameters = dict(model.named_parameters())
-    trained = {name: p for name, p in parameters.items() if p.requires_grad}
+    prefix, built = decoder_layers(model)
     adapters = lora_parameter_names(model)
+    last = f"{prefix}.{len(built) - 1}."
     groups: dict[tuple, int] = {}
-    for name, p in trained.items():
-        key = (name in adapters, p.dim() > 1)
-        groups[key] = groups.get(key, 0) + p.numel()
-    prefix, layers = decoder_layers(model)
-    text = config.get_text_config()
+    counts = dict.fromkeys(("parameters", "adapters", "merged"), 0)
+    for name, p in model.named_parameters():
+        # The layers that were not built are as the last one.
+        numel = p.numel() * (1 + layers - shallow if name.startswith(last) else 1)
+        counts["parameters"] += numel
+        counts["adapters"] += numel * (name in adapters)
+        counts["merged"] += numel * name.endswith("base_layer.weight")
+        if p.requires_grad:
+            key = (name in adapters, p.dim() > 1)
+            groups[key] = groups.get(key, 0) + numel
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     heads = text.num_attention_heads
     head_width = getattr(text, "head_dim", None) or text.hidden_size // heads
-    merged = [module.weight.numel() for module in model.modules() if isinstance(module, LoraLayer)]
     return ModelSize(
         family=config.model_type,
-        parameters=sum(p.numel() for p in parameters.values()),
         groups=tuple(groups.values()),
-        largest=max(p.numel() for p in parameters.values()),
-        largest_trained=max((p.numel() for p in trained.values()), default=0),
-        layers=len(layers),
+        largest=max(p.numel() for p in model.parameters()),
+        largest_trained=max((p.numel() for _, p in trained), default=0),
+        layers=layers,
         hidden=text.hidden_size,
         heads=heads,
         kv_width=(getattr(text, "num_key_value_heads", None) or heads) * head_width,
-        intermediate=_intermediate(layers[0]),
+        intermediate=_intermediate(built[0]),
         vocab=0 if reward else text.vocab_size,
-        trained_layers=_trained_layers(model, prefix, len(layers)) if system is not None else 0,
-        trains_norms=any(p.dim() == 1 and name not in adapters for name, p in trained.items()),
-        lora_width=sum(p.shape[0] for n, p in layers[-1].named_parameters() if "lora_A" in n),
-        adapters=sum(parameters[name].numel() for name in adapters),
-        merged=sum(merged),
+        trained_layers=layers - shallow + _trained_layers(model, prefix, shallow) if trained else 0,
+        trains_norms=any(p.dim() == 1 for _, p in trained),
+        lora_width=sum(p.shape[0] for name, p in built[-1].named_parameters() if "lora_A" in name),
         dropout=_dropout(text, system),
+        **counts,
     )
+
+
+def _enough_layers(config: PreTrainedConfig, lora: LoraOptions, system: SystemOptions | None) -> int:
+    """Decoder layers to build for counting: a few where all are alike, which spares seconds; else all."""
+    layers = config.get_text_config().num_hidden_layers
+    frozen = 0 if system is None else system.freeze_layers
+    one_layer_named = any(letter.isdigit() for letter in lora.lora_module_name or "")
+    alike = config.model_type in (*FAMILIES, "bloom") and not one_layer_named
+    return frozen + 2 if alike and 0 <= frozen < layers - 2 else layers
+
+
+def _with_layers(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
+    found = copy.deepcopy(config)
+    found.num_hidden_layers = layers
+    if getattr(found, "layer_types", None):
+        found.layer_types = found.layer_types[:layers]
+    return found
 
 
 def _on_meta(config: PreTrainedConfig, *, reward: bool, trust_remote_code: bool) -> nn.Module:

@@ -7,8 +7,8 @@ import psutil
 import torch
 
 from dschat.config.steps import PPOConfig
-from dschat.engine.build import on_cpu, override
-from dschat.engine.ds_config import inference_config, training_config
+from dschat.engine.build import override
+from dschat.engine.ds_config import training_config
 from dschat.engine.memory_plan import plan_step
 from dschat.engine.memory_report import check_fit, plan_text
 from dschat.tracking import dist
@@ -37,21 +37,17 @@ def dry_run(config) -> None:
     plan = plan_step(config, world_size=world_size, dtype=dtype)
     print(f"memory plan for {world_size} GPU(s) in {dtype}; planned, not run")
     print(plan_text(plan, processes=min(world_size, 8)))
-    for name, found in ds_configs(config, dtype=dtype, world_size=world_size, cpu=False).items():
+    for name, found in ds_configs(config, dtype=dtype, world_size=world_size).items():
         print(f"DeepSpeed configuration of the {name}:\n{json.dumps(found, indent=2)}")
 
 
-def ds_configs(config, *, dtype: str, world_size: int, cpu: bool | None = None) -> dict[str, dict]:
-    """The DeepSpeed configuration of each model of a step: "model", or "actor", "critic", "reference", "reward".
-
-    Args:
-        cpu: the run has no accelerator; default: as it is here.
-    """
+def ds_configs(config, *, dtype: str, world_size: int) -> dict[str, dict]:
+    """The DeepSpeed configuration of each model that a step trains on GPUs: "model", or "actor" and "critic"."""
     shared = dict(
         dtype=dtype,
         gradient_accumulation_steps=config.schedule.gradient_accumulation_steps,
         world_size=world_size,
-        on_cpu=on_cpu() if cpu is None else cpu,
+        on_cpu=False,
         tensorboard_path=config.run.tensorboard_path if config.run.enable_tensorboard else None,
     )
     file = config.run.deepspeed_config or config.run.deepscale_config

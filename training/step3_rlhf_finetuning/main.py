@@ -16,6 +16,7 @@ from dschat.tracking.metrics import MetricsWriter
 from dschat.trainers.evaluation import PolicyEvaluator
 from dschat.trainers.ppo import DeepSpeedPPOTrainer
 from dschat.trainers.ppo_run import train_ppo
+from dschat.trainers.preflight import dry_run, show_plan
 from dschat.trainers.reward_setup import plan_rewards
 from dschat.trainers.rewards import RewardFailure
 from dschat.trainers.rlhf_engine import DeepSpeedRLHFEngine
@@ -27,6 +28,8 @@ SMALLEST_SCORE_STD = 1e-4
 
 def main() -> None:
     config = parse_config(PPOConfig)
+    if config.run.dry_run:
+        return dry_run(config)
     data, run = config.data, config.run
     start_processes(run.local_rank)
     announce(config)
@@ -41,6 +44,7 @@ def main() -> None:
         flag="--actor_model_name_or_path",
     )
     plan = plan_rewards(config, tokenizer)
+    show_plan(config, dtype=dtype)
     train_loader, eval_loader, ptx = load_data(config, tokenizer)
     rollouts = config.num_rollouts(len(train_loader) // config.batch.generation_batches)
 
