@@ -102,15 +102,16 @@ def measure(step: int, models: tuple[str, ...], flags: str, *, tiny: bool) -> di
             run_main(step, argv)
             keep(peaks, "end", meter)
     measured, (phase, predicted) = max(peaks.values()), plan.peak
+    stays = sum(model.host for model in plan.models.values())
     if not on_gpu:
-        predicted += plan.host  # there is but one memory
+        predicted += stays  # there is but one memory
     return {
         "predicted": predicted,
         "measured": measured,
         "relative_error": predicted / measured - 1.0,
         "predicted_phase": phase,
         "predicted_phases": plan.phases,
-        "predicted_host": plan.host,
+        "predicted_host": stays,
         "measured_phases": peaks,
         "flags": flags,
         "models": models,

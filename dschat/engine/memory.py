@@ -35,6 +35,8 @@ class Footprint:
     step: float = 0.0  # beside the gradients in the optimizer step
     build: float = 0.0  # beside the weights while the engine is built
     host: float = 0.0
+    whole: float = 0.0  # all weights, as they are read into host memory
+    read_once: bool = False  # by one process of all, instead of by each
 
     @property
     def resident(self) -> float:
@@ -46,10 +48,16 @@ def inference_footprint(size: ModelSize, *, stage: int, offload: bool, width: in
     """Of a model that only evaluates: in parts under ZeRO-3, whole otherwise."""
     whole = width * size.parameters
     if stage != 3:
-        return Footprint(weights=whole)
+        return Footprint(weights=whole, whole=whole)
     part = whole / world_size
     gathered = _gathered(size, width=width, world_size=world_size, offload=offload)
-    return Footprint(weights=0.0 if offload else part, buffers=gathered, host=part if offload else 0.0)
+    return Footprint(
+        weights=0.0 if offload else part,
+        buffers=gathered,
+        host=part if offload else 0.0,
+        whole=whole,
+        read_once=True,
+    )
 
 
 def training_footprint(
@@ -73,6 +81,7 @@ def training_footprint(
         trained = 4.0 * size.trained
         return Footprint(
             weights=4.0 * size.parameters,
+            whole=4.0 * size.parameters,
             adam=2 * trained,
             average=trained * average,
             gradients=trained,
@@ -112,7 +121,8 @@ def _zero12(
     early = (0.0 if waits and stage == 1 else bucket) + (held if stage == 2 else 0.0)
     # The optimizer copies each group's weights into one flat tensor, one group after the other.
     build = width * max(size.groups)
-    shared = dict(weights=width * size.parameters, gradients=held, waiting=waiting, early=early, build=build)
+    weights = width * size.parameters
+    shared = dict(weights=weights, whole=weights, gradients=held, waiting=waiting, early=early, build=build)
     if offload:
         trained = size.trained / world_size
         return Footprint(
@@ -136,13 +146,13 @@ def _zero12(
 def _zero3(
     size: ModelSize, *, stage: int, offload: bool, width: int, world_size: int, accumulates: bool, average: float
 ) -> Footprint:
-    weights = width * size.parameters / world_size
-    part = size.trained / world_size
+    whole = width * size.parameters
+    weights, part = whole / world_size, size.trained / world_size
     gathered = _gathered(size, width=width, world_size=world_size, offload=offload)
     bucket = width * ZERO3_BUCKET
     if offload:
         host = weights + (16 + width) * part + average
-        return Footprint(weights=0.0, buffers=bucket + gathered, host=host)
+        return Footprint(weights=0.0, buffers=bucket + gathered, host=host, whole=whole, read_once=True)
     return Footprint(
         weights=weights,
         master=4.0 * part,
@@ -150,6 +160,8 @@ def _zero3(
         average=average,
         buffers=bucket + gathered + width * part,  # gradients have a place of their own
         step=(width + 4 if width == 2 else 4) * min(part, ZERO3_SUB_GROUP),
+        whole=whole,
+        read_once=True,
     )
 
 

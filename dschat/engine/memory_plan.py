@@ -22,15 +22,11 @@ class StepPlan:
         """The worst phase and its bytes."""
         return max(self.phases.items(), key=lambda item: item[1])
 
-    @property
-    def host(self) -> float:
-        """Bytes that stay in host memory, for each process."""
-        return sum(model.host for model in self.models.values())
-
-    @property
-    def loading(self) -> float:
-        """Bytes in host memory for each process while its largest model is read."""
-        return max((model.weights for model in self.models.values()), default=0.0)
+    def host_bytes(self, *, processes: int) -> float:
+        """What a host of so many processes must hold: what stays there, or a model while it is read."""
+        stays = processes * sum(model.host for model in self.models.values())
+        reads = [model.whole * (1 if model.read_once else processes) for model in self.models.values()]
+        return max(stays, *reads)
 
 
 def plan_step(config, *, world_size: int, dtype: str) -> StepPlan:

@@ -20,11 +20,6 @@ def needed_bytes(plan: StepPlan) -> float:
     return plan.peak[1] + OVERHEAD
 
 
-def host_bytes(plan: StepPlan, *, processes: int) -> float:
-    """What a host must hold: of `processes`, what stays there, or what they load at once."""
-    return processes * max(plan.host, plan.loading)
-
-
 def plan_text(plan: StepPlan, *, processes: int, gpu_bytes: float = 0.0, all_host_bytes: float = 0.0) -> str:
     """The plan as a table, with a verdict.
 
@@ -46,7 +41,7 @@ def plan_text(plan: StepPlan, *, processes: int, gpu_bytes: float = 0.0, all_hos
     verdict = f"needs {_gib(needed_bytes(plan))} GiB on a GPU"
     if gpu_bytes:
         verdict += f" of {_gib(gpu_bytes)} GiB: {'fits' if needed_bytes(plan) <= gpu_bytes else 'does not fit'}"
-    host = host_bytes(plan, processes=processes)
+    host = plan.host_bytes(processes=processes)
     verdict += f"; {_gib(host)} GiB of host memory for {processes} process(es)"
     if all_host_bytes:
         verdict += f" of {_gib(all_host_bytes)} GiB: {'fits' if host <= all_host_bytes else 'does not fit'}"
@@ -70,17 +65,19 @@ def check_fit(
     limits = (gpu_bytes, all_host_bytes)
     if _fits(plan, processes, *limits):
         return
-    phase, _ = plan.peak
     found = remedies(config, world_size=world_size, processes=processes, dtype=dtype, limits=limits)
     if found is None:
         advice = f"None of the usual flags makes it fit {world_size} GPU(s): take more GPUs, or a smaller model."
     else:
         flags, fitting = found
         advice = f"It fits with {' '.join(flags)} ({_gib(needed_bytes(fitting))} GiB)."
+    phase, _ = plan.peak
+    needs = f"{_gib(needed_bytes(plan))} GiB on each GPU ({phase})"
+    needs += f" of {_gib(gpu_bytes)} GiB" if gpu_bytes else ""
+    if all_host_bytes:
+        needs += f", and {_gib(plan.host_bytes(processes=processes))} GiB of {_gib(all_host_bytes)} GiB host memory"
     raise ValueError(
-        f"this run does not fit: it needs {_gib(needed_bytes(plan))} GiB on a GPU of {_gib(gpu_bytes)} GiB ({phase}) and "
-        f"{_gib(host_bytes(plan, processes=processes))} GiB of {_gib(all_host_bytes)} GiB host memory. {advice} "
-        "--ignore_memory_plan starts it all the same."
+        f"This run does not fit: it needs {needs}. {advice} --ignore_memory_plan starts it all the same."
     )
 
 
@@ -169,7 +166,7 @@ def _words(change: dict) -> list[str]:
 
 def _fits(plan: StepPlan, processes: int, gpu_bytes: float, all_host_bytes: float) -> bool:
     on_gpu = not gpu_bytes or needed_bytes(plan) <= gpu_bytes
-    return on_gpu and (not all_host_bytes or host_bytes(plan, processes=processes) <= all_host_bytes)
+    return on_gpu and (not all_host_bytes or plan.host_bytes(processes=processes) <= all_host_bytes)
 
 
 def _gib(size: float) -> str:

@@ -36,13 +36,7 @@ def main() -> None:
     prepare_output_dir(run.output_dir)
     seed_everything(run.seed)
     dtype = resolve_dtype(config.model.dtype)
-    tokenizer = load_tokenizer(
-        config.model.actor_model_name_or_path,
-        add_eot_token=config.model.add_eot_token,
-        eot_token=config.model.eot_token,
-        trust_remote_code=config.model.trust_remote_code,
-        flag="--actor_model_name_or_path",
-    )
+    tokenizer = actor_tokenizer(config)
     plan = plan_rewards(config, tokenizer)
     show_plan(config, dtype=dtype)
     train_loader, eval_loader, ptx = load_data(config, tokenizer)
@@ -89,6 +83,17 @@ def main() -> None:
         raise
     metrics.close()
     save(config, trainer, tokenizer, plan.critic_tokenizer)
+
+
+def actor_tokenizer(config: PPOConfig):
+    """The tokenizer of --actor_model_name_or_path."""
+    return load_tokenizer(
+        config.model.actor_model_name_or_path,
+        add_eot_token=config.model.add_eot_token,
+        eot_token=config.model.eot_token,
+        trust_remote_code=config.model.trust_remote_code,
+        flag="--actor_model_name_or_path",
+    )
 
 
 def reward_scale(config: PPOConfig, score_sd: float) -> float:
