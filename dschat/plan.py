@@ -23,7 +23,9 @@ CARDS_GIB = (16, 24, 32, 40, 48, 80, 141)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--step", type=int, choices=CONFIGS, required=True)
     parser.add_argument("--model", help="the model; in step 3 the actor")
     parser.add_argument("--critic", default="opt-350m", help="in step 3 the critic and reward (default: opt-350m)")

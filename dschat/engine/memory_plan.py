@@ -228,5 +228,5 @@ def _replica_bytes(config: PPOConfig, actor: ModelSize, *, width: int) -> float:
     if not config.system.enable_hybrid_engine:
         return 0.0
     if config.system.actor_zero_stage == 3:
-        return width * (actor.parameters - actor.adapters) / config.system.inference_tp_size
+        return width * (actor.parameters - actor.adapters)
     return 0.0 if config.system.hybrid_lora == "attach" else width * actor.merged

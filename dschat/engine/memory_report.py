@@ -141,6 +141,7 @@ def _changes(config, *, world_size: int) -> list[dict]:
                 {"per_device_generation_batch_size": few, "generation_batches": batch.generation_batches * answers // few}
                 for few in _few(answers)
             ),
+            {"release_inference_cache": True} if system.enable_hybrid_engine else {},
             {"actor_zero_stage": 3, "critic_zero_stage": 3} if world_size > 1 else {},
             {
                 "actor_lora_dim": lora.actor_lora_dim or LORA_DIM,
