@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -43,7 +44,7 @@ class Bench:
         tools = self.folder.parent / "tools"
         tools.mkdir(exist_ok=True)
         (tools / "python").write_text(INTERPRETER)
-        listing = "".join(f"GPU {i}: a card\\n" for i in range(gpus))
+        listing = "".join(f"GPU {i}: a card\\n  MIG 1g a part of it\\n" for i in range(gpus))
         (tools / "nvidia-smi").write_text(f"#!/bin/sh\n{f'printf {shlex.quote(listing)}' if gpus else 'exit 1'}\n")
         for tool in tools.iterdir():
             tool.chmod(0o755)
@@ -147,6 +148,16 @@ def test_positional_arguments_end_at_the_first_flag(bench):
     bench.run(SINGLE_NODE, "", "--x")
     (words,) = bench.notes()
     assert words[words.index("--zero_stage") + 1] == "2" and words[words.index("--output_dir") + 1] == "./output"
+
+
+def test_the_repository_may_lie_in_a_folder_with_a_space(bench, tmp_path, monkeypatch):
+    root = tmp_path / "a copy"
+    for name in ("scripts", "training"):
+        shutil.copytree(ROOT / name, root / name)
+    monkeypatch.setitem(SCRIPTS, SINGLE_NODE, root / "training" / SINGLE_NODE)
+    main = str(root / "training" / "step1_supervised_finetuning" / "main.py")
+    assert bench.run(SINGLE_NODE, "--dry_run").returncode == 0 and main in bench.notes()[0]
+    assert bench.run(SINGLE_NODE).returncode == 0 and main in bench.notes()[0]
 
 
 def test_the_output_folder_may_come_as_a_flag(bench):

@@ -87,6 +87,7 @@ def test_offload_of_stage_3_leaves_nothing_but_what_is_in_use():
     found = training(3, offload=True)
     assert (found.weights, found.buffers) == (0, 2 * 500_000_000 + 2000)
     assert found.host == 500 + 18 * 175
+    assert training(3, offload=True, world_size=1).buffers == 2 * 500_000_000 + 2000  # a copy on the GPU even then
 
 
 def test_accumulation_and_averages():
@@ -224,6 +225,18 @@ def test_what_cannot_fit_is_refused_with_flags_that_make_it_fit():
     fit(changed, gpu_gib=24)
     assert needed_bytes(plan_step(changed, world_size=1, dtype="bf16")) <= 24 * GIB
     fit(config, gpu_gib=200)
+
+
+def test_where_the_batch_is_what_does_not_fit_a_smaller_one_is_the_remedy():
+    config = sft("--lora_dim 8 --only_optimize_lora --gradient_checkpointing --per_device_train_batch_size 256")
+    words, plan = remedies(config, world_size=1, processes=1, dtype="bf16", limits=(32 * GIB, 0))
+    assert words == ["--per_device_train_batch_size 64", "--gradient_accumulation_steps 4"]
+    config = parse_config(PPOConfig, f"{STEP3} --actor_lora_dim 8 --critic_lora_dim 8 --only_optimize_lora".split())
+    rows = {"per_device_generation_batch_size": 16, "generation_batches": 4, "per_device_training_batch_size": 64}
+    checkpointing = {"actor_gradient_checkpointing": True, "critic_gradient_checkpointing": True}
+    config = with_options(config, rows | checkpointing | {"per_device_eval_batch_size": 8})
+    words, _ = remedies(config, world_size=1, processes=1, dtype="bf16", limits=(66 * GIB, 0))
+    assert words == ["--per_device_training_batch_size 32", "--gradient_accumulation_steps 2"]
 
 
 def test_step_3_and_the_host_count_as_well():
