@@ -77,6 +77,10 @@ class RunOptions:
     )
     log_interval_s: float = flag(5.0, "Seconds between progress lines.")
     enable_tensorboard: bool = flag(False, "Write TensorBoard events, of the pipeline and of each engine.")
+    dry_run: bool = flag(
+        False, "Check the flags, print the memory plan and DeepSpeed's configuration, and stop: no model, data or hub."
+    )
+    ignore_memory_plan: bool = flag(False, "Start even if the memory plan says that the run does not fit the GPU.")
     local_rank: int = flag(-1, "Set by the launcher.")
     deepspeed: bool = flag(False, "Accepted for compatibility; has no effect.")
     deepspeed_config: Optional[str] = flag(None, "JSON file merged over the generated DeepSpeed configuration.")

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import socket
 from pathlib import Path
 
 import deepspeed
@@ -14,6 +13,7 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from dschat.config.options import ScheduleOptions
 from dschat.engine.optim import adamw
+from dschat.engine.processes import process_variables
 from dschat.tracking import dist
 from dschat.tracking.log import logger
 
@@ -23,14 +23,9 @@ TORCH_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.flo
 def start_processes(local_rank: int = -1) -> torch.device:
     """Join the process group, and return this process's device.
 
-    Under a launcher (deepspeed, torchrun) its environment is used; a plain ``python main.py`` is a group of one.
+    Under a launcher (deepspeed, torchrun, srun) its environment is used; a plain ``python main.py`` is a group of one.
     """
-    if "RANK" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    os.environ.setdefault("LOCAL_RANK", str(max(local_rank, 0)))
+    os.environ.update(process_variables(os.environ, local_rank=local_rank))
     accelerator = get_accelerator()
     # Before the group is made: NCCL binds a group to the device that is current then.
     if accelerator.device_name() != "cpu":

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Optional
 
 from transformers import (
+    BloomConfig,
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
@@ -64,6 +65,14 @@ class Shape:
         if self.family == "gpt2":
             # The defaults of these three ids lie outside a small vocabulary.
             return GPT2Config(**sizes, n_inner=self.intermediate, bos_token_id=None, eos_token_id=None)
+        if self.family == "bloom":
+            return BloomConfig(
+                vocab_size=self.vocab,
+                hidden_size=self.hidden,
+                n_layer=self.layers,
+                n_head=self.heads,
+                tie_word_embeddings=self.tied,
+            )
         if self.family == "gpt_neox":
             return GPTNeoXConfig(**sizes, intermediate_size=self.intermediate)
         rotary = dict(intermediate_size=self.intermediate, num_key_value_heads=kv_heads)
@@ -127,6 +136,11 @@ SHAPES: dict[str, Shape] = {
     "llama-2-7b": _llama2(4096, 32, 32, 11008),
     "llama-2-13b": _llama2(5120, 40, 40, 13824),
     "llama-2-70b": _llama2(8192, 80, 64, 28672, kv_heads=8),
+    # What DeepSpeed-Chat's scripts for other languages start from, and its own checkpoints.
+    "bloom-1b1": Shape("bloom", 1536, 24, 16, 6144, vocab=250880, positions=2048, tied=True),
+    "mgpt": Shape("gpt2", 2048, 24, 16, 8192, vocab=100000, positions=2048, tied=True),
+    "chat-opt-1.3b-sft-deepspeed": _opt(2048, 24, 32),
+    "chat-opt-350m-reward-deepspeed": _opt(1024, 24, 16, word_embed_proj_dim=512, norm_before=False),
     "smollm2-135m": Shape(
         "llama", 576, 30, 9, 1536, vocab=49152, positions=8192, tied=True, kv_heads=3, rope_theta=100000.0
     ),

@@ -4,6 +4,7 @@ Libraries log through ``logging``; rank 0 shows INFO, the others only warnings. 
 that whatever stops it is the last thing on the screen.
 """
 
+import errno
 import logging
 import os
 import subprocess
@@ -87,8 +88,30 @@ def run_main(main) -> None:
             words = f"another process of the run has ended: look for its error above ({words.splitlines()[0]})"
             sys.stderr.write(f"\nrank {dist.rank()}: {words}\n")
             sys.stderr.flush()
-        _fail(f"{type(error).__name__}: {words}")
+        _fail(f"{type(error).__name__}: {words}{advice(error)}")
     sys.stdout.flush()
+
+
+def advice(error: Exception) -> str:
+    """What to change where a library fails for a reason that the user can mend; "" for other errors."""
+    text = str(error)
+    if type(error).__name__ == "OutOfMemoryError":
+        return (
+            "\nThe GPU's memory ran out: lower --per_device_train_batch_size (step 3: --per_device_training_batch_size "
+            "and --per_device_generation_batch_size), add --gradient_checkpointing (step 3: "
+            "--actor_gradient_checkpointing), --offload or LoRA, or raise the ZeRO stage; python -m dschat.plan says "
+            "what fits."
+        )
+    if isinstance(error, MemoryError) or "can't allocate memory" in text:
+        return "\nThe host's memory ran out: leave --offload out, or run fewer processes on each node."
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return "\nThe disk is full: free some of it, or give another --output_dir."
+    if "NCCL" in text or type(error).__name__ in ("DistNetworkError", "DistStoreError", "DistBackendError"):
+        return (
+            "\nThe processes could not talk to each other: see that no other run uses the master port, that all nodes "
+            "reach the first one, and what NCCL_DEBUG=INFO prints; python -m dschat.doctor looks at this machine."
+        )
+    return ""
 
 
 def _fail(cause: str, *, status: int = 1, word: str = "error") -> None:

@@ -16,6 +16,7 @@ from dschat.models.tokenizer import end_token_id, load_tokenizer
 from dschat.tracking import dist
 from dschat.tracking.log import logger
 from dschat.tracking.metrics import MetricsWriter
+from dschat.trainers.preflight import show_plan
 from dschat.trainers.run_state import RunState, find_checkpoint
 from dschat.trainers.setup import announce, prepare_output_dir, record_run, seed_everything
 from dschat.trainers.supervised import Objective, train_supervised
@@ -35,10 +36,10 @@ class Stage:
 
 
 def start_stage(config, *, number: int) -> Stage:
-    """Join the process group, seed, check the output folder and load the tokenizer.
+    """Join the process group, seed, check the output folder, load the tokenizer and show the memory plan.
 
     Raises:
-        ValueError: the tokenizer, the output folder or the checkpoint cannot be used.
+        ValueError: the tokenizer, the output folder or the checkpoint cannot be used, or the run does not fit the GPU.
     """
     device = start_processes(config.run.local_rank)
     announce(config)
@@ -53,7 +54,9 @@ def start_stage(config, *, number: int) -> Stage:
         trust_remote_code=model.trust_remote_code,
     )
     end = end_token_id(tokenizer, add_eot_token=model.add_eot_token, eot_token=model.eot_token)
-    return Stage(number, config, device, resolve_dtype(model.dtype), tokenizer, end, checkpoint)
+    dtype = resolve_dtype(model.dtype)
+    show_plan(config, dtype=dtype)
+    return Stage(number, config, device, dtype, tokenizer, end, checkpoint)
 
 
 def train_stage(stage: Stage, objective: Objective, *, load_model, train_loader, eval_loader) -> torch.nn.Module:

@@ -13,6 +13,7 @@ from tests.unit.models_helpers import tiny
 
 # Parameters as published, without counting a tied head twice.
 PUBLISHED = {
+    "bloom-1b1": 1_065_314_304,
     "opt-125m": 125_239_296,
     "opt-350m": 331_196_416,
     "opt-1.3b": 1_315_758_080,

@@ -1,5 +1,6 @@
 """Ranks, failures that end with their cause, metrics, the progress line and reports."""
 
+import errno
 import json
 import logging
 import math
@@ -253,3 +254,18 @@ def test_a_report_names_the_machine_and_the_versions():
     assert {"python", "deepspeed", "transformers"} <= set(report.versions())
     found = report.hardware()
     assert found["cpu_cores"] >= 1 and found["host_memory_gib"] > 0 and found["cpu"]
+
+
+@pytest.mark.parametrize(
+    "error, word",
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), "--per_device_train_batch_size"),
+        (MemoryError(), "--offload"),
+        (OSError(errno.ENOSPC, "No space left on device"), "--output_dir"),
+        (torch.distributed.DistNetworkError("The server socket has failed to listen"), "master port"),
+        (RuntimeError("NCCL error: unhandled system error"), "NCCL_DEBUG=INFO"),
+    ],
+)
+def test_errors_of_the_machine_say_what_to_change(error, word):
+    assert word in log.advice(error)
+    assert log.advice(KeyError("x")) == ""

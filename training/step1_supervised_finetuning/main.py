@@ -6,12 +6,15 @@ from dschat.data.collate import collate_text
 from dschat.data.loaders import build_sft_data, make_loaders
 from dschat.models.causal_lm import load_causal_lm
 from dschat.tracking.log import run_main
+from dschat.trainers.preflight import dry_run
 from dschat.trainers.stage import save_stage, start_stage, train_stage
 from dschat.trainers.supervised import SFTObjective
 
 
 def main() -> None:
     config = parse_config(SFTConfig)
+    if config.run.dry_run:
+        return dry_run(config)
     stage = start_stage(config, number=1)
     train_data, eval_data = build_sft_data(
         config.data,

@@ -8,12 +8,15 @@ from dschat.models.reward_model import load_reward_model
 from dschat.models.tokenizer import ensure_unambiguous_pad
 from dschat.tracking import dist
 from dschat.tracking.log import run_main
+from dschat.trainers.preflight import dry_run
 from dschat.trainers.stage import save_stage, start_stage, train_stage
 from dschat.trainers.supervised import RewardObjective
 
 
 def main() -> None:
     config = parse_config(RewardConfig)
+    if config.run.dry_run:
+        return dry_run(config)
     stage = start_stage(config, number=2)
     # The saved model is pooled by pad id, so the pad must be a token that no text holds.
     pad_id = ensure_unambiguous_pad(stage.tokenizer)

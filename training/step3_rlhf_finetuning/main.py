@@ -17,6 +17,7 @@ from dschat.tracking.metrics import MetricsWriter
 from dschat.trainers.evaluation import PolicyEvaluator
 from dschat.trainers.ppo import DeepSpeedPPOTrainer
 from dschat.trainers.ppo_run import run_state, train_ppo
+from dschat.trainers.preflight import dry_run, show_plan
 from dschat.trainers.reward_setup import RewardPlan, plan_rewards
 from dschat.trainers.rewards import RewardFailure
 from dschat.trainers.rlhf_engine import DeepSpeedRLHFEngine
@@ -29,6 +30,8 @@ SMALLEST_SCORE_STD = 1e-4
 
 def main() -> None:
     config = parse_config(PPOConfig)
+    if config.run.dry_run:
+        return dry_run(config)
     data, run = config.data, config.run
     start_processes(run.local_rank)
     announce(config)
@@ -36,14 +39,9 @@ def main() -> None:
     checkpoint = find_checkpoint(config)
     seed_everything(run.seed)
     dtype = resolve_dtype(config.model.dtype)
-    tokenizer = load_tokenizer(
-        config.model.actor_model_name_or_path,
-        add_eot_token=config.model.add_eot_token,
-        eot_token=config.model.eot_token,
-        trust_remote_code=config.model.trust_remote_code,
-        flag="--actor_model_name_or_path",
-    )
+    tokenizer = actor_tokenizer(config)
     plan = plan_rewards(config, tokenizer)
+    show_plan(config, dtype=dtype)
     train_loader, eval_loader, ptx = load_data(config, tokenizer)
     rollouts = config.num_rollouts(len(train_loader) // config.batch.generation_batches)
 
@@ -119,6 +117,17 @@ def train(
         raise
     metrics.close()
     save(config, trainer, plan.tokenizer, plan.critic_tokenizer)
+
+
+def actor_tokenizer(config: PPOConfig):
+    """The tokenizer of --actor_model_name_or_path."""
+    return load_tokenizer(
+        config.model.actor_model_name_or_path,
+        add_eot_token=config.model.add_eot_token,
+        eot_token=config.model.eot_token,
+        trust_remote_code=config.model.trust_remote_code,
+        flag="--actor_model_name_or_path",
+    )
 
 
 def reward_scale(config: PPOConfig, score_sd: float) -> float:

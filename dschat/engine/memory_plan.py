@@ -1,0 +1,232 @@
+"""The memory of a whole step, phase by phase."""
+
+from dataclasses import dataclass
+
+from dschat.config.steps import PPOConfig
+from dschat.engine.activations import inference_bytes, kept_bytes, kl_bytes, loss_bytes, working_bytes
+from dschat.engine.memory import WIDTHS, Footprint, inference_footprint, training_footprint
+from dschat.engine.model_size import ModelSize, named_size
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """Bytes of one process (one GPU), and of a host's share per process."""
+
+    models: dict[str, Footprint]
+    sizes: dict[str, ModelSize]
+    resident: dict[str, float]  # on top of the models', what stays from phase to phase
+    phases: dict[str, float]  # all that lies on the GPU at the worst moment of each
+
+    @property
+    def peak(self) -> tuple[str, float]:
+        """The worst phase and its bytes."""
+        return max(self.phases.items(), key=lambda item: item[1])
+
+    def host_bytes(self, *, processes: int) -> float:
+        """What a host of so many processes must hold: what stays there, or a model while it is read."""
+        stays = processes * sum(model.host for model in self.models.values())
+        reads = [model.whole * (1 if model.read_once else processes) for model in self.models.values()]
+        return max(stays, *reads)
+
+
+def plan_step(config, *, world_size: int, dtype: str) -> StepPlan:
+    """The plan of a checked configuration of any step.
+
+    Args:
+        world_size: processes, one GPU each.
+        dtype: "fp16", "bf16" or "fp32".
+
+    Raises:
+        ValueError: a model that is not known here, or options that do not fit it.
+    """
+    if isinstance(config, PPOConfig):
+        return _plan_ppo(config, world_size=world_size, dtype=dtype)
+    return _plan_supervised(config, world_size=world_size, dtype=dtype)
+
+
+def _plan_supervised(config, *, world_size: int, dtype: str) -> StepPlan:
+    width, system, batch = WIDTHS[dtype], config.system, config.batch
+    reward = hasattr(config.run, "eval_iters")
+    size = named_size(
+        config.model.model_name_or_path,
+        flag="--model_name_or_path",
+        trust_remote_code=config.model.trust_remote_code,
+        reward=reward,
+        lora=config.lora,
+        system=system,
+    )
+    steps = config.schedule.gradient_accumulation_steps
+    model = training_footprint(size, system, dtype=dtype, world_size=world_size, accumulation=steps)
+    rows = 2 if reward else 1  # a pair is two texts
+    length = config.data.max_seq_len
+    train = rows * batch.per_device_train_batch_size * length
+    evaluate = rows * batch.per_device_eval_batch_size * length
+    phases = {
+        "build": model.weights + model.build,
+        **_training_phases("", size, model, system, tokens=train, logits=train * size.vocab, width=width),
+        "evaluate": model.resident
+        + max(
+            inference_bytes(size, tokens=evaluate, width=width),
+            loss_bytes(evaluate * size.vocab, width=width, sliced=False, backward=False),
+        ),
+    }
+    return StepPlan({"model": model}, {"model": size}, {}, phases)
+
+
+def _training_phases(
+    prefix: str,
+    size: ModelSize,
+    model: Footprint,
+    system,
+    *,
+    tokens: int,
+    logits: int,
+    width: int,
+    sliced: bool = False,
+    beside: float = 0.0,
+) -> dict[str, float]:
+    """The phases of one model's backward and optimizer step.
+
+    Args:
+        logits: elements of the logits that are differentiated; 0 for a reward model.
+        beside: bytes of everything else that lies there.
+    """
+    checkpointing = system.gradient_checkpointing
+    kept = kept_bytes(size, tokens=tokens, width=width, checkpointing=checkpointing)
+    working = working_bytes(size, tokens=tokens, width=width, checkpointing=checkpointing)
+    loss = loss_bytes(logits, width=width, sliced=sliced, backward=True)
+    there = beside + model.resident
+    inside = model.waiting + kept + max(loss, model.early + working)
+    return {
+        f"{prefix}backward": there + max(inside, model.gradients + model.reduce),
+        f"{prefix}step": there + model.gradients + model.step,
+    }
+
+
+def _plan_ppo(config: PPOConfig, *, world_size: int, dtype: str) -> StepPlan:
+    width = WIDTHS[dtype]
+    sizes, models = _ppo_models(config, world_size=world_size, dtype=dtype)
+    batch, data, system = config.batch, config.data, config.system
+    prompt, answer = data.max_prompt_seq_len, data.max_answer_seq_len
+    actor = sizes["actor"]
+    rows = batch.per_device_generation_batch_size * batch.num_samples_per_prompt
+    held = rows_of_evaluation(config, world_size=world_size)
+    cache = width * 2 * actor.layers * actor.kv_width * max(rows, held) * (prompt + answer)
+    replica = _replica_bytes(config, actor, width=width)
+    resident, passing = {}, {}
+    for name, size, frees in (
+        ("KV cache", cache, system.release_inference_cache or not system.enable_hybrid_engine),
+        ("replica", replica, system.unpin_actor_parameters or system.release_inference_cache),
+    ):
+        (passing if frees else resident)[name] = size
+    there = sum(model.resident for model in models.values()) + sum(resident.values())
+
+    def forward(rows: int, names: list[str]) -> float:
+        tokens = rows * (prompt + answer)
+        return max(inference_bytes(sizes[name], tokens=tokens, width=width) for name in names)
+
+    train = batch.per_device_training_batch_size
+    tokens, logits = train * (prompt + answer), train * (answer + 1) * actor.vocab
+    scored = loss_bytes(rows * (answer + 1) * actor.vocab, width=width, sliced=True, backward=False)
+    phases = {
+        "build": sum(model.weights for model in models.values()) + max(model.build for model in models.values()),
+        "generate": there + sum(passing.values()) + inference_bytes(actor, tokens=max(rows, held) * prompt, width=width),
+        "score": there + max(scored, forward(rows, list(sizes))),
+        "evaluate": there + kl_bytes(held * (answer + 1) * actor.vocab, width=width) + forward(held, ["actor"]),
+        **_training_phases(
+            "actor ",
+            actor,
+            models["actor"],
+            config.actor_system,
+            tokens=tokens,
+            logits=logits,
+            width=width,
+            sliced=True,
+            beside=there - models["actor"].resident + (models["critic"].waiting if "critic" in models else 0.0),
+        ),
+    }
+    if "critic" in models:
+        phases |= _critic_phases(config, sizes["critic"], models, tokens=tokens, width=width, there=there)
+    if data.unsupervised_dataset_name:
+        ptx = loss_bytes(tokens * actor.vocab, width=width, sliced=False, backward=True)
+        kept = kept_bytes(
+            actor, tokens=tokens, width=width, checkpointing=config.actor_system.gradient_checkpointing
+        )
+        phases["actor PTX"] = there + models["actor"].gradients + models["actor"].waiting + kept + ptx
+    return StepPlan(models, sizes, {**resident, **{f"{k} (while generating)": v for k, v in passing.items()}}, phases)
+
+
+def _critic_phases(config: PPOConfig, size: ModelSize, models: dict, *, tokens: int, width: int, there: float) -> dict:
+    """The critic's backward while the actor's gradients wait, and the steps of both."""
+    actor, critic = models["actor"], models["critic"]
+    phases = _training_phases(
+        "critic ",
+        size,
+        critic,
+        config.critic_system,
+        tokens=tokens,
+        logits=0,
+        width=width,
+        beside=there - critic.resident + max(actor.gradients, actor.waiting),
+    )
+    phases["critic step"] = there + critic.gradients + critic.step  # the actor has stepped by then
+    phases["actor step"] = there + actor.gradients + critic.gradients + actor.step
+    return phases
+
+
+def rows_of_evaluation(config: PPOConfig, *, world_size: int) -> int:
+    """Held-out prompts that a process answers at a time."""
+    return min(config.batch.per_device_eval_batch_size, -(-config.run.eval_prompts // world_size))
+
+
+def _ppo_models(config: PPOConfig, *, world_size: int, dtype: str) -> tuple[dict, dict]:
+    """Sizes and footprints of actor, ref, reward models and critic."""
+    width, system, options = WIDTHS[dtype], config.system, config.model
+
+    def size_of(name: str, flag: str, **more) -> ModelSize:
+        return named_size(name, flag=flag, trust_remote_code=options.trust_remote_code, **more)
+
+    def trained(role: str, size: ModelSize) -> Footprint:
+        return training_footprint(
+            size,
+            getattr(config, f"{role}_system"),
+            dtype=dtype,
+            world_size=world_size,
+            accumulation=config.schedule.gradient_accumulation_steps,
+            average=options.enable_ema and role == "actor",
+        )
+
+    def frozen(size: ModelSize, stage: int, offload: bool) -> Footprint:
+        return inference_footprint(size, stage=stage, offload=offload, width=width, world_size=world_size)
+
+    actor, critic = options.actor_model_name_or_path, options.critic_model_name_or_path
+    flags = ("--actor_model_name_or_path", "--critic_model_name_or_path")
+    sizes = {
+        "actor": size_of(actor, flags[0], lora=config.actor_lora, system=config.actor_system, role="actor"),
+        "reference": size_of(actor, flags[0]),
+    }
+    models = {
+        "actor": trained("actor", sizes["actor"]),
+        "reference": frozen(sizes["reference"], system.actor_zero_stage, system.offload_reference_model),
+    }
+    for i, path in enumerate(config.reward_models):
+        flag = flags[1] if path == critic else "--reward_model_name_or_path"
+        name = "reward" if i == 0 else f"reward {i + 1}"
+        sizes[name] = size_of(path, flag, reward=True)
+        models[name] = frozen(sizes[name], system.critic_zero_stage, system.offload_reward_model)
+    if config.has_critic:
+        sizes["critic"] = size_of(
+            critic, flags[1], reward=True, lora=config.critic_lora, system=config.critic_system, role="critic"
+        )
+        models["critic"] = trained("critic", sizes["critic"])
+    return sizes, models
+
+
+def _replica_bytes(config: PPOConfig, actor: ModelSize, *, width: int) -> float:
+    """Of the Hybrid Engine's inference replica: nothing where it shares the training weights (ZeRO <= 2 without LoRA),
+    the merged layers with LoRA (unless attached), and under ZeRO-3 all weights, gathered."""
+    if not config.system.enable_hybrid_engine:
+        return 0.0
+    if config.system.actor_zero_stage == 3:
+        return width * (actor.parameters - actor.adapters)
+    return 0.0 if config.system.hybrid_lora == "attach" else width * actor.merged

@@ -1,0 +1,64 @@
+"""Before anything loads: what the run needs, and --dry_run, which stops there."""
+
+import json
+import os
+
+import psutil
+import torch
+
+from dschat.config.steps import PPOConfig
+from dschat.engine.build import override
+from dschat.engine.ds_config import training_config
+from dschat.engine.memory_plan import plan_step
+from dschat.engine.memory_report import check_fit, plan_text
+from dschat.tracking import dist
+from dschat.tracking.log import logger
+
+
+def show_plan(config, *, dtype: str) -> None:
+    """Log the memory plan of a run whose processes have started.
+
+    Raises:
+        ValueError: on a GPU, where it cannot fit, unless --ignore_memory_plan is given; names flags that help.
+    """
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", dist.world_size()))
+    gpu_bytes = float(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else 0.0
+    limits = dict(gpu_bytes=gpu_bytes, all_host_bytes=float(psutil.virtual_memory().total) if gpu_bytes else 0.0)
+    plan = plan_step(config, world_size=dist.world_size(), dtype=dtype)
+    logger.info("memory plan\n" + plan_text(plan, processes=processes, **limits))
+    if gpu_bytes and not config.run.ignore_memory_plan:
+        check_fit(config, plan, world_size=dist.world_size(), processes=processes, dtype=dtype, **limits)
+
+
+def dry_run(config) -> None:
+    """Print the memory plan and the DeepSpeed configurations, for $WORLD_SIZE GPUs. Loads and starts nothing."""
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    dtype = "bf16" if config.model.dtype == "auto" else config.model.dtype
+    plan = plan_step(config, world_size=world_size, dtype=dtype)
+    print(f"memory plan for {world_size} GPU(s) in {dtype}; planned, not run")
+    print(plan_text(plan, processes=min(world_size, 8)))
+    for name, found in ds_configs(config, dtype=dtype, world_size=world_size).items():
+        print(f"DeepSpeed configuration of the {name}:\n{json.dumps(found, indent=2)}")
+
+
+def ds_configs(config, *, dtype: str, world_size: int) -> dict[str, dict]:
+    """The DeepSpeed configuration of each model that a step trains on GPUs: "model", or "actor" and "critic"."""
+    shared = dict(
+        dtype=dtype,
+        gradient_accumulation_steps=config.schedule.gradient_accumulation_steps,
+        world_size=world_size,
+        on_cpu=False,
+        tensorboard_path=config.run.tensorboard_path if config.run.enable_tensorboard else None,
+    )
+    file = config.run.deepspeed_config or config.run.deepscale_config
+    if not isinstance(config, PPOConfig):
+        rows, step = config.batch.per_device_train_batch_size, 2 if hasattr(config.run, "eval_iters") else 1
+        found = training_config(config.system, micro_batch_size=rows, tensorboard_name=f"step{step}_model", **shared)
+        return {"model": override(found, file)}
+    rows = config.batch.per_device_training_batch_size
+    configs = {}
+    for role in ("actor", "critic") if config.has_critic else ("actor",):
+        system = getattr(config, f"{role}_system")
+        found = training_config(system, micro_batch_size=rows, tensorboard_name=f"step3_{role}", **shared)
+        configs[role] = override(found, file)
+    return configs

@@ -1,0 +1,254 @@
+"""One case of bench_memory.py: the main of a step on random weights, its memory measured and predicted."""
+
+import contextlib
+import importlib.util
+import json
+import os
+import sys
+import tempfile
+import weakref
+from pathlib import Path
+from unittest import mock
+
+ROOT = Path(__file__).resolve().parents[1]
+STEPS = {
+    1: "step1_supervised_finetuning",
+    2: "step2_reward_model_finetuning",
+    3: "step3_rlhf_finetuning",
+}
+# Shapes that stand for the published ones with --tiny: as wide as matters, and few layers.
+TINY = {
+    "opt": dict(hidden=256, layers=4, heads=4, vocab=4096),
+    "llama": dict(hidden=256, layers=4, heads=4, kv_heads=4, vocab=4096),
+}
+
+
+class CudaMeter:
+    """The largest sum of live tensors since the last reading, by the CUDA allocator's own count."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def read(self) -> tuple[int, int]:
+        """Bytes: the most since the last reading, and now."""
+        import torch
+
+        most = torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        return most, torch.cuda.memory_allocated()
+
+
+def host_meter():
+    """The same for a CPU, whose allocator does not count: every storage that an operation makes or returns."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    class HostMeter(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.live = self.most = 0
+            self._seen = weakref.WeakKeyDictionary()
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            for leaf in tree_leaves((result, args)):
+                if isinstance(leaf, torch.Tensor) and leaf.device.type == "cpu":
+                    self._count(leaf.untyped_storage())
+            return result
+
+        def _count(self, storage) -> None:
+            if storage in self._seen:
+                return
+            size = storage.nbytes()
+            self._seen[storage] = size
+            self.live += size
+            self.most = max(self.most, self.live)
+            weakref.finalize(storage, self._gone, size)
+
+        def _gone(self, size: int) -> None:
+            self.live -= size
+
+        def read(self) -> tuple[int, int]:
+            most, self.most = self.most, self.live
+            return most, self.live
+
+    return HostMeter()
+
+
+def measure(step: int, models: tuple[str, ...], flags: str, *, tiny: bool) -> dict:
+    """Run the step here; predicted and measured peaks in bytes, as a whole and by phase.
+
+    Args:
+        models: published shapes: the model, or actor and critic.
+        flags: of the step's main, without models and data.
+        tiny: miniature shapes in their place.
+    """
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    import torch
+
+    on_gpu = torch.cuda.is_available()
+    with tempfile.TemporaryDirectory(prefix="bench_memory.") as folder:
+        paths = [write_model(Path(folder) / f"model{i}", name, tiny=tiny) for i, name in enumerate(models)]
+        write_rows(Path(folder) / "rows.jsonl")
+        argv = step_argv(step, paths, folder) + flags.split()
+        plan = predict(step, argv)
+        meter = CudaMeter() if on_gpu else host_meter()
+        peaks: dict[str, int] = {}
+        with meter, instrumented(meter, peaks), random_weights(step):
+            run_main(step, argv)
+            keep(peaks, "end", meter)
+    measured, (phase, predicted) = max(peaks.values()), plan.peak
+    stays = sum(model.host for model in plan.models.values())
+    if not on_gpu:
+        predicted += stays  # there is but one memory
+    return {
+        "predicted": predicted,
+        "measured": measured,
+        "relative_error": predicted / measured - 1.0,
+        "predicted_phase": phase,
+        "predicted_phases": plan.phases,
+        "predicted_host": stays,
+        "measured_phases": peaks,
+        "flags": flags,
+        "models": models,
+    }
+
+
+def step_argv(step: int, paths: list[str], folder: str) -> list[str]:
+    """The words behind main.py that all cases of a step share."""
+    words = f"--data_output_path {folder}/cache --data_path {folder}/rows.jsonl --max_train_steps 2 --log_interval_s 1"
+    if step == 3:
+        words += f" --actor_model_name_or_path {paths[0]} --critic_model_name_or_path {paths[1]} --eval_prompts 4"
+        words += " --per_device_eval_batch_size 4 --max_prompt_seq_len 256 --num_warmup_steps 0 --data_split 0,0,1"
+    else:
+        words += f" --model_name_or_path {paths[0]} --per_device_eval_batch_size 4 --max_seq_len 512"
+        words += " --data_split 1,0,0" if step == 1 else " --data_split 0,1,0"
+    return words.split()
+
+
+def write_model(folder: Path, name: str, *, tiny: bool) -> str:
+    """A model folder without weights: a shape's configuration, and a tokenizer of bytes."""
+    from dschat.models.families import SHAPES, tiny_shape
+    from dschat.models.tiny import byte_tokenizer
+
+    shape = SHAPES[name]
+    if tiny:
+        shape = tiny_shape(shape.family, **TINY[shape.family])
+    config = shape.config()
+    config.max_position_embeddings = max(config.max_position_embeddings, 1024)
+    config.bos_token_id, config.eos_token_id, config.pad_token_id = 1, 2, 0
+    config.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    (folder / "model.safetensors").touch()  # the folder passes for complete; the file is never read
+    return str(folder)
+
+
+def write_rows(path: Path) -> None:
+    """Rows whose prompt alone is longer than any limit here, and answers that fill half of it."""
+    words = "abcdefghijklmnopqrstuvwxyz"
+    rows = [
+        {"prompt": (words * 40)[i : i + 700], "chosen": (words * 20)[i:][:300], "rejected": (words * 20)[i + 1 :][:300]}
+        for i in range(80)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def predict(step: int, argv: list[str]):
+    """The planner's answer to the same words."""
+    from dschat.config.parse import parse_config
+    from dschat.config.steps import PPOConfig, RewardConfig, SFTConfig
+    from dschat.engine.memory_plan import plan_step
+
+    config = parse_config({1: SFTConfig, 2: RewardConfig, 3: PPOConfig}[step], argv)
+    return plan_step(config, world_size=1, dtype=config.model.dtype)
+
+
+@contextlib.contextmanager
+def random_weights(step: int):
+    """Inside, the step's loaders make random weights by the folder's configuration: nothing is read or downloaded."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    from dschat.models.causal_lm import set_config_dropout
+    from dschat.models.reward_model import RewardModel
+
+    def load(path, *, dtype, dropout=None, **_):
+        config = AutoConfig.from_pretrained(path)
+        if dropout is not None:
+            set_config_dropout(config, dropout)
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+            return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+    def load_reward(path, *, dtype, dropout=None, **_):
+        config = AutoConfig.from_pretrained(path, num_labels=1)
+        if dropout is not None:
+            set_config_dropout(config, dropout)
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+            return RewardModel(AutoModelForSequenceClassification.from_config(config, dtype=dtype))
+
+    module = "dschat.trainers.rlhf_engine" if step == 3 else "main"
+    with contextlib.ExitStack() as stack:
+        if step == 3:
+            import dschat.trainers.rlhf_engine  # noqa: F401
+        else:
+            load_main(step)
+        for name, function in (("load_causal_lm", load), ("load_reward_model", load_reward)):
+            if hasattr(sys.modules[module], name):
+                stack.enter_context(mock.patch(f"{module}.{name}", function))
+        yield
+
+
+@contextlib.contextmanager
+def instrumented(meter, peaks: dict[str, int]):
+    """Inside, every engine call reads the meter, so that `peaks` tells what each phase took."""
+    import transformers
+
+    from dschat.engine.build import deepspeed
+
+    def reading(function, label):
+        def wrapped(*args, **kwargs):
+            keep(peaks, f"before {label}", meter)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                keep(peaks, label, meter)
+
+        return wrapped
+
+    targets = [
+        (deepspeed, "initialize", "build"),
+        (deepspeed.DeepSpeedEngine, "backward", "backward"),
+        (deepspeed.DeepSpeedEngine, "step", "step"),
+        (transformers.GenerationMixin, "generate", "generate"),
+    ]
+    with contextlib.ExitStack() as stack:
+        for owner, name, label in targets:
+            stack.enter_context(mock.patch.object(owner, name, reading(getattr(owner, name), label)))
+        yield
+
+
+def keep(peaks: dict[str, int], label: str, meter) -> None:
+    most, now = meter.read()
+    peaks[label] = max(peaks.get(label, 0), most)
+    peaks[f"{label}, left"] = max(peaks.get(f"{label}, left", 0), now)
+
+
+def load_main(step: int):
+    """The main of a step, as the module `main`."""
+    if "main" not in sys.modules:
+        spec = importlib.util.spec_from_file_location("main", ROOT / "training" / STEPS[step] / "main.py")
+        sys.modules["main"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules["main"])
+    return sys.modules["main"]
+
+
+def run_main(step: int, argv: list[str]) -> None:
+    from dschat.tracking.log import set_up_logging
+
+    set_up_logging()
+    with mock.patch.object(sys, "argv", ["main.py", *argv]):
+        load_main(step).main()

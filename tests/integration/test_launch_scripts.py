@@ -1,0 +1,322 @@
+"""The launch scripts: all by --dry_run, and what their shared helper does, with an interpreter that only notes."""
+
+import os
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from launches import ROOT, environment
+
+from dschat.config.parse import parse_config
+from dschat.config.steps import PPOConfig, RewardConfig, SFTConfig
+from dschat.trainers.preflight import dry_run
+
+CONFIGS = {1: SFTConfig, 2: RewardConfig, 3: PPOConfig}
+# Notes its folder and its words; prints $STUB_SAYS. A script on its standard input is for Python itself.
+INTERPRETER = """#!/usr/bin/env bash
+if [[ "$1" == - ]]; then exec "$STUB_PYTHON" "$@"; fi
+printf '%s\\0' "$PWD" "${WORLD_SIZE:-}" "$@" >>"$STUB_NOTES"
+printf '\\n' >>"$STUB_NOTES"
+printf '%s\\n' "${STUB_SAYS:-}"
+exit "${STUB_STATUS:-0}"
+"""
+SCRIPTS = {str(path.relative_to(ROOT / "training")): path for path in sorted((ROOT / "training").rglob("run_*.sh"))}
+SWEEPS = [name for name in SCRIPTS if name.endswith("_sweep.sh")]
+EVALUATIONS = [name for name in SCRIPTS if "evaluation_scripts" in name]
+LAUNCHING = [name for name in SCRIPTS if name not in SWEEPS + EVALUATIONS]
+SINGLE_NODE = "step1_supervised_finetuning/training_scripts/opt/single_node/run_1.3b.sh"
+PPO = "step3_rlhf_finetuning/training_scripts/opt/single_node/run_1.3b.sh"
+MULTI_NODE = "step1_supervised_finetuning/training_scripts/opt/multi_node/run_66b.sh"
+
+
+@dataclass
+class Bench:
+    """A foreign folder, and a machine of as many GPUs as wanted."""
+
+    folder: Path  # the working directory of the scripts; its path holds a space
+
+    def run(self, script: str, *words: str, gpus: int = 0, **variables: str) -> subprocess.CompletedProcess:
+        tools = self.folder.parent / "tools"
+        tools.mkdir(exist_ok=True)
+        (tools / "python").write_text(INTERPRETER)
+        listing = "".join(f"GPU {i}: a card\\n  MIG 1g a part of it\\n" for i in range(gpus))
+        (tools / "nvidia-smi").write_text(f"#!/bin/sh\n{f'printf {shlex.quote(listing)}' if gpus else 'exit 1'}\n")
+        for tool in tools.iterdir():
+            tool.chmod(0o755)
+        outside = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "MASTER_PORT")}
+        stub = {
+            "PYTHON": str(tools / "python"),
+            "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}",
+            "STUB_NOTES": str(self.folder.parent / "notes"),
+            "STUB_PYTHON": sys.executable,
+        }
+        (self.folder.parent / "notes").unlink(missing_ok=True)
+        return subprocess.run(
+            ["bash", str(SCRIPTS[script]), *words],
+            cwd=self.folder,
+            env={**outside, **stub, **variables},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def notes(self) -> list[list[str]]:
+        """Of each call of the interpreter: its folder, $WORLD_SIZE and its words."""
+        path = self.folder.parent / "notes"
+        return [line.split("\0")[:-1] for line in path.read_text().splitlines()] if path.exists() else []
+
+
+@pytest.fixture
+def bench(tmp_path) -> Bench:
+    folder = tmp_path / "a foreign folder"
+    folder.mkdir()
+    return Bench(folder)
+
+
+def models(name: str) -> list[str]:
+    """The words in front that a step-3 script needs."""
+    if not name.startswith("step3"):
+        return []
+    size = Path(name).stem.removeprefix("run_").removesuffix("_lora").removesuffix("_mixz")
+    pair = (f"meta-llama/{size.replace('llama2', 'Llama-2')}-hf".replace("_", "-"),) * 2
+    if not size.startswith("llama2"):
+        pair = ("facebook/opt-1.3b" if size == "single" else f"facebook/opt-{size}", "facebook/opt-350m")
+    if name.endswith("_lora.sh") and "llama2" not in name:
+        return ["--actor_model_name_or_path", pair[0], "--critic_model_name_or_path", pair[1]]
+    return list(pair)
+
+
+@pytest.mark.parametrize("name", LAUNCHING)
+def test_every_script_plans_by_dry_run(name, bench, capsys, monkeypatch):
+    done = bench.run(name, *models(name), "--dry_run")
+    assert done.returncode == 0, done.stdout
+    ((folder, world_size, main, *words),) = bench.notes()
+    step = int(name[4])
+    assert folder == str(bench.folder) and main == str(next(ROOT.glob(f"training/step{step}_*/main.py")))
+    assert list(bench.folder.iterdir()) == []
+    planned = {"single_gpu": 1, "multi_node": 64}.get(Path(name).parent.name, 64 if "70b" in name else 8)
+    assert int(world_size) == planned
+    config = parse_config(CONFIGS[step], words)
+    assert config.run.dry_run and config.run.output_dir and config.run.deepspeed
+    if step == 3 and "sweep" not in name:
+        assert config.system.enable_hybrid_engine
+    monkeypatch.setenv("WORLD_SIZE", world_size)
+    dry_run(config)
+    shown = capsys.readouterr().out
+    assert f"for {planned} GPU(s)" in shown and "GiB on a GPU" in shown and '"train_batch_size": ' in shown
+
+
+@pytest.mark.parametrize("name", LAUNCHING)
+def test_every_script_is_short_and_strict(name):
+    text = SCRIPTS[name].read_text()
+    assert len(text.splitlines()) < 25 and os.access(SCRIPTS[name], os.X_OK)
+    assert "scripts/_launch.sh" in text and "pkill" not in text
+    helper = (ROOT / "scripts" / "_launch.sh").read_text()
+    assert "\nset -euo pipefail\n" in helper and "pkill" not in helper
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LAUNCHING)
+def test_every_script_really_runs_by_dry_run(name, bench):
+    done = bench.run(name, *models(name), "--dry_run", PYTHON=sys.executable)
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert "GiB on a GPU" in done.stdout and '"train_batch_size": ' in done.stdout
+    assert list(bench.folder.iterdir()) == []
+
+
+def test_a_dry_run_through_the_interpreter(bench):
+    words = ["facebook/opt-6.7b", "facebook/opt-350m", "3", "2", "--per_device_training_batch_size", "2", "--dry_run"]
+    done = bench.run(PPO, *words, PYTHON=sys.executable, NUM_GPUS="2")
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert "for 2 GPU(s)" in done.stdout and "reference" in done.stdout and '"train_batch_size": 4,' in done.stdout
+    assert done.stdout.index('"stage": 3') < done.stdout.index("configuration of the critic")
+
+
+def test_positional_arguments_end_at_the_first_flag(bench):
+    done = bench.run(SINGLE_NODE, "my output", "3", "--learning_rate", "1e-4", "9")
+    assert done.returncode == 0, done.stdout
+    (words,) = bench.notes()
+    # The last of a flag's values counts, so the user's stand behind the script's.
+    assert words[-3:] == ["--learning_rate", "1e-4", "9"]
+    assert words[words.index("--zero_stage") + 1] == "3" and words[words.index("--output_dir") + 1] == "my output"
+    assert (bench.folder / "my output" / "training.log").exists()
+    bench.run(SINGLE_NODE, "", "--x")
+    (words,) = bench.notes()
+    assert words[words.index("--zero_stage") + 1] == "2" and words[words.index("--output_dir") + 1] == "./output"
+
+
+def test_the_repository_may_lie_in_a_folder_with_a_space(bench, tmp_path, monkeypatch):
+    root = tmp_path / "a copy"
+    for name in ("scripts", "training"):
+        shutil.copytree(ROOT / name, root / name)
+    monkeypatch.setitem(SCRIPTS, SINGLE_NODE, root / "training" / SINGLE_NODE)
+    main = str(root / "training" / "step1_supervised_finetuning" / "main.py")
+    assert bench.run(SINGLE_NODE, "--dry_run").returncode == 0 and main in bench.notes()[0]
+    assert bench.run(SINGLE_NODE).returncode == 0 and main in bench.notes()[0]
+
+
+def test_the_output_folder_may_come_as_a_flag(bench):
+    for form in (["--output_dir", "of a flag"], ["--output_dir=of a flag"]):
+        assert bench.run(SINGLE_NODE, "positional", *form, STUB_SAYS="words").returncode == 0
+        assert (bench.folder / "of a flag" / "training.log").read_text() == "words\n"
+    assert not (bench.folder / "positional").exists()
+
+
+@pytest.mark.parametrize(
+    "script, words, variables, message",
+    [
+        (SINGLE_NODE, ["out", "2", "3"], {}, "too many positional arguments: '3' has no place. usage: bash run_1.3b."),
+        (PPO.replace("1.3b", "6.7b"), [], {}, "ACTOR_PATH is missing. usage: bash run_6.7b.sh ACTOR_PATH CRITIC_PATH"),
+        (PPO.replace("1.3b", "30b_lora"), ["a"], {}, "too many positional arguments: 'a'"),
+        (SINGLE_NODE, ["file"], {}, "--output_dir file: no folder that can be written"),
+        (SINGLE_NODE, ["file/below"], {}, "--output_dir file/below: no folder that can be written"),
+        (SINGLE_NODE, [], {"MASTER_PORT": "70000"}, "MASTER_PORT=70000: in use, or no port"),
+        (SINGLE_NODE, [], {"NUM_GPUS": "3", "gpus": 2}, "NUM_GPUS=3: 2 GPU(s) to be seen here"),
+        (SINGLE_NODE, [], {"NUM_GPUS": "some"}, "NUM_GPUS=some: expected a number"),
+        (MULTI_NODE, [], {"HOSTFILE": "none"}, "run_66b.sh needs several nodes: set HOSTFILE"),
+        (MULTI_NODE, [], {"HOSTFILE": "one"}, "HOSTFILE one names 1 node(s)"),
+        (SINGLE_NODE, [], {"PYTHON": "/no/python"}, "no /no/python here"),
+        (SINGLE_NODE.replace("run_1.3b", "sweep/run_single"), ["2", "yes"], {}, "OFFLOAD=yes: true or false"),
+    ],
+)
+def test_a_mistake_is_one_message_before_anything_starts(script, words, variables, message, bench):
+    (bench.folder / "file").touch()
+    (bench.folder / "one").write_text("# nodes\nlocalhost slots=8\n")
+    done = bench.run(script, *words, **variables)
+    assert done.returncode == 1 and bench.notes() == []
+    assert done.stdout.startswith(f"\nerror: {message}"), done.stdout
+    assert len(done.stdout.strip().splitlines()) == 1
+
+
+def test_a_port_that_is_taken_is_refused_and_one_that_is_free_is_chosen(bench):
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        done = bench.run(SINGLE_NODE, MASTER_PORT=port)
+        assert done.returncode == 1 and f"MASTER_PORT={port}: in use" in done.stdout
+    ports = set()
+    for _ in range(2):
+        bench.run(SINGLE_NODE)
+        ((_, _, *words),) = bench.notes()
+        ports.add(words[words.index("--master_port") + 1])
+    assert len(ports) == 2 and all(1024 < int(port) < 65536 for port in ports)
+    bench.run(SINGLE_NODE, MASTER_PORT=port)
+    assert f"--master_port {port}" in " ".join(bench.notes()[0])
+
+
+@pytest.mark.parametrize(
+    "script, variables, command",
+    [
+        (SINGLE_NODE, {}, "--num_accelerators 1"),
+        (SINGLE_NODE, {"NUM_GPUS": "2"}, "--num_accelerators 2"),
+        (SINGLE_NODE, {"gpus": 4}, "--num_gpus 4"),
+        (SINGLE_NODE, {"gpus": 4, "NUM_GPUS": "2"}, "--num_gpus 2"),
+        (SINGLE_NODE, {"gpus": 4, "CUDA_VISIBLE_DEVICES": "1,3"}, "--include localhost:1,3"),
+        (SINGLE_NODE.replace("single_node", "single_gpu"), {"gpus": 4}, "--num_gpus 1"),
+        (MULTI_NODE, {"HOSTFILE": "two hosts"}, "--hostfile two hosts"),
+    ],
+)
+def test_the_launcher_follows_the_machine(script, variables, command, bench):
+    (bench.folder / "two hosts").write_text("a slots=8\nb slots=8\n")
+    assert bench.run(script, **variables).returncode == 0
+    ((_, _, *words),) = bench.notes()
+    assert words[:3] == ["-m", "deepspeed.launcher.runner", "--master_port"]
+    assert " ".join(words[4 : words.index(str(ROOT / "training" / script.partition("/")[0] / "main.py"))]) == command
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"},
+        {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "1"},
+    ],
+    ids=["torchrun", "srun"],
+)
+def test_as_one_process_of_many_it_starts_no_launcher(variables, bench):
+    assert bench.run(MULTI_NODE, "out", STUB_SAYS="words", **variables).returncode == 0
+    ((_, _, *words),) = bench.notes()
+    assert words[0] == "-u" and words[1].endswith("main.py")
+    assert [path.name for path in (bench.folder / "out").iterdir()] == ["training.rank1.log"]
+
+
+def test_the_whole_output_is_shown_and_logged(bench):
+    done = bench.run(SINGLE_NODE, STUB_SAYS="one\ntwo")
+    assert done.stdout.endswith("one\ntwo\n")
+    assert (bench.folder / "output" / "training.log").read_text() == "one\ntwo\n"
+
+
+@pytest.mark.parametrize(
+    "said, cause, flags",
+    [
+        (
+            "step 1\nerror (rank 0): early\nmore\nerror (rank 0): --zero_stage 5: no stage.\n--max_seq_len 1: too few.",
+            ["error (rank 0): --zero_stage 5: no stage.", "--max_seq_len 1: too few."],
+            "--zero_stage --max_seq_len",
+        ),
+        ("exits with return code = -9", ["error: a process was killed, most often because"], "--offload"),
+        ("something else", ["error: exit status 3"], "--help lists them"),
+    ],
+    ids=["cause", "killed", "unknown"],
+)
+def test_a_failure_ends_with_cause_flag_and_log(said, cause, flags, bench):
+    done = bench.run(SINGLE_NODE, STUB_SAYS=said, STUB_STATUS="3")
+    assert done.returncode == 1
+    *before, shown, log = done.stdout.splitlines()
+    assert [line[: len(want)] for line, want in zip(before[-len(cause) :], cause)] == cause
+    assert shown.startswith(f"flags to look at: {flags}") and log == "whole log: ./output/training.log"
+    assert (bench.folder / "output" / "training.log").read_text() == said + "\n"
+
+
+@pytest.mark.parametrize("name, runs", list(zip(SWEEPS, (8, 4, 18))))
+def test_a_sweep_runs_every_combination_in_a_folder_of_its_own(name, runs, bench):
+    done = bench.run(name, "--max_train_steps", "3")
+    assert done.returncode == 0, done.stdout
+    notes = bench.notes()
+    assert len(notes) == runs == len(list(bench.folder.glob("z*/training.log")))
+    assert all(words[-2:] == ["--max_train_steps", "3"] for words in notes)
+    assert len({tuple(word for word in words if not word.isdigit()) for words in notes}) == runs
+    if "step3" in name:
+        assert (bench.folder / "z2_he_true_offload_false_lora_true" / "training.log").exists()
+    done = bench.run(name, STUB_STATUS="1")
+    assert done.returncode == 1 and len(bench.notes()) == runs
+    assert done.stdout.splitlines()[-1].startswith(f"error: {runs} run(s) failed: z2_")
+
+
+@pytest.mark.parametrize("name", EVALUATIONS)
+def test_evaluation_scripts_pass_flags_on(name, bench):
+    assert bench.run(name, "--dtype", "fp32").returncode == 0
+    ((_, _, program, *words),) = bench.notes()
+    assert Path(program).exists() and words[-2:] == ["--dtype", "fp32"]
+
+
+TINY = "--data_path {stock}/toy --dtype fp32 --max_train_steps 2"
+TINY_SFT = f"--model_name_or_path {{stock}}/base/opt --max_seq_len 48 {TINY}"
+TINY_PPO = f"{TINY} --max_prompt_seq_len 24 --max_answer_seq_len 4 --eval_prompts 8 --per_device_eval_batch_size 8"
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        (SINGLE_NODE, f"out 2 {TINY_SFT}"),
+        (PPO, f"{{stock}}/sft/opt {{stock}}/reward/opt 2 2 out {TINY_PPO}"),
+    ],
+    ids=["step 1", "step 3"],
+)
+def test_the_two_command_lines_of_a_newcomer(name, words, bench, stock):
+    variables = {key: environment()[key] for key in ("OMP_NUM_THREADS", "HF_HUB_OFFLINE")}
+    done = bench.run(name, *(word.format(stock=stock) for word in words.split()), PYTHON=sys.executable, **variables)
+    assert done.returncode == 0, done.stdout[-3000:]
+    output = bench.folder / "out"
+    (model,) = output.rglob("model.safetensors") if "step1" in name else output.rglob("actor/model.safetensors")
+    assert model.stat().st_size > 0 and list(output.glob("**/events.out.tfevents*"))
+    log = (output / "training.log").read_text()
+    assert log in done.stdout and "memory plan" in log
+    progress = [line for line in log.splitlines() if "step 2/2" in line]
+    shown = ("score ", "KL ", "tok/s ") if "step3" in name else ("loss ", "tok/s ")
+    assert all(word in progress[-1] for word in (*shown, "mem ", "GiB", "left "))

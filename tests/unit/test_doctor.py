@@ -1,0 +1,120 @@
+"""python -m dschat.doctor: what it finds, and what it says to do."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+from dschat import doctor
+from dschat.engine import ops
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(*words: str, **environment: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "dschat.doctor", *words]
+    outside = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", **environment}
+    return subprocess.run(command, env=outside, capture_output=True, text=True, cwd=ROOT)
+
+
+def test_every_line_is_good_or_says_what_to_do_and_a_stale_lock_stops(tmp_path):
+    builds = tmp_path / "builds"
+    (builds / "deepspeed_shm_comm").mkdir(parents=True)
+    (builds / "deepspeed_shm_comm" / "lock").touch()
+    done = run(TORCH_EXTENSIONS_DIR=str(builds))
+    lines = done.stdout.splitlines()
+    assert done.returncode == 1 and done.stderr.endswith("what is BAD above has to be mended first\n")
+    found = [line for line in lines if line[:6] in ("good  ", "note  ", "BAD   ")]
+    assert len(found) > 15 and all(": " in line for line in found if not line.startswith("good"))
+    (bad,) = [line for line in lines if line.startswith("BAD")]
+    assert str(builds / "deepspeed_shm_comm" / "lock") in bad and "--build_ops" in bad
+    for word in ("Python", "torch", "deepspeed", "cores", "ninja", "/dev/shm", "cache folder", "HF_HUB_OFFLINE"):
+        assert any(word in line for line in found), word
+
+
+def test_a_missing_package_is_named_without_a_traceback(tmp_path):
+    # An environment in which nothing is installed but this interpreter's own library and packaging.
+    code = (
+        "import sys; sys.path = [p for p in sys.path if 'site-packages' not in p] + [sys.argv[1]]\n"
+        "from dschat import doctor\ndoctor.main([])"
+    )
+    import packaging
+
+    (tmp_path / "packaging").symlink_to(Path(packaging.__file__).parent)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert any(line.startswith("BAD   torch is not installed: pip install 'torch") for line in done.stdout.splitlines())
+
+
+def test_versions_outside_the_range_are_a_note(monkeypatch):
+    assert str(doctor._check_package(Requirement("pytest>=1"))).startswith("good  pytest ")
+    found = doctor._check_package(Requirement("pytest<1"))
+    assert "pip install 'pytest<1'" in found.remedy and not found.stops
+
+
+def test_a_lock_is_stale_only_while_nobody_builds(tmp_path):
+    folder = tmp_path / "op"
+    folder.mkdir()
+    assert ops.stale_lock(folder) is None
+    (folder / "lock").touch()
+    builder = subprocess.Popen(["sleep", "60"], cwd=folder)
+    try:
+        assert ops.stale_lock(folder) is None
+    finally:
+        builder.kill()
+        builder.wait()
+    assert ops.stale_lock(folder) == folder / "lock"
+
+
+def test_building_clears_stale_locks_and_builds_what_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    (op,) = ops.needed_ops()
+    assert op.name == "deepspeed_shm_comm" and not op.built and op.lock is None
+    op.folder.mkdir()
+    (op.folder / "lock").touch()
+
+    class Builder:
+        name = op.name
+
+        def load(self):
+            assert not (op.folder / "lock").exists()
+            (op.folder / f"{op.name}.so").touch()
+
+    monkeypatch.setattr(ops.get_accelerator(), "create_op_builder", lambda name: Builder())
+    assert set(ops.build_ops()) == {op.name}
+    assert ops.needed_ops()[0].built and ops.build_ops() == {}
+
+
+def test_the_compiler_is_missed(monkeypatch):
+    monkeypatch.setenv("CXX", "no-compiler")
+    found = doctor.check_compiler()[0]
+    assert found.stops and "build-essential" in found.remedy
+
+
+def test_the_hub_is_reached_or_not(monkeypatch):
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
+        assert doctor.check_hub().remedy == ""
+    found = doctor.check_hub()
+    assert "HF_ENDPOINT" in found.remedy and not found.stops
+
+
+@pytest.mark.parametrize("size, small", [(doctor.GIB // 2, True), (8 * doctor.GIB, False)])
+def test_small_shared_memory_is_noted(size, small, monkeypatch):
+    usage = type("Usage", (), dict(total=size, free=size))
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: usage)
+    shared = next(finding for finding in doctor.check_room() if "/dev/shm" in finding.text)
+    assert ("--shm-size" in shared.remedy) == small

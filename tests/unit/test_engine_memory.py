@@ -1,0 +1,273 @@
+"""The memory planner against numbers worked out by hand."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from dschat.algorithms import logprobs
+from dschat.config.options import LoraOptions, SystemOptions
+from dschat.config.parse import parse_config
+from dschat.config.steps import PPOConfig, RewardConfig, SFTConfig
+from dschat.engine import activations
+from dschat.engine.memory import inference_footprint, training_footprint
+from dschat.engine.memory_plan import plan_step
+from dschat.engine.memory_report import GIB, OVERHEAD, check_fit, needed_bytes, plan_text, remedies, with_options
+from dschat.engine.model_size import ModelSize, model_size, named_size
+from dschat.models.families import FAMILIES, shape_config
+from dschat.models.prepare import prepare_for_training
+from dschat.models.reward_model import RewardModel
+
+# 1,000 parameters, of which 600 + 100 train; the numbers below follow from these alone.
+SIZE = ModelSize(
+    family="llama",
+    parameters=1000,
+    groups=(600, 100),
+    largest=300,
+    largest_trained=200,
+    layers=4,
+    hidden=8,
+    heads=2,
+    kv_width=8,
+    intermediate=16,
+    vocab=50,
+    trained_layers=4,
+)
+BUCKET = 100_000_000
+
+
+def training(stage: int, *, offload: bool = False, dtype: str = "bf16", world_size: int = 4, **more):
+    system = SystemOptions(zero_stage=stage, offload=offload)
+    return training_footprint(SIZE, system, dtype=dtype, world_size=world_size, **more)
+
+
+def test_plain_fp32_holds_weights_gradients_and_two_moments():
+    found = training(0, dtype="fp32")
+    assert (found.weights, found.master, found.adam, found.gradients) == (4000, 0, 5600, 2800)
+    assert found.resident == 9600 and found.step == found.early == found.host == 0
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_stage_1_parts_the_optimizer_states(stage):
+    found = training(stage)
+    # Whole weights and gradients; a quarter of 700 x (4 + 8) bytes.
+    assert (found.weights, found.master, found.adam, found.gradients) == (2000, 700, 1400, 1400)
+    assert found.early == 2 * BUCKET
+    assert found.reduce == 2 * BUCKET + 350  # its own part of the gradients, beside all of them
+    # The largest group's quarter, 150, flat in bf16 and in fp32; what other processes step is gone by then.
+    assert found.step == 6 * 150 - (1400 - 350)
+    assert found.build == 2 * 600
+
+
+def test_stage_2_parts_the_gradients_too():
+    found = training(2)
+    assert (found.weights, found.master, found.adam, found.gradients) == (2000, 700, 1400, 350)
+    assert found.early == 2 * BUCKET + 350 and found.step == 6 * 150
+
+
+def test_stage_3_parts_the_weights_too():
+    found = training(3)
+    assert (found.weights, found.master, found.adam) == (500, 700, 1400)
+    # A bucket of DeepSpeed's default size, its part of the gradients, and the whole weights in use (here: all).
+    assert found.buffers == 2 * 500_000_000 + 350 + 2000
+    assert found.step == 6 * 175
+    assert training(3, world_size=1).buffers == 2 * 500_000_000 + 1400  # the only part is used in place
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_offload_leaves_weights_on_the_gpu(stage):
+    found = training(stage, offload=True)
+    assert (found.weights, found.master, found.adam, found.step) == (2000, 0, 0, 0)
+    assert found.buffers == 2 * 200  # one gradient on its way
+    assert found.gradients == (0 if stage == 2 else 1400)
+    # fp32 weights, gradients, two moments, and bf16 weights, of a quarter of 700.
+    assert found.host == 18 * 175
+
+
+def test_offload_of_stage_3_leaves_nothing_but_what_is_in_use():
+    found = training(3, offload=True)
+    assert (found.weights, found.buffers) == (0, 2 * 500_000_000 + 2000)
+    assert found.host == 500 + 18 * 175
+    assert training(3, offload=True, world_size=1).buffers == 2 * 500_000_000 + 2000  # a copy on the GPU even then
+
+
+def test_accumulation_and_averages():
+    assert training(1, accumulation=2).waiting == 2 * BUCKET + 1400 and training(1, accumulation=2).early == 0
+    assert training(2, accumulation=2).waiting == 350 and training(3, accumulation=2).waiting == 0
+    assert training(2, average=True).average == 4 * 175 and training(2, average=True, offload=True).host == 22 * 175
+
+
+def test_models_that_only_evaluate():
+    def footprint(stage, offload=False, world_size=4):
+        return inference_footprint(SIZE, stage=stage, offload=offload, width=2, world_size=world_size)
+
+    assert footprint(0).resident == footprint(2).resident == 2000
+    assert (footprint(3).weights, footprint(3).buffers, footprint(3).host) == (500, 2000, 0)
+    assert (footprint(3, offload=True).weights, footprint(3, offload=True).host) == (0, 500)
+
+
+def test_activations_of_a_llama_layer():
+    # A token: two norms of 4 x 8 (fp32) + 2 x 8 (out) + 2 x 8 (normalised), four of 2 x 8 in the attention, four of
+    # 2 x 16 in the feed-forward part, and 4 bytes of log-sum-exp for each of two heads.
+    assert activations.layer_bytes(SIZE, width=2) == 2 * (32 + 16 + 16) + 4 * 16 + 4 * 32 + 8
+    ends = (4 + 6) * 8
+    assert activations.kept_bytes(SIZE, tokens=3, width=2, checkpointing=False) == 3 * (4 * 328 + ends)
+    assert activations.kept_bytes(SIZE, tokens=3, width=2, checkpointing=True) == 3 * (4 * 16 + ends)
+
+
+def test_activations_of_an_opt_layer():
+    opt = ModelSize(**{**vars(SIZE), "family": "opt", "intermediate": 32})
+    assert activations.layer_bytes(opt, width=2) == 2 * (8 * 8 + 32) + 8
+    dropping = ModelSize(**{**vars(opt), "dropout": 0.1})
+    assert activations.layer_bytes(dropping, width=2) == 2 * (8 * 8 + 32) + 8 + 2 * 8
+
+
+def test_logits_are_chunked_as_the_loss_does_it():
+    assert activations.CHUNK_ELEMENTS == logprobs.CHUNK_ELEMENTS
+    few, many = 1000, 10 * activations.CHUNK_ELEMENTS
+    assert activations.loss_bytes(few, width=2, sliced=False, backward=True) == 2000 + 25 * 1000
+    chunk = activations.CHUNK_ELEMENTS
+    assert activations.loss_bytes(many, width=2, sliced=True, backward=True) == 4 * many + 17 * chunk + 4 * many
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("reward", [False, True])
+@pytest.mark.parametrize(
+    "lora, freeze",
+    [
+        (LoraOptions(), 0),
+        (LoraOptions(), 3),
+        (LoraOptions(lora_dim=4), 1),
+        (LoraOptions(lora_dim=4, only_optimize_lora=True), 0),
+    ],
+)
+def test_counting_a_few_layers_is_counting_all(family, reward, lora, freeze):
+    """Against the model with all of its layers, prepared as a step does it."""
+    config = shape_config(f"tiny-{family}")
+    config.num_hidden_layers = 8
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:1] * 8
+    system = SystemOptions(freeze_layers=freeze)
+    found = model_size(config, reward=reward, lora=lora, system=system)
+    with torch.device("meta"):
+        if reward:
+            config.num_labels = 1
+            model = RewardModel(AutoModelForSequenceClassification.from_config(config))
+        else:
+            model = AutoModelForCausalLM.from_config(config)
+    adapters = prepare_for_training(model, lora=lora, system=system)
+    parameters = dict(model.named_parameters())
+    assert found.parameters == sum(p.numel() for p in parameters.values())
+    assert found.trained == sum(p.numel() for p in parameters.values() if p.requires_grad)
+    assert found.adapters == sum(p.numel() for name, p in parameters.items() if name in adapters)
+    assert found.merged == sum(p.numel() for name, p in parameters.items() if name.endswith("base_layer.weight"))
+    assert found.largest == max(p.numel() for p in parameters.values())
+    assert found.trained_layers == 8 - freeze and found.layers == 8
+    assert found.intermediate == (128 if family in ("llama", "qwen2", "mistral") else 256)
+    assert found.vocab == (0 if reward else 264)
+
+
+def test_llama_2_70b_groups_its_keys():
+    size = named_size("meta-llama/Llama-2-70b-hf", flag="--model")
+    assert (size.parameters, size.trained, size.kv_width, size.layers) == (68_976_648_192, 0, 1024, 80)
+
+
+STEP3 = "--actor_model_name_or_path llama-2-7b --critic_model_name_or_path llama-2-7b --max_prompt_seq_len 256"
+
+
+def ppo(flags: str, world_size: int = 1):
+    return plan_step(parse_config(PPOConfig, f"{STEP3} {flags}".split()), world_size=world_size, dtype="bf16")
+
+
+def test_step_3_holds_four_models_and_the_critic_none_without_one():
+    plan = ppo("")
+    assert set(plan.models) == {"actor", "reference", "reward", "critic"}
+    assert plan.models["reference"].weights == 2 * 6_738_415_616
+    # The score head stands in for the output head: 32000 x 4096 less, 4096 more.
+    assert plan.models["reward"].weights == 2 * (6_738_415_616 - 32000 * 4096 + 4096)
+    rloo = ppo("--advantage_estimator rloo --num_samples_per_prompt 2")
+    assert set(rloo.models) == {"actor", "reference", "reward"} and not any("critic" in phase for phase in rloo.phases)
+
+
+def test_the_replica_shares_merges_or_gathers():
+    rows = "--per_device_generation_batch_size 4 --per_device_training_batch_size 4 --eval_prompts 4"
+    hybrid = f"--enable_hybrid_engine {rows}"
+    cache = 2 * 2 * 32 * 4096 * 4 * 512  # bf16, keys and values, layers, width, rows, positions
+    assert ppo(hybrid).resident == {"KV cache": cache, "replica": 0}
+    adapted = 32 * (4 * 4096 * 4096 + 3 * 4096 * 11008)
+    lora = f"{hybrid} --actor_lora_dim 8 --only_optimize_lora"
+    assert ppo(lora).resident["replica"] == 2 * adapted
+    assert ppo(f"{lora} --hybrid_lora attach").resident["replica"] == 0
+    gathered = ppo(f"{lora} --actor_zero_stage 3", world_size=8)
+    assert gathered.resident["replica"] == 2 * 6_738_415_616
+    freed = ppo(f"{hybrid} --actor_zero_stage 3 --release_inference_cache")
+    assert set(freed.resident) == {"KV cache (while generating)", "replica (while generating)"}
+    kept = ppo(f"{hybrid} --actor_zero_stage 3")
+    assert kept.phases["actor step"] - freed.phases["actor step"] == 2 * 6_738_415_616 + cache
+
+
+def sft(flags: str):
+    return parse_config(SFTConfig, f"--model_name_or_path llama-2-7b --zero_stage 2 {flags}".split())
+
+
+def fit(config, *, gpu_gib: float, host_gib: float = 0.0, world_size: int = 1) -> None:
+    plan = plan_step(config, world_size=world_size, dtype="bf16")
+    limits = dict(gpu_bytes=gpu_gib * GIB, all_host_bytes=host_gib * GIB)
+    check_fit(config, plan, world_size=world_size, processes=world_size, dtype="bf16", **limits)
+
+
+def test_what_cannot_fit_is_refused_with_flags_that_make_it_fit():
+    config = sft("")
+    with pytest.raises(ValueError, match="does not fit.*of 24.0 GiB.*It fits with --.*--ignore_memory_plan") as refused:
+        fit(config, gpu_gib=24)
+    words = str(refused.value).partition("It fits with ")[2].partition(" (")[0].split()
+    assert 2 <= sum(word.startswith("--") for word in words) <= 5
+    changed = sft(" ".join(words))
+    fit(changed, gpu_gib=24)
+    assert needed_bytes(plan_step(changed, world_size=1, dtype="bf16")) <= 24 * GIB
+    fit(config, gpu_gib=200)
+
+
+def test_where_the_batch_is_what_does_not_fit_a_smaller_one_is_the_remedy():
+    config = sft("--lora_dim 8 --only_optimize_lora --gradient_checkpointing --per_device_train_batch_size 256")
+    words, plan = remedies(config, world_size=1, processes=1, dtype="bf16", limits=(32 * GIB, 0))
+    assert words == ["--per_device_train_batch_size 64", "--gradient_accumulation_steps 4"]
+    config = parse_config(PPOConfig, f"{STEP3} --actor_lora_dim 8 --critic_lora_dim 8 --only_optimize_lora".split())
+    rows = {"per_device_generation_batch_size": 16, "generation_batches": 4, "per_device_training_batch_size": 64}
+    checkpointing = {"actor_gradient_checkpointing": True, "critic_gradient_checkpointing": True}
+    config = with_options(config, rows | checkpointing | {"per_device_eval_batch_size": 8})
+    words, _ = remedies(config, world_size=1, processes=1, dtype="bf16", limits=(66 * GIB, 0))
+    assert words == ["--per_device_training_batch_size 32", "--gradient_accumulation_steps 2"]
+
+
+def test_step_3_and_the_host_count_as_well():
+    config = parse_config(PPOConfig, STEP3.split())
+    limits = (80 * GIB, 100 * GIB)
+    words, plan = remedies(config, world_size=1, processes=1, dtype="bf16", limits=limits)
+    assert needed_bytes(plan) <= 80 * GIB and plan.host_bytes(processes=1) <= 100 * GIB
+    assert "--only_optimize_lora" in words  # offload of two whole models would need 242 GB of host memory
+    with pytest.raises(ValueError, match="GiB of 10.0 GiB host memory"):
+        fit(sft("--lora_dim 8 --only_optimize_lora"), gpu_gib=80, host_gib=10)
+
+
+def test_where_nothing_helps_it_says_so():
+    config = parse_config(SFTConfig, "--model_name_or_path opt-175b".split())
+    with pytest.raises(ValueError, match="None of the usual flags makes it fit 1 GPU"):
+        fit(config, gpu_gib=24, host_gib=64)
+
+
+def test_options_are_replaced_in_whatever_group_they_are():
+    config = with_options(sft(""), {"gradient_checkpointing": True, "per_device_train_batch_size": 2})
+    assert config.system.gradient_checkpointing and config.batch.per_device_train_batch_size == 2
+    assert config.system.zero_stage == 2
+
+
+def test_a_pair_is_two_texts_and_the_table_says_what_is_needed():
+    config = parse_config(RewardConfig, "--model_name_or_path opt-350m --per_device_train_batch_size 4".split())
+    plan = plan_step(config, world_size=1, dtype="bf16")
+    size, model = plan.sizes["model"], plan.models["model"]
+    kept = activations.kept_bytes(size, tokens=4096, width=2, checkpointing=False)
+    working = activations.working_bytes(size, tokens=4096, width=2, checkpointing=False)
+    assert plan.phases["backward"] == model.resident + kept + model.early + working
+    text = plan_text(plan, processes=2, gpu_bytes=4 * GIB, all_host_bytes=GIB)
+    assert f"needs {(plan.peak[1] + OVERHEAD) / GIB:.1f} GiB on a GPU of 4.0 GiB: does not fit" in text
+    assert "1.2 GiB of host memory for 2 process(es) of 1.0 GiB: does not fit" in text

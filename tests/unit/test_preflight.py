@@ -1,0 +1,82 @@
+"""The memory plan before loading: printed, held against the GPU, and alone by --dry_run and dschat.plan."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from dschat import plan
+from dschat.config.parse import parse_config
+from dschat.config.steps import PPOConfig, SFTConfig
+from dschat.trainers import preflight
+
+SFT = "--model_name_or_path llama-2-7b --zero_stage 2"
+
+
+@pytest.fixture
+def gpu_of_24_gib(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(total_memory=24 * 2**30))
+
+
+@pytest.fixture
+def said(monkeypatch) -> list[str]:
+    lines: list[str] = []
+    monkeypatch.setattr(preflight.logger, "info", lines.append)
+    return lines
+
+
+def test_a_run_shows_its_plan_and_stops_where_it_cannot_fit(gpu_of_24_gib, said):
+    with pytest.raises(ValueError, match="does not fit"):
+        preflight.show_plan(parse_config(SFTConfig, SFT.split()), dtype="bf16")
+    assert "memory plan" in said[0] and "of 24.0 GiB: does not fit" in said[0]
+    preflight.show_plan(parse_config(SFTConfig, f"{SFT} --ignore_memory_plan".split()), dtype="bf16")
+    preflight.show_plan(parse_config(SFTConfig, SFT.replace("llama-2-7b", "opt-125m").split()), dtype="bf16")
+    assert "of 24.0 GiB: fits" in said[2]
+
+
+def test_on_a_cpu_it_is_shown_alone(said):
+    preflight.show_plan(parse_config(SFTConfig, SFT.split()), dtype="bf16")
+    assert "GiB on a GPU;" in said[0] and "fits" not in said[0]
+
+
+def test_a_dry_run_prints_what_deepspeed_would_get(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    (tmp_path / "ds.json").write_text(json.dumps({"gradient_clipping": 0.5}))
+    flags = (
+        "--actor_model_name_or_path opt-1.3b --critic_model_name_or_path opt-350m --actor_zero_stage 3 --dtype fp16 "
+        f"--critic_zero_stage 2 --per_device_training_batch_size 8 --deepspeed_config {tmp_path}/ds.json"
+    )
+    preflight.dry_run(parse_config(PPOConfig, flags.split()))
+    printed = capsys.readouterr().out
+    _, actor, critic = printed.split("DeepSpeed configuration of the ")
+    actor, critic = (json.loads(text.partition(":\n")[2]) for text in (actor, critic))
+    assert (actor["zero_optimization"]["stage"], critic["zero_optimization"]["stage"]) == (3, 2)
+    assert actor["train_batch_size"] == 32 and actor["gradient_clipping"] == 0.5 and actor["fp16"]["enabled"]
+    assert "for 4 GPU(s) in fp16; planned, not run" in printed
+
+
+def test_dschat_plan(capsys):
+    plan.main("--step 3 --model llama-2-7b --gpus 8 --actor_zero_stage 3 --critic_zero_stage 3 --gpu_gib 80".split())
+    assert "of 80.0 GiB: fits" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="does not fit.*of 24.0 GiB"):
+        plan.main("--step 3 --model llama-2-7b --gpus 1 --gpu_gib 24".split())
+    plan.main("--step 1 --sizes --gpus 16 --zero_stage 3".split())
+    table = capsys.readouterr().out.splitlines()
+    assert [row.split()[0] for row in table[-9:]] == list(plan.SIZES) and all("planned" in row for row in table[-9:])
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--step 1 --model opt-9b", "no shape named 'opt-9b'; known: opt-125m"),
+        ("--step 1", "--model is missing"),
+        ("--step 1 --model opt-1.3b --gpus 0", "--gpus 0: must be at least 1"),
+        ("--step 2 --model opt-1.3b --zero_stge 3", "--zero_stge: no flag of that name"),
+        ("--step 1 --model ./nowhere", "'./nowhere' does not exist"),
+    ],
+)
+def test_dschat_plan_names_mistakes(flags, message):
+    with pytest.raises(ValueError, match=message):
+        plan.main(flags.split())

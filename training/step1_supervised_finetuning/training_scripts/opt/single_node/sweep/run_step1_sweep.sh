@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Step 1 under ZeRO 2 and 3, with and without offload and LoRA; a folder each.
+# A run that fails does not stop the others.
+source "$(dirname -- "${BASH_SOURCE[0]}")/../../../../../../scripts/_launch.sh"
+
+positional -- "$@"
+for z in 2 3; do
+    for offload in true false; do
+        for lora in true false; do
+            sweep_run "$z" "$offload" "$lora" "z${z}_offload_${offload}_lora_${lora}"
+        done
+    done
+done
+sweep_end

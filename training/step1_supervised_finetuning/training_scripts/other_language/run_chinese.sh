@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# BLOOM-1.1B on Chinese data, which has no rejected answers: all of it for step 1.
+source "$(dirname -- "${BASH_SOURCE[0]}")/../../../../scripts/_launch.sh"
+
+positional OUTPUT=./output ZERO_STAGE=2 -- "$@"
+launch 1 all \
+    --model_name_or_path bigscience/bloom-1b1 \
+    --data_path wangrui6/Zhihu-KOL Cohere/miracl-zh-queries-22-12 Hello-SimpleAI/HC3-Chinese mkqa-Chinese \
+    --data_split 10,0,0 \
+    --per_device_train_batch_size 8 --per_device_eval_batch_size 8 --max_seq_len 512 \
+    --learning_rate 9.65e-6 --weight_decay 0 --num_train_epochs 16 \
+    --gradient_accumulation_steps 1 --lr_scheduler_type cosine --num_warmup_steps 0 --seed 1234 \
+    --zero_stage "$ZERO_STAGE" --deepspeed \
+    --output_dir "$OUTPUT"
