@@ -21,6 +21,7 @@ import socket
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
@@ -150,27 +151,36 @@ def resumption(output: Path, command: list[str], *, fresh: bool) -> list[str]:
     return ["--resume", "latest"] if (output / "checkpoints").is_dir() else []
 
 
+def num_processes(args: argparse.Namespace, *, on_gpu: bool) -> int:
+    """Processes on this machine; 0: as many as DeepSpeed's command finds devices, or hosts."""
+    if args.deployment_type == "multi_node":
+        return 0
+    return args.num_processes or (1 if args.deployment_type == "single_gpu" or not on_gpu else 0)
+
+
+def launcher(args: argparse.Namespace, *, on_gpu: bool, port: int) -> list[str]:
+    """The deepspeed command in front of a main."""
+    words = [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", str(port)]
+    if args.deployment_type == "multi_node":
+        return words + (["--hostfile", args.hostfile] if args.hostfile else [])
+    count = num_processes(args, on_gpu=on_gpu)
+    return words + (["--num_gpus" if on_gpu else "--num_accelerators", str(count)] if count else [])
+
+
 def run_step(command: list[str], log: Path, args: argparse.Namespace, *, on_gpu: bool) -> None:
     """Run a main and its flags under DeepSpeed's launcher, on a master port that is free now; see run_logged."""
     with socket.socket() as probe:
         probe.bind(("", 0))
         port = probe.getsockname()[1]
-    threads = {} if on_gpu else {"OMP_NUM_THREADS": str(max(1, cpu_cores() // (args.num_processes or 1)))}
-    processes = args.num_processes or (1 if args.deployment_type == "single_gpu" or not on_gpu else 0)
-    if args.deployment_type != "multi_node" and processes and "CUDA_VISIBLE_DEVICES" not in os.environ:
+    count = num_processes(args, on_gpu=on_gpu)
+    environment = child_environment({} if on_gpu else {"OMP_NUM_THREADS": str(max(1, cpu_cores() // max(count, 1)))})
+    if count and "CUDA_VISIBLE_DEVICES" not in os.environ:
         from dschat.engine.launch import start_launcher
 
-        environment = child_environment(threads)
-        run_logged(
-            lambda: start_launcher(command, num_processes=processes, master_port=port, environment=environment), log
-        )
-        return
-    words = [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", str(port)]
-    if args.deployment_type == "multi_node":
-        words += ["--hostfile", args.hostfile] if args.hostfile else []
-    elif processes:
-        words += ["--num_gpus" if on_gpu else "--num_accelerators", str(processes)]
-    run_logged(lambda: start_process(words + command, child_environment(threads)), log)
+        start = partial(start_launcher, command, num_processes=count, master_port=port, environment=environment)
+    else:
+        start = partial(start_process, launcher(args, on_gpu=on_gpu, port=port) + command, environment)
+    run_logged(start, log)
 
 
 def child_environment(defaults: dict[str, str]) -> dict[str, str]:
@@ -188,7 +198,7 @@ def build_ops(*, on_gpu: bool) -> float:
     started = time.monotonic()
     code = "from dschat.engine.build import start_processes; start_processes()"
     command = [sys.executable, "-c", code]
-    run_logged(lambda: start_process(command, child_environment({})), marker.with_suffix(".log"))
+    run_logged(partial(start_process, command, child_environment({})), marker.with_suffix(".log"))
     marker.touch()
     return time.monotonic() - started
 

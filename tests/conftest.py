@@ -20,14 +20,18 @@ from launches import Case, Launches  # noqa: E402
 from stock import write_stock  # noqa: E402
 
 
+def pytest_addoption(parser):
+    parser.addoption("--model", help="test_step3_matrix.py: a causal language model's folder, instead of a miniature")
+
+
 def pytest_configure(config):
     config.addinivalue_line("markers", "cases(*cases): the launched cases whose results the test reads")
 
 
 @pytest.fixture(scope="session")
-def stock(tmp_path_factory) -> Path:
+def stock(request, tmp_path_factory) -> Path:
     """The folder of miniature models and toy data; see stock.py. Not to be written to."""
-    return write_stock(tmp_path_factory.mktemp("stock"))
+    return write_stock(tmp_path_factory.mktemp("stock"), matrix_model=request.config.getoption("--model"))
 
 
 @pytest.fixture(scope="session")

@@ -49,3 +49,26 @@ def schedule_problems(schedule: ScheduleOptions) -> list[str]:
     found += at_least("--num_train_epochs", schedule.num_train_epochs, 0)
     found += at_least("--max_train_steps", schedule.max_train_steps, 0)
     return found + at_least("--num_warmup_steps", schedule.num_warmup_steps, 0)
+
+
+def single_model_problems(config) -> list[str]:
+    """The problems of a step that trains one model."""
+    found = required("--model_name_or_path", config.model.model_name_or_path)
+    found += data_problems(config.data) + schedule_problems(config.schedule)
+    found += zero_stage("--zero_stage", config.system.zero_stage)
+    found += lora_problems(config.lora)
+    if config.lora.only_optimize_lora and config.lora.lora_dim == 0:
+        found.append("--only_optimize_lora needs adapters: give --lora_dim above 0.")
+    if config.system.enable_mixed_precision_lora and config.lora.lora_dim == 0:
+        found.append(
+            "--enable_mixed_precision_lora keeps the weights that LoRA adapts in int8: give --lora_dim above 0."
+        )
+    found += at_least("--freeze_layers", config.system.freeze_layers, 0)
+    for name in ("learning_rate", "weight_decay"):
+        found += at_least("--" + name, getattr(config.optim, name), 0)
+    found += at_least("--max_seq_len", config.data.max_seq_len, 2)
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
+        found += at_least("--" + name, getattr(config.batch, name), 1)
+    if config.system.dropout is not None:
+        found += in_range("--dropout", config.system.dropout, 0.0, 1.0)
+    return found

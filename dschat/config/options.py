@@ -127,6 +127,9 @@ class SystemOptions:
     gradient_checkpointing: bool = flag(False, "Recompute activations in backward.")
     dropout: Optional[float] = flag(None, "Set every dropout probability of the model. Default: the model's own.")
     freeze_layers: int = flag(0, "Freeze the embeddings and this many of the lowest decoder layers.")
+    enable_mixed_precision_lora: bool = flag(
+        False, "MixZ++: keep the weights that LoRA adapts in int8 (needs --lora_dim; any ZeRO stage)."
+    )
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,16 @@
 from dataclasses import dataclass
 from typing import Literal, Optional
 
-from dschat.config.options import DataOptions, ModelOptions, PromptFormat, RunOptions, ScheduleOptions, flag
+from dschat.config.options import (
+    DataOptions,
+    LoraOptions,
+    ModelOptions,
+    PromptFormat,
+    RunOptions,
+    ScheduleOptions,
+    SystemOptions,
+    flag,
+)
 
 
 @dataclass(frozen=True)
@@ -97,8 +106,23 @@ class PPOSystem:
     actor_zero_stage: int = flag(0, "ZeRO stage of the actor (and the reference model), 0 to 3.")
     critic_zero_stage: int = flag(0, "ZeRO stage of the critic (and the reward model), 0 to 3.")
     offload: bool = flag(False, "Keep optimizer states (ZeRO-3: parameters too) in host memory.")
-    offload_reference_model: bool = flag(False, "Keep the reference model's weights in host memory (ZeRO-3).")
-    offload_reward_model: bool = flag(False, "Keep the reward model's weights in host memory (ZeRO-3).")
+    offload_reference_model: bool = flag(
+        False, "Keep the reference model's weights in host memory; it then runs under ZeRO-3 whatever the actor's stage."
+    )
+    offload_reward_model: bool = flag(
+        False, "Keep the reward models' weights in host memory; they then run under ZeRO-3 whatever the critic's stage."
+    )
+    offload_idle_states: bool = flag(
+        False, "Move optimizer states and fp32 master weights to host memory while answers are generated and scored."
+    )
+    share_reference: bool = flag(
+        True, "With --only_optimize_lora and an actor with adapters, the reference is the actor without them: no copy."
+    )
+    share_reward: bool = flag(
+        True,
+        "With --only_optimize_lora and a critic with adapters, a reward model that is the critic's is the critic "
+        "without them, with a head of its own: no copy.",
+    )
     actor_gradient_checkpointing: bool = flag(False, "Recompute the actor's activations in backward.")
     critic_gradient_checkpointing: bool = flag(False, "Recompute the critic's activations in backward.")
     actor_dropout: Optional[float] = flag(None, "Accepted for compatibility: dropout is off in all four models.")
@@ -123,7 +147,9 @@ class PPOSystem:
     )
     inference_tp_size: int = flag(1, "Hybrid Engine: tensor-parallel processes in generation (actor ZeRO-3).")
     tp_gather_partition_size: int = flag(8, "Hybrid Engine: layers gathered at a time under tensor parallelism.")
-    enable_mixed_precision_lora: bool = flag(False, "MixZ++: quantise frozen weights (actor LoRA and ZeRO-3).")
+    enable_mixed_precision_lora: bool = flag(
+        False, "MixZ++: keep the weights that LoRA adapts in int8, in actor, reference and critic (any ZeRO stage)."
+    )
 
 
 @dataclass(frozen=True)
@@ -134,6 +160,10 @@ class PPOSampling:
     top_p: float = flag(1.0, "Nucleus sampling of rollouts; below 1, ratio and KL are biased.")
     top_k: int = flag(0, "Top-k sampling of rollouts; above 0, ratio and KL are biased.")
     min_answer_len: int = flag(0, "No answer ends before this many tokens.")
+    greedy_rollouts: bool = flag(
+        False,
+        "Take the likeliest token in rollouts instead of sampling, to compare settings; PPO then explores nothing.",
+    )
 
 
 @dataclass(frozen=True)
@@ -175,3 +205,18 @@ class PPORun(RunOptions):
     test_stop_step: int = flag(0, "Rollouts after which a test run stops.")
     eval_interval: int = flag(0, "Evaluate on held-out prompts every so many rollouts; 0: before and after only.")
     eval_prompts: int = flag(128, "Held-out prompts used in evaluation.")
+
+
+def lora_twin(lora: PPOLora, role: str) -> LoraOptions:
+    """The LoRA options of one role, "actor" or "critic"."""
+    names = ("lora_dim", "lora_module_name", "lora_alpha", "lora_learning_rate")
+    values = {name: getattr(lora, f"{role}_{name}") for name in names}
+    return LoraOptions(only_optimize_lora=lora.only_optimize_lora and values["lora_dim"] > 0, **values)
+
+
+def system_twin(system: PPOSystem, lora: LoraOptions, role: str) -> SystemOptions:
+    """The system options of one role, whose LoRA options are `lora`."""
+    names = ("zero_stage", "gradient_checkpointing", "freeze_layers")
+    values = {name: getattr(system, f"{role}_{name}") for name in names}
+    values["enable_mixed_precision_lora"] = system.enable_mixed_precision_lora and lora.lora_dim > 0
+    return SystemOptions(offload=system.offload, dropout=0.0, **values)

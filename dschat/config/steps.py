@@ -10,6 +10,7 @@ from dschat.config.checks import (
     lora_problems,
     required,
     schedule_problems,
+    single_model_problems,
     zero_stage,
 )
 from dschat.config.options import (
@@ -34,6 +35,8 @@ from dschat.config.ppo_options import (
     PPOSampling,
     PPOSchedule,
     PPOSystem,
+    lora_twin,
+    system_twin,
 )
 
 
@@ -64,7 +67,7 @@ class SFTConfig:
 
     def problems(self) -> list[str]:
         """Everything that is wrong with these options, one sentence each."""
-        return _single_model_problems(self)
+        return single_model_problems(self)
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,7 @@ class RewardConfig:
 
     def problems(self) -> list[str]:
         """Everything that is wrong with these options, one sentence each."""
-        found = _single_model_problems(self)
+        found = single_model_problems(self)
         found += in_range("--cut_fraction", self.data.cut_fraction, 0.0, 1.0)
         found += at_least("--eval_interval", self.run.eval_interval, 0)
         found += at_least("--eval_iters", self.run.eval_iters, 1)
@@ -131,19 +134,19 @@ class PPOConfig:
 
     @property
     def actor_lora(self) -> LoraOptions:
-        return _lora_twin(self.lora, "actor")
+        return lora_twin(self.lora, "actor")
 
     @property
     def critic_lora(self) -> LoraOptions:
-        return _lora_twin(self.lora, "critic")
+        return lora_twin(self.lora, "critic")
 
     @property
     def actor_system(self) -> SystemOptions:
-        return _system_twin(self.system, "actor")
+        return system_twin(self.system, self.actor_lora, "actor")
 
     @property
     def critic_system(self) -> SystemOptions:
-        return _system_twin(self.system, "critic")
+        return system_twin(self.system, self.critic_lora, "critic")
 
     @property
     def rollout_rows(self) -> int:
@@ -162,6 +165,17 @@ class PPOConfig:
         if self.model.reward_model_name_or_path or self.model.reward_fn:
             return self.model.reward_model_name_or_path
         return [self.model.critic_model_name_or_path]
+
+    @property
+    def shares_reference(self) -> bool:
+        """Whether the reference is the actor with its adapters off."""
+        return self.system.share_reference and self.actor_lora.only_optimize_lora
+
+    @property
+    def shares_reward(self) -> bool:
+        """Whether the critic, with its adapters off and another head, is also the reward model it starts from."""
+        is_reward = self.model.critic_model_name_or_path in self.reward_models
+        return self.system.share_reward and self.has_critic and self.critic_lora.only_optimize_lora and is_reward
 
     @property
     def updates_per_rollout(self) -> int:
@@ -221,8 +235,10 @@ class PPOConfig:
                 f"--inference_tp_size {system.inference_tp_size} needs --actor_zero_stage 3, "
                 f"not {system.actor_zero_stage}."
             )
-        if system.enable_mixed_precision_lora and not (self.lora.actor_lora_dim and system.actor_zero_stage == 3):
-            found.append("--enable_mixed_precision_lora needs --actor_lora_dim above 0 and --actor_zero_stage 3.")
+        if system.enable_mixed_precision_lora and not self.lora.actor_lora_dim:
+            found.append(
+                "--enable_mixed_precision_lora keeps the weights that LoRA adapts in int8: give --actor_lora_dim above 0."
+            )
         return found
 
     def _reward_problems(self) -> list[str]:
@@ -259,6 +275,11 @@ class PPOConfig:
         found += above("--temperature", sampling.temperature, 0)
         found += above("--top_p", sampling.top_p, 0) + in_range("--top_p", sampling.top_p, 0.0, 1.0)
         found += at_least("--top_k", sampling.top_k, 0)
+        if sampling.greedy_rollouts and self.batch.num_samples_per_prompt > 1:
+            found.append(
+                f"--greedy_rollouts would give {self.batch.num_samples_per_prompt} equal answers to each prompt: leave it "
+                "out, or give --num_samples_per_prompt 1."
+            )
         found += in_range("--min_answer_len", sampling.min_answer_len, 0, self.data.max_answer_seq_len)
         found += in_range("--ema_decay", self.model.ema_decay, 0.0, 1.0)
         found += at_least("--unsup_coef", self.data.unsup_coef, 0)
@@ -267,33 +288,3 @@ class PPOConfig:
         found += at_least("--eval_prompts", self.run.eval_prompts, 2)
         found += at_least("--print_answers_interval", self.run.print_answers_interval, 1)
         return found
-
-
-def _lora_twin(lora: PPOLora, role: str) -> LoraOptions:
-    names = ("lora_dim", "lora_module_name", "lora_alpha", "lora_learning_rate")
-    values = {name: getattr(lora, f"{role}_{name}") for name in names}
-    return LoraOptions(only_optimize_lora=lora.only_optimize_lora and values["lora_dim"] > 0, **values)
-
-
-def _system_twin(system: PPOSystem, role: str) -> SystemOptions:
-    names = ("zero_stage", "gradient_checkpointing", "freeze_layers")
-    values = {name: getattr(system, f"{role}_{name}") for name in names}
-    return SystemOptions(offload=system.offload, dropout=0.0, **values)
-
-
-def _single_model_problems(config) -> list[str]:
-    found = required("--model_name_or_path", config.model.model_name_or_path)
-    found += data_problems(config.data) + schedule_problems(config.schedule)
-    found += zero_stage("--zero_stage", config.system.zero_stage)
-    found += lora_problems(config.lora)
-    if config.lora.only_optimize_lora and config.lora.lora_dim == 0:
-        found.append("--only_optimize_lora needs adapters: give --lora_dim above 0.")
-    found += at_least("--freeze_layers", config.system.freeze_layers, 0)
-    for name in ("learning_rate", "weight_decay"):
-        found += at_least("--" + name, getattr(config.optim, name), 0)
-    found += at_least("--max_seq_len", config.data.max_seq_len, 2)
-    for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
-        found += at_least("--" + name, getattr(config.batch, name), 1)
-    if config.system.dropout is not None:
-        found += in_range("--dropout", config.system.dropout, 0.0, 1.0)
-    return found

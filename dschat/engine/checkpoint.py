@@ -4,7 +4,9 @@ from pathlib import Path
 
 import torch
 
+from dschat.engine.quantized import dequantized_state_dict
 from dschat.engine.zero import full_tensors
+from dschat.models.adapters import ADAPTER_FOLDER, adapter_is_all, write_adapter
 from dschat.models.export import save_pretrained_folder
 from dschat.models.lora import has_lora, merged_state_dict
 from dschat.tracking import dist
@@ -16,6 +18,9 @@ def save_model(
 ) -> None:
     """Write a complete Hugging Face folder: weights (adapters merged), configuration, tokenizer, chat template.
 
+    Where adapters are all that training changes, they are written as well, to adapter/ in it, as PEFT loads them. Int8
+    weights are saved, and merged, in the precision of training.
+
     Works under every ZeRO stage: parameters are gathered one at a time. The folder appears whole or not at all.
     Every process must call it.
 
@@ -25,8 +30,22 @@ def save_model(
     """
     tensors = full_tensors(model) if tensors is None else tensors
     if dist.is_main():
-        if has_lora(model):
-            tensors = merged_state_dict(model, tensors)
-        save_pretrained_folder(model, tensors, tokenizer, path)
+        whole = dequantized_state_dict(model, tensors)
+        merged = merged_state_dict(model, whole)
+        save_pretrained_folder(model, merged, tokenizer, path, write_more=_adapter_writer(model, whole))
         logger.info(f"saved {path}")
     dist.barrier()
+
+
+def _adapter_writer(model: torch.nn.Module, tensors: dict[str, torch.Tensor]):
+    """What writes the adapter folder; None where there is none to write."""
+    if not has_lora(model):
+        return None
+    merged = getattr(model, "merged_adapter", None)
+    if merged is not None:
+        logger.info(f"no adapter folder: training began from {merged} and its base, which no one folder holds together")
+        return None
+    if not adapter_is_all(model):
+        logger.info("no adapter folder: without --only_optimize_lora other weights than the adapters have trained too")
+        return None
+    return lambda folder: write_adapter(model, tensors, folder / ADAPTER_FOLDER)

@@ -96,27 +96,9 @@ if triton is not None:
 
     @triton.jit
     def _attend(
-        query,
-        key,
-        value,
-        bounds,
-        out,
-        parts,
-        sums,
-        key_b,
-        key_h,
-        key_l,
-        value_b,
-        value_h,
-        value_l,
-        KV_HEADS: tl.constexpr,
-        GROUP: tl.constexpr,
-        ROWS: tl.constexpr,
-        SCALE: tl.constexpr,
-        WIDTH: tl.constexpr,
-        PADDED: tl.constexpr,
-        BLOCK: tl.constexpr,
-        SPLITS: tl.constexpr,
+        query, key, value, bounds, out, parts, sums, key_b, key_h, key_l, value_b, value_h, value_l,
+        KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, SCALE: tl.constexpr,
+        WIDTH: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr,
     ):
         b, h = (tl.program_id(0) // KV_HEADS).to(tl.int64), (tl.program_id(0) % KV_HEADS).to(tl.int64)
         split = tl.program_id(1)

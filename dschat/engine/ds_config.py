@@ -19,6 +19,7 @@ def training_config(
     tensorboard_path: str | None = None,
     tensorboard_name: str = "",
     gradient_clipping: float = 1.0,
+    ranks_per_node: int | None = None,
 ) -> dict:
     """Configuration of an engine that trains. Stage 0 with half precision or offload becomes stage 1.
 
@@ -28,6 +29,8 @@ def training_config(
         on_cpu: offload then uses torch's AdamW, since DeepSpeedCPUAdam has to be compiled and gains nothing there.
         tensorboard_path: with it, the engine's own monitor writes below ``{path}/ds_tensorboard_logs/``.
         gradient_clipping: largest gradient norm; 0: no clipping.
+        ranks_per_node: with MixZ++ under ZeRO-3 on several nodes, each node keeps a second set of partitions of the
+            whole model, so that backward gathers within it (Wang et al. 2023, ZeRO++, hpZ). None: one node.
     """
     if system.zero_stage == 0 and (dtype != "fp32" or system.offload):
         # Without ZeRO nothing is offloaded, and DeepSpeed's half-precision optimizer (0.19.8) starts with a step on
@@ -41,6 +44,9 @@ def training_config(
         train_batch_size=micro_batch_size * gradient_accumulation_steps * world_size,
         gradient_clipping=gradient_clipping,
     )
+    several_nodes = ranks_per_node is not None and ranks_per_node < world_size
+    if system.enable_mixed_precision_lora and system.zero_stage == 3 and several_nodes:
+        config["zero_optimization"]["zero_hpz_partition_size"] = ranks_per_node
     if on_cpu:
         config["zero_force_ds_cpu_optimizer"] = False
     if tensorboard_path:
@@ -53,11 +59,12 @@ def training_config(
 
 
 def inference_config(system: SystemOptions, *, dtype: str, micro_batch_size: int, world_size: int) -> dict:
-    """Configuration of an engine that only evaluates: partitioned under ZeRO-3, whole otherwise."""
-    stage = 3 if system.zero_stage == 3 else 0
-    config = _common(
-        SystemOptions(zero_stage=stage, offload=system.offload and stage == 3), dtype=dtype, offload_optimizer=False
-    )
+    """Configuration of an engine that only evaluates: partitioned under ZeRO-3, whole otherwise.
+
+    Weights that are offloaded need ZeRO-3, which brings them to the device a layer at a time, whatever the stage asked.
+    """
+    stage = 3 if system.zero_stage == 3 or system.offload else 0
+    config = _common(SystemOptions(zero_stage=stage, offload=system.offload), dtype=dtype, offload_optimizer=False)
     config.update(
         train_micro_batch_size_per_gpu=micro_batch_size,
         gradient_accumulation_steps=1,

@@ -107,27 +107,9 @@ if triton is not None:
 
     @triton.jit
     def _skinny(
-        x,
-        weight_0,
-        weight_1,
-        weight_2,
-        bias_0,
-        bias_1,
-        bias_2,
-        out_0,
-        out_1,
-        out_2,
-        m,
-        n_0,
-        n_1,
-        n_2,
-        K: tl.constexpr,
-        NUM: tl.constexpr,
-        BIASED: tl.constexpr,
-        EVEN: tl.constexpr,
-        BLOCK_N: tl.constexpr,
-        BLOCK_K: tl.constexpr,
-        LEFT: tl.constexpr,
+        x, weight_0, weight_1, weight_2, bias_0, bias_1, bias_2, out_0, out_1, out_2, m, n_0, n_1, n_2,
+        K: tl.constexpr, NUM: tl.constexpr, BIASED: tl.constexpr, EVEN: tl.constexpr,
+        BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, LEFT: tl.constexpr,
     ):
         program = tl.program_id(0)
         weight, bias, out, n = weight_0, bias_0, out_0, n_0

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dschat.models.structure import decoder_layers, embedding_modules, forward_takes, pretrained
-from dschat.models.tokenizer import hub_error, model_source
+from dschat.models.tokenizer import adapter_base, hub_error, model_source
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 VOCABULARY_MULTIPLE = 8  # rows; tensor cores want matrix sizes in eights
@@ -49,12 +49,16 @@ def check_model_folder(folder: str | Path, *, flag: str) -> None:
 def load_config(
     path: str, *, flag: str, trust_remote_code: bool = False, dropout: Optional[float] = None
 ) -> tuple[str, PreTrainedConfig]:
-    """What to hand to from_pretrained for `path`, and its configuration with every dropout probability set.
+    """What to hand to from_pretrained for `path` (of an adapter: for its base), and its configuration with every dropout
+    probability set.
 
     Raises:
         ValueError: nothing there, or the folder is incomplete.
     """
     source, is_local = model_source(path, flag=flag)
+    if is_local and (base := adapter_base(source, flag=flag)):
+        flag = f"{flag} {path!r}: its base model"
+        source, is_local = model_source(base, flag=flag)
     if is_local:
         check_model_folder(source, flag=flag)
     try:
@@ -77,7 +81,7 @@ def load_causal_lm(
     trust_remote_code: bool = False,
     flag: str = "--model_name_or_path",
 ) -> PreTrainedModel:
-    """A causal language model with all of its weights, in `dtype`.
+    """A causal language model with all of its weights, in `dtype`. A PEFT adapter folder is merged into its base.
 
     Args:
         tokenizer: the vocabulary grows where this has more tokens than the embedding has rows; it never shrinks.
@@ -101,6 +105,7 @@ def load_causal_lm(
             output_loading_info=True,
         )
     require_complete(model, info, path=path, flag=flag)
+    merge_if_adapter(model, path, flag=flag)
     if tokenizer is not None:
         grow_vocabulary(model, len(tokenizer))
     return model
@@ -116,11 +121,20 @@ def readable_weights(path: str, *, flag: str):
     try:
         yield
     except (pickle.UnpicklingError, SafetensorError, EOFError) as error:
-        reason = str(error).split("\n")[0].split(". ")[0]
+        reason = f"{type(error).__name__}: " + str(error).split("\n")[0].split(". ")[0]
         raise ValueError(
-            f"{flag} {path!r}: its weights cannot be read ({type(error).__name__}: {reason}). A file is damaged, or a .bin "
-            "holds more than tensors, which is refused. Give a whole copy, with safetensors where there are any."
+            f"{flag} {path!r}: its weights cannot be read ({reason}). A file is damaged, or a .bin holds more than tensors, "
+            "which is refused. Give a whole copy, with safetensors where there are any."
         ) from error
+
+
+def merge_if_adapter(model: PreTrainedModel, path: str, *, flag: str) -> None:
+    """Merge `path` into `model`, its base, where it is a PEFT adapter folder; ``merged_adapter`` then names it."""
+    source, is_local = model_source(path, flag=flag)
+    if is_local and adapter_base(source, flag=flag):
+        from dschat.models.adapters import merge_adapter  # which imports this module
+        merge_adapter(model, source, flag=flag)
+        model.merged_adapter = source
 
 
 def require_complete(

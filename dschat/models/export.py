@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Optional
 
@@ -23,6 +24,7 @@ MODEL_FILES = (
     *("model*.safetensors", "pytorch_model*.bin", "*.index.json", "config.json", "generation_config.json"),
     *VOCABULARY_FILES,
     *("merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
+    "adapter",
 )
 
 
@@ -33,6 +35,7 @@ def save_pretrained_folder(
     path: str | Path,
     *,
     generation_config: Optional[GenerationConfig] = None,
+    write_more: Optional[Callable[[Path], None]] = None,
 ) -> None:
     """Write the model to `path`, as a folder that plain transformers loads with no weight missing.
 
@@ -46,6 +49,7 @@ def save_pretrained_folder(
         tensors: its whole tensors on the CPU, without LoRA (see merged_state_dict), under the names of
             `model`.state_dict() before LoRA. Tied tensors may be given or left out; buffers too.
         generation_config: what to save beside a language model; by default `model`'s own, where it is valid.
+        write_more: called with the folder before it takes its name, to write what else belongs to the model.
 
     Raises:
         ValueError: tensors are missing, left over, of another shape, or tied but different.
@@ -64,6 +68,8 @@ def save_pretrained_folder(
         shell.config.dtype = dtype
         shell.config.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
+        if write_more is not None:
+            write_more(temporary)
         replace_folder(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -85,8 +91,11 @@ def _complete_tensors(model: PreTrainedModel, tensors: dict[str, torch.Tensor]) 
     """One tensor for each name that `model` saves: tied ones once, buffers from `model` where they were left out."""
     own = {}
     for name, value in model.state_dict(keep_vars=True).items():
-        if ".lora_" not in name:
-            own[name.replace(".base_layer.", ".")] = value
+        if ".lora_" in name:
+            continue
+        name = name.replace(".base_layer.", ".")
+        # What is quantised has another name than the weight that it stands for, and another shape.
+        own[f"{name.rpartition('.')[0]}.weight" if hasattr(value, "dense_shape") else name] = value
     for target, source in model.all_tied_weights_keys.items():
         if target in tensors and source in tensors and not torch.equal(tensors[target], tensors[source]):
             raise ValueError(f"{target} and {source} are one tensor in {type(model).__name__}, but differ here")
@@ -98,7 +107,7 @@ def _complete_tensors(model: PreTrainedModel, tensors: dict[str, torch.Tensor]) 
         if tensors.get(name) is None and not isinstance(value, nn.Parameter):
             tensors[name] = value.detach().cpu()
     given = {name for name in own if tensors.get(name) is not None}
-    shapes = {name: tuple(getattr(own[name], "ds_shape", own[name].shape)) for name in given}
+    shapes = {name: _shape(own[name]) for name in given}
     faults = {
         "missing": set(own) - given,
         "not part of the model": set(tensors) - set(own),
@@ -108,6 +117,11 @@ def _complete_tensors(model: PreTrainedModel, tensors: dict[str, torch.Tensor]) 
     if found:
         raise ValueError(f"these tensors are no {type(model).__name__}: {found}")
     return tensors
+
+
+def _shape(value: torch.Tensor) -> tuple[int, ...]:
+    """The shape that a tensor has in a saved model, whether it is quantised (dense_shape) or partitioned (ds_shape)."""
+    return tuple(next(getattr(value, n) for n in ("dense_shape", "ds_shape", "shape") if hasattr(value, n)))
 
 
 def _savable_copy(

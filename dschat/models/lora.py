@@ -52,15 +52,7 @@ def add_lora(
         ValueError: no layer's name contains `module_name`; the message lists names that exist.
     """
     inner = pretrained(model)
-    names = linear_names(inner)
-    targets = [name for name in names if module_name is None or module_name in name]
-    if not targets:
-        last_parts = sorted({name.rsplit(".", 1)[-1] for name in names})
-        raise ValueError(
-            f"{flag} {module_name!r} is in the name of no linear layer of {type(inner).__name__}'s decoder. Leave it "
-            f"out to adapt all of them, or give a part of such a name: {', '.join(last_parts)} "
-            f"(in full: {first_names(names, 2)})."
-        )
+    targets = target_names(inner, module_name, flag=flag)
     trainable = {id(p) for p in model.parameters() if p.requires_grad}
     config = LoraConfig(
         r=dim,
@@ -74,6 +66,24 @@ def add_lora(
     assert set(adapted) == set(targets), "PEFT adapted other layers than it was told to"
     _set_trainable(model, adapted, previously=trainable, only_optimize_lora=only_optimize_lora)
     return len(targets)
+
+
+def target_names(inner: nn.Module, module_name: Optional[str] = None, *, flag: str = "--lora_module_name") -> list[str]:
+    """The names, in the transformers model `inner`, of the linear layers that ``add_lora`` adapts.
+
+    Raises:
+        ValueError: no layer's name contains `module_name`; the message lists names that exist.
+    """
+    names = linear_names(inner)
+    targets = [name for name in names if module_name is None or module_name in name]
+    if not targets:
+        last_parts = sorted({name.rsplit(".", 1)[-1] for name in names})
+        raise ValueError(
+            f"{flag} {module_name!r} is in the name of no linear layer of {type(inner).__name__}'s decoder. Leave it "
+            f"out to adapt all of them, or give a part of such a name: {', '.join(last_parts)} "
+            f"(in full: {first_names(names, 2)})."
+        )
+    return targets
 
 
 def _set_trainable(
@@ -107,6 +117,11 @@ def lora_parameter_names(model: nn.Module) -> set[str]:
         inside = {name for name, _ in layer.named_parameters() if not name.startswith("base_layer.")}
         names |= {f"{prefix}.{name}" for name in inside}
     return names
+
+
+def adapted_layer_names(model: nn.Module) -> list[str]:
+    """The names in `model` of the layers inside the adapters' wrappers, which hold the frozen weights."""
+    return [f"{name}.base_layer" for name in _lora_layers(model)]
 
 
 @contextmanager

@@ -22,9 +22,11 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
+from dschat.models.adapters import adapter_has_head
 from dschat.models.causal_lm import (
     grow_vocabulary,
     load_config,
+    merge_if_adapter,
     position_ids_from_mask,
     readable_weights,
     require_complete,
@@ -61,11 +63,21 @@ class RewardModel(nn.Module):
             )
         self.model = model
         self._takes_position_ids = takes_position_ids(model)
+        self.reward_head: Optional[nn.Linear] = None
+        self.use_reward_head = False
 
     @property
     def config(self) -> PreTrainedConfig:
         """The configuration of the transformers model."""
         return self.model.config
+
+    def keep_reward_head(self, weight: torch.Tensor) -> None:
+        """Hold a second, frozen head with this `weight` [1, hidden], for ``use_reward_head`` to choose: a critic that is
+        the reward model as well trains its own. It is no part of the transformers model and is not saved.
+        """
+        with torch.device("meta"):
+            self.reward_head = nn.Linear(weight.shape[1], 1, bias=False)
+        self.reward_head.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
 
     def forward(
         self,
@@ -84,7 +96,7 @@ class RewardModel(nn.Module):
         if self._takes_position_ids:
             inputs["position_ids"] = position_ids_from_mask(attention_mask) if position_ids is None else position_ids
         hidden = self.model.base_model(**inputs).last_hidden_state
-        head = self.model.score
+        head = self.reward_head if self.use_reward_head else self.model.score
         return head(hidden.to(head.weight.dtype)).squeeze(-1).float()
 
 
@@ -104,6 +116,8 @@ def load_reward_model(
     - a causal language model, which gets a fresh head drawn from N(0, 1 / (hidden + 1)) (Stiennon et al. 2020,
       Learning to summarize from human feedback, appendix B.1), the same for the same torch seed;
     - a DeepSpeed-Chat reward checkpoint (config.json, and pytorch_model.bin with rwtransformer.* and v_head).
+
+    A PEFT adapter folder is merged into its base, one of the three; the head may be the adapter's.
 
     `tokenizer` is changed in place where its padding token could stand in a text (see ensure_unambiguous_pad), and
     the vocabulary grows with it.
@@ -127,7 +141,7 @@ def load_reward_model(
     config.num_labels = 1
     with readable_weights(path, flag=flag):
         old_checkpoint = _deepspeed_chat_tensors(source)
-    if old_checkpoint is None and not is_classifier and not fresh_head:
+    if old_checkpoint is None and not is_classifier and not fresh_head and not adapter_has_head(path):
         raise ValueError(
             f"{flag} {path!r} is a language model without a reward head, and its scores would be random. Give a "
             "sequence classifier with one label, such as step 2 saves."
@@ -137,6 +151,7 @@ def load_reward_model(
     else:
         loading = dict(dtype=dtype, trust_remote_code=trust_remote_code)
         model = _load_classifier(source, loading, config=config, fresh_head=not is_classifier, path=path, flag=flag)
+    merge_if_adapter(model, path, flag=flag)
     end_ids = as_ids(config.eos_token_id) | _generation_end_ids(source)
     pad_token_id = ensure_unambiguous_pad(tokenizer, end_ids=end_ids)
     grow_vocabulary(model, len(tokenizer))

@@ -1,5 +1,6 @@
 """Tokenizers: loading one from exactly the place the user named, and the ids that end or pad a text."""
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -36,6 +37,21 @@ def model_source(path: str, *, flag: str) -> tuple[str, bool]:
     return str(path), False
 
 
+def adapter_base(source: str, *, flag: str) -> str | None:
+    """The base model of a PEFT adapter folder, a folder or a hub id; None where `source` is no such folder.
+
+    Raises:
+        ValueError: the adapter does not say what its base is.
+    """
+    file = Path(source) / "adapter_config.json"
+    if not file.is_file() or (Path(source) / "config.json").is_file():
+        return None
+    base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not base:
+        raise ValueError(f"{flag} {source!r} is an adapter, and its {file.name} has no base_model_name_or_path.")
+    return base
+
+
 def hub_error(path: str, *, flag: str, what: str, error: Exception) -> ValueError:
     """The ValueError for a hub name that gave no `what`; the first line of the cause is quoted."""
     cause = str(error).strip().split("\n")[0]
@@ -66,7 +82,11 @@ def load_tokenizer(
         ValueError: nothing there, no vocabulary there, or a vocabulary without an end-of-sequence token.
     """
     source, is_local = model_source(path, flag=flag)
-    if is_local and not trust_remote_code and not any((Path(source) / name).is_file() for name in VOCABULARY_FILES):
+    has_vocabulary = any((Path(source) / name).is_file() for name in VOCABULARY_FILES)
+    if is_local and not has_vocabulary and (base := adapter_base(source, flag=flag)):
+        source, is_local = model_source(base, flag=f"{flag} {path!r}: its base model")
+        has_vocabulary = any((Path(source) / name).is_file() for name in VOCABULARY_FILES)
+    if is_local and not trust_remote_code and not has_vocabulary:
         # transformers 5 makes an empty tokenizer out of config.json alone and says nothing.
         raise ValueError(
             f"{flag} {path!r} holds no tokenizer ({', '.join(VOCABULARY_FILES)}: none is there). "

@@ -16,6 +16,11 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def ranks_per_node() -> int:
+    """Processes on this node, as its launcher says (deepspeed: LOCAL_SIZE, torchrun: LOCAL_WORLD_SIZE); else all."""
+    return int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or world_size())
+
+
 def is_main() -> bool:
     """True on the one process that prints and writes."""
     return rank() == 0

@@ -73,6 +73,7 @@ class DeepSpeedPPOTrainer:
             num_samples=config.batch.num_samples_per_prompt,
         )
         self.kl = KLController(config.ppo.kl_coef, config.ppo.kl_target, config.ppo.kl_horizon)
+        engines.train()  # after an evaluation the master weights, where an average begins, may be in host memory
         self.ema = MovingAverage(engines.actor, decay=config.model.ema_decay) if config.model.enable_ema else None
         self.rollouts = 0
         self._order = torch.Generator().manual_seed(config.run.seed + 7919 * dist.rank())
@@ -98,6 +99,7 @@ class DeepSpeedPPOTrainer:
             ValueError: every answer is empty, or the KL is not finite. RewardFailure: a reward failed.
         """
         started = time.monotonic()
+        self.engines.eval()
         device, generator = self.engines.actor.device, self.engines.generator
         answers = [generate(generator, prompts.to(device), generation=self.generation) for prompts in batches]
         generator.end_rollout()

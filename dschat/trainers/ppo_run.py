@@ -48,6 +48,7 @@ def train_ppo(
                 values |= evaluator.evaluate(step)
             metrics.write(step, values, tensorboard=_pipeline_tags(values, trainer.config))
             progress.update(step, _shown(values))
+            trainer.engines.train()  # a checkpoint needs idle states back from host memory
             state.end_step(last=step == rollouts)
 
 

@@ -16,8 +16,12 @@ from dschat.engine.build import (
 )
 from dschat.engine.ds_config import inference_config, training_config
 from dschat.engine.hybrid_engine import Generator, HybridEngine, PlainGenerator
-from dschat.engine.zero import scale_parameter
+from dschat.engine.offload import offload_idle_states, reload_idle_states
+from dschat.engine.quantized import quantize_linears
+from dschat.engine.shared import AdaptersOff, Replaceable
+from dschat.engine.zero import gathered, scale_parameter
 from dschat.models.causal_lm import disable_dropout, load_causal_lm
+from dschat.models.lora import adapted_layer_names, target_names
 from dschat.models.prepare import prepare_for_training
 from dschat.models.reward_model import load_reward_model
 from dschat.tracking import dist
@@ -43,11 +47,13 @@ class DeepSpeedRLHFEngine:
         path = config.model.actor_model_name_or_path
         source = (load_causal_lm, path, "--actor_model_name_or_path", tokenizer)
         self.actor = self._training_engine("actor", source)
-        self.ref = self._inference_engine(
-            source, stage=config.system.actor_zero_stage, offload=config.system.offload_reference_model
-        )
+        self.ref = AdaptersOff(self.actor) if config.shares_reference else self._reference_engine(source)
         self.rewards: list = []
         self.critic = None
+        self._to_be_shared: Replaceable | None = None  # the reward engine that the critic will stand in for
+        self._without_states: list = []  # engines whose idle states are in host memory
+        if config.system.offload_idle_states and on_cpu():
+            logger.info("--offload_idle_states has no effect on a CPU")
         # Last, since the Hybrid Engine looks at the memory that is left.
         self.generator = self._generator()
 
@@ -59,6 +65,8 @@ class DeepSpeedRLHFEngine:
             stage=system.critic_zero_stage,
             offload=system.offload_reward_model,
         )
+        if self._config.shares_reward and path == self._config.model.critic_model_name_or_path:
+            engine = self._to_be_shared = Replaceable(engine)
         self.rewards.append(engine)
         return engine
 
@@ -66,7 +74,12 @@ class DeepSpeedRLHFEngine:
         """Build the critic, its values divided by `score_std`: exact, since the head has no bias."""
         path = self._config.model.critic_model_name_or_path
         source = (load_reward_model, path, "--critic_model_name_or_path", tokenizer)
+        if self._to_be_shared is not None:
+            logger.info("the reward model is loaded anew, as the critic with its adapters off and a head of its own")
+            self._to_be_shared.discard()
         self.critic = self._training_engine("critic", source, score_std=score_std)
+        if self._to_be_shared is not None:
+            self._to_be_shared.engine = AdaptersOff(self.critic)
 
     @property
     def trained(self) -> list:
@@ -74,12 +87,18 @@ class DeepSpeedRLHFEngine:
         return [engine for engine in (self.actor, self.critic) if engine is not None]
 
     def eval(self) -> None:
-        """Switch all engines to evaluation."""
+        """Switch all engines to evaluation; with --offload_idle_states, what only updates need leaves the device."""
+        if self._config.system.offload_idle_states and not on_cpu():
+            for engine in [engine for engine in self.trained if engine not in self._without_states]:
+                offload_idle_states(engine)
+                self._without_states.append(engine)
         for engine in (*self.trained, self.ref, *self.rewards):
             engine.eval()
 
     def train(self) -> None:
         """Switch the engines that learn to training (dropout stays off; checkpointing needs it)."""
+        while self._without_states:
+            reload_idle_states(self._without_states.pop())
         for engine in self.trained:
             engine.train()
 
@@ -128,12 +147,18 @@ class DeepSpeedRLHFEngine:
             on_cpu=on_cpu(),
             tensorboard_path=config.run.tensorboard_path if config.run.enable_tensorboard else None,
             tensorboard_name=f"step3_{role}",
+            ranks_per_node=dist.ranks_per_node(),
         )
         ds_config = override(ds_config, config.run.deepspeed_config or config.run.deepscale_config)
         model = self._load(source, ds_config)
         if role == "critic":
+            if self._to_be_shared is not None:
+                with gathered([model.model.score.weight]):
+                    model.keep_reward_head(model.model.score.weight)
             scale_parameter(model.model.score.weight, 1.0 / score_std)
         lora_names = prepare_for_training(model, lora=lora, system=system, role=role)
+        if system.enable_mixed_precision_lora:
+            quantize_linears(model, adapted_layer_names(model))
         return build_training_engine(
             model,
             ds_config=ds_config,
@@ -143,6 +168,20 @@ class DeepSpeedRLHFEngine:
             weight_decay=getattr(config.optim, f"{role}_weight_decay"),
             lora_names=lora_names,
             lora_learning_rate=lora.lora_learning_rate,
+        )
+
+    def _reference_engine(self, source: tuple):
+        system, lora = self._config.system, self._config.actor_lora
+
+        def quantized(path: str, **loading) -> torch.nn.Module:
+            # As the actor's, so that the two are equal before the first update.
+            model = load_causal_lm(path, **loading)
+            quantize_linears(model, target_names(model, lora.lora_module_name, flag="--actor_lora_module_name"))
+            return model
+
+        load = quantized if self._config.actor_system.enable_mixed_precision_lora else source[0]
+        return self._inference_engine(
+            (load, *source[1:]), stage=system.actor_zero_stage, offload=system.offload_reference_model
         )
 
     def _inference_engine(self, source: tuple, *, stage: int, offload: bool):

@@ -50,10 +50,10 @@ def sampling_config(
         num_samples: answers to each prompt.
     """
     return GenerationConfig(
-        do_sample=True,
+        do_sample=not sampling.greedy_rollouts,
         num_return_sequences=num_samples,
         temperature=sampling.temperature,
-        top_k=sampling.top_k,
+        top_k=None if sampling.greedy_rollouts else sampling.top_k,
         top_p=sampling.top_p,
         repetition_penalty=1.0,
         num_beams=1,

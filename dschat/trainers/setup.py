@@ -43,13 +43,9 @@ def announce(config) -> None:
         for name in ("unpin_actor_parameters", "release_inference_cache"):
             if given.get(name):
                 logger.warning(f"--{name} has no effect without --enable_hybrid_engine")
-    for name, stage in (("offload_reference_model", "actor_zero_stage"), ("offload_reward_model", "critic_zero_stage")):
-        if given.get(name) and given[stage] != 3:
-            logger.warning(f"--{name} has no effect at --{stage} {given[stage]}: only ZeRO-3 offloads parameters")
+    _announce_memory(config, given)
     if given.get("inference_tp_size", 1) > 1:
         logger.warning("--inference_tp_size has no effect yet: generation is the model's own generate")
-    if given.get("enable_mixed_precision_lora"):
-        logger.warning("--enable_mixed_precision_lora has no effect yet: frozen weights keep their precision")
     if given.get("top_k") or given.get("top_p", 1.0) < 1.0 or given.get("min_answer_len"):
         logger.warning(
             "--top_k, --top_p and --min_answer_len change what is sampled but not the logprobs: ratio and KL are biased"
@@ -60,6 +56,18 @@ def announce(config) -> None:
         logger.warning("--enable_test_mode has no effect without --test_stop_step")
     if given["output_dir"] is None:
         logger.info("--output_dir is not given: the trained model will not be saved")
+
+
+def _announce_memory(config, given: dict) -> None:
+    """Log which of the given memory flags have no effect, and what int8 weights mean for the result."""
+    if given.get("offload_reference_model") and config.shares_reference:
+        logger.info("--offload_reference_model has no effect: the reference is the actor with its adapters off")
+    if given.get("offload_reward_model") and config.shares_reward:
+        logger.info("--offload_reward_model has no effect on the critic's model, which the critic stands in for")
+    if given.get("offload_idle_states") and given["offload"]:
+        logger.info("--offload_idle_states has no effect: with --offload the states are in host memory anyway")
+    if given.get("enable_mixed_precision_lora"):
+        logger.info("--enable_mixed_precision_lora: adapted weights are rounded to int8, and are saved as rounded")
 
 
 def seed_everything(seed: int) -> None:

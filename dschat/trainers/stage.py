@@ -9,8 +9,10 @@ from dschat.engine.build import TORCH_DTYPES, build_training_engine, on_cpu, ove
 from dschat.engine.build import start_processes
 from dschat.engine.checkpoint import save_model
 from dschat.engine.ds_config import training_config
+from dschat.engine.quantized import quantize_linears
 from dschat.engine.run_checkpoint import Checkpoint
 from dschat.models.causal_lm import disable_dropout
+from dschat.models.lora import adapted_layer_names
 from dschat.models.prepare import prepare_for_training
 from dschat.models.tokenizer import end_token_id, load_tokenizer
 from dschat.tracking import dist
@@ -70,7 +72,7 @@ def train_stage(stage: Stage, objective: Objective, *, load_model, train_loader,
     epoch_steps = len(train_loader) // schedule.gradient_accumulation_steps
     total_steps = schedule.max_train_steps or epoch_steps * schedule.num_train_epochs
     tensorboard = run.tensorboard_path if run.enable_tensorboard else None
-    engine = _build_engine(stage, load_model, total_steps=total_steps, tensorboard=tensorboard)
+    engine = build_engine(stage, load_model, total_steps=total_steps, tensorboard=tensorboard)
     events = f"{tensorboard}/step{stage.number}_tensorboard_logs" if tensorboard else None
     done = stage.checkpoint.step if stage.checkpoint else None
     metrics = MetricsWriter(run.output_dir, tensorboard_dir=events, resume_from=done)
@@ -105,7 +107,13 @@ def save_stage(stage: Stage, model: torch.nn.Module, tokenizer=None) -> None:
         save_model(model, tokenizer or stage.tokenizer, Path(stage.config.run.output_dir))
 
 
-def _build_engine(stage: Stage, load_model, *, total_steps: int, tensorboard: str | None):
+def build_engine(stage: Stage, load_model, *, total_steps: int, tensorboard: str | None = None):
+    """The engine around the step's model, which `load_model` loads.
+
+    Args:
+        total_steps: optimizer steps of the run, the schedule's length.
+        tensorboard: folder of the engine's own events; None: none.
+    """
     config = stage.config
     ds_config = training_config(
         config.system,
@@ -116,6 +124,7 @@ def _build_engine(stage: Stage, load_model, *, total_steps: int, tensorboard: st
         on_cpu=on_cpu(),
         tensorboard_path=tensorboard,
         tensorboard_name=f"step{stage.number}_model",
+        ranks_per_node=dist.ranks_per_node(),
     )
     ds_config = override(ds_config, config.run.deepspeed_config or config.run.deepscale_config)
     logger.info(f"loading {config.model.model_name_or_path} in {stage.dtype} on {stage.device}")
@@ -130,6 +139,8 @@ def _build_engine(stage: Stage, load_model, *, total_steps: int, tensorboard: st
     if config.system.dropout == 0.0:
         disable_dropout(model)
     lora_names = prepare_for_training(model, lora=config.lora, system=config.system)
+    if config.system.enable_mixed_precision_lora:
+        quantize_linears(model, adapted_layer_names(model))
     return build_training_engine(
         model,
         ds_config=ds_config,

@@ -23,14 +23,17 @@ PAD_IS_EOS = ("gpt2", "gpt_neox")  # as their published tokenizers, which have n
 SFT_STEPS = 30
 
 
-def write_stock(folder: Path) -> Path:
+def write_stock(folder: Path, *, matrix_model: str | None = None) -> Path:
     """Write models and data, and return `folder`.
 
-    toy/ holds rows, texts.jsonl texts for PTX, fp16.json and sgd.json are each a --deepspeed_config. base/FAMILY,
+    toy/ holds rows, texts.jsonl texts for PTX, fp16.json, sgd.json and pieces.json are each a --deepspeed_config. base/FAMILY,
     sft/FAMILY (which mostly ends its answers) and reward/FAMILY are models; sft-eot/ and reward-eot/ are those of
-    --add_eot_token. What is faulty/ is what a user may give by mistake. The rest comes from experience.py.
+    --add_eot_token. matrix/ has actor and critic of test_step3_matrix.py. What is faulty/ is what a user may give by
+    mistake. The rest comes from experience.py.
     """
     write_toy_data(folder / "toy", num_train=64, num_eval=16)
+    # At the usual threshold ZeRO-3 would keep every parameter of a miniature model whole.
+    (folder / "pieces.json").write_text(json.dumps({"zero_optimization": {"stage3_param_persistence_threshold": 0}}))
     # The usual first loss scale of 2^16 overflows for longer than these runs last.
     (folder / "fp16.json").write_text(json.dumps({"fp16": {"initial_scale_power": 8}}))
     (folder / "sgd.json").write_text(json.dumps({"zero_allow_untested_optimizer": True, "gradient_clipping": 0.0}))
@@ -43,6 +46,7 @@ def write_stock(folder: Path) -> Path:
             _write_sft(str(base), folder / "toy" / "train.jsonl", sft, add_eot_token=bool(kind))
             _write_reward(str(sft), reward)
     _write_reward(str(folder / "base" / "llama"), folder / "reward-base" / "llama")
+    _write_matrix(folder / "matrix", matrix_model)
     write_experience(folder)
     _write_faulty(folder)
     return folder
@@ -75,6 +79,16 @@ def _write_reward(sft: str, path: Path) -> None:
     torch.manual_seed(1)
     model = load_reward_model(sft, dtype=torch.float32, tokenizer=tokenizer)
     save_pretrained_folder(model, dict(model.state_dict()), tokenizer, path)
+
+
+def _write_matrix(folder: Path, model: str | None) -> None:
+    """actor/, the given model or an OPT whose greedy answers vary, and critic/, the same with a head."""
+    folder.mkdir()
+    if model is None:
+        make_tiny_model(folder / "actor", family="opt", std=0.5)
+    else:
+        (folder / "actor").symlink_to(Path(model).resolve(), target_is_directory=True)
+    _write_reward(str(folder / "actor"), folder / "critic")
 
 
 def _write_faulty(folder: Path) -> None:

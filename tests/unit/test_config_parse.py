@@ -332,6 +332,10 @@ BAD_VALUES = {
         ("--lora_learning_rate -1", "--lora_learning_rate -1.0: must be at least 0."),
         ("--freeze_layers -1", "--freeze_layers -1: must be at least 0."),
         ("--only_optimize_lora", "--only_optimize_lora needs adapters: give --lora_dim above 0."),
+        (
+            "--enable_mixed_precision_lora",
+            "--enable_mixed_precision_lora keeps the weights that LoRA adapts in int8: give --lora_dim above 0.",
+        ),
         ("--data_path", "--data_path names no data set."),
     ],
     "step 2": [
@@ -356,8 +360,8 @@ BAD_VALUES = {
         ("--max_answer_seq_len 0", "--max_answer_seq_len 0: must be at least 1."),
         ("--inference_tp_size 2", "--inference_tp_size 2 needs --actor_zero_stage 3, not 0."),
         (
-            "--enable_mixed_precision_lora --actor_lora_dim 8",
-            "--enable_mixed_precision_lora needs --actor_lora_dim above 0 and --actor_zero_stage 3.",
+            "--enable_mixed_precision_lora --critic_lora_dim 8",
+            "--enable_mixed_precision_lora keeps the weights that LoRA adapts in int8: give --actor_lora_dim above 0.",
         ),
         (
             "--only_optimize_lora",
@@ -378,6 +382,11 @@ BAD_VALUES = {
         ("--temperature 0", "--temperature 0.0: must be above 0."),
         ("--top_p 1.5", "--top_p 1.5: must lie between 0.0 and 1.0."),
         ("--top_k -1", "--top_k -1: must be at least 0."),
+        (
+            "--greedy_rollouts --num_samples_per_prompt 4",
+            "--greedy_rollouts would give 4 equal answers to each prompt: leave it out, or give "
+            "--num_samples_per_prompt 1.",
+        ),
         ("--min_answer_len 300", "--min_answer_len 300: must lie between 0 and 256."),
         ("--ema_decay 1.5", "--ema_decay 1.5: must lie between 0.0 and 1.0."),
         ("--unsup_coef -1", "--unsup_coef -1.0: must be at least 0."),
@@ -426,6 +435,36 @@ def test_sizes_that_follow_from_the_options():
     actor, critic = config.actor_system, config.critic_system
     assert (actor.zero_stage, actor.offload, actor.freeze_layers, actor.dropout) == (2, True, 1, 0.0)
     assert (critic.zero_stage, critic.offload, critic.freeze_layers, critic.dropout) == (0, True, 0, 0.0)
+
+
+def test_int8_is_for_the_models_that_have_adapters():
+    flags = "--enable_mixed_precision_lora --actor_lora_dim 4"
+    config = parse_config(PPOConfig, words(STEPS["step 3"][2]) + flags.split())
+    assert config.actor_system.enable_mixed_precision_lora
+    assert not config.critic_system.enable_mixed_precision_lora
+
+
+@pytest.mark.parametrize(
+    "flags, reference, reward",
+    [
+        ("--actor_lora_dim 4 --critic_lora_dim 4", False, False),
+        ("--actor_lora_dim 4 --only_optimize_lora", True, False),
+        ("--critic_lora_dim 4 --only_optimize_lora", False, True),
+        ("--actor_lora_dim 4 --critic_lora_dim 4 --only_optimize_lora", True, True),
+        ("--actor_lora_dim 4 --critic_lora_dim 4 --only_optimize_lora --no_share_reference", False, True),
+        ("--actor_lora_dim 4 --critic_lora_dim 4 --only_optimize_lora --no_share_reward", True, False),
+        ("--critic_lora_dim 4 --only_optimize_lora --reward_model_name_or_path other", False, False),
+        ("--critic_lora_dim 4 --only_optimize_lora --reward_fn file.py:f", False, False),
+        (
+            "--critic_lora_dim 4 --only_optimize_lora --advantage_estimator rloo --num_samples_per_prompt 2",
+            False,
+            False,
+        ),
+    ],
+)
+def test_models_are_shared_only_where_all_but_adapters_is_frozen(flags, reference, reward):
+    config = parse_config(PPOConfig, words(STEPS["step 3"][2]) + flags.split())
+    assert (config.shares_reference, config.shares_reward) == (reference, reward)
 
 
 def test_the_documentation_names_every_default_that_differs():

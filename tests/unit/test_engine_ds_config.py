@@ -77,6 +77,23 @@ def test_a_cpu_may_offload_with_any_optimizer():
     }
 
 
+@pytest.mark.parametrize(
+    "ranks_per_node, stage, mixed, found", [(2, 3, True, 2), (4, 3, True, None), (2, 2, True, None), (2, 3, False, None)]
+)
+def test_only_int8_weights_on_several_nodes_have_partitions_of_a_node(ranks_per_node, stage, mixed, found):
+    system = SystemOptions(zero_stage=stage, enable_mixed_precision_lora=mixed)
+    config = training_config(
+        system,
+        dtype="bf16",
+        micro_batch_size=1,
+        gradient_accumulation_steps=1,
+        world_size=4,
+        on_cpu=False,
+        ranks_per_node=ranks_per_node,
+    )
+    assert config["zero_optimization"].get("zero_hpz_partition_size") == found
+
+
 def test_tensorboard_and_clipping():
     found = training(1, tensorboard_path="/logs/run 1", tensorboard_name="step3_actor", gradient_clipping=0.5)
     events = {"enabled": True, "output_path": "/logs/run 1/ds_tensorboard_logs/", "job_name": "step3_actor_tensorboard"}
@@ -86,9 +103,9 @@ def test_tensorboard_and_clipping():
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("offload", [False, True])
-def test_inference_is_partitioned_at_stage_3_alone(stage, offload):
+def test_inference_is_partitioned_at_stage_3_and_where_weights_are_offloaded(stage, offload):
     zero = {"stage": 0}
-    if stage == 3:
+    if stage == 3 or offload:
         zero = {**STAGE_3, **({"offload_param": HOST} if offload else {})}
     batch = {"train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 1, "train_batch_size": 8}
     assert inference(stage, offload=offload) == {**QUIET, **batch, "zero_optimization": zero}

@@ -83,13 +83,13 @@ def test_commands_of_real_sizes(e2e):
     assert config.model.critic_model_name_or_path == str(plan.outputs[2])
     assert (config.system.actor_zero_stage, config.system.critic_zero_stage) == (2, 3)
     assert config.data.data_path == ["rows.jsonl"]
-    launch = e2e.launcher(args, on_gpu=True)
+    launch = e2e.launcher(args, on_gpu=True, port=29500)
     assert launch[1:3] == ["-m", "deepspeed.launcher.runner"] and launch[-2:] == ["--hostfile", "hosts"]
 
 
 def test_the_launcher_counts_processes_by_deployment(e2e):
     def words(text, on_gpu):
-        return e2e.launcher(e2e.parse_args(text.split()), on_gpu=on_gpu)[5:]
+        return e2e.launcher(e2e.parse_args(text.split()), on_gpu=on_gpu, port=29500)[5:]
 
     assert words("", True) == ["--num_gpus", "1"]
     assert words("--deployment-type single_node", True) == []

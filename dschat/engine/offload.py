@@ -1,0 +1,48 @@
+"""What only updates need, moved to host memory while an engine generates or waits: Adam's moments, fp32 master weights and
+gradient buffers. Never the weights in training precision: generation reads them.
+"""
+
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum as State
+from deepspeed.runtime.zero.offload_states import offload_optimizer_states, reload_optimizer_states
+
+
+def offload_idle_states(engine) -> None:
+    """Move the optimizer's states of `engine` to pinned host memory; nothing where --offload keeps them there anyway."""
+    if engine.zero_use_cpu_optimizer():
+        return
+    stage = engine.zero_optimization_stage()
+    if stage in (1, 2):
+        engine.offload_states(include=[State.optim_states, State.hp_params])
+        return
+    if stage == 3:
+        engine.offload_states(include=[State.contiguous_grad_buffer])
+        # DeepSpeed (0.19.8) itself moves no other optimizer's states than FusedAdam's, which has to be compiled.
+        for master in engine.optimizer.fp32_partitioned_groups_flat:
+            master.data = _pinned_copy(master.data)
+    offload_optimizer_states(_torch_optimizer(engine), "cpu", pin_memory=True)
+    get_accelerator().empty_cache()
+
+
+def reload_idle_states(engine) -> None:
+    """Bring back what ``offload_idle_states`` moved away."""
+    if engine.zero_use_cpu_optimizer():
+        return
+    stage = engine.zero_optimization_stage()
+    if stage != 0:
+        engine.reload_states()
+    if stage in (1, 2):
+        return
+    if stage == 3:
+        for master in engine.optimizer.fp32_partitioned_groups_flat:
+            master.data = master.data.to(engine.device)
+    reload_optimizer_states(_torch_optimizer(engine), engine.device)
+
+
+def _torch_optimizer(engine):
+    return getattr(engine.optimizer, "optimizer", engine.optimizer)
+
+
+def _pinned_copy(tensor):
+    host = get_accelerator().pin_memory(tensor.new_empty(tensor.shape, device="cpu"))
+    return host.copy_(tensor)

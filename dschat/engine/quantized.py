@@ -1,0 +1,149 @@
+"""Frozen linear layers in int8, what DeepSpeed-Chat calls mixed-precision ZeRO++ (MixZ++): half the memory of all that
+LoRA does not train, and under ZeRO-3 half of what is gathered.
+
+DeepSpeed has a way of its own (zero_quantized_nontrainable_weights), which refuses bf16 and, as of 0.19.8, fails in the
+second step where parameters are fetched ahead. Here a weight is one int8 parameter like any other, without gradient:
+ZeRO-3 partitions and gathers it as it is, and no engine converts it to the precision of training.
+"""
+
+from collections.abc import Iterable
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from dschat.engine.zero import gathered, is_partitioned
+
+LARGEST_GROUP = 128  # weights of a row that share a scale; its 4 bytes then cost 3%
+LEVELS = 127  # symmetric: -128 is not used
+
+
+def group_size(in_features: int) -> int:
+    """The largest divisor of `in_features` that is at most LARGEST_GROUP."""
+    return max(size for size in range(1, LARGEST_GROUP + 1) if in_features % size == 0)
+
+
+def quantize(weight: torch.Tensor) -> torch.Tensor:
+    """[out, in] to int8 [out, in + 4 * groups]: each row's values, and behind them its groups' fp32 scales, as bytes.
+
+    A group's largest magnitude becomes 127, so that no weight is off by more than half its scale (round to nearest;
+    Dettmers et al. 2022, LLM.int8(), equation 2, with groups of a row in the place of rows).
+    """
+    groups = weight.detach().float().unflatten(1, (-1, group_size(weight.shape[1])))
+    scales = groups.abs().amax(-1) / LEVELS
+    divisors = torch.where(scales == 0, 1.0, scales)[..., None]
+    values = (groups / divisors).round_().clamp_(-LEVELS, LEVELS).to(torch.int8).flatten(1)
+    return torch.cat([values, scales.view(torch.int8)], dim=1)
+
+
+def dequantize(packed: torch.Tensor, in_features: int, dtype: torch.dtype) -> torch.Tensor:
+    """The [out, in] weight that `quantize` packed, each value rounded once, to `dtype`."""
+    size = group_size(in_features)
+    values = packed[:, :in_features].unflatten(1, (-1, size))
+    # The copy is aligned, which the bytes behind the values need not be.
+    scales = packed[:, in_features:].clone(memory_format=torch.contiguous_format).view(torch.float32)
+    weight = torch.empty(packed.shape[0], in_features // size, size, dtype=dtype, device=packed.device)
+    torch.mul(values, scales[..., None], out=weight)
+    return weight.flatten(1)
+
+
+class _Linear(torch.autograd.Function):
+    """x W^T + b, without gradient of W. W in full precision lives only while it is multiplied."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, packed: torch.Tensor, bias: Optional[torch.Tensor], in_features: int) -> torch.Tensor:
+        # The parameter itself is saved, not its data: under ZeRO-3 that is gone by the time of backward, and back.
+        ctx.save_for_backward(packed)
+        ctx.in_features = in_features
+        return F.linear(x, dequantize(packed, in_features, x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor):
+        (packed,) = ctx.saved_tensors
+        needs_x, _, needs_bias, _ = ctx.needs_input_grad
+        return (
+            gradient @ dequantize(packed, ctx.in_features, gradient.dtype) if needs_x else None,
+            None,
+            gradient.flatten(0, -2).sum(0) if needs_bias else None,
+            None,
+        )
+
+
+class QuantizedLinear(nn.Module):
+    """What an nn.Linear or Conv1D with a frozen weight computes, from int8."""
+
+    def __init__(self, packed: torch.Tensor, bias: Optional[nn.Parameter], *, like: nn.Module, dtype: torch.dtype):
+        """
+        Args:
+            packed: what ``quantize`` made of the weight [out, in].
+            bias: the layer's own, which may train.
+            like: the layer that this one replaces.
+            dtype: that of the weight before.
+        """
+        super().__init__()
+        self.is_conv1d = isinstance(like, Conv1D)
+        self.in_features = like.nx if self.is_conv1d else like.in_features
+        self.out_features = like.nf if self.is_conv1d else like.out_features
+        self.dtype = dtype
+        self.packed = nn.Parameter(packed, requires_grad=False)
+        shape = (self.out_features, self.in_features)
+        self.packed.dense_shape = torch.Size(reversed(shape) if self.is_conv1d else shape)
+        self.bias = bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., in] to [..., out], in the dtype of `x`."""
+        return _Linear.apply(x, self.packed, self.bias, self.in_features)
+
+    def dequantized_weight(self, packed: Optional[torch.Tensor] = None) -> torch.Tensor:
+        """The weight as the layer had it before, [out, in] (Conv1D: [in, out]), in the precision of training.
+
+        Args:
+            packed: the whole packed weight, where it is not this layer's parameter itself. Under ZeRO-3 that has to
+                be gathered first.
+        """
+        packed = self.packed if packed is None else packed
+        weight = dequantize(packed.detach(), self.in_features, self.dtype)
+        return weight.t().contiguous() if self.is_conv1d else weight
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+def quantize_linears(model: nn.Module, names: Iterable[str]) -> int:
+    """Put a QuantizedLinear in the place of each named nn.Linear or Conv1D; where ZeRO-3 holds its weight in pieces,
+    the int8 weight is held in pieces too. Every process must call it, before the engine is built.
+
+    Returns:
+        The number of layers.
+    """
+    names = list(names)
+    for name in names:
+        linear = model.get_submodule(name)
+        weight = linear.weight
+        with gathered([weight]), torch.no_grad():
+            packed = quantize(weight.t() if isinstance(linear, Conv1D) else weight)
+        layer = QuantizedLinear(packed, linear.bias, like=linear, dtype=weight.dtype)
+        if is_partitioned(weight):
+            weight.convert_to_zero_parameters(param_list=[layer.packed])
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer)
+    return len(names)
+
+
+def dequantized_state_dict(model: nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """`tensors`, whole ones by the names of `model`.state_dict(), with all quantised weights in the precision of training.
+
+    They are what the layers computed with, and so not the weights that training began from, but rounded ones.
+    """
+    found = dict(tensors)
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLinear):
+            found[f"{name}.weight"] = module.dequantized_weight(found.pop(f"{name}.packed"))
+    return found
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters, whole, in the types that they are kept in."""
+    return sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in model.parameters())

@@ -1,0 +1,70 @@
+"""Engines that lend their model to another role: LoRA's frozen weights are the model that training began from."""
+
+import gc
+
+from deepspeed.accelerator import get_accelerator
+
+from dschat.models.lora import adapters_disabled
+
+
+class AdaptersOff:
+    """An engine's model as it was before LoRA, called like the engine: with only_optimize_lora, the reference.
+
+    Of a RewardModel that keeps a reward head (``RewardModel.keep_reward_head``), the scores of that head.
+    """
+
+    def __init__(self, engine):
+        self.engine = engine
+
+    @property
+    def module(self):
+        """The model, adapters and all: ask it for its configuration, but call this object."""
+        return self.engine.module
+
+    def __call__(self, **inputs):
+        """What the engine gives without adapters. Under ZeRO-3 every process must call it."""
+        module = self.engine.module
+        had_reward_head = getattr(module, "use_reward_head", False)
+        with adapters_disabled(module):
+            module.use_reward_head = getattr(module, "reward_head", None) is not None
+            try:
+                return self.engine(**inputs)
+            finally:
+                module.use_reward_head = had_reward_head
+
+    def eval(self) -> None:
+        """Switch the engine to evaluation."""
+        self.engine.eval()
+
+
+class Replaceable:
+    """Stands for an engine until another takes its place, so that whoever calls it need not know."""
+
+    def __init__(self, engine):
+        self.engine = engine
+
+    @property
+    def module(self):
+        """The engine's model."""
+        return self.engine.module
+
+    def __call__(self, **inputs):
+        """What the engine of the moment gives."""
+        return self.engine(**inputs)
+
+    def eval(self) -> None:
+        """Switch the engine to evaluation."""
+        self.engine.eval()
+
+    def discard(self) -> None:
+        """Free the engine and the memory of its model; another engine has to be set before the next call."""
+        module, engine, self.engine = self.engine.module, self.engine, None
+        engine.destroy()
+        # DeepSpeed (0.19.8) keeps a destroyed ZeRO-3 model in its hooks, so what is large is let go by hand.
+        for parameter in module.parameters():
+            for tensor in (parameter, getattr(parameter, "ds_tensor", None)):
+                if tensor is not None:
+                    tensor.data = tensor.new_empty(0)
+        del engine, module
+        gc.collect()
+        get_accelerator().empty_cache()

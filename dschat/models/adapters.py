@@ -1,0 +1,138 @@
+"""LoRA adapters as folders of PEFT: written beside a merged model, and merged into a base model that is loaded."""
+
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftConfig
+from peft.tuners.lora import LoraLayer
+from peft.utils.other import get_pattern_key
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from dschat.models.lora import ADAPTER, lora_parameter_names
+from dschat.models.structure import pretrained
+
+ADAPTER_FOLDER = "adapter"  # in the folder of the merged model
+WEIGHTS = "adapter_model.safetensors"
+PREFIX = "base_model.model."  # of every name in PEFT's files
+HEAD = "score"
+
+
+def adapter_is_all(model: nn.Module) -> bool:
+    """True where nothing trains but adapters and a new head, so that an adapter folder holds the whole result."""
+    inner = pretrained(model)
+    names = {name for name, p in inner.named_parameters() if p.requires_grad}
+    lora = lora_parameter_names(inner)
+    return bool(lora) and names <= lora | {f"{HEAD}.weight"}
+
+
+def write_adapter(model: nn.Module, tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Write the adapters of `model` (and a reward model's head) to the folder `path`, for PeftModel.from_pretrained.
+
+    Args:
+        model: a transformers model; its names and adapters' sizes are read, not its parameters.
+        tensors: its whole tensors on the CPU, by the names of `model`.state_dict().
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    first = next(iter(layers.values()))
+    found = {name.replace(f".{ADAPTER}.", "."): tensors[name] for name in lora_parameter_names(model)}
+    is_reward = f"{HEAD}.weight" in tensors
+    if is_reward:
+        found[f"{HEAD}.weight"] = tensors[f"{HEAD}.weight"]
+    config = LoraConfig(
+        r=first.r[ADAPTER],
+        lora_alpha=first.lora_alpha[ADAPTER],
+        target_modules=sorted(layers),
+        fan_in_fan_out=first.fan_in_fan_out,
+        task_type="SEQ_CLS" if is_reward else "CAUSAL_LM",
+        modules_to_save=[HEAD] if is_reward else None,
+        base_model_name_or_path=model.name_or_path,
+        inference_mode=True,
+    )
+    path.mkdir()
+    config.save_pretrained(path)
+    save_file({PREFIX + name: tensor.contiguous() for name, tensor in found.items()}, path / WEIGHTS)
+
+
+def adapter_has_head(folder: str | Path) -> bool:
+    """True where an adapter folder brings a reward model's head."""
+    path = Path(folder) / WEIGHTS
+    if not path.is_file():
+        return False
+    with safe_open(path, framework="pt") as file:
+        return f"{PREFIX}{HEAD}.weight" in file.keys()
+
+
+def merge_adapter(model: nn.Module, folder: str | Path, *, flag: str) -> int:
+    """Add the LoRA adapter in `folder` to the weights of `model`, each sum rounded once, and take over its head.
+
+    Works on weights that ZeRO-3 holds in pieces; every process must call it.
+
+    Args:
+        model: a transformers model without adapters, the adapter's base.
+        flag: the command-line flag that `folder` came from, for messages.
+
+    Returns:
+        The number of layers changed.
+
+    Raises:
+        ValueError: no LoRA adapter, one of a kind that cannot be merged here, or one of another model.
+    """
+    folder = Path(folder)
+    config = PeftConfig.from_pretrained(str(folder))
+    _check_kind(config, folder, flag=flag)
+    deltas: dict[str, dict[str, torch.Tensor]] = {}
+    with safe_open(folder / WEIGHTS, framework="pt") as file:
+        for key in file.keys():
+            layer, _, kind = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
+            deltas.setdefault(layer or kind, {})[kind if layer else "whole"] = file.get_tensor(key)
+    modules = dict(model.named_modules())
+    strange = sorted(name for name, parts in deltas.items() if name not in modules or not _known(name, parts))
+    if strange:
+        raise ValueError(
+            f"{flag} {str(folder)!r}: {type(model).__name__} has no place for {', '.join(strange[:4])} of this adapter. "
+            "Give the adapter of this base model, or merge it into a model folder by PEFT first."
+        )
+    for name, parts in deltas.items():
+        weight = modules[name].weight
+        if "whole" in parts:
+            _change(weight, lambda old, new=parts["whole"]: new)
+            continue
+        alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), name), config.lora_alpha)
+        dim = parts["lora_A"].shape[0]
+        update = alpha / (dim**0.5 if config.use_rslora else dim) * (parts["lora_B"].float() @ parts["lora_A"].float())
+        update = update.T if isinstance(modules[name], Conv1D) else update
+        _change(weight, lambda old, update=update: old.float() + update.to(old.device))
+    return len(deltas)
+
+
+def _known(name: str, parts: dict[str, torch.Tensor]) -> bool:
+    return set(parts) == ({"whole"} if name == HEAD else {"lora_A", "lora_B"})
+
+
+def _check_kind(config: PeftConfig, folder: Path, *, flag: str) -> None:
+    faults = []
+    if not isinstance(config, LoraConfig):
+        faults.append(f"its kind is {config.peft_type}, not LoRA")
+    elif config.use_dora or config.bias != "none":
+        faults.append("it has DoRA or biases")
+    if not (folder / WEIGHTS).is_file():
+        faults.append(f"{WEIGHTS} is missing")
+    if faults:
+        raise ValueError(
+            f"{flag} {str(folder)!r} is an adapter that cannot be merged here: {'; '.join(faults)}. Merge it into a "
+            "model folder by PEFT first (merge_and_unload, save_pretrained)."
+        )
+
+
+def _change(weight: torch.Tensor, change) -> None:
+    """Put `change(weight)` into a parameter, whole or in pieces; all processes put the same."""
+    in_pieces = hasattr(weight, "ds_id")
+    if in_pieces:
+        weight.all_gather()
+    with torch.no_grad():
+        weight.copy_(change(weight.detach()))
+    if in_pieces:
+        weight.partition(has_been_updated=True)

@@ -1,0 +1,38 @@
+"""The memory benchmark: its rows run in miniature, and one that fails is reported as such."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from launches import ROOT, Case, environment
+
+
+def row_case(name: str):
+    function = "../../scripts/_memory_rows.py:run_row"
+    case = Case(f"bench-{name}", function=function, kwargs={"name": name, "tiny": True, "rollouts": 2})
+    return pytest.param(case, id=name, marks=pytest.mark.cases(case))
+
+
+ROWS = [row_case(name) for name in ("sft-7b-lora-offload-32gb", "rm-7b-lora-offload-32gb", "ppo-30b-lora-mixz")]
+
+
+@pytest.mark.parametrize("case", ROWS)
+def test_a_row_tells_peaks_and_seconds_of_its_phases(case, launches):
+    found = launches[case].value
+    phases = {"load", "update", "rollout"} if found["step"] == 3 else {"load", "update"}
+    assert set(found["peak_gib"]) == phases | {"all"} and min(found["peak_gib"].values()) > 0
+    assert phases <= set(found["seconds"])
+    if found["step"] == 3:
+        assert found["shares_reference"] and found["shares_reward"]
+        assert found["kl"][0] == pytest.approx(0, abs=1e-6) and found["kl"][1] != 0
+
+
+def test_a_row_that_takes_too_long_is_a_row_of_the_table(tmp_path):
+    command = [sys.executable, str(ROOT / "scripts" / "bench_training_memory.py"), "--tiny", "--output", str(tmp_path)]
+    done = subprocess.run(
+        [*command, "--rows", "sft", "--timeout_s", "0.1"], env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 1, done.stderr
+    assert "| sft-7b-lora-offload-32gb | failed: longer than 0 s |" in done.stdout
+    assert json.loads((tmp_path / "sft-7b-lora-offload-32gb.json").read_text())["error"] == "longer than 0 s"

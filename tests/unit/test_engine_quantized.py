@@ -1,0 +1,103 @@
+"""Linear layers in int8, in one process: errors, gradients, sizes."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+from dschat.engine.quantized import (
+    QuantizedLinear,
+    dequantize,
+    dequantized_state_dict,
+    group_size,
+    quantize,
+    quantize_linears,
+    weight_bytes,
+)
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def weights(rows: int, columns: int, dtype=torch.float32) -> torch.Tensor:
+    """Rows of very different sizes, one of them of zeros, as are the last columns of another."""
+    generator = torch.Generator().manual_seed(0)
+    found = torch.randn(rows, columns, generator=generator) * torch.logspace(-3, 1, rows)[:, None]
+    found[1], found[2, columns // 2 :] = 0, 0
+    return found.to(dtype)
+
+
+@pytest.mark.parametrize("columns, size", [(64, 64), (128, 128), (576, 96), (4096, 128), (11008, 128), (130, 65)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_no_weight_is_off_by_more_than_half_a_step_of_its_group(columns, size, dtype):
+    weight = weights(8, columns, dtype)
+    assert group_size(columns) == size
+    packed = quantize(weight)
+    assert packed.dtype == torch.int8 and packed.shape == (8, columns + 4 * columns // size)
+    found = dequantize(packed, columns, torch.float32)
+    groups = weight.float().unflatten(1, (-1, size))
+    half_step = groups.abs().amax(-1, keepdim=True) / 127 / 2
+    error = (found.unflatten(1, (-1, size)) - groups).abs()
+    assert (error <= half_step * (1 + 1e-5)).all()
+    # A group's largest weight is kept, and zeros are zeros.
+    assert torch.allclose(found.unflatten(1, (-1, size)).abs().amax(-1), groups.abs().amax(-1), rtol=1e-6)
+    assert not found[1].any() and error.max() > 0
+    # In the precision of training each is rounded once more.
+    assert torch.equal(dequantize(packed, columns, dtype), found.to(dtype))
+
+
+def make_layer(kind: str, dtype=torch.float32) -> nn.Module:
+    torch.manual_seed(0)
+    layer = {"linear": nn.Linear(48, 24), "no bias": nn.Linear(48, 24, bias=False), "conv1d": Conv1D(24, 48)}[kind]
+    return layer.to(dtype)
+
+
+@pytest.mark.parametrize("kind", ["linear", "no bias", "conv1d"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_outputs_and_gradients_are_those_of_a_dense_layer_of_the_same_values(kind, dtype):
+    model = nn.ModuleDict({"layer": make_layer(kind, dtype)})
+    bias = model["layer"].bias
+    assert quantize_linears(model, ["layer"]) == 1
+    layer = model["layer"]
+    dense = layer.dequantized_weight()
+    assert isinstance(layer, QuantizedLinear) and layer.bias is bias
+    assert dense.dtype == dtype and dense.shape == make_layer(kind).weight.shape
+    x = torch.randn(2, 5, 48).to(dtype).requires_grad_(True)
+    layer(x).square().sum().backward()
+    found = [x.grad, None if bias is None else bias.grad.clone()]
+    x.grad = None
+    other_bias = None if bias is None else bias.detach().clone().requires_grad_(True)
+    F.linear(x, dense.t() if kind == "conv1d" else dense, other_bias).square().sum().backward()
+    expected = [x.grad, None if bias is None else other_bias.grad]
+    assert all(torch.equal(a, b) if b is not None else a is None for a, b in zip(found, expected))
+    assert layer.packed.grad is None and not layer.packed.requires_grad and found[0].abs().max() > 0
+
+
+def test_a_converted_model_keeps_its_int8():
+    model = nn.Sequential(make_layer("linear"))
+    quantize_linears(model, ["0"])
+    model.to(torch.bfloat16)
+    assert model[0].packed.dtype == torch.int8 and model[0].packed.dense_shape == (24, 48)
+    x = torch.randn(3, 48).bfloat16()
+    assert model(x).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+def test_saved_weights_have_their_old_name_shape_and_precision(kind):
+    model = nn.ModuleDict({"layer": make_layer(kind, torch.bfloat16), "other": nn.Linear(2, 2)})
+    names, before = set(model.state_dict()), model["layer"].weight.detach().clone()
+    quantize_linears(model, ["layer"])
+    state = model.state_dict()
+    found = dequantized_state_dict(model, state)
+    assert set(found) == names and set(state) == names - {"layer.weight"} | {"layer.packed"}
+    assert found["layer.weight"].dtype == torch.bfloat16 and found["layer.weight"].shape == before.shape
+    assert torch.allclose(found["layer.weight"].float(), before.float(), atol=before.abs().max().item() / 127)
+    assert not torch.equal(found["layer.weight"], before)
+
+
+def test_half_precision_layers_of_usual_widths_shrink_by_almost_two():
+    for width in (2048, 4096, 5120, 7168):
+        model = nn.Sequential(nn.Linear(width, 8, bias=False)).bfloat16()
+        before = weight_bytes(model)
+        quantize_linears(model, ["0"])
+        assert 1.9 * weight_bytes(model) < before == 2 * 8 * width
