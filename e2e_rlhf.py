@@ -153,16 +153,14 @@ def resumption(output: Path, command: list[str], *, fresh: bool) -> list[str]:
 
 def num_processes(args: argparse.Namespace, *, on_gpu: bool) -> int:
     """Processes on this machine; 0: as many as DeepSpeed's command finds devices, or hosts."""
-    if args.deployment_type == "multi_node":
-        return 0
-    return args.num_processes or (1 if args.deployment_type == "single_gpu" or not on_gpu else 0)
+    one = args.deployment_type == "single_gpu" or not on_gpu
+    return 0 if args.deployment_type == "multi_node" else args.num_processes or int(one)
 
 
 def launcher(args: argparse.Namespace, *, on_gpu: bool, port: int) -> list[str]:
     """The deepspeed command in front of a main."""
     words = [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", str(port)]
-    if args.deployment_type == "multi_node":
-        return words + (["--hostfile", args.hostfile] if args.hostfile else [])
+    words += ["--hostfile", args.hostfile] if args.deployment_type == "multi_node" and args.hostfile else []
     count = num_processes(args, on_gpu=on_gpu)
     return words + (["--num_gpus" if on_gpu else "--num_accelerators", str(count)] if count else [])
 

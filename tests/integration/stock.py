@@ -26,7 +26,8 @@ SFT_STEPS = 30
 def write_stock(folder: Path, *, matrix_model: str | None = None) -> Path:
     """Write models and data, and return `folder`.
 
-    toy/ holds rows, texts.jsonl texts for PTX, fp16.json, sgd.json and pieces.json are each a --deepspeed_config. base/FAMILY,
+    toy/ holds rows, texts.jsonl texts for PTX, fp16.json, sgd.json and pieces.json are each a --deepspeed_config.
+    steep/FAMILY has weights of deviation 0.5, whose greedy answers are of many different tokens. base/FAMILY,
     sft/FAMILY (which mostly ends its answers) and reward/FAMILY are models; sft-eot/ and reward-eot/ are those of
     --add_eot_token. matrix/ has actor and critic of test_step3_matrix.py. What is faulty/ is what a user may give by
     mistake. The rest comes from experience.py.
@@ -41,6 +42,7 @@ def write_stock(folder: Path, *, matrix_model: str | None = None) -> Path:
     (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     for family in FAMILIES:
         base = make_tiny_model(folder / "base" / family, family=family, pad_is_eos=family in PAD_IS_EOS)
+        make_tiny_model(folder / "steep" / family, family=family, std=0.5)
         for kind in ("", "-eot"):
             sft, reward = (folder / f"{name}{kind}" / family for name in ("sft", "reward"))
             _write_sft(str(base), folder / "toy" / "train.jsonl", sft, add_eot_token=bool(kind))

@@ -1,0 +1,129 @@
+"""Functions for the worker: the Hybrid Engine against transformers' generate on the same engine."""
+
+import torch
+from engine_checks import training_engine
+from transformers import GenerationConfig
+
+from dschat.engine.hybrid_engine import HybridEngine, PlainGenerator
+from dschat.engine.optim import step_together
+from dschat.engine.replica import LowRankLinear
+from dschat.engine.zero import gathered
+from dschat.models.causal_lm import forward_logits, load_causal_lm
+from dschat.models.lora import add_lora, lora_parameter_names
+from dschat.tracking import dist
+
+PROMPT, ANSWER = 70, 24
+LENGTHS = (3, 70, 20, 66, 5, 1)
+ENDS = list(range(5, 264, 12))  # tokens that end an answer, so that lengths differ
+
+
+def greedy_tokens(stock: str, *, family: str, zero: int, lora: str, offload: bool) -> dict:
+    """What must hold of greedy answers; every entry should be true.
+
+    Args:
+        lora: "", or how adapters get into the replica: "merge" or "attach".
+    """
+    engine = steep_engine(stock, family=family, zero=zero, lora=lora, offload=offload)
+    hybrid, plain = HybridEngine(engine, lora_mode=lora or "auto"), PlainGenerator(engine)
+    before = held(engine)
+    first, again, other = (g.decode(*prompts(), greedy()).tokens for g in (hybrid, hybrid, plain))
+    untouched = all(torch.equal(before[name], tensor) for name, tensor in held(engine).items())
+    step(engine)
+    moved, expected = (g.decode(*prompts(), greedy()).tokens for g in (hybrid, plain))
+    hybrid.unpin = True
+    hybrid.end_rollout()
+    freed = hybrid.decode(*prompts(), greedy()).tokens
+    ids, mask = prompts()
+    mask[1, 30] = 0
+    hidden = hybrid.decode(ids, mask, greedy(eos_token_id=[])).tokens
+    endless = hybrid.decode(*prompts(), greedy(eos_token_id=[])).tokens
+    return {
+        "as generate": answers(first) == answers(other),
+        "twice in a row": torch.equal(first, again),
+        "training weights untouched": untouched,
+        "a step changes the answers": answers(expected) != answers(other),
+        "as generate after a step": answers(moved) == answers(expected),
+        "as generate after the copies were freed": torch.equal(freed, moved),
+        "rows end early": len({len(row) for row in answers(first)}) > 1,
+        # Two rows may have run into a short cycle.
+        "many distinct tokens": sorted(len(set(row)) for row in endless.tolist())[2] >= 8,
+        "a hidden position shows": not torch.equal(hidden[1], endless[1]),
+        "others do not see it": torch.equal(hidden[2:], endless[2:]),
+        "copied or shared as it should be": sharing_is_right(hybrid, zero=zero, lora=lora),
+    }
+
+
+def steep_engine(stock: str, *, family: str, zero: int, lora: str, offload: bool):
+    """An engine on a miniature model whose weights are 25 times as large as usual: at init 0.02 answers are one token."""
+    engine = training_engine(
+        f"{stock}/steep/{family}",
+        load_adapted if lora else load_causal_lm,
+        stock,
+        zero=zero,
+        dtype="fp32",
+        offload=offload,
+        accumulation=1,
+    )
+    engine.eval()
+    return engine
+
+
+def load_adapted(path: str, **options):
+    """A model with adapters whose B is not zero, so that leaving them out would show."""
+    model = load_causal_lm(path, **options)
+    torch.manual_seed(3)
+    add_lora(model, dim=4, alpha=16, only_optimize_lora=False)
+    matrices = [p for name, p in model.named_parameters() if name in lora_parameter_names(model) and "lora_B" in name]
+    for matrix in matrices:
+        with gathered([matrix], modify=True), torch.no_grad():
+            matrix.normal_(0.0, 0.2)
+    return model
+
+
+def prompts() -> tuple[torch.Tensor, torch.Tensor]:
+    """[6, 70], padded on the left; each rank has its own."""
+    draw = torch.Generator().manual_seed(dist.rank())
+    ids = torch.randint(70, 259, (len(LENGTHS), PROMPT), generator=draw)
+    mask = (torch.arange(PROMPT) >= PROMPT - torch.tensor(LENGTHS)[:, None]).long()
+    return ids * mask, mask
+
+
+def greedy(**other) -> GenerationConfig:
+    settings = dict(
+        do_sample=False, max_new_tokens=ANSWER, eos_token_id=ENDS, pad_token_id=0, num_return_sequences=1
+    )
+    return GenerationConfig(**{**settings, **other})
+
+
+def answers(tokens: torch.Tensor) -> list[list[int]]:
+    """Each answer up to its end."""
+    ends = [next((i + 1 for i, t in enumerate(row) if t in ENDS), len(row)) for row in tokens.tolist()]
+    return [row[:end] for row, end in zip(tokens.tolist(), ends)]
+
+
+def held(engine) -> dict[str, torch.Tensor]:
+    """Copies of what this rank holds of each parameter."""
+    return {n: getattr(p, "ds_tensor", p).detach().clone() for n, p in engine.module.named_parameters()}
+
+
+def step(engine) -> None:
+    """One optimizer step on the prompts."""
+    ids, mask = prompts()
+    engine.train()
+    logits = forward_logits(engine, engine.module, input_ids=ids, attention_mask=mask)
+    engine.backward(torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()))
+    assert step_together(engine)
+    engine.eval()
+
+
+def sharing_is_right(hybrid: HybridEngine, *, zero: int, lora: str) -> bool:
+    """Nothing is copied that need not be."""
+    replica, source = hybrid.replica, hybrid.engine.module
+    own = {p.data_ptr() for p in source.parameters()}
+    apart = [p for p in replica.model.parameters() if p.data_ptr() not in own]
+    if zero == 3:
+        return len(apart) == len(list(replica.model.parameters()))
+    if lora == "merge":
+        return 0 < len(apart) == len(lora_parameter_names(source)) // 2
+    attached = any(isinstance(module, LowRankLinear) for module in replica.model.modules())
+    return not apart and attached == (lora == "attach")

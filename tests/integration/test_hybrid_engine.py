@@ -1,0 +1,58 @@
+"""The Hybrid Engine gives generate's tokens: families, ZeRO stages, ranks, LoRA, offload; and the same rewards."""
+
+import pytest
+from covers import pairwise, product
+from launches import Case
+from options import case_name
+
+AXES = {
+    "family": ("llama", "opt", "gpt2", "gpt_neox", "qwen2", "mistral"),
+    "zero": (0, 1, 2, 3),
+    "lora": ("", "merge", "attach"),
+    "offload": (False, True),
+    "ranks": (1, 2),
+}
+
+
+def params() -> list:
+    few, found = pairwise(AXES), []
+    for options in list(product(AXES)):
+        kwargs = {"stock": "{stock}", **{name: value for name, value in options.items() if name != "ranks"}}
+        case = Case(
+            case_name("hybrid", {**options, "zero": f"z{options['zero']}"}),
+            ranks=options["ranks"],
+            function="hybrid_checks.py:greedy_tokens",
+            kwargs=kwargs,
+        )
+        marks = [pytest.mark.cases(case)] + ([] if options in few else [pytest.mark.slow])
+        found.append(pytest.param(case, id=case.name, marks=marks))
+    return found
+
+
+@pytest.mark.parametrize("case", params())
+def test_greedy_tokens_are_those_of_generate(case, launches):
+    for result in launches[case].ranks:
+        assert [name for name, holds in result["value"].items() if not holds] == []
+
+
+def rewards_case(hybrid: bool) -> Case:
+    words = [
+        "--actor_model_name_or_path {stock}/steep/llama --critic_model_name_or_path {stock}/reward/llama",
+        "--data_path {stock}/toy --data_split 0,0,1 --max_prompt_seq_len 24 --max_answer_seq_len 12 --dtype fp32",
+        "--actor_learning_rate 1e-3 --critic_learning_rate 1e-3 --num_warmup_steps 0 --greedy_rollouts",
+        "--per_device_generation_batch_size 8 --per_device_training_batch_size 8 --max_train_steps 3 --eval_prompts 8",
+        "--actor_zero_stage 2 --critic_zero_stage 2",
+        "--enable_hybrid_engine" if hybrid else "",
+    ]
+    return Case(f"hybrid-rewards-{hybrid}", ranks=2, step=3, argv=" ".join(words))
+
+
+@pytest.mark.cases(rewards_case(False), rewards_case(True))
+def test_rewards_are_the_same_with_and_without_it(launches):
+    without, with_it = launches[rewards_case(False)], launches[rewards_case(True)]
+    for key in ("objective/score", "objective/reward", "policy/loss", "value/loss"):
+        assert with_it.per_step(key) == pytest.approx(without.per_step(key), rel=1e-4, abs=1e-5)
+    assert len(set(with_it.per_step("objective/reward"))) == 3
+    # Its own logprobs of the tokens are the training engine's.
+    gaps = with_it.per_step("rollout/logprob_gap")
+    assert len(gaps) == 3 and max(gaps) < 1e-4 and not without.per_step("rollout/logprob_gap")
