@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,7 +42,7 @@ ADDITION = (
 )
 TINY = (
     "--per_device_generation_batch_size 32 --per_device_training_batch_size 32 --max_prompt_seq_len 32 "
-    "--max_answer_seq_len 8 --actor_learning_rate 1e-3 --critic_learning_rate 1e-3 --kl_coef 0.02 --num_warmup_steps 0 "
+    "--max_answer_seq_len 8 --actor_learning_rate 1e-3 --critic_learning_rate 3e-3 --kl_coef 0.02 --num_warmup_steps 0 "
     "--lr_scheduler_type constant_with_warmup --eval_interval 4 --eval_prompts 64 --dtype fp32 --data_split 0,0,1 "
     "--no_normalize_reward"
 )
@@ -167,9 +167,15 @@ def has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def rollouts_to_reach(metrics: list[dict], score: float) -> int | None:
-    """The first evaluated rollout whose held-out score is at least `score`, or None."""
-    return next((line["step"] for line in metrics if line.get("eval/score", -float("inf")) >= score), None)
+def mean_gains(output: Path, name: str, seeds: list[int]) -> dict[int, float]:
+    """Evaluated rollouts to the held-out score's gain in standard deviations before training, mean over the seeds."""
+    gains: dict[int, list[float]] = {}
+    for seed in seeds:
+        lines = [line for line in read_jsonl(output / f"{name}_seed{seed}.jsonl") if "eval/score" in line]
+        for line in lines:
+            gain = (line["eval/score"] - lines[0]["eval/score"]) / lines[0]["eval/score_sd"]
+            gains.setdefault(line["step"], []).append(gain)
+    return {step: sum(found) / len(found) for step, found in gains.items()}
 
 
 def judge_bars(output: Path, names: list[str], seeds: list[int]) -> tuple[list[list[str]], bool]:
@@ -184,7 +190,6 @@ def judge_bars(output: Path, names: list[str], seeds: list[int]) -> tuple[list[l
     for seed in seeds:
         run = [name for name in names if seed in seeds_of(name, seeds)]
         results = {name: json.loads((output / f"{name}_seed{seed}.json").read_text())["result"] for name in run}
-        metrics = {name: read_jsonl(output / f"{name}_seed{seed}.jsonl") for name in run}
         for name in ("epochs1", "epochs4"):
             found = results[name]
             bar(f"{name}, seed {seed}: score gain, sd", f"{found['score_gain_sd']:.2f}", found["score_gain_sd"] >= 1)
@@ -194,13 +199,6 @@ def judge_bars(output: Path, names: list[str], seeds: list[int]) -> tuple[list[l
             if "judge_gain_lower95" in found:
                 lower = found["judge_gain_lower95"]
                 bar(f"{name}, seed {seed}: judge's gain, lower bound", f"{lower:.3f}", lower > 0)
-        final = metrics["epochs1"][-1]
-        reached = rollouts_to_reach(metrics["epochs4"], final["eval/score"])
-        bar(
-            f"seed {seed}: rollouts of 4 epochs to the 1-epoch score",
-            f"{reached} of {final['step']}",
-            reached is not None and reached <= final["step"] / 2,
-        )
         if "control" in results:
             found = results["control"]
             text = f"{found['kl']:.2f}, {found['score_gain_sd']:+.2f} sd"
@@ -209,6 +207,11 @@ def judge_bars(output: Path, names: list[str], seeds: list[int]) -> tuple[list[l
             found = results["addition"]
             text = f"{100 * found['score_before']:.0f}% -> {100 * found['score_after']:.0f}%"
             bar(f"addition, seed {seed}: exact match", text, found["score_after"] >= 0.7)
+    one, four = (mean_gains(output, name, seeds) for name in ("epochs1", "epochs4"))
+    last = max(one)
+    reached = next((step for step, gain in sorted(four.items()) if gain >= one[last]), None)
+    text = f"rollouts of 4 epochs to the gain of {last} of one, mean over seeds"
+    bar(text, str(reached), reached is not None and reached <= last / 2)
     return rows, all_met
 
 
@@ -225,10 +228,10 @@ def draw(output: Path, names: list[str], seeds: list[int]) -> None:
     kinds = [name for name in names if name != "addition"]
     figure, axes = plt.subplots(1, 3, figsize=(13, 4))
     for color, name in zip(("tab:blue", "tab:orange", "tab:gray"), kinds):
-        for seed in seeds_of(name, seeds):
+        for seed in [seed for seed in seeds_of(name, seeds) if (output / f"{name}_seed{seed}.jsonl").exists()]:
             lines = [line for line in read_jsonl(output / f"{name}_seed{seed}.jsonl") if "eval/score" in line]
             for axis, key in zip(axes, PLOTTED):
-                label = name if seed == seeds[0] else None
+                label = None if any(line.get_label() == name for line in axis.lines) else name
                 axis.plot([line["step"] for line in lines], [line[key] for line in lines], color=color, label=label)
     for axis, title in zip(axes, PLOTTED.values()):
         axis.set(xlabel="rollouts", title=title)
@@ -250,6 +253,7 @@ def main() -> None:
                 for name, flags in runs.items()
                 for seed in seeds_of(name, seeds)
             ]
+            wait(jobs)  # one that fails does not take the others with it
             seconds = [job.result() for job in jobs]
     rows, all_met = judge_bars(args.output, list(runs), seeds)
     print("\n" + table(rows, header=["bar", "found", "met"]))

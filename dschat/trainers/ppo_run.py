@@ -6,6 +6,7 @@ from dschat.tracking import dist
 from dschat.tracking.metrics import MetricsWriter
 from dschat.tracking.progress import Progress
 from dschat.trainers.ppo import DeepSpeedPPOTrainer
+from dschat.trainers.ppo_stats import rollout_flops
 from dschat.trainers.rollout import print_answers
 from dschat.trainers.run_state import RunState
 
@@ -43,7 +44,7 @@ def train_ppo(
             if run.print_answers and (step - 1) % run.print_answers_interval == 0:
                 print_answers(answers, experience.scores, tokenizer)
             values |= trainer.train_rlhf(experience)
-            values |= _speed(experience, values)
+            values |= _speed(experience, values, trainer)
             if step == rollouts or (run.eval_interval and step % run.eval_interval == 0):
                 values |= evaluator.evaluate(step)
             metrics.write(step, values, tensorboard=_pipeline_tags(values, trainer.config))
@@ -52,10 +53,20 @@ def train_ppo(
             state.end_step(last=step == rollouts)
 
 
-def _speed(experience: Experience, values: dict[str, float]) -> dict[str, float]:
+def _speed(experience: Experience, values: dict[str, float], trainer: DeepSpeedPPOTrainer) -> dict[str, float]:
     tokens = dist.all_reduce(experience.attention_mask.sum()).item()
     seconds = values["time/generate_s"] + values["time/score_s"] + values["time/train_s"]
-    return {"perf/tokens_per_s": tokens / seconds}
+    engines = trainer.engines
+    flops = rollout_flops(
+        generated=[engines.actor.module],
+        scored=[engine.module for engine in (*engines.trained, engines.ref, *engines.rewards)],
+        trained=[engine.module for engine in engines.trained],
+        epochs=trainer.config.batch.ppo_epochs,
+    )
+    return {
+        "perf/tokens_per_s": tokens / seconds,
+        "perf/tflops": flops * tokens / seconds / dist.world_size() / 1e12,
+    }
 
 
 def _pipeline_tags(values: dict[str, float], config: PPOConfig) -> dict[str, float]:

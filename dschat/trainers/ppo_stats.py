@@ -51,6 +51,26 @@ def rollout_metrics(
     return metrics
 
 
+def rollout_flops(*, generated: list, scored: list, trained: list, epochs: int) -> float:
+    """Floating-point operations that a rollout and its updates take for each token of its texts.
+
+    By the usual count (Kaplan et al. 2020, table 1, without attention): 2 a parameter in a forward, 2 more for the
+    gradient of its input and 2 for its own where it is trained. Recomputed activations and PTX texts do not count.
+
+    Args:
+        generated, scored, trained: the models of each phase; one may be in several.
+    """
+    forward = 2.0 * sum(_parameters(model) for model in (*generated, *scored))
+    updates = sum(4.0 * _parameters(model) + 2.0 * _parameters(model, trained=True) for model in trained)
+    return forward + epochs * updates
+
+
+def _parameters(model: torch.nn.Module, *, trained: bool = False) -> int:
+    """Parameters of a model, whole under ZeRO-3; with `trained` those with a gradient."""
+    found = [p for p in model.parameters() if p.requires_grad or not trained]
+    return sum(getattr(p, "ds_numel", p.numel()) for p in found)
+
+
 def logprob_gap(batches: list[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]]) -> dict[str, float]:
     """How far the generator's logprobs of the sampled tokens are from the training engine's: the mean of |difference|.
 

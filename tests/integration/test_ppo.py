@@ -51,7 +51,8 @@ REPORTED = {
     *("objective/score", "objective/kl", "objective/entropy", "policy/loss", "policy/clipfrac", "policy/approx_kl"),
     *("policy/ratio_max", "value/loss", "value/clipfrac", "value/explained_variance", "advantage/std"),
     *("response/length_mean", "response/eos_rate", "grad_norm/actor", "grad_norm/critic", "lr/actor", "lr/critic"),
-    *("time/generate_s", "time/score_s", "time/train_s", "perf/tokens_per_s", "perf/mem_gib"),
+    *("time/generate_s", "time/score_s", "time/train_s", "perf/tokens_per_s", "perf/tflops"),
+    "perf/mem_gib",
 }
 
 
