@@ -222,5 +222,5 @@ def eager_decode(
 
 
 def _poll(step: int, device: torch.device) -> bool:
-    """Whether to ask now which rows have ended: on a CPU always, elsewhere seldom, since asking waits for the device."""
+    """Whether to ask now which rows have ended: on a CPU always, elsewhere seldom, since asking waits for it."""
     return device.type == "cpu" or (step + 1) % POLL_STEPS == 0

@@ -127,6 +127,8 @@ class GraphDecoder:
 
     def release(self) -> None:
         """Free graphs, cache and buffers; the next call makes them again."""
+        if self.graphs:
+            torch.cuda.synchronize()  # a graph must not go while it runs
         self.graphs.clear()
         self.cache = self.state = self.sampler = self._pool = None
         self._key = ()

@@ -40,6 +40,8 @@ class Generator(RolloutEngine):
     def generate(self, request: RolloutRequest, sampling: SamplingConfig) -> RolloutBatch:
         """DeepSpeed's interface: greedy at temperature 0, ends and padding by the model's generation config."""
         own = self.engine.module.generation_config
+        samples = sampling.n_samples_per_prompt
+        copies = samples if sampling.temperature > 0 else 1  # greedy answers to one prompt are the same
         eos = own.eos_token_id if isinstance(own.eos_token_id, (list, tuple)) else [own.eos_token_id]
         generation = GenerationConfig(
             do_sample=sampling.temperature > 0,
@@ -47,13 +49,13 @@ class Generator(RolloutEngine):
             top_p=sampling.top_p,
             top_k=max(sampling.top_k, 0),
             max_new_tokens=sampling.max_new_tokens,
-            num_return_sequences=sampling.n_samples_per_prompt,
+            num_return_sequences=copies,
             eos_token_id=[token for token in eos if token is not None],
             pad_token_id=eos[0] if own.pad_token_id is None else own.pad_token_id,
         )
         prompts, mask = request.prompt_ids, request.prompt_attention_mask
-        tokens = self.decode(prompts, mask, generation).tokens
-        prompts, mask = (t.repeat_interleave(sampling.n_samples_per_prompt, dim=0) for t in (prompts, mask))
+        tokens = self.decode(prompts, mask, generation).tokens.repeat_interleave(samples // copies, dim=0)
+        prompts, mask = (t.repeat_interleave(samples, dim=0) for t in (prompts, mask))
         is_end = torch.isin(tokens, torch.tensor(generation.eos_token_id, device=tokens.device))
         live = (is_end.long().cumsum(-1) - is_end.long()) == 0
         starts = torch.full((len(tokens),), prompts.shape[1], device=tokens.device)
@@ -75,7 +77,7 @@ class PlainGenerator(Generator):
     against."""
 
     def decode(self, input_ids, attention_mask, generation) -> Decoded:
-        """As Generator, without logprobs; under ZeRO-3 every process keeps stepping until the last one is done (synced_gpus)."""
+        """As Generator, without logprobs; under ZeRO-3 processes step until the last one is done (synced_gpus)."""
         self.engine.eval()
         with torch.no_grad(), _only(self.engine.module, generation):
             sequences = self.engine.module.generate(
@@ -175,7 +177,8 @@ class HybridEngine(Generator):
         self.replica.release()
 
     def _drop_graphs(self) -> None:
-        self._graphs.release() if self._graphs is not None else None
+        if self._graphs is not None:
+            self._graphs.release()
         self._graphs = None
 
     def _description(self) -> str:
@@ -203,8 +206,8 @@ class HybridEngine(Generator):
         elif copies:
             remedies.insert(0, "--hybrid_lora attach")
         raise ValueError(
-            f"--enable_hybrid_engine needs {(copies + cache) / GIB:.1f} GiB on each device, {copies / GIB:.1f} for weights "
-            f"and {cache / GIB:.1f} for the key-value cache of {rows} answers; {free / GIB:.1f} GiB are free. Give "
+            f"--enable_hybrid_engine needs {(copies + cache) / GIB:.1f} GiB on each device, {copies / GIB:.1f} for "
+            f"weights and {cache / GIB:.1f} for the key-value cache of {rows} answers; {free / GIB:.1f} GiB are free. Give "
             f"{', or '.join(remedies)}."
         )
 
