@@ -188,7 +188,8 @@ def measure_supervised(row: Row, meter: Meter, *, sizes: tuple[int, int, int], t
         return random_model(path, dtype=dtype, tiny=tiny, head=row.step == 2)
 
     with meter.phase("load"):
-        engine = build_engine(Stage(row.step, config, device, config.model.dtype, None, 2), load, total_steps=rollouts)
+        stage = Stage(row.step, config, device, config.model.dtype, None, 2, None)
+        engine = build_engine(stage, load, total_steps=rollouts)
     objective, losses = (SFTObjective if row.step == 1 else RewardObjective)(), []
     for step in range(rollouts):
         ids = random_ids(texts, prompt + answer, step)

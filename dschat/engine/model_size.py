@@ -85,7 +85,11 @@ def named_size(
 @functools.lru_cache
 def _counted(name, flag, trust_remote_code, reward, lora, system, role) -> ModelSize:
     config = find_config(name, flag=flag, trust_remote_code=trust_remote_code)
-    return model_size(config, reward=reward, lora=lora, system=system, role=role, trust_remote_code=trust_remote_code)
+    options = dict(reward=reward, lora=lora, system=system, role=role, trust_remote_code=trust_remote_code)
+    # Making weights draws random numbers, and what has been counted before is not counted again: a run's own weights must
+    # not depend on that.
+    with torch.random.fork_rng(devices=[]):
+        return model_size(config, **options)
 
 
 def model_size(

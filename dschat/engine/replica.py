@@ -96,7 +96,7 @@ class Replica:
         self.engine, self.device = engine, engine.device
         source = engine.module
         config = copy.deepcopy(source.config)
-        with torch.device("meta"):
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):  # initialisation draws random numbers
             self.model = type(source)(config)
         self.model.eval().requires_grad_(False)
         self._layers = {name: m for name, m in source.named_modules() if isinstance(m, LoraLayer)}

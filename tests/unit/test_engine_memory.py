@@ -271,3 +271,14 @@ def test_a_pair_is_two_texts_and_the_table_says_what_is_needed():
     text = plan_text(plan, processes=2, gpu_bytes=4 * GIB, all_host_bytes=GIB)
     assert f"needs {(plan.peak[1] + OVERHEAD) / GIB:.1f} GiB on a GPU of 4.0 GiB: does not fit" in text
     assert "1.2 GiB of host memory for 2 process(es) of 1.0 GiB: does not fit" in text
+
+
+def test_counting_leaves_the_random_numbers_alone():
+    from dschat.engine import model_size as sizes
+
+    sizes._counted.cache_clear()
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    sizes._counted("tiny-llama", "--model", False, False, LoraOptions(lora_dim=4), SystemOptions(), "")
+    assert torch.equal(torch.rand(3), expected)
