@@ -1,7 +1,7 @@
 """Decoding on a GPU: each step, sampling included, is one CUDA graph over buffers that stay where they are.
 
-The host only launches graphs. It runs a few steps ahead of the device and reads how many rows are left from copies that
-have arrived by then, so that no step waits for it; finished rows are dropped by going over to graphs of fewer rows.
+The host runs a few steps ahead of the device and reads how many rows are left from copies that have arrived by then, so
+that no step waits for it; finished rows are dropped by going over to graphs of fewer rows.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from dschat.engine import decode_attention
 from dschat.engine.compiled_layers import CompiledLayers
 from dschat.engine.decoding import Decoded, SlotCache, decode_step, has_plain_cache, prefill_slots
 from dschat.engine.sampling import Sampler
-from dschat.engine.skinny_linear import use_skinny_linears
+from dschat.engine.skinny_linear import plain_products, use_skinny_linears
 from dschat.models.causal_lm import takes_position_ids
 from dschat.models.structure import decoder_layers
 from dschat.tracking.log import logger
@@ -249,7 +249,8 @@ class GraphDecoder:
         num_rows, num_prompt = attention_mask.shape
         self.cache.start(rows=num_rows, filled=num_prompt)
         mask = torch.cat([attention_mask, attention_mask.new_ones(num_rows, 1)], dim=-1)
-        logits = decode_step(self.model, self.state.token[:num_rows, 0], mask, self.cache)
+        with plain_products():
+            logits = decode_step(self.model, self.state.token[:num_rows, 0], mask, self.cache)
         self.cache.start(rows=num_rows, filled=num_prompt, position=self.state.position)
         return logits
 

@@ -6,6 +6,8 @@ that read the same input (query, key and value; gate and up) share one launch, t
 training weights, which cannot be packed.
 """
 
+import contextlib
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -37,11 +39,12 @@ class SkinnyLinear(nn.Linear):
 
     group: tuple["SkinnyLinear", ...]
     waiting: list[torch.Tensor]
+    active = True
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in] to [..., out]."""
         rows = x.numel() // x.shape[-1]
-        if rows > MAX_ROWS or not x.is_cuda or x.dtype == torch.float32:
+        if rows > MAX_ROWS or not x.is_cuda or x.dtype == torch.float32 or not self.active:
             return F.linear(x, self.weight, self.bias)
         if self.waiting and self.group[0] is not self:
             return self.waiting.pop(0)
@@ -52,6 +55,16 @@ class SkinnyLinear(nn.Linear):
         found = [out.view(*x.shape[:-1], out.shape[-1]) for out in found]
         self.waiting[:] = found[1:]
         return found[0]
+
+
+@contextlib.contextmanager
+def plain_products():
+    """Inside, every SkinnyLinear is a plain nn.Linear."""
+    SkinnyLinear.active = False
+    try:
+        yield
+    finally:
+        SkinnyLinear.active = True
 
 
 def use_skinny_linears(layers: nn.ModuleList) -> None:
