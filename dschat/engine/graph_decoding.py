@@ -191,8 +191,7 @@ class GraphDecoder:
         torch.cuda.synchronize()
         self.graphs[rows] = graph
         seconds = time.monotonic() - started
-        self.capture_s += seconds
-        self.captures += 1
+        self.captures, self.capture_s = self.captures + 1, self.capture_s + seconds
         logger.info(
             f"Hybrid Engine: captured a decode step of {rows} rows {'with' if self.compiled else 'without'} "
             f"torch.compile in {seconds:.1f} s; KV cache {self.cache.nbytes / 2**30:.2f} GiB"
