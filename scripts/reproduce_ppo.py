@@ -41,8 +41,8 @@ ADDITION = (
     "--enable_hybrid_engine --no_compile"
 )
 TINY = (
-    "--per_device_generation_batch_size 32 --per_device_training_batch_size 32 --max_prompt_seq_len 32 "
-    "--max_answer_seq_len 8 --actor_learning_rate 1e-3 --critic_learning_rate 3e-3 --kl_coef 0.02 --num_warmup_steps 0 "
+    "--per_device_generation_batch_size 64 --per_device_training_batch_size 64 --max_prompt_seq_len 32 "
+    "--max_answer_seq_len 2 --actor_learning_rate 1e-3 --critic_learning_rate 6e-3 --kl_coef 0.02 --num_warmup_steps 0 "
     "--lr_scheduler_type constant_with_warmup --eval_interval 4 --eval_prompts 64 --dtype fp32 --data_split 0,0,1 "
     "--no_normalize_reward"
 )
@@ -66,15 +66,18 @@ def parse_args() -> argparse.Namespace:
 
 
 def tiny_runs(work: Path) -> dict[str, list[str]]:
-    """Runs on a miniature model whose reward is a function: the share of lower-case vowels in the answer."""
+    """Runs on a miniature model whose reward is a function: whether the answer, two bytes, begins with a small letter.
+
+    A critic can know that behind the first byte, and not before: half of the variance is there to be explained.
+    """
     from dschat.data.toy import write_toy_data
     from dschat.models.tiny import make_tiny_model
 
     model = make_tiny_model(work / "tiny", family="llama")
-    function = work / "vowels.py"
+    function = work / "letters.py"
     function.write_text(
         "def reward(prompts, answers, **columns):\n"
-        "    return [sum(c in 'aeiou' for c in answer) / 8 for answer in answers]\n"
+        "    return [float('a' <= answer[:1] <= 'z') for answer in answers]\n"
     )
     common = ["--data_path", str(write_toy_data(work / "data")), "--actor_model_name_or_path", str(model)]
     common += ["--critic_model_name_or_path", str(model), "--reward_fn", f"{function}:reward", *TINY.split()]
