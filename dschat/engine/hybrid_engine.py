@@ -13,6 +13,7 @@ from transformers import GenerationConfig
 from dschat.engine.decoding import Decoded, eager_decode
 from dschat.engine.graph_decoding import GraphDecoder, GraphMismatch, takes_graphs
 from dschat.engine.replica import MEMORY_SHARE, LoraMode, Replica, free_memory
+from dschat.engine.sampling import eos_ids
 from dschat.tracking import dist
 from dschat.tracking.log import logger
 
@@ -42,7 +43,7 @@ class Generator(RolloutEngine):
         own = self.engine.module.generation_config
         samples = sampling.n_samples_per_prompt
         copies = samples if sampling.temperature > 0 else 1  # greedy answers to one prompt are the same
-        eos = own.eos_token_id if isinstance(own.eos_token_id, (list, tuple)) else [own.eos_token_id]
+        eos = eos_ids(own)
         generation = GenerationConfig(
             do_sample=sampling.temperature > 0,
             temperature=sampling.temperature or 1.0,
@@ -50,7 +51,7 @@ class Generator(RolloutEngine):
             top_k=max(sampling.top_k, 0),
             max_new_tokens=sampling.max_new_tokens,
             num_return_sequences=copies,
-            eos_token_id=[token for token in eos if token is not None],
+            eos_token_id=eos,
             pad_token_id=eos[0] if own.pad_token_id is None else own.pad_token_id,
         )
         prompts, mask = request.prompt_ids, request.prompt_attention_mask
@@ -196,7 +197,7 @@ class HybridEngine(Generator):
         return f"{weights}; CUDA graphs, {'compiled' if self._graphs.compiled else 'not compiled'}"
 
     def _check_memory(self, rows: int, length: int) -> None:
-        cache = cache_bytes(self.engine.module.config, rows=rows, length=length, itemsize=self._itemsize())
+        cache = cache_bytes(self.engine.module.config, rows=rows, length=length, itemsize=self.replica.itemsize)
         copies, free = self.replica.copied_bytes, free_memory(self.engine.device)
         if copies + cache <= MEMORY_SHARE * free:
             return
@@ -210,9 +211,6 @@ class HybridEngine(Generator):
             f"weights and {cache / GIB:.1f} for the key-value cache of {rows} answers; {free / GIB:.1f} GiB are free. Give "
             f"{', or '.join(remedies)}."
         )
-
-    def _itemsize(self) -> int:
-        return next(p for p in self.engine.module.parameters() if p.is_floating_point()).element_size()
 
 
 def cache_bytes(config, *, rows: int, length: int, itemsize: int) -> int:

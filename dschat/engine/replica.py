@@ -153,8 +153,12 @@ class Replica:
     @property
     def copied_bytes(self) -> int:
         """Bytes of the copies that ``refresh`` fills."""
-        itemsize = next(p for p in self.engine.module.parameters() if p.is_floating_point()).element_size()
-        return itemsize * sum(weight.shape.numel() for weight in self._copied)
+        return self.itemsize * sum(weight.shape.numel() for weight in self._copied)
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a weight or of a number in the key-value cache."""
+        return next(p for p in self.engine.module.parameters() if p.is_floating_point()).element_size()
 
     def _attaches(self, lora_mode: LoraMode) -> bool:
         if lora_mode != "auto":
@@ -172,18 +176,18 @@ class Replica:
         for weight in [w for w in self._copied if w.lora is not None and w.source is not None]:
             path = next(name for name, module in self.model.named_modules() if module is weight.module)
             parent, _, leaf = path.rpartition(".")
-            setattr(self.model.get_submodule(parent), leaf, LowRankLinear(weight.module, weight.lora))
+            attached = LowRankLinear(weight.module, weight.lora)
+            setattr(self.model.get_submodule(parent), leaf, attached)
             self._copied.remove(weight)
             self._shared.append(Weight(weight.module, weight.leaf, weight.source, weight.base))
+            # The adapter's matrices are shared like W, and followed like it where their storage moves.
+            self._shared += [Weight(attached, n, lora_matrix(weight.lora, n), weight.base) for n in ("A", "B")]
 
     def hold_shared(self) -> None:
         """Point the shared weights at the training weights' storage; again where that has moved."""
         for weight in self._shared:
             if weight.module._parameters[weight.leaf].data_ptr() != weight.source.data_ptr():
                 weight.module._parameters[weight.leaf] = shared(weight.source)
-        for module in self.model.modules():
-            if isinstance(module, LowRankLinear):
-                assert module.A.data_ptr() and module.B.data_ptr()
         self._tie()
 
     def _tie(self) -> None:
