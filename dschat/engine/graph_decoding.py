@@ -159,7 +159,8 @@ class GraphDecoder:
             remaining=torch.zeros((), **whole),
             tokens=torch.zeros(slots, num_new, **whole),
             logprobs=torch.zeros(slots, num_new, device=device),
-            texts=torch.zeros(slots, length if self.sampler.penalty is not None else 0, **whole),
+            # A step writes the token that comes next too, one behind the last that the cache holds.
+            texts=torch.zeros(slots, length + 1 if self.sampler.penalty is not None else 0, **whole),
             logits=torch.zeros(slots, vocab, dtype=shapes[0][0].dtype, device=device),
         )
 
@@ -174,8 +175,7 @@ class GraphDecoder:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream), self._compiled:
-            for _ in range(2):  # compiles, and lets libraries allocate, outside of the capture
-                # The last position of the cache is written, which real tokens are not read from before they are.
+            for _ in range(2):  # compiles and allocates outside of the capture, and writes the cache's last position
                 s.position.fill_(self.cache.layers[0].get_max_length() - 1)
                 s.step.zero_()
                 s.bounds[..., 0], s.bounds[..., 1] = 0, 1
