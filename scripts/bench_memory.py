@@ -100,14 +100,19 @@ def main() -> None:
             continue
         results.append(run_apart(name, args))
         print(line(results[-1]), flush=True)
+        save(results, args.output)  # what is known stays known if a later case takes the machine with it
     print("\n" + "\n".join(line(result) for result in results))
     good = [result for result in results if "error" not in result]
     if good:
         worst = max(abs(result["relative_error"]) for result in good)
         print(f"{len(good)} of {len(results)} cases ran; largest error {100 * worst:.1f}%")
-    if args.output:
-        write_json(args.output, {"cases": results, "hardware": hardware(), "versions": versions()})
+    save(results, args.output)
     sys.exit(0 if len(good) == len(results) else 1)
+
+
+def save(results: list[dict], output: str | None) -> None:
+    if output:
+        write_json(output, {"cases": results, "hardware": hardware(), "versions": versions()})
 
 
 def parse_args() -> argparse.Namespace:
