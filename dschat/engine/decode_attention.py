@@ -78,7 +78,7 @@ def decode_attention(
         PADDED=_power_of_2(width),
         BLOCK=BLOCK,
         SPLITS=splits,
-        num_warps=2,
+        num_warps=1 if width <= 64 else 2,
     )
     if splits > 1:
         _join[(batch * heads,)](

@@ -25,9 +25,9 @@ MAX_ROWS = 16  # the smallest number of rows that a tensor core's product has
 # pipeline, and whether the matrix is the left factor. Measured on an H100; fewer than its 132 multiprocessors would not
 # all have a program.
 SETTINGS = {
-    8192: dict(BLOCK_N=64, BLOCK_K=128, num_warps=4, num_stages=6, LEFT=True),
+    6144: dict(BLOCK_N=64, BLOCK_K=128, num_warps=4, num_stages=6, LEFT=True),
     4096: dict(BLOCK_N=32, BLOCK_K=256, num_warps=2, num_stages=6, LEFT=False),
-    0: dict(BLOCK_N=16, BLOCK_K=512, num_warps=2, num_stages=3, LEFT=False),
+    0: dict(BLOCK_N=16, BLOCK_K=512, num_warps=2, num_stages=5, LEFT=False),
 }
 
 
@@ -96,7 +96,7 @@ def skinny_linear(
     m, k = x.shape
     widths = [weight.shape[0] for weight in weights]
     outs = [torch.empty(m, n, dtype=x.dtype, device=x.device) for n in widths]
-    settings = SETTINGS[8192 if sum(widths) >= 8192 else 4096 if sum(widths) >= 4096 else 0]
+    settings = SETTINGS[6144 if sum(widths) >= 6144 else 4096 if sum(widths) >= 4096 else 0]
     programs = sum((n + settings["BLOCK_N"] - 1) // settings["BLOCK_N"] for n in widths)
     pick = [min(i, len(weights) - 1) for i in range(3)]
     biased = biases[0] is not None
