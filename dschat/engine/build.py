@@ -13,7 +13,7 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from dschat.config.options import ScheduleOptions
 from dschat.engine.optim import adamw
-from dschat.engine.processes import process_variables
+from dschat.engine.processes import process_variables, shared_buffers
 from dschat.tracking import dist
 from dschat.tracking.log import logger
 
@@ -31,6 +31,11 @@ def start_processes(local_rank: int = -1) -> torch.device:
     if accelerator.device_name() != "cpu":
         accelerator.set_device(int(os.environ["LOCAL_RANK"]))
     deepspeed.init_distributed()
+    if on_cpu():
+        # DeepSpeed's shared memory stays mapped without its name, and with it 66 MiB a process would outlive the run.
+        torch.distributed.barrier()
+        for file in shared_buffers(os.environ, rank=dist.rank()):
+            file.unlink(missing_ok=True)
     return torch.device(accelerator.current_device_name())
 
 

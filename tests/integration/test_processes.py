@@ -8,13 +8,18 @@ import pytest
 from launches import environment
 
 SCRIPT = """
+import os
+from pathlib import Path
 import torch
 from dschat.engine.build import start_processes
+from dschat.engine.processes import shared_buffers
 from dschat.tracking import dist
 
 start_processes()
 total = dist.all_reduce(torch.tensor(dist.rank() + 1))
 print(f"rank {dist.rank()} of {dist.world_size()}, sum {int(total)}", flush=True)
+mapped = Path("/proc/self/maps").read_text().count("/deepspeed_allreduce_buffer_")
+print(f"mapped {mapped} left {len(shared_buffers(os.environ, rank=dist.rank()))}", flush=True)
 """
 RANKS = 2
 
@@ -46,6 +51,7 @@ def _slurm(rank: int) -> dict[str, str]:
         "SLURM_JOB_ID": str(os.getpid()),
         "SLURM_STEP_ID": "0",
         "SLURM_STEP_NODELIST": "127.0.0.1",
+        "LOCAL_SIZE": str(RANKS),  # as the deepspeed launcher sets it: then DeepSpeed makes its shared memory
     }
 
 
@@ -54,3 +60,9 @@ def test_processes_find_each_other(name, ranks, printed):
     said = "\n".join(printed[name])
     for rank in range(ranks):
         assert f"rank {rank} of {ranks}, sum {ranks * (ranks + 1) // 2}" in said, said[-3000:]
+
+
+def test_shared_memory_does_not_outlive_its_processes(printed):
+    """DeepSpeed makes a file of 66 MiB for each process of a host, and removes none; each maps its own and the others'."""
+    for said in printed["srun"]:
+        assert f"mapped {RANKS} left 0" in said, said[-3000:]
