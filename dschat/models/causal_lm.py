@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dschat.models.structure import decoder_layers, embedding_modules, forward_takes, pretrained
-from dschat.models.tokenizer import adapter_base, hub_error, model_source
+from dschat.models.tokenizer import adapter_base, check_vocabulary, hub_error, model_source
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 VOCABULARY_MULTIPLE = 8  # rows; tensor cores want matrix sizes in eights
@@ -89,12 +89,15 @@ def load_causal_lm(
         flag: the command-line flag that `path` came from, for messages.
 
     Raises:
-        ValueError: nothing there, incomplete, a reward model, or weights that the architecture needs are absent.
+        ValueError: nothing there, incomplete, a reward model, a tokenizer of another model, or weights that the
+            architecture needs are absent.
     """
     source, config = load_config(path, flag=flag, trust_remote_code=trust_remote_code, dropout=dropout)
     architecture = next(iter(config.architectures or ()), "")
     if architecture.endswith("ForSequenceClassification"):
         raise ValueError(f"{flag} {path!r} is a reward model ({architecture}); give a causal language model.")
+    if tokenizer is not None:
+        check_vocabulary(tokenizer, config.get_text_config().vocab_size, path=path, flag=flag)
     with readable_weights(path, flag=flag):
         model, info = AutoModelForCausalLM.from_pretrained(
             source,

@@ -10,8 +10,8 @@ from transformers import (
     PreTrainedTokenizerBase,
     StoppingCriteria,
     StoppingCriteriaList,
-    TextStreamer,
 )
+from transformers.generation.streamers import BaseStreamer
 
 from dschat.models.tokenizer import eos_token_ids
 
@@ -105,26 +105,45 @@ class ChatModel:
         return Answer(shown.text, len(new), shown.stopped or (bool(new) and new[-1] in self.end_ids))
 
 
-class ShownText(TextStreamer):
-    """Tokens to pieces of text; what might be the beginning of `stop_text` is held back until it is clear."""
+class ShownText(BaseStreamer):
+    """Tokens to pieces of text. Held back is what may still change: the bytes of half a character, and what might be the
+    beginning of `stop_text`.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, stop_text: str | None, show: Callable[[str], None]):
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.tokenizer = tokenizer
         self.stop_text = stop_text
         self.show = show
         self.text = ""  # all that was shown
         self.stopped = False
+        self._tokens: list[int] | None = None  # None until the prompt went by
+        self._decoded = 0  # characters
         self._held = ""
 
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Take the next piece, from TextStreamer."""
+    def put(self, value: torch.Tensor) -> None:
+        """The prompt, and then the next token each time, from generate."""
+        if self._tokens is None:
+            self._tokens = []
+            return
+        self._tokens += value.flatten().tolist()
+        text = self.tokenizer.decode(self._tokens, skip_special_tokens=True)
+        if not text.endswith("\ufffd"):
+            self.take(text[self._decoded :])
+            self._decoded = len(text)
+
+    def end(self) -> None:
+        """No more tokens."""
+        self.take(self.tokenizer.decode(self._tokens or [], skip_special_tokens=True)[self._decoded :], last=True)
+
+    def take(self, text: str, *, last: bool = False) -> None:
+        """The next piece of the text."""
         if self.stopped:
             return
         ready, self._held = self._held + text, ""
         if self.stop_text:
             ready, mark, _ = ready.partition(self.stop_text)
             self.stopped = bool(mark)
-            if not mark and not stream_end:
+            if not mark and not last:
                 held = next(n for n in range(len(self.stop_text), -1, -1) if ready.endswith(self.stop_text[:n]))
                 ready, self._held = ready[: len(ready) - held], ready[len(ready) - held :]
         if ready:

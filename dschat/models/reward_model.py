@@ -32,7 +32,7 @@ from dschat.models.causal_lm import (
     require_complete,
     takes_position_ids,
 )
-from dschat.models.tokenizer import as_ids, ensure_unambiguous_pad
+from dschat.models.tokenizer import as_ids, check_vocabulary, ensure_unambiguous_pad
 
 logger = logging.getLogger(__name__)
 
@@ -139,6 +139,7 @@ def load_reward_model(
             "Give a reward model, or a causal language model to start one from."
         )
     config.num_labels = 1
+    check_vocabulary(tokenizer, config.get_text_config().vocab_size, path=path, flag=flag)
     with readable_weights(path, flag=flag):
         old_checkpoint = _deepspeed_chat_tensors(source)
     if old_checkpoint is None and not is_classifier and not fresh_head and not adapter_has_head(path):
