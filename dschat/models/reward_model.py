@@ -24,7 +24,6 @@ from transformers.utils import cached_file
 
 from dschat.models.adapters import adapter_has_head
 from dschat.models.causal_lm import (
-    grow_vocabulary,
     load_config,
     merge_if_adapter,
     position_ids_from_mask,
@@ -32,7 +31,8 @@ from dschat.models.causal_lm import (
     require_complete,
     takes_position_ids,
 )
-from dschat.models.tokenizer import as_ids, check_vocabulary, ensure_unambiguous_pad
+from dschat.models.tokenizer import as_ids, ensure_unambiguous_pad
+from dschat.models.vocabulary import check_vocabulary, grow_vocabulary
 
 logger = logging.getLogger(__name__)
 

@@ -112,28 +112,6 @@ def load_tokenizer(
     return tokenizer
 
 
-def check_vocabulary(tokenizer: PreTrainedTokenizerBase, num_rows: int, *, path: str, flag: str) -> None:
-    """Nothing where every id of `tokenizer` has a row in an embedding of `num_rows`, or gets one: tokens that were added
-    make it grow.
-
-    Raises:
-        ValueError: an id of the vocabulary itself has no row, as where the tokenizer is that of another model.
-    """
-    added = tokenizer.get_added_vocab()
-    outside = [
-        (index, token)
-        for token, index in tokenizer.get_vocab().items()
-        if index >= num_rows and (token not in added or index >= len(tokenizer))
-    ]
-    if outside:
-        index, token = max(outside)
-        raise ValueError(
-            f"{flag} {path!r}: its tokenizer has the token {token!r} with id {index}, and the model's vocabulary ends with id "
-            f"{num_rows - 1} ({len(outside)} ids are outside). Copy the tokenizer files that belong to this model into its "
-            "folder."
-        )
-
-
 def end_token_id(
     tokenizer: PreTrainedTokenizerBase, *, add_eot_token: bool = False, eot_token: str = "<|endoftext|>"
 ) -> int:
