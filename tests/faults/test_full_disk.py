@@ -32,7 +32,7 @@ def fill(disk: Path) -> Path:
     return ballast
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_full_disk_costs_a_checkpoint_and_ends_the_run_at_the_model(ranks, disk, zygote, tmp_path, record):
     argv, out = f"{SFT} --max_train_steps 6 --save_interval 2", disk / "out"
     whole = zygote.run(1, tmp_path / "whole", argv, ranks=ranks)

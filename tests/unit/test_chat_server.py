@@ -125,6 +125,14 @@ def test_a_large_request_is_refused_unread():
         for extra in (2001, 500_000):
             found = request(server, body=json.dumps(HELLO).encode() + b" " * (extra - size))
             assert (found[0], error(found)) == (413, f"{extra} bytes are more than 2000 (--max_request_bytes)")
+        with socket.create_connection(server.server_address, timeout=10) as client:
+            client.sendall(b"POST /chat HTTP/1.0\r\nHost: localhost\r\nContent-Type: application/json\r\n")
+            client.sendall(b"Content-Length: 200000\r\n\r\n")
+            time.sleep(0.05)  # the answer is there, and the client still sends
+            for _ in range(2):
+                client.sendall(b" " * 100_000)
+                time.sleep(0.05)
+            assert client.makefile("rb").readline().split()[1] == b"413"
         # Announced, never sent: the answer comes all the same.
         assert request(server, body=None, Content_Length=str(10**12))[0] == 413
 
