@@ -3,8 +3,10 @@
 import http.client
 import importlib.util
 import json
+import logging
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -281,6 +283,31 @@ def ask(address: tuple[str, int], body: dict | None) -> tuple[int, dict | str]:
     text = response.read().decode()
     connection.close()
     return response.status, text if body is None else json.loads(text)
+
+
+def test_the_served_program_says_where_it_is_and_ends_by_a_signal(model_folder):
+    argv = [sys.executable, str(CHAT), "--path", model_folder, "--serve", "--port", "0"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        try:
+            line = process.stdout.readline()
+            port = int(re.fullmatch(r"http://127\.0\.0\.1:(\d+)/ \(Ctrl-C ends\)\n", line)[1])
+            status, answer = ask(("127.0.0.1", port), {"messages": MESSAGES, "max_new_tokens": 2})
+            assert (status, answer["num_tokens"]) == (200, 2)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(30) == 0
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize("host, warned", [("0.0.0.0", True), ("127.0.0.1", False)])
+def test_an_open_address_is_warned_of_at_the_start(host, warned, program, model_folder, monkeypatch, caplog):
+    argv = ["chat.py", "--path", model_folder, "--serve", "--host", host, "--port", "0"]
+    monkeypatch.setattr(sys, "argv", argv)
+    monkeypatch.setattr(program.ChatServer, "serve_forever", lambda self: None)
+    monkeypatch.setattr(logging.getLogger("dschat"), "propagate", True)
+    program.main()
+    assert [f"--host {host} is not this machine alone" in line for line in caplog.messages] == [True] * warned
 
 
 # Words, and what the message must hold.
