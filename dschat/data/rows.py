@@ -37,7 +37,7 @@ def row_from_columns(raw: dict) -> Row:
         used, prompt, chosen = _conversation(raw)
     elif raw.get("prompt") is not None:
         prompt = raw["prompt"]
-        prompt = _messages(prompt, "prompt") if isinstance(prompt, list) else checked_text(prompt, "prompt")
+        prompt = checked_messages(prompt, "prompt") if isinstance(prompt, list) else checked_text(prompt, "prompt")
         answer_field = next((name for name in ANSWER_FIELDS if raw.get(name) is not None), None)
         chosen = answer(raw[answer_field], answer_field) if answer_field else None
         used = {"prompt", answer_field or "chosen"}
@@ -81,15 +81,15 @@ def _conversation(raw: dict) -> tuple[set[str], list[dict], str | None]:
     """The names of the fields used, the prompt's messages and the chosen answer of a row with `messages`."""
     messages = raw["messages"]
     if isinstance(raw.get("chosen"), str):
-        return {"messages", "chosen"}, _messages(messages, "messages"), answer(raw["chosen"], "chosen")
+        return {"messages", "chosen"}, checked_messages(messages, "messages"), answer(raw["chosen"], "chosen")
     last = messages[-1] if isinstance(messages, list) and messages else None
     if not isinstance(last, dict) or last.get("role") != "assistant":
-        return {"messages"}, _messages(messages, "messages"), None
-    return {"messages"}, _messages(messages[:-1], "messages"), answer(last.get("content"), "messages[-1].content")
+        return {"messages"}, checked_messages(messages, "messages"), None
+    return {"messages"}, checked_messages(messages[:-1], "messages"), answer(last.get("content"), "messages[-1].content")
 
 
-def _messages(messages: object, name: str) -> list[dict]:
-    """Checked messages that end with the user's, reduced to role and content."""
+def checked_messages(messages: object, name: str) -> list[dict]:
+    """`messages`, reduced to role and content, if they are such and end with the user's; else a ValueError."""
     if not isinstance(messages, list):
         raise ValueError(f'field "{name}" is {_short(messages)}, not a list of messages')
     for number, message in enumerate(messages):

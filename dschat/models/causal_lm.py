@@ -17,9 +17,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from dschat.models.structure import decoder_layers, embedding_modules, forward_takes, pretrained
 from dschat.models.tokenizer import adapter_base, hub_error, model_source
+from dschat.models.vocabulary import check_vocabulary, grow_vocabulary
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
-VOCABULARY_MULTIPLE = 8  # rows; tensor cores want matrix sizes in eights
 
 
 def check_model_folder(folder: str | Path, *, flag: str) -> None:
@@ -89,12 +89,15 @@ def load_causal_lm(
         flag: the command-line flag that `path` came from, for messages.
 
     Raises:
-        ValueError: nothing there, incomplete, a reward model, or weights that the architecture needs are absent.
+        ValueError: nothing there, incomplete, a reward model, a tokenizer of another model, or weights that the
+            architecture needs are absent.
     """
     source, config = load_config(path, flag=flag, trust_remote_code=trust_remote_code, dropout=dropout)
     architecture = next(iter(config.architectures or ()), "")
     if architecture.endswith("ForSequenceClassification"):
         raise ValueError(f"{flag} {path!r} is a reward model ({architecture}); give a causal language model.")
+    if tokenizer is not None:
+        check_vocabulary(tokenizer, config.get_text_config().vocab_size, path=path, flag=flag)
     with readable_weights(path, flag=flag):
         model, info = AutoModelForCausalLM.from_pretrained(
             source,
@@ -176,27 +179,6 @@ def first_names(names: Iterable[str], count: int = 8) -> str:
     names = sorted(names)
     rest = f" and {len(names) - count} more" if len(names) > count else ""
     return ", ".join(names[:count]) + rest
-
-
-def grow_vocabulary(model: PreTrainedModel, num_tokens: int) -> bool:
-    """True where the embedding (and an untied head) had fewer than `num_tokens` rows and was grown to hold them,
-    rounded up to a multiple of 8. New rows are the mean of the old, which moves the output distribution least
-    (Hewitt 2021, Initializing new word embeddings for pretrained language models).
-    """
-    weight = model.get_input_embeddings().weight
-    old_rows = getattr(weight, "ds_shape", weight.shape)[0]
-    if num_tokens <= old_rows:
-        return False
-    model.resize_token_embeddings(num_tokens, pad_to_multiple_of=VOCABULARY_MULTIPLE, mean_resizing=False)
-    # Under ZeRO-3 too the new matrices are whole on every rank: transformers makes them outside of zero.Init, and
-    # the engine partitions them later.
-    head = model.get_output_embeddings()
-    weights = [model.get_input_embeddings().weight] + ([head.weight] if head is not None else [])
-    with torch.no_grad():
-        for matrix in {id(w): w for w in weights}.values():
-            assert matrix.shape[0] >= num_tokens, "the resized embedding is partitioned"
-            matrix[old_rows:] = matrix[:old_rows].float().mean(dim=0).to(matrix.dtype)
-    return True
 
 
 def _is_probability(name: str, value) -> bool:

@@ -24,7 +24,6 @@ from transformers.utils import cached_file
 
 from dschat.models.adapters import adapter_has_head
 from dschat.models.causal_lm import (
-    grow_vocabulary,
     load_config,
     merge_if_adapter,
     position_ids_from_mask,
@@ -33,6 +32,7 @@ from dschat.models.causal_lm import (
     takes_position_ids,
 )
 from dschat.models.tokenizer import as_ids, ensure_unambiguous_pad
+from dschat.models.vocabulary import check_vocabulary, grow_vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -139,6 +139,7 @@ def load_reward_model(
             "Give a reward model, or a causal language model to start one from."
         )
     config.num_labels = 1
+    check_vocabulary(tokenizer, config.get_text_config().vocab_size, path=path, flag=flag)
     with readable_weights(path, flag=flag):
         old_checkpoint = _deepspeed_chat_tensors(source)
     if old_checkpoint is None and not is_classifier and not fresh_head and not adapter_has_head(path):

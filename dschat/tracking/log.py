@@ -104,7 +104,8 @@ def advice(error: Exception) -> str:
         )
     if isinstance(error, MemoryError) or "can't allocate memory" in text:
         return "\nThe host's memory ran out: leave --offload out, or run fewer processes on each node."
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+    # safetensors has an error of its own, with no number.
+    if (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "No space left on device" in text:
         return "\nThe disk is full: free some of it, or give another --output_dir."
     if "NCCL" in text or type(error).__name__ in ("DistNetworkError", "DistStoreError", "DistBackendError"):
         return (

@@ -38,6 +38,21 @@ class Run:
                 found[f"{file.relative_to(self.out)} {name}"] = hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
         return found
 
+    def lost(self, whole: "Run") -> dict[str, int]:
+        """The bytes of the saved models and of metrics.jsonl, and how many of them are not those of the unbroken run."""
+        compared = differing = 0
+        mine, theirs = self._bytes(), whole._bytes()
+        for name in mine.keys() | theirs.keys():
+            ours, other = mine.get(name, b""), theirs.get(name, b"")
+            compared += max(len(ours), len(other))
+            differing += abs(len(ours) - len(other)) + sum(a != b for a, b in zip(ours, other))
+        return {"bytes_compared": compared, "bytes_lost": differing}
+
+    def _bytes(self) -> dict[str, bytes]:
+        files = self.out.glob("**/model*.safetensors")
+        found = {str(file.relative_to(self.out)): file.read_bytes() for file in files}
+        return {**found, "metrics.jsonl": "\n".join(json.dumps(line) for line in self.metrics()).encode()}
+
     def checkpoints(self) -> list[str]:
         """The names in the folder of checkpoints."""
         return sorted(path.name for path in (self.out / "checkpoints").iterdir())

@@ -46,7 +46,7 @@ def params() -> list:
 
 
 @pytest.mark.parametrize("options", params())
-def test_a_killed_run_goes_on_as_if_it_had_not_been(options, zygote, tmp_path):
+def test_a_killed_run_goes_on_as_if_it_had_not_been(options, zygote, tmp_path, record):
     step, ranks, argv = options["step"], options["ranks"], flags(options)
     whole = zygote.run(step, tmp_path / "whole", argv.replace("--save_interval 5", ""), ranks=ranks)
     assert whole.statuses == [0] * ranks, whole.log[-3000:]
@@ -61,6 +61,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(options, zygote, tmp_path):
     assert resumed.weights() == whole.weights() and len(whole.weights()) > 10
     assert resumed.checkpoints() == ["latest", "step_00000005", "step_00000010"]
     assert evaluations(resumed) == evaluations(whole)
+    record(injected=1, survived=1, **resumed.lost(whole))
 
 
 def evaluations(run) -> dict[str, str]:

@@ -61,7 +61,14 @@ def test_twenty_kills_at_random_moments_lose_nothing_but_the_steps_behind_the_la
     assert in_save >= 3  # a save that was aimed at may have been over, the faster the machine the more often
     assert resumed.metrics() == whole.metrics() and resumed.weights() == whole.weights()
     assert 0 <= min(lost) and max(lost) <= every and last_step(out) == steps
-    record(kills=KILLS, of_them_in_a_save=in_save, survived=KILLS, most_steps_lost_in_one=max(lost), save_interval=every)
+    record(
+        injected=KILLS,
+        of_them_in_a_save=in_save,
+        survived=KILLS,
+        most_steps_lost_in_one=max(lost),
+        save_interval=every,
+        **resumed.lost(whole),
+    )
 
 
 def begin(run) -> int:
@@ -89,7 +96,7 @@ def last_step(out: Path) -> int:
 
 
 @pytest.mark.parametrize("ranks, full_on", [(1, 0), (2, 1)])
-def test_a_full_disk_costs_a_checkpoint_and_no_more(ranks, full_on, zygote, tmp_path):
+def test_a_full_disk_costs_a_checkpoint_and_no_more(ranks, full_on, zygote, tmp_path, record):
     argv = f"{SFT} --max_train_steps 6 --save_interval 2"
     whole = zygote.run(1, tmp_path / "whole", argv, ranks=ranks)
     killed = zygote.run(1, tmp_path / "out", argv, ranks=ranks, kill_in_step=4)
@@ -104,6 +111,7 @@ def test_a_full_disk_costs_a_checkpoint_and_no_more(ranks, full_on, zygote, tmp_
     assert after.statuses == [0] * ranks, after.log[-3000:]
     assert after.metrics() == whole.metrics() and after.weights() == whole.weights()
     assert not list(tmp_path.glob(".out*")), "a temporary folder stayed behind"
+    record(injected=2, survived=2, **after.lost(whole))  # the kill and the disk
 
 
 @pytest.mark.parametrize("victim", [0, 1])
@@ -174,7 +182,9 @@ def two_checkpoints(zygote, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint_is_passed_over_with_a_warning(damage, two_checkpoints, tmp_path, caplog, monkeypatch):
+def test_a_damaged_checkpoint_is_passed_over_with_a_warning(
+    damage, two_checkpoints, tmp_path, caplog, monkeypatch, record
+):
     root = tmp_path / "out" / "checkpoints"
     shutil.copytree(two_checkpoints / "checkpoints", root)
     assert newest_checkpoint(root).step == 4
@@ -185,9 +195,10 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(damage, two_checkpoi
     assert "step_00000004 is no whole checkpoint" in warning and "Trying the one before" in warning
     with pytest.raises(ValueError, match="step_00000004 is no whole checkpoint"):
         open_checkpoint(root / "step_00000004")
+    record(injected=1, survived=1)
 
 
-def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(zygote, two_checkpoints, tmp_path):
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(zygote, two_checkpoints, tmp_path, record):
     argv = f"{SFT} --max_train_steps 6 --save_interval 2"
     whole = zygote.run(1, tmp_path / "whole", argv)
     shutil.copytree(two_checkpoints, tmp_path / "out")
@@ -198,10 +209,11 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(zygote, two_chec
     assert resumed.statuses == [0], resumed.log[-3000:]
     assert "is no whole checkpoint" in resumed.log and "going on behind step 2" in resumed.log
     assert resumed.metrics() == whole.metrics() and resumed.weights() == whole.weights()
+    record(injected=2, survived=2, **resumed.lost(whole))  # the kill and the flipped bit
 
 
 @pytest.mark.parametrize("number, ranks", [(signal.SIGTERM, 1), (signal.SIGINT, 2)])
-def test_a_signal_to_one_rank_saves_and_ends_all(number, ranks, zygote, tmp_path):
+def test_a_signal_to_one_rank_saves_and_ends_all(number, ranks, zygote, tmp_path, record):
     argv = f"{SFT} --max_train_steps 8"
     whole = zygote.run(1, tmp_path / "whole", argv, ranks=ranks)
     started = zygote.start(1, tmp_path / "out", argv, ranks=ranks, **hook("slow"))
@@ -215,6 +227,7 @@ def test_a_signal_to_one_rank_saves_and_ends_all(number, ranks, zygote, tmp_path
     resumed = zygote.run(1, tmp_path / "out", f"{argv} --resume latest", ranks=ranks)
     assert resumed.statuses == [0] * ranks, resumed.log[-3000:]
     assert resumed.metrics() == whole.metrics() and resumed.weights() == whole.weights()
+    record(injected=1, survived=1, **resumed.lost(whole))
 
 
 def test_under_the_launcher_too_a_killed_rank_ends_the_run(stock, tmp_path):

@@ -124,10 +124,21 @@ def _write_faulty_models(folder: Path) -> None:
     config = json.loads((base / "tokenizer_config.json").read_text())
     config.pop("eos_token")
     (faulty / "no-eos" / "tokenizer_config.json").write_text(json.dumps(config))
+    _write_wide_tokenizers(folder)
     (faulty / "pickled" / "model.safetensors").unlink()
     torch.save({"model.embed_tokens.weight": Malicious(folder / "was-run")}, faulty / "pickled" / "pytorch_model.bin")
     shutil.copytree(faulty / "pickled", faulty / "pickled-reward")
     torch.save({"v_head.weight": Malicious(folder / "was-run")}, faulty / "pickled-reward" / "pytorch_model.bin")
+
+
+def _write_wide_tokenizers(folder: Path) -> None:
+    """Models whose tokenizers are of another vocabulary: 40 tokens more than the embeddings have rows for."""
+    for kind in ("sft", "reward"):
+        path = shutil.copytree(folder / kind / "llama", folder / "faulty" / f"wide-{kind}")
+        tokenizer = json.loads((path / "tokenizer.json").read_text())
+        rows = json.loads((path / "config.json").read_text())["vocab_size"]
+        tokenizer["model"]["vocab"] |= {f"word{number}": rows + number for number in range(40)}
+        (path / "tokenizer.json").write_text(json.dumps(tokenizer))
 
 
 class Malicious:

@@ -12,6 +12,7 @@ PPO = (
     "--actor_model_name_or_path {stock}/sft/llama --critic_model_name_or_path {stock}/reward/llama "
     "--data_path {stock}/toy --data_split 0,0,1 --dtype fp32 --max_prompt_seq_len 24 --max_answer_seq_len 4"
 )
+OUTSIDE = ["with id 303", "vocabulary ends with id 263", "40 ids are outside", "Copy the tokenizer files"]
 # Step, its flags (the last of a kind counts), and what the message must hold.
 MISTAKES = {
     "no-data": (1, f"{SFT} --data_path {{stock}}/none.jsonl", ["--data_path", "none.jsonl", "no such file"]),
@@ -118,6 +119,27 @@ MISTAKES = {
         3,
         f"{PPO} --per_device_generation_batch_size 6 --per_device_training_batch_size 4",
         ["6 rows", "4 rows", "--per_device_generation_batch_size"],
+    ),
+    "wide-tokenizer-step-1": (
+        1,
+        f"{SFT} --model_name_or_path {{stock}}/faulty/wide-sft",
+        ["--model_name_or_path", "wide-sft': its tokenizer has the token 'word39'", *OUTSIDE],
+    ),
+    "wide-tokenizer-step-2": (
+        2,
+        f"{REWARD} --model_name_or_path {{stock}}/faulty/wide-reward",
+        ["--model_name_or_path", "wide-reward': its tokenizer has the token 'word39'", *OUTSIDE],
+    ),
+    "wide-tokenizer-step-3": (
+        3,
+        f"{PPO} --actor_model_name_or_path {{stock}}/faulty/wide-sft "
+        "--critic_model_name_or_path {stock}/faulty/wide-reward",
+        ["--actor_model_name_or_path", "wide-sft': its tokenizer has the token 'word39'", *OUTSIDE],
+    ),
+    "wide-tokenizer-critic": (
+        3,
+        f"{PPO} --critic_model_name_or_path {{stock}}/faulty/wide-reward",
+        ["--critic_model_name_or_path", "wide-reward': its tokenizer has the token 'word39'", *OUTSIDE],
     ),
     "two-at-once": (2, f"{REWARD} --zero_stage 5 --max_seq_len 1", ["--zero_stage 5", "--max_seq_len 1"]),
 }

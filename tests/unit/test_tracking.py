@@ -262,6 +262,7 @@ def test_a_report_names_the_machine_and_the_versions():
         (torch.OutOfMemoryError("CUDA out of memory"), "--per_device_train_batch_size"),
         (MemoryError(), "--offload"),
         (OSError(errno.ENOSPC, "No space left on device"), "--output_dir"),
+        (Exception("Error while serializing: I/O error: No space left on device (os error 28)"), "--output_dir"),
         (torch.distributed.DistNetworkError("The server socket has failed to listen"), "master port"),
         (RuntimeError("NCCL error: unhandled system error"), "NCCL_DEBUG=INFO"),
     ],

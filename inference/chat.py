@@ -1,0 +1,154 @@
+"""Talk to a model, in the terminal or by HTTP."""
+
+import logging
+import sys
+import unicodedata
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from dschat.chat_server import ChatServer, Limits, opened_warning
+from dschat.config.chat import ChatConfig
+from dschat.config.parse import parse_config
+from dschat.data.conversation import chat_format, fit_conversation, read_request, stop_text
+from dschat.models.causal_lm import load_causal_lm
+from dschat.models.chat_model import Answer, ChatModel
+from dschat.models.placement import inference_placement
+from dschat.models.tokenizer import load_tokenizer
+from dschat.tracking.log import run_main
+
+PAGE = Path(__file__).with_name("page.html")
+HELP = "clear: begin a new conversation; quit: end; Ctrl-C: stop an answer"
+
+
+class Chat:
+    """The model of a configuration, and how it is talked to."""
+
+    def __init__(self, config: ChatConfig):
+        """
+        Raises:
+            ValueError: there is no such model, or it leaves no room for a conversation.
+        """
+        device, dtype = inference_placement(config.model.dtype)
+        path, options = config.model.path, dict(trust_remote_code=config.model.trust_remote_code, flag="--path")
+        added = dict(add_eot_token=config.model.add_eot_token, eot_token=config.model.eot_token)
+        self.tokenizer = load_tokenizer(path, **added, **options)
+        model = load_causal_lm(path, dtype=dtype, tokenizer=self.tokenizer, **options).to(device)
+        names = ("temperature", "top_k", "top_p", "repetition_penalty")
+        self.model = ChatModel(model, self.tokenizer, **{name: getattr(config.answers, name) for name in names})
+        self.format = chat_format(config.answers.prompt_format, self.tokenizer)
+        if self.format == "chat" and not self.tokenizer.chat_template:
+            raise ValueError(f"--prompt_format chat: the tokenizer of --path {path} has no chat template; give auto.")
+        self.max_new_tokens = config.answers.max_new_tokens
+        self.room = self.model.room(config.answers.max_prompt_seq_len, max_new_tokens=self.max_new_tokens)
+        torch.manual_seed(config.answers.seed)
+
+    def fit(self, messages: list[dict]) -> tuple[list[int], int]:
+        """See ``fit_conversation``."""
+        return fit_conversation(messages, self.tokenizer, prompt_format=self.format, max_tokens=self.room)
+
+    def answer(self, ids: list[int], *, max_new_tokens: int, show=lambda text: None) -> Answer:
+        """See ``ChatModel.answer``."""
+        return self.model.answer(ids, max_new_tokens=max_new_tokens, stop_text=stop_text(self.format), show=show)
+
+    def as_turn(self, text: str) -> str:
+        """An answer as it stands in the conversation that goes on: as the steps read answers."""
+        return text if self.format == "plain" else text.strip()
+
+
+def printable(text: str) -> str:
+    """`text` without characters that steer a terminal."""
+    return "".join("\ufffd" if unicodedata.category(char) == "Cc" and char not in "\n\t" else char for char in text)
+
+
+def talk(chat: Chat, *, max_turns: int) -> None:
+    """The conversation in the terminal, until quit or the end of the input."""
+    messages: list[dict] = []
+    print(HELP)
+    while True:
+        try:
+            text = input("\nyou: ")
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        command = text.strip().lower().removeprefix("/")
+        if command == "quit":
+            return
+        if command == "clear":
+            messages = []
+            print("(a new conversation)")
+        elif text.strip():
+            messages = reply(chat, [*messages, {"role": "user", "content": text}])[-2 * max_turns :]
+
+
+def reply(chat: Chat, messages: list[dict]) -> list[dict]:
+    """Print the answer to `messages`, and return the conversation behind it: without the last message where it cannot
+    be answered.
+    """
+    try:
+        ids, left_out = chat.fit(messages)
+    except ValueError as error:
+        print(f"({error})")
+        return messages[:-1]
+    if left_out:
+        print(f"({left_out} older messages no longer fit and are left out)")
+    pieces: list[str] = []
+
+    def show(piece: str) -> None:
+        pieces.append(piece)
+        print(printable(piece), end="", flush=True)
+
+    print("model: ", end="", flush=True)
+    try:
+        answer = chat.answer(ids, max_new_tokens=chat.max_new_tokens, show=show)
+        print("" if answer.ended else " [cut at --max_new_tokens]")
+    except KeyboardInterrupt:
+        print(" [stopped]")
+    return [*messages[left_out:], {"role": "assistant", "content": chat.as_turn("".join(pieces))}]
+
+
+def make_server(chat: Chat, config: ChatConfig) -> ChatServer:
+    """The server, listening but not yet answering."""
+    limits = {name: getattr(config.serving, name) for name in Limits.__dataclass_fields__}
+
+    def read(body: bytes) -> tuple[list[int], int, int]:
+        messages, number = read_request(body, max_turns=config.answers.max_turns, max_new_tokens=chat.max_new_tokens)
+        return *chat.fit(messages), number
+
+    def answer(request: tuple[list[int], int, int]) -> dict:
+        ids, left_out, number = request
+        found = chat.answer(ids, max_new_tokens=number)
+        return {**asdict(found), "text": chat.as_turn(found.text), "left_out": left_out}
+
+    page = PAGE.read_text(encoding="utf-8")
+    return ChatServer(
+        config.serving.host, config.serving.port, page=page, read=read, answer=answer, limits=Limits(**limits)
+    )
+
+
+def main() -> None:
+    config = parse_config(ChatConfig)
+    for line in config.without_effect():
+        print(line)
+    chat = Chat(config)
+    if not config.serving.serve:
+        if hasattr(sys.stdin, "reconfigure"):
+            sys.stdin.reconfigure(errors="replace")  # bytes that are no text would end the program
+        talk(chat, max_turns=config.answers.max_turns)
+        return
+    server = make_server(chat, config)
+    if warning := opened_warning(config.serving.host):
+        logging.getLogger("dschat").warning(warning)
+    host, port = server.server_address[:2]
+    print(f"http://{f'[{host}]' if ':' in host else host}:{port}/ (Ctrl-C ends)", flush=True)
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        sys.stdout.write("\n")
+    finally:
+        server.server_close()
+
+
+if __name__ == "__main__":
+    run_main(main)
