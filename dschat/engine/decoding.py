@@ -12,12 +12,14 @@ from torch import nn
 from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
-from dschat.engine.sampling import Sampler
+from dschat.engine.sampling import Agree, Sampler, alone
 from dschat.models.causal_lm import position_ids_from_mask, takes_position_ids
 from dschat.models.structure import forward_takes
 
 GROUP_TOKENS = 64  # prompts whose lengths fall into one stretch of so many tokens share a prefill
 POLL_STEPS = 8  # steps between looks at the device whether all answers have ended
+# Largest difference of logits between two ways to compute them, in standard deviations of the logits.
+TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 0.5, torch.float16: 0.2}
 COMPACT_AT = 0.75  # share of unfinished rows at which the eager loop drops the finished ones
 
 
@@ -170,15 +172,22 @@ def prefill_slots(
 
 
 def eager_decode(
-    model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, generation: GenerationConfig
+    model: nn.Module,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    generation: GenerationConfig,
+    agree: Agree = alone,
 ) -> Decoded:
     """Answers to prompts [B, P], `num_return_sequences` in a row for each, one forward a token.
 
     Finished rows leave the batch once they are a quarter of it. Models with caches of other kinds (sliding windows)
     keep all rows, and prefill each copy of a prompt.
+
+    Args:
+        agree: the Sampler's.
     """
     copies, num_new = generation.num_return_sequences or 1, generation.max_new_tokens
-    sampler = Sampler(generation, input_ids.device)
+    sampler = Sampler(generation, input_ids.device, agree)
     plain = has_plain_cache(model)
     texts, mask = (t.repeat_interleave(copies, dim=0) for t in (input_ids, attention_mask))
     num_rows, num_prompt = texts.shape
@@ -219,6 +228,11 @@ def eager_decode(
         texts = torch.cat([texts, new[:, None]], dim=-1)
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=-1)
     return Decoded(tokens, logprobs)
+
+
+def logit_gap(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """[]: the largest difference of two logits [N, V], in standard deviations of the expected ones; to hold TOLERANCE."""
+    return (found.float() - expected.float()).abs().max() / expected.float().std()
 
 
 def _poll(step: int, device: torch.device) -> bool:

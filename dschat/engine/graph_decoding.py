@@ -6,7 +6,6 @@ that no step waits for it; finished rows are dropped by going over to graphs of 
 
 import contextlib
 import time
-from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -14,9 +13,19 @@ from transformers import GenerationConfig
 
 from dschat.engine import decode_attention
 from dschat.engine.compiled_layers import CompiledLayers
-from dschat.engine.decoding import Decoded, SlotCache, decode_step, has_plain_cache, prefill_slots
-from dschat.engine.sampling import Sampler
+from dschat.engine.decoding import (
+    TOLERANCE,
+    Decoded,
+    SlotCache,
+    decode_step,
+    has_plain_cache,
+    logit_gap,
+    prefill_slots,
+)
+from dschat.engine.graph_state import State
+from dschat.engine.sampling import Sampler, alone
 from dschat.engine.skinny_linear import plain_products, use_skinny_linears
+from dschat.engine.tensor_parallel import TensorGroup
 from dschat.models.causal_lm import takes_position_ids
 from dschat.models.structure import decoder_layers
 from dschat.tracking.log import logger
@@ -24,31 +33,6 @@ from dschat.tracking.log import logger
 AHEAD = 8  # steps that the host may be ahead of the device
 SMALLEST = 8  # the smallest graph holds an eighth of the rows
 LENGTH_STEP = 64  # cache lengths are multiples of it
-# Largest difference of logits between a replayed step and a plain one, in standard deviations of the logits.
-TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 0.5, torch.float16: 0.2}
-
-
-@dataclass
-class State:
-    """The buffers that a step reads and writes; N slots, R answer tokens."""
-
-    token: torch.Tensor  # [N, 1] int64, the newest token
-    positions: torch.Tensor  # [N, 1] int64, its position id
-    bounds: torch.Tensor  # [N, 1, 1, 2] int32, cache positions that a row attends to: first, and behind the newest
-    position: torch.Tensor  # [1] int64, where the newest token goes in the cache
-    step: torch.Tensor  # [] int64, how many answer tokens there are
-    row: torch.Tensor  # [N] int64, the answer that a slot works on
-    finished: torch.Tensor  # [N] bool
-    remaining: torch.Tensor  # [] int64, slots that have not finished
-    tokens: torch.Tensor  # [N, R] int64, the answers
-    logprobs: torch.Tensor  # [N, R] fp32
-    texts: torch.Tensor  # [N, T] int64, prompts and answers where the repetition penalty reads them, else [N, 0]
-    logits: torch.Tensor  # [N, V], of the last step
-
-    def take(self, slots: torch.Tensor) -> None:
-        """Slots [n] move to the front."""
-        for buffer in (self.token, self.positions, self.bounds, self.row, self.finished, self.texts):
-            buffer[: len(slots)] = buffer[slots]
 
 
 class GraphMismatch(Exception):
@@ -62,15 +46,25 @@ class GraphDecoder:
     weights elsewhere captures them anew.
     """
 
-    def __init__(self, model: nn.Module, *, compiled: bool, max_rows: int = 0, max_length: int = 0):
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        compiled: bool,
+        max_rows: int = 0,
+        max_length: int = 0,
+        group: TensorGroup | None = None,
+    ):
         """
         Args:
             model: the replica's module; its attention becomes decode_attention's.
             compiled: run each decoder layer of a decode step through torch.compile.
             max_rows, max_length: size of the key-value cache; more is allocated where a call needs it.
+            group: the ranks that run the same steps, each with a slice of the model. Captured steps hold their
+                collectives; captures, replays and compactions follow from the tokens alone, which are the same on all.
         """
         decode_attention.register()
-        self.model, self.compiled = model, compiled
+        self.model, self.compiled, self.group = model, compiled, group
         model.config._attn_implementation = decode_attention.NAME
         _, layers = decoder_layers(model)
         use_skinny_linears(layers)
@@ -108,10 +102,15 @@ class GraphDecoder:
         settings = generation.to_dict()
         settings.pop("num_return_sequences")
         key = (str(settings), addresses)
-        if key != self._key:
+        fresh = key != self._key
+        if self.group is not None:
+            # Weights may have moved on one rank alone; the others capture with it.
+            fresh = bool(self.group.gather(torch.tensor(fresh, device=input_ids.device)).any())
+        if fresh:
             # Graphs hold the addresses of the sampler's tensors too: it lives as long as they do.
             self.release()
-            self.sampler, self.pad_token_id = Sampler(generation, input_ids.device), generation.pad_token_id
+            agree = alone if self.group is None else self.group.agree
+            self.sampler, self.pad_token_id = Sampler(generation, input_ids.device, agree), generation.pad_token_id
 
         def make_cache(shapes):
             self._allocate(shapes, num_rows, input_ids.shape[1] + num_new, num_new)
@@ -120,7 +119,7 @@ class GraphDecoder:
         logits, _ = prefill_slots(self.model, input_ids, attention_mask, copies=copies, make_cache=make_cache)
         input_ids, attention_mask = (t.repeat_interleave(copies, dim=0) for t in (input_ids, attention_mask))
         self._start(logits, input_ids, attention_mask)
-        expected = None if key == self._key else self._plain_step(attention_mask)
+        expected = self._plain_step(attention_mask) if fresh else None
         self._key = key
         self._run(num_rows, num_new, expected)
         return Decoded(self.state.tokens[:num_rows].clone(), self.state.logprobs[:num_rows].clone())
@@ -146,22 +145,13 @@ class GraphDecoder:
         self.cache = SlotCache(shapes, rows=self.max_rows, length=length)
         if self.compiled:
             self._compiled.cache = self.cache
-        device, slots, vocab = shapes[0][0].device, self.max_rows, self.model.config.get_text_config().vocab_size
-        whole = dict(dtype=torch.int64, device=device)
-        self.state = State(
-            token=torch.zeros(slots, 1, **whole),
-            positions=torch.zeros(slots, 1, **whole),
-            bounds=torch.zeros(slots, 1, 1, 2, dtype=torch.int32, device=device),
-            position=torch.zeros(1, **whole),
-            step=torch.zeros((), **whole),
-            row=torch.arange(slots, device=device),
-            finished=torch.zeros(slots, dtype=torch.bool, device=device),
-            remaining=torch.zeros((), **whole),
-            tokens=torch.zeros(slots, num_new, **whole),
-            logprobs=torch.zeros(slots, num_new, device=device),
+        self.state = State.allocate(
+            slots=self.max_rows,
+            num_new=num_new,
             # A step writes the token that comes next too, one behind the last that the cache holds.
-            texts=torch.zeros(slots, length + 1 if self.sampler.penalty is not None else 0, **whole),
-            logits=torch.zeros(slots, vocab, dtype=shapes[0][0].dtype, device=device),
+            num_text=length + 1 if self.sampler.penalty is not None else 0,
+            vocab=self.model.config.get_text_config().vocab_size,
+            like=shapes[0][0],
         )
 
     def _graph(self, rows: int) -> torch.cuda.CUDAGraph:
@@ -281,9 +271,10 @@ class GraphDecoder:
         for layer in self.cache.layers:
             layer.keep(slots)
 
-    @staticmethod
-    def _compare(found: torch.Tensor, expected: torch.Tensor) -> None:
-        gap = ((found.float() - expected.float()).abs().max() / expected.float().std()).item()
+    def _compare(self, found: torch.Tensor, expected: torch.Tensor) -> None:
+        gap = logit_gap(found, expected)
+        # Ranks of a group go on together or not at all.
+        gap = (gap if self.group is None else self.group.gather(gap).max()).item()
         # Written so that NaN fails.
         if not gap <= TOLERANCE[expected.dtype]:
             raise GraphMismatch(f"logits differ by {gap:.3g} standard deviations")

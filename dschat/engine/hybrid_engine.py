@@ -10,14 +10,17 @@ import torch
 from deepspeed.runtime.rollout.base import RolloutBatch, RolloutEngine, RolloutRequest, SamplingConfig
 from transformers import GenerationConfig
 
-from dschat.engine.decoding import Decoded, eager_decode
+from dschat.engine.decoding import TOLERANCE, Decoded, eager_decode, logit_gap, prefill
 from dschat.engine.graph_decoding import GraphDecoder, GraphMismatch, takes_graphs
 from dschat.engine.replica import MEMORY_SHARE, LoraMode, Replica, free_memory
-from dschat.engine.sampling import eos_ids
+from dschat.engine.sampling import alone, eos_ids
+from dschat.engine.tensor_parallel import TensorGroup, gather_prompts
+from dschat.models.causal_lm import forward_logits
 from dschat.tracking import dist
 from dschat.tracking.log import logger
 
 GIB = 2**30
+CHECKED_ROWS = 2  # prompts of each rank in the comparison of the split model with the whole one
 
 
 class Generator(RolloutEngine):
@@ -106,6 +109,8 @@ class HybridEngine(Generator):
         release_cache: bool = False,
         max_rows: int = 0,
         max_length: int = 0,
+        group: TensorGroup | None = None,
+        gather_layers: int = 1,
     ):
         """
         Args:
@@ -117,13 +122,16 @@ class HybridEngine(Generator):
             release_cache: free the key-value cache, those weights and the graphs after each rollout.
             max_rows: answers at a time, for the check of memory.
             max_length: tokens of the longest prompt and answer together, likewise.
+            group: the ranks that generate together, each with a slice of the weights; needs ZeRO-3.
+            gather_layers: decoder layers that are gathered at a time.
 
         Raises:
             ValueError: the copies and the cache do not fit into memory; says how much is missing and what frees it.
         """
         super().__init__(engine)
         self.unpin, self.release_cache = unpin, release_cache
-        self.replica = Replica(engine, lora_mode=lora_mode)
+        self.replica = Replica(engine, lora_mode=lora_mode, group=group, gather_layers=gather_layers)
+        self.group, self._is_checked = group, group is None
         self._graphs: GraphDecoder | None = None
         self.refresh_s = 0.0
         self._check_memory(max_rows, max_length)
@@ -131,25 +139,63 @@ class HybridEngine(Generator):
         if reason is not None:
             logger.warning(f"Hybrid Engine: no CUDA graphs for {type(engine.module).__name__}, since {reason}")
         elif cuda_graph and engine.device.type == "cuda":
+            if compiled and group is not None:
+                logger.info("Hybrid Engine: decode steps are not compiled, since they hold the group's sums")
             self._graphs = GraphDecoder(
-                self.replica.model, compiled=compiled, max_rows=max_rows, max_length=max_length
+                self.replica.model,
+                compiled=compiled and group is None,
+                max_rows=max_rows * (1 if group is None else group.size),
+                max_length=max_length,
+                group=group,
             )
         logger.info(f"Hybrid Engine: {self._description()}")
 
     def decode(self, input_ids, attention_mask, generation) -> Decoded:
-        """As Generator. Every process must call it, since ZeRO-3's weights are gathered from all."""
+        """As Generator. Every process must call it, since ZeRO-3's weights are gathered from all; ranks of a group with
+        as many rows each."""
         self.refresh_s += self.replica.refresh()
         with torch.no_grad():
-            if self._graphs is not None:
-                try:
-                    return self._graphs.decode(input_ids, attention_mask, generation, self.replica.addresses())
-                except GraphMismatch as mismatch:
-                    logger.warning(
-                        f"Hybrid Engine: CUDA graphs are off for {type(self.engine.module).__name__}, whose captured "
-                        f"steps compute something else ({mismatch})"
-                    )
-                    self._drop_graphs()
-            return eager_decode(self.replica.model, input_ids, attention_mask, generation)
+            if self.group is None:
+                return self._decode(input_ids, attention_mask, generation)
+            if not self._is_checked:
+                self._check_split(input_ids[:CHECKED_ROWS], attention_mask[:CHECKED_ROWS])
+            decoded = self._decode(*gather_prompts(self.group, input_ids, attention_mask), generation)
+        own = [t.chunk(self.group.size)[self.group.index] for t in (decoded.tokens, decoded.logprobs)]
+        return Decoded(*own)
+
+    def _decode(self, input_ids, attention_mask, generation) -> Decoded:
+        """The answers to prompts that are the same on all ranks of a group."""
+        if self._graphs is not None:
+            try:
+                return self._graphs.decode(input_ids, attention_mask, generation, self.replica.addresses())
+            except GraphMismatch as mismatch:
+                logger.warning(
+                    f"Hybrid Engine: CUDA graphs are off for {type(self.engine.module).__name__}, whose captured "
+                    f"steps compute something else ({mismatch})"
+                )
+                self._drop_graphs()
+        agree = alone if self.group is None else self.group.agree
+        return eager_decode(self.replica.model, input_ids, attention_mask, generation, agree)
+
+    def _check_split(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> None:
+        """Compare the group's logits behind these prompts with those of the training module.
+
+        Raises:
+            ValueError: they differ, on any process: the model's own plan does not say all that its layers need.
+        """
+        inputs = dict(input_ids=input_ids, attention_mask=attention_mask, logits_to_keep=1)
+        self.engine.eval()
+        expected = forward_logits(self.engine, self.engine.module, **inputs)[:, -1]
+        found, _ = prefill(self.replica.model, *gather_prompts(self.group, input_ids, attention_mask))
+        gap = logit_gap(found.chunk(self.group.size)[self.group.index], expected)
+        # Written so that NaN fails.
+        fails = dist.all_reduce((~(gap <= TOLERANCE[expected.dtype])).long(), "max")
+        if fails.item():
+            raise ValueError(
+                f"--inference_tp_size {self.group.size}: {type(self.engine.module).__name__}, split, computes something "
+                f"else than whole (logits differ by {gap.item():.3g} standard deviations): give --inference_tp_size 1."
+            )
+        self._is_checked = True
 
     def sync_weights(self, step: int) -> None:
         """Take the engine's weights anew, also where they changed without an optimizer step."""
@@ -184,7 +230,13 @@ class HybridEngine(Generator):
 
     def _description(self) -> str:
         replica = self.replica
-        if replica.partitioned:
+        if self.group is not None:
+            weights = (
+                f"decoder layers split over groups of {self.group.size} processes, embeddings, norms and head whole, "
+                f"gathered from ZeRO-3 {replica.gather_layers} layers at a time, {replica.copied_bytes / GIB:.2f} GiB on "
+                "every process"
+            )
+        elif replica.partitioned:
             weights = f"weights gathered from ZeRO-3, {replica.copied_bytes / GIB:.2f} GiB on every process"
         elif replica.attached:
             weights = "the training weights, LoRA attached"
@@ -197,13 +249,14 @@ class HybridEngine(Generator):
         return f"{weights}; CUDA graphs, {'compiled' if self._graphs.compiled else 'not compiled'}"
 
     def _check_memory(self, rows: int, length: int) -> None:
+        # A group of N ranks caches N times the rows, each rank an Nth of the heads.
         cache = cache_bytes(self.engine.module.config, rows=rows, length=length, itemsize=self.replica.itemsize)
         copies, free = self.replica.copied_bytes, free_memory(self.engine.device)
         if copies + cache <= MEMORY_SHARE * free:
             return
         remedies = ["smaller --per_device_generation_batch_size", "leave out --enable_hybrid_engine"]
         if self.replica.partitioned:
-            remedies.insert(0, "--inference_tp_size 2")
+            remedies.insert(0, f"--inference_tp_size {2 if self.group is None else 2 * self.group.size}")
         elif copies:
             remedies.insert(0, "--hybrid_lora attach")
         raise ValueError(

@@ -4,10 +4,12 @@ It has the actor's class and configuration but no DeepSpeed hooks and no LoRA wr
 - the training weights themselves, the same storage, where ZeRO 0 to 2 hold them whole and no adapter touches them;
 - for adapted layers a merged copy W + s B A (rounded once; the training weights are never touched), or, attached, the
   shared W with the low-rank product beside it;
-- copies gathered from the partitions under ZeRO-3, where merging is free.
+- copies gathered from the partitions under ZeRO-3, where merging is free; with a tensor-parallel group this rank's slices
+  of them (tensor_parallel.py).
 """
 
 import copy
+import itertools
 import time
 from dataclasses import dataclass
 from typing import Literal, Optional
@@ -17,6 +19,7 @@ import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from dschat.engine.tensor_parallel import TensorGroup, split_layers
 from dschat.engine.zero import gathered, is_partitioned
 from dschat.models.lora import ADAPTER
 from dschat.models.structure import decoder_layers
@@ -36,6 +39,8 @@ class Weight:
     base: nn.Module  # the training module that holds it
     lora: Optional[LoraLayer] = None  # the adapter to merge into it
     block: str = ""  # what is gathered together under ZeRO-3
+    cut: Optional[int] = None  # the dimension of which the replica holds a slice
+    group: Optional[TensorGroup] = None
 
     def parts(self) -> list[torch.Tensor]:
         """The training parameters that it is made of."""
@@ -47,8 +52,10 @@ class Weight:
         return self.module._parameters[self.leaf].shape
 
     def write(self, buffer: torch.Tensor) -> None:
-        """The current weight, adapter merged, into `buffer`; the parts must be whole."""
+        """The current weight or this rank's slice of it, adapter merged, into `buffer`; the parts must be whole."""
         weight = self.base.dequantized_weight() if self.source is None else self.source.detach()
+        if self.cut is not None:
+            weight = self.group.slice(weight, self.cut)
         if self.lora is None:
             buffer.copy_(weight)
             return
@@ -56,6 +63,10 @@ class Weight:
         # addmm accumulates in fp32 and rounds once.
         if self.lora.fan_in_fan_out:
             a, b = b.T, a.T
+        if self.cut == 0:
+            b = self.group.slice(b, 0)
+        elif self.cut == 1:
+            a = self.group.slice(a, 1)
         torch.addmm(weight.to(buffer.dtype), b, a, alpha=self.lora.scaling[ADAPTER], out=buffer)
 
 
@@ -86,14 +97,23 @@ def shared(parameter: torch.Tensor) -> nn.Parameter:
 class Replica:
     """`model` generates with the weights that `engine` had at the last ``refresh``."""
 
-    def __init__(self, engine, *, lora_mode: LoraMode = "auto"):
+    def __init__(
+        self,
+        engine,
+        *,
+        lora_mode: LoraMode = "auto",
+        group: TensorGroup | None = None,
+        gather_layers: int = 1,
+    ):
         """
         Args:
             engine: the actor's training engine.
             lora_mode: merge: merged copies of adapted layers; attach: no copy, two small products a layer more;
                 auto: merge where memory allows. Under ZeRO-3 everything is a copy, and merged.
+            group: the ranks that hold a slice each; needs ZeRO-3.
+            gather_layers: decoder layers gathered at a time under ZeRO-3.
         """
-        self.engine, self.device = engine, engine.device
+        self.engine, self.device, self.group, self.gather_layers = engine, engine.device, group, gather_layers
         source = engine.module
         config = copy.deepcopy(source.config)
         with torch.random.fork_rng(devices=[]), torch.device("meta"):  # initialisation draws random numbers
@@ -101,6 +121,8 @@ class Replica:
         self.model.eval().requires_grad_(False)
         self._layers = {name: m for name, m in source.named_modules() if isinstance(m, LoraLayer)}
         self.partitioned = any(is_partitioned(p) for p in source.parameters())
+        assert self.partitioned or group is None, "a shared weight has no slices"
+        self._cut = {} if group is None else split_layers(self.model, group)
         self._shared: list[Weight] = []
         self._copied: list[Weight] = []
         self._aliases: list[tuple[nn.Module, str, Weight]] = []
@@ -130,7 +152,8 @@ class Replica:
                 self._aliases.append((module, leaf, seen[id(parameter)]))
                 continue
             block = ".".join(name.split(".")[: len(prefix.split(".")) + 1]) if name.startswith(f"{prefix}.") else name
-            weight = Weight(module, leaf, parameter, base, lora, block)
+            cut = self._cut.get((module, leaf))
+            weight = Weight(module, leaf, parameter, base, lora, block, cut, self.group)
             if parameter is not None:
                 seen[id(parameter)] = weight
             copied = self.partitioned or lora is not None or quantised
@@ -205,11 +228,8 @@ class Replica:
             return time.monotonic() - started
         if not self._held:
             self._allocate()
-        blocks: dict[str, list[Weight]] = {}
-        for weight in self._copied:
-            blocks.setdefault(weight.block, []).append(weight)
         with torch.no_grad():
-            for weights in blocks.values():
+            for weights in self._gathers():
                 with gathered([part for weight in weights for part in weight.parts()]):
                     for weight in weights:
                         weight.write(weight.module._parameters[weight.leaf])
@@ -217,6 +237,17 @@ class Replica:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         return time.monotonic() - started
+
+    def _gathers(self) -> list[list[Weight]]:
+        """The copied weights by what is gathered at a time: so many decoder layers, and each of the others alone."""
+        blocks: dict[str, list[Weight]] = {}
+        for weight in self._copied:
+            blocks.setdefault(weight.block, []).append(weight)
+        prefix, _ = decoder_layers(self.model)
+        layers = [weights for block, weights in blocks.items() if block.startswith(f"{prefix}.")]
+        others = [weights for block, weights in blocks.items() if not block.startswith(f"{prefix}.")]
+        starts = range(0, len(layers), self.gather_layers)
+        return others + [list(itertools.chain(*layers[i : i + self.gather_layers])) for i in starts]
 
     def _allocate(self) -> None:
         for weight in self._copied:

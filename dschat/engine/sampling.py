@@ -1,5 +1,7 @@
 """Choosing the next token: transformers' logits processors, then the most likely token or a draw."""
 
+from typing import Callable
+
 import torch
 from transformers import GenerationConfig
 from transformers.generation.logits_process import (
@@ -11,16 +13,28 @@ from transformers.generation.logits_process import (
 )
 
 
+Agree = Callable[[torch.Tensor], torch.Tensor]
+
+
+def alone(tokens: torch.Tensor) -> torch.Tensor:
+    """The agreement of a process with itself."""
+    return tokens
+
+
 class Sampler:
     """Logits [B, V] to tokens [B], by one GenerationConfig. Without host synchronisation, so a CUDA graph can hold it."""
 
-    def __init__(self, generation: GenerationConfig, device: torch.device):
+    def __init__(self, generation: GenerationConfig, device: torch.device, agree: Agree = alone):
         """
+        Args:
+            agree: makes the tokens [B] that processes have drawn for the same rows the same on all of them.
+
         Raises:
             ValueError: beam search, which an inference replica does not do.
         """
         if (generation.num_beams or 1) > 1:
             raise ValueError(f"num_beams {generation.num_beams}: the Hybrid Engine samples, or takes the likeliest token.")
+        self.agree = agree
         self.do_sample = bool(generation.do_sample)
         self.temperature = generation.temperature if self.do_sample and generation.temperature else 1.0
         self.min_new_tokens = generation.min_new_tokens or 0
@@ -64,6 +78,7 @@ class Sampler:
             tokens = (scores - torch.empty_like(scores).exponential_().log_()).argmax(-1)
         else:
             tokens = scores.argmax(-1)
+        tokens = self.agree(tokens)
         scaled = logits / self.temperature if self.temperature != 1.0 else logits
         logprobs = torch.log_softmax(scaled, dim=-1).gather(-1, tokens[:, None]).squeeze(-1)
         return tokens, logprobs

@@ -19,6 +19,7 @@ from dschat.engine.hybrid_engine import Generator, HybridEngine, PlainGenerator
 from dschat.engine.offload import offload_idle_states, reload_idle_states
 from dschat.engine.quantized import quantize_linears
 from dschat.engine.shared import AdaptersOff, Replaceable
+from dschat.engine.tensor_parallel import tensor_group
 from dschat.engine.zero import gathered, scale_parameter
 from dschat.models.causal_lm import disable_dropout, load_causal_lm
 from dschat.models.lora import adapted_layer_names, target_names
@@ -117,6 +118,8 @@ class DeepSpeedRLHFEngine:
             release_cache=system.release_inference_cache,
             max_rows=max(rollout_rows, batch.per_device_eval_batch_size),
             max_length=data.max_prompt_seq_len + data.max_answer_seq_len,
+            group=tensor_group(system.inference_tp_size),
+            gather_layers=system.tp_gather_partition_size if system.inference_tp_size > 1 else 1,
         )
 
     def _load(self, source: tuple, ds_config: dict) -> torch.nn.Module:

@@ -6,7 +6,8 @@ from transformers import GenerationConfig
 
 from dschat.engine.hybrid_engine import HybridEngine, PlainGenerator
 from dschat.engine.optim import step_together
-from dschat.engine.replica import LowRankLinear
+from dschat.engine.replica import LowRankLinear, lora_matrix
+from dschat.engine.tensor_parallel import tensor_group
 from dschat.engine.zero import gathered
 from dschat.models.causal_lm import forward_logits, load_causal_lm
 from dschat.models.lora import add_lora, lora_parameter_names
@@ -51,6 +52,81 @@ def greedy_tokens(stock: str, *, family: str, zero: int, lora: str, offload: boo
         "others do not see it": torch.equal(hidden[2:], endless[2:]),
         "copied or shared as it should be": sharing_is_right(hybrid, zero=zero, lora=lora),
     }
+
+
+def split_tokens(stock: str, *, family: str, lora: bool, gather_layers: int) -> dict:
+    """What must hold of greedy answers of a group of two ranks; every entry should be true.
+
+    Args:
+        gather_layers: decoder layers gathered at a time.
+    """
+    engine = steep_engine(stock, family=family, zero=3, lora="merge" if lora else "", offload=False)
+    group, plain = tensor_group(2), PlainGenerator(engine)
+    hybrid = HybridEngine(engine, group=group, gather_layers=gather_layers)
+    reads = prompts_of_unlike_length()
+    first, again, other = (g.decode(*reads, greedy()).tokens for g in (hybrid, hybrid, plain))
+    step(engine)
+    moved, expected = (g.decode(*reads, greedy()).tokens for g in (hybrid, plain))
+    hybrid.unpin = True
+    hybrid.end_rollout()
+    freed = hybrid.decode(*reads, greedy()).tokens
+    torch.manual_seed(dist.rank())  # as a run does: ranks would draw differently
+    sampled = hybrid.decode(*reads, greedy(do_sample=True, temperature=2.0, eos_token_id=[], num_return_sequences=2))
+    return {
+        "as generate": answers(first) == answers(other),
+        "twice in a row": torch.equal(first, again),
+        "a step changes the answers": answers(expected) != answers(other),
+        "as generate after a step": answers(moved) == answers(expected),
+        "as generate after the copies were freed": torch.equal(freed, moved),
+        "sampled for every prompt": sampled.tokens.shape == (2 * len(LENGTHS), ANSWER),
+        "logprobs are the training module's": logprob_gap(engine, *reads, sampled) < 1e-4,
+        "slices give the weights": slices_give_the_weights(hybrid),
+        "layers gathered at a time": gathers_are_right(hybrid, gather_layers),
+    }
+
+
+def prompts_of_unlike_length() -> tuple[torch.Tensor, torch.Tensor]:
+    """As ``prompts``; those of odd ranks lack the long ones and the columns for them."""
+    ids, mask = prompts()
+    if dist.rank() % 2 == 0:
+        return ids, mask
+    ids, mask = ids[:, -30:], mask[:, -30:].clone()
+    mask[mask.all(-1), :3] = 0
+    return ids * mask, mask
+
+
+def logprob_gap(engine, ids: torch.Tensor, mask: torch.Tensor, sampled) -> float:
+    """The largest difference of two answers' logprobs to each prompt, at temperature 2, to the training module's."""
+    ids, mask = ids.repeat_interleave(2, dim=0), mask.repeat_interleave(2, dim=0)
+    texts, masks = torch.cat([ids, sampled.tokens], -1), torch.cat([mask, torch.ones_like(sampled.tokens)], -1)
+    with torch.no_grad():
+        logits = forward_logits(engine, engine.module, input_ids=texts, attention_mask=masks)
+    scaled = torch.log_softmax(logits[:, ids.shape[1] - 1 : -1] / 2.0, -1)
+    expected = scaled.gather(-1, sampled.tokens[..., None]).squeeze(-1)
+    return (sampled.logprobs - expected).abs().max().item()
+
+
+def slices_give_the_weights(hybrid: HybridEngine) -> bool:
+    """Every weight of both ranks together is the training weight, adapter merged, and layers are split for the most part."""
+    replica, group, right = hybrid.replica, hybrid.group, True
+    for weight in replica._copied:
+        mine = group.gather(weight.module._parameters[weight.leaf].data)
+        whole = mine[0] if weight.cut is None else torch.cat(list(mine), weight.cut)
+        with gathered(weight.parts()):
+            expected = weight.source.detach()
+            if weight.lora is not None:
+                a, b = (lora_matrix(weight.lora, name) for name in ("A", "B"))
+                expected = expected + weight.lora.scaling["default"] * (b @ a)
+            right &= torch.allclose(whole, expected, atol=1e-6)
+    in_layers = [weight for weight in replica._copied if "layers." in weight.block]
+    matrices = [weight for weight in in_layers if weight.source.ds_shape.numel() > 64 * 64 - 1]
+    return right and all(weight.cut is not None for weight in matrices) and len(matrices) >= 8
+
+
+def gathers_are_right(hybrid: HybridEngine, gather_layers: int) -> bool:
+    """No gather holds more layers than it should; the miniature models have two."""
+    layers = [{w.block for w in weights if "layers." in w.block} for weights in hybrid.replica._gathers()]
+    return max(map(len, layers)) == min(gather_layers, 2) and sum(map(len, layers)) == 2
 
 
 def steep_engine(stock: str, *, family: str, zero: int, lora: str, offload: bool):

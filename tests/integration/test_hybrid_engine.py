@@ -56,3 +56,30 @@ def test_rewards_are_the_same_with_and_without_it(launches):
     # Its own logprobs of the tokens are the training engine's.
     gaps = with_it.per_step("rollout/logprob_gap")
     assert len(gaps) == 3 and max(gaps) < 1e-4 and not without.per_step("rollout/logprob_gap")
+
+
+SPLIT = {
+    "family": ("llama", "opt", "gpt_neox", "qwen2", "mistral"),
+    "lora": (False, True),
+    "gather_layers": (1, 8),
+}
+
+
+def split_params() -> list:
+    few, found = pairwise(SPLIT), []
+    for options in list(product(SPLIT)):
+        case = Case(
+            case_name("split", options),
+            ranks=2,
+            function="hybrid_checks.py:split_tokens",
+            kwargs={"stock": "{stock}", **options},
+        )
+        marks = [pytest.mark.cases(case)] + ([] if options in few else [pytest.mark.slow])
+        found.append(pytest.param(case, id=case.name, marks=marks))
+    return found
+
+
+@pytest.mark.parametrize("case", split_params())
+def test_greedy_tokens_of_a_tensor_parallel_group_are_those_of_generate(case, launches):
+    for result in launches[case].ranks:
+        assert [name for name, holds in result["value"].items() if not holds] == []
