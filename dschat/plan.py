@@ -13,6 +13,7 @@ from dschat.config.parse import parse_config
 from dschat.config.steps import PPOConfig, RewardConfig, SFTConfig
 from dschat.engine.memory_plan import plan_step
 from dschat.engine.memory_report import GIB, check_fit, needed_bytes, plan_text
+from dschat.engine.model_checks import check_models
 from dschat.models.families import shape_config
 from dschat.tracking.log import run_main
 from dschat.tracking.report import table
@@ -61,7 +62,10 @@ def planned(args: argparse.Namespace, flags: list[str], model: str):
         names = ["--actor_model_name_or_path", model, "--critic_model_name_or_path", args.critic]
     config = parse_config(CONFIGS[args.step], names + flags)
     dtype = "bf16" if config.model.dtype == "auto" else config.model.dtype
-    return config, plan_step(config, world_size=args.gpus, dtype=dtype), dtype
+    plan = plan_step(config, world_size=args.gpus, dtype=dtype)
+    if args.step == 3:
+        check_models(config, plan, world_size=args.gpus)
+    return config, plan, dtype
 
 
 def sizes_table(args: argparse.Namespace, flags: list[str]) -> str:

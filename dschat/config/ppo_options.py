@@ -145,8 +145,12 @@ class PPOSystem:
         "Hybrid Engine with LoRA: merged copies of adapted weights, or the low-rank products beside the shared weights; "
         "auto merges where memory allows. ZeRO-3 always merges.",
     )
-    inference_tp_size: int = flag(1, "Hybrid Engine: tensor-parallel processes in generation (actor ZeRO-3).")
-    tp_gather_partition_size: int = flag(8, "Hybrid Engine: layers gathered at a time under tensor parallelism.")
+    inference_tp_size: int = flag(
+        1, "Hybrid Engine: so many processes generate together, each with a part of the layers' weights (actor ZeRO-3)."
+    )
+    tp_gather_partition_size: int = flag(
+        8, "Hybrid Engine: layers gathered at a time, where --inference_tp_size is above 1."
+    )
     enable_mixed_precision_lora: bool = flag(
         False, "MixZ++: keep the weights that LoRA adapts in int8, in actor, reference and critic (any ZeRO stage)."
     )

@@ -230,6 +230,8 @@ class PPOConfig:
     def _system_problems(self) -> list[str]:
         found = []
         system = self.system
+        for name in ("inference_tp_size", "tp_gather_partition_size"):
+            found += at_least("--" + name, getattr(system, name), 1)
         if system.inference_tp_size > 1 and system.actor_zero_stage != 3:
             found.append(
                 f"--inference_tp_size {system.inference_tp_size} needs --actor_zero_stage 3, "

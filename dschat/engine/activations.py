@@ -64,9 +64,13 @@ def working_bytes(size: ModelSize, *, tokens: int, width: int, checkpointing: bo
     return tokens * (gradients + again)
 
 
-def inference_bytes(size: ModelSize, *, tokens: int, width: int) -> float:
-    """The most that a forward pass without backward needs."""
-    return tokens * (width * (3 * size.hidden + 3 * size.intermediate) + 4 * size.hidden)
+def inference_bytes(size: ModelSize, *, tokens: int, width: int, split: int = 1) -> float:
+    """The most that a forward pass without backward needs.
+
+    Args:
+        split: processes that share the feed-forward part's columns.
+    """
+    return tokens * (width * (3 * size.hidden + 3 * size.intermediate / split) + 4 * size.hidden)
 
 
 def loss_bytes(elements: int, *, width: int, sliced: bool, backward: bool) -> float:

@@ -37,6 +37,7 @@ class Footprint:
     host: float = 0.0
     whole: float = 0.0  # all weights, as they are read into host memory
     read_once: bool = False  # by one process of all, instead of by each
+    idle: float = 0.0  # of what is resident, what --offload_idle_states moves to the host between updates
 
     @property
     def resident(self) -> float:
@@ -46,14 +47,15 @@ class Footprint:
 
 def inference_footprint(size: ModelSize, *, stage: int, offload: bool, width: int, world_size: int) -> Footprint:
     """Of a model that only evaluates: in parts under ZeRO-3, whole otherwise."""
-    whole = width * size.parameters
+    whole, held = width * size.parameters, size.weight_bytes(width)
     if stage != 3:
-        return Footprint(weights=whole, whole=whole)
-    part = whole / world_size
+        return Footprint(weights=held, buffers=width * size.largest_int8, whole=whole)
+    part = held / world_size
     gathered = _gathered(size, width=width, world_size=world_size, offload=offload)
     return Footprint(
         weights=0.0 if offload else part,
-        buffers=gathered,
+        buffers=gathered + width * size.largest_int8,
+        build=0.0 if offload else (whole - held) / world_size,
         host=part if offload else 0.0,
         whole=whole,
         read_once=True,
@@ -80,9 +82,11 @@ def training_footprint(
     if stage == 0:  # plain AdamW on fp32 weights
         trained = 4.0 * size.trained
         return Footprint(
-            weights=4.0 * size.parameters,
+            weights=size.weight_bytes(4),
             whole=4.0 * size.parameters,
+            buffers=4.0 * size.largest_int8,
             adam=2 * trained,
+            idle=2 * trained,
             average=trained * average,
             gradients=trained,
             waiting=trained if accumulation > 1 else 0.0,
@@ -121,13 +125,20 @@ def _zero12(
     early = (0.0 if waits and stage == 1 else bucket) + (held if stage == 2 else 0.0)
     # The optimizer copies each group's weights into one flat tensor, one group after the other.
     build = width * max(size.groups)
-    weights = width * size.parameters
-    shared = dict(weights=weights, whole=weights, gradients=held, waiting=waiting, early=early, build=build)
+    shared = dict(
+        weights=size.weight_bytes(width),
+        whole=width * size.parameters,
+        gradients=held,
+        waiting=waiting,
+        early=early,
+        build=build,
+    )
+    dense = width * size.largest_int8  # one int8 matrix, as it is multiplied
     if offload:
         trained = size.trained / world_size
         return Footprint(
             **shared,
-            buffers=width * size.largest_trained,
+            buffers=width * size.largest_trained + dense,
             reduce=bucket,
             # fp32 weights, gradients and two moments, and weights in `width`; further gradients while they accumulate.
             host=(16 + width) * trained + average + (whole if accumulates else 0.0),
@@ -136,6 +147,8 @@ def _zero12(
         **shared,
         master=4.0 * size.trained / world_size,
         adam=8.0 * size.trained / world_size,
+        idle=12.0 * size.trained / world_size,
+        buffers=dense,
         average=average,
         reduce=bucket + (part if stage == 1 else 0.0),
         # A group's gradients, flat, and once more in fp32; the other processes' are gone by then.
@@ -147,8 +160,8 @@ def _zero3(
     size: ModelSize, *, stage: int, offload: bool, width: int, world_size: int, accumulates: bool, average: float
 ) -> Footprint:
     whole = width * size.parameters
-    weights, part = whole / world_size, size.trained / world_size
-    gathered = _gathered(size, width=width, world_size=world_size, offload=offload)
+    weights, part = size.weight_bytes(width) / world_size, size.trained / world_size
+    gathered = _gathered(size, width=width, world_size=world_size, offload=offload) + width * size.largest_int8
     bucket = width * ZERO3_BUCKET
     if offload:
         host = weights + (16 + width) * part + average
@@ -159,7 +172,9 @@ def _zero3(
         adam=8.0 * part,
         average=average,
         buffers=bucket + gathered + width * part,  # gradients have a place of their own
+        idle=(12.0 + width) * part,
         step=(width + 4 if width == 2 else 4) * min(part, ZERO3_SUB_GROUP),
+        build=whole / world_size - weights,  # weights are loaded in pieces, and then become int8
         whole=whole,
         read_once=True,
     )
@@ -169,4 +184,4 @@ def _gathered(size: ModelSize, *, width: int, world_size: int, offload: bool) ->
     """Whole parameters that ZeRO-3 holds beside the parts; one process uses its only part in place."""
     if world_size == 1 and not offload:
         return 0.0
-    return width * min(size.parameters, ZERO3_LIVE + size.largest)
+    return min(size.weight_bytes(width), width * (ZERO3_LIVE + size.largest))

@@ -1,6 +1,6 @@
 """The memory of a whole step, phase by phase."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dschat.config.steps import PPOConfig
 from dschat.engine.activations import inference_bytes, kept_bytes, kl_bytes, loss_bytes, working_bytes
@@ -111,6 +111,8 @@ def _plan_ppo(config: PPOConfig, *, world_size: int, dtype: str) -> StepPlan:
     actor = sizes["actor"]
     rows = batch.per_device_generation_batch_size * batch.num_samples_per_prompt
     held = rows_of_evaluation(config, world_size=world_size)
+    # A tensor-parallel group of N processes generates N times the rows; each caches an Nth of their heads.
+    group = system.inference_tp_size if system.enable_hybrid_engine else 1
     cache = width * 2 * actor.layers * actor.kv_width * max(rows, held) * (prompt + answer)
     replica = _replica_bytes(config, actor, width=width)
     resident, passing = {}, {}
@@ -120,6 +122,7 @@ def _plan_ppo(config: PPOConfig, *, world_size: int, dtype: str) -> StepPlan:
     ):
         (passing if frees else resident)[name] = size
     there = sum(model.resident for model in models.values()) + sum(resident.values())
+    waiting = there - (sum(model.idle for model in models.values()) if system.offload_idle_states else 0.0)
 
     def forward(rows: int, names: list[str]) -> float:
         tokens = rows * (prompt + answer)
@@ -130,9 +133,11 @@ def _plan_ppo(config: PPOConfig, *, world_size: int, dtype: str) -> StepPlan:
     scored = loss_bytes(rows * (answer + 1) * actor.vocab, width=width, sliced=True, backward=False)
     phases = {
         "build": sum(model.weights for model in models.values()) + max(model.build for model in models.values()),
-        "generate": there + sum(passing.values()) + inference_bytes(actor, tokens=max(rows, held) * prompt, width=width),
-        "score": there + max(scored, forward(rows, list(sizes))),
-        "evaluate": there + kl_bytes(held * (answer + 1) * actor.vocab, width=width) + forward(held, ["actor"]),
+        "generate": waiting
+        + sum(passing.values())
+        + inference_bytes(actor, tokens=group * max(rows, held) * prompt, width=width, split=group),
+        "score": waiting + max(scored, forward(rows, list(sizes))),
+        "evaluate": waiting + kl_bytes(held * (answer + 1) * actor.vocab, width=width) + forward(held, ["actor"]),
         **_training_phases(
             "actor ",
             actor,
@@ -180,14 +185,14 @@ def rows_of_evaluation(config: PPOConfig, *, world_size: int) -> int:
 
 
 def _ppo_models(config: PPOConfig, *, world_size: int, dtype: str) -> tuple[dict, dict]:
-    """Sizes and footprints of actor, ref, reward models and critic."""
+    """Sizes and footprints of actor, ref, reward models and critic; of two roles that share a model, of the one that trains."""
     width, system, options = WIDTHS[dtype], config.system, config.model
 
     def size_of(name: str, flag: str, **more) -> ModelSize:
         return named_size(name, flag=flag, trust_remote_code=options.trust_remote_code, **more)
 
     def trained(role: str, size: ModelSize) -> Footprint:
-        return training_footprint(
+        found = training_footprint(
             size,
             getattr(config, f"{role}_system"),
             dtype=dtype,
@@ -195,21 +200,23 @@ def _ppo_models(config: PPOConfig, *, world_size: int, dtype: str) -> tuple[dict
             accumulation=config.schedule.gradient_accumulation_steps,
             average=options.enable_ema and role == "actor",
         )
+        return replace(found, host=found.host + found.idle) if system.offload_idle_states else found
 
     def frozen(size: ModelSize, stage: int, offload: bool) -> Footprint:
         return inference_footprint(size, stage=stage, offload=offload, width=width, world_size=world_size)
 
     actor, critic = options.actor_model_name_or_path, options.critic_model_name_or_path
     flags = ("--actor_model_name_or_path", "--critic_model_name_or_path")
-    sizes = {
-        "actor": size_of(actor, flags[0], lora=config.actor_lora, system=config.actor_system, role="actor"),
-        "reference": size_of(actor, flags[0]),
-    }
-    models = {
-        "actor": trained("actor", sizes["actor"]),
-        "reference": frozen(sizes["reference"], system.actor_zero_stage, system.offload_reference_model),
-    }
+    own = size_of(actor, flags[0], lora=config.actor_lora, system=config.actor_system, role="actor")
+    sizes, models = {"actor": own}, {"actor": trained("actor", own)}
+    if not config.shares_reference:
+        # In int8 where the actor is.
+        packed = {name: getattr(own, name) for name in ("int8", "scales", "largest_int8")}
+        sizes["reference"] = replace(size_of(actor, flags[0]), **packed)
+        models["reference"] = frozen(sizes["reference"], system.actor_zero_stage, system.offload_reference_model)
     for i, path in enumerate(config.reward_models):
+        if config.shares_reward and path == critic:
+            continue
         flag = flags[1] if path == critic else "--reward_model_name_or_path"
         name = "reward" if i == 0 else f"reward {i + 1}"
         sizes[name] = size_of(path, flag, reward=True)
@@ -224,9 +231,11 @@ def _ppo_models(config: PPOConfig, *, world_size: int, dtype: str) -> tuple[dict
 
 def _replica_bytes(config: PPOConfig, actor: ModelSize, *, width: int) -> float:
     """Of the Hybrid Engine's inference replica: nothing where it shares the training weights (ZeRO <= 2 without LoRA),
-    the merged layers with LoRA (unless attached), and under ZeRO-3 all weights, gathered."""
+    the merged layers with LoRA (unless attached; what is in int8 is always copied), and under ZeRO-3 all weights, gathered,
+    or with tensor parallelism this process's slices of the layers and the rest."""
     if not config.system.enable_hybrid_engine:
         return 0.0
     if config.system.actor_zero_stage == 3:
-        return width * (actor.parameters - actor.adapters)
-    return 0.0 if config.system.hybrid_lora == "attach" else width * actor.merged
+        size = config.system.inference_tp_size
+        return width * (actor.parameters - actor.adapters - actor.split + actor.split / size)
+    return width * (actor.int8 if config.system.hybrid_lora == "attach" else actor.merged)

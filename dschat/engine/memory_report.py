@@ -6,6 +6,8 @@ from dataclasses import replace
 
 from dschat.config.steps import PPOConfig
 from dschat.engine.memory_plan import StepPlan, plan_step
+from dschat.engine.model_size import find_config
+from dschat.engine.tensor_parallel import split_problems
 from dschat.tracking.report import table
 
 GIB = 2**30
@@ -142,7 +144,9 @@ def _changes(config, *, world_size: int) -> list[dict]:
                 for few in _few(answers)
             ),
             {"release_inference_cache": True} if system.enable_hybrid_engine else {},
+            {"offload_idle_states": True},
             {"actor_zero_stage": 3, "critic_zero_stage": 3} if world_size > 1 else {},
+            *_splits(config, world_size=world_size),
             {
                 "actor_lora_dim": lora.actor_lora_dim or LORA_DIM,
                 "critic_lora_dim": lora.critic_lora_dim or LORA_DIM,
@@ -154,6 +158,18 @@ def _changes(config, *, world_size: int) -> list[dict]:
     now = {key: value for group in vars(config).values() for key, value in vars(group).items()}
     new = [{key: value for key, value in change.items() if now[key] != value} for change in found]
     return [change for change in new if change]
+
+
+def _splits(config: PPOConfig, *, world_size: int) -> list[dict]:
+    """Sizes of tensor-parallel groups, larger than now, that the actor and the processes can be split into."""
+    if not config.system.enable_hybrid_engine:
+        return []
+    model = config.model
+    actor = find_config(
+        model.actor_model_name_or_path, flag="--actor_model_name_or_path", trust_remote_code=model.trust_remote_code
+    )
+    sizes = [size for size in (2, 4, 8) if size > config.system.inference_tp_size]
+    return [{"inference_tp_size": size} for size in sizes if not split_problems(actor, size, world_size=world_size)]
 
 
 def _few(rows: int) -> list[int]:

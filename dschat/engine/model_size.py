@@ -7,14 +7,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedConfig
+from transformers.pytorch_utils import Conv1D
 
 from dschat.config.options import LoraOptions, SystemOptions
+from dschat.engine.quantized import group_size
+from dschat.engine.tensor_parallel import split_plan
 from dschat.models.causal_lm import load_config
 from dschat.models.families import FAMILIES, SHAPES, shape_config
 from dschat.models.lora import lora_parameter_names
 from dschat.models.prepare import prepare_for_training
 from dschat.models.reward_model import RewardModel
-from dschat.models.structure import decoder_layers, embedding_modules
+from dschat.models.structure import decoder_layers, embedding_modules, pretrained
 from dschat.models.tokenizer import model_source
 
 
@@ -39,11 +42,20 @@ class ModelSize:
     adapters: int = 0
     merged: int = 0  # weights that adapters stand beside
     dropout: float = 0.0
+    int8: int = 0  # weights that MixZ++ keeps in int8
+    scales: int = 0  # and their fp32 scales
+    largest_int8: int = 0
+    split: int = 0  # what tensor-parallel generation divides
+    positions: int | None = None  # the most that a text may have, where they are learned
 
     @property
     def trained(self) -> int:
         """Trained elements."""
         return sum(self.groups)
+
+    def weight_bytes(self, width: int) -> float:
+        """All weights in the precisions that they are kept in; `width` is that of training."""
+        return width * (self.parameters - self.int8) + self.int8 + 4 * self.scales
 
 
 def find_config(name: str, *, flag: str, trust_remote_code: bool = False) -> PreTrainedConfig:
@@ -119,25 +131,16 @@ def model_size(
     else:
         prepare_for_training(model, lora=lora, system=system, role=role)
     prefix, built = decoder_layers(model)
-    adapters = lora_parameter_names(model)
-    last = f"{prefix}.{len(built) - 1}."
-    groups: dict[tuple, int] = {}
-    counts = dict.fromkeys(("parameters", "adapters", "merged"), 0)
-    for name, p in model.named_parameters():
-        # The layers that were not built are as the last one.
-        numel = p.numel() * (1 + layers - shallow if name.startswith(last) else 1)
-        counts["parameters"] += numel
-        counts["adapters"] += numel * (name in adapters)
-        counts["merged"] += numel * name.endswith("base_layer.weight")
-        if p.requires_grad:
-            key = (name in adapters, p.dim() > 1)
-            groups[key] = groups.get(key, 0) + numel
+    # The layers that were not built are as the last one.
+    repeated = dict(last=f"{prefix}.{len(built) - 1}.", repeats=1 + layers - shallow)
+    counts = _parameter_counts(model, **repeated)
+    if system is not None and system.enable_mixed_precision_lora:
+        counts |= _int8_counts(model, **repeated)
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     heads = text.num_attention_heads
     head_width = getattr(text, "head_dim", None) or text.hidden_size // heads
     return ModelSize(
         family=config.model_type,
-        groups=tuple(groups.values()),
         largest=max(p.numel() for p in model.parameters()),
         largest_trained=max((p.numel() for _, p in trained), default=0),
         layers=layers,
@@ -150,8 +153,26 @@ def model_size(
         trains_norms=any(p.dim() == 1 for _, p in trained),
         lora_width=sum(p.shape[0] for name, p in built[-1].named_parameters() if "lora_A" in name),
         dropout=_dropout(text, system),
+        split=_split_count(model, **repeated),
+        positions=_learned_positions(model, text),
         **counts,
     )
+
+
+def _parameter_counts(model: nn.Module, *, last: str, repeats: int) -> dict:
+    """Fields of ModelSize that are sums over parameters; those below `last` count `repeats` times."""
+    adapters = lora_parameter_names(model)
+    groups: dict[tuple, int] = {}
+    counts = dict.fromkeys(("parameters", "adapters", "merged"), 0)
+    for name, p in model.named_parameters():
+        numel = p.numel() * (repeats if name.startswith(last) else 1)
+        counts["parameters"] += numel
+        counts["adapters"] += numel * (name in adapters)
+        counts["merged"] += numel * name.endswith("base_layer.weight")
+        if p.requires_grad:
+            key = (name in adapters, p.dim() > 1)
+            groups[key] = groups.get(key, 0) + numel
+    return {"groups": tuple(groups.values()), **counts}
 
 
 def _enough_layers(config: PreTrainedConfig, lora: LoraOptions, system: SystemOptions | None) -> int:
@@ -179,6 +200,39 @@ def _on_meta(config: PreTrainedConfig, *, reward: bool, trust_remote_code: bool)
         return RewardModel(
             AutoModelForSequenceClassification.from_config(config, trust_remote_code=trust_remote_code)
         )
+
+
+def _int8_counts(model: nn.Module, *, last: str, repeats: int) -> dict[str, int]:
+    """The weights that adapters stand beside, as MixZ++ keeps them; those below `last` count `repeats` times."""
+    found = dict(int8=0, scales=0, largest_int8=0)
+    for name, linear in model.named_modules():
+        if not name.endswith(".base_layer"):
+            continue
+        numel = linear.weight.numel()
+        times = repeats if name.startswith(last) else 1
+        found["int8"] += times * numel
+        found["scales"] += times * numel // group_size(linear.nx if isinstance(linear, Conv1D) else linear.in_features)
+        found["largest_int8"] = max(found["largest_int8"], numel)
+    return found
+
+
+def _split_count(model: nn.Module, *, last: str, repeats: int) -> int:
+    """What tensor-parallel generation cuts; what is below `last` counts `repeats` times."""
+    plan, found = split_plan(pretrained(model).config), 0
+    for name, p in model.named_parameters():
+        path, _, leaf = name.replace(".base_layer.", ".").rpartition(".")
+        style = next((style for linear, style in plan.items() if path.endswith(f".{linear}")), None)
+        is_cut = style == "colwise" or (style == "rowwise" and leaf == "weight")
+        found += is_cut * p.numel() * (repeats if name.startswith(last) else 1)
+    return found
+
+
+def _learned_positions(model: nn.Module, text: PreTrainedConfig) -> int | None:
+    """How many positions the model has a learned vector for; None where it computes them."""
+    most = getattr(text, "max_position_embeddings", None)
+    tokens = pretrained(model).get_input_embeddings()
+    others = [m for m in embedding_modules(model) if isinstance(m, nn.Embedding) and m is not tokens]
+    return most if most and any(m.num_embeddings >= most for m in others) else None
 
 
 def _intermediate(layer: nn.Module) -> int:

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Iterable
 
 import psutil
 import torch
@@ -11,20 +12,27 @@ from dschat.engine.build import override
 from dschat.engine.ds_config import training_config
 from dschat.engine.memory_plan import plan_step
 from dschat.engine.memory_report import check_fit, plan_text
+from dschat.engine.model_checks import check_models
 from dschat.tracking import dist
 from dschat.tracking.log import logger
 
 
-def show_plan(config, *, dtype: str) -> None:
+def show_plan(config, *, dtype: str, rewards: Iterable[str] = ()) -> None:
     """Log the memory plan of a run whose processes have started.
 
+    Args:
+        rewards: step 3's reward models that read the actor's tokens.
+
     Raises:
-        ValueError: on a GPU, where it cannot fit, unless --ignore_memory_plan is given; names flags that help.
+        ValueError: on a GPU, where it cannot fit, unless --ignore_memory_plan is given; names flags that help. In step 3,
+            models whose shapes do not go with the options.
     """
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", dist.world_size()))
     gpu_bytes = float(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else 0.0
     limits = dict(gpu_bytes=gpu_bytes, all_host_bytes=float(psutil.virtual_memory().total) if gpu_bytes else 0.0)
     plan = plan_step(config, world_size=dist.world_size(), dtype=dtype)
+    if isinstance(config, PPOConfig):
+        check_models(config, plan, world_size=dist.world_size(), rewards=rewards)
     logger.info("memory plan\n" + plan_text(plan, processes=processes, **limits))
     if gpu_bytes and not config.run.ignore_memory_plan:
         check_fit(config, plan, world_size=dist.world_size(), processes=processes, dtype=dtype, **limits)
@@ -35,6 +43,8 @@ def dry_run(config) -> None:
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     dtype = "bf16" if config.model.dtype == "auto" else config.model.dtype
     plan = plan_step(config, world_size=world_size, dtype=dtype)
+    if isinstance(config, PPOConfig):
+        check_models(config, plan, world_size=world_size)
     print(f"memory plan for {world_size} GPU(s) in {dtype}; planned, not run")
     print(plan_text(plan, processes=min(world_size, 8)))
     for name, found in ds_configs(config, dtype=dtype, world_size=world_size).items():

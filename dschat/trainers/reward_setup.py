@@ -29,6 +29,10 @@ class RewardPlan:
     functions: dict[str, Callable]
     _rewards: list[Reward] | None = None
 
+    def token_readers(self) -> list[str]:
+        """The reward models that read the actor's tokens as they are."""
+        return [path for path, tokenizer in self.model_tokenizers.items() if same_tokens(self.tokenizer, tokenizer)]
+
     def build(self, engines, dataset) -> WeightedRewards:
         """The rewards for answers to the prompts of `dataset`. Every process must call it."""
         if self._rewards is None:
@@ -43,7 +47,7 @@ class RewardPlan:
         named = bool(self.config.model.reward_model_name_or_path)
         flag = "--reward_model_name_or_path" if named else "--critic_model_name_or_path"
         engine = engines.add_reward(path, flag=flag, tokenizer=tokenizer)
-        if same_tokens(self.tokenizer, tokenizer):
+        if path in self.token_readers():
             return ModelReward(engine, path)
         logger.info(f"{path} has a tokenizer of its own: answers are decoded and tokenised again")
         return RetokenisedReward(

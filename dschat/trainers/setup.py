@@ -40,12 +40,12 @@ def announce(config) -> None:
         if given.get(name) == 0 and given["dtype"] != "fp32":
             logger.info(f"--{name} 0 in half precision runs as stage 1, with the same result")
     if not given.get("enable_hybrid_engine"):
-        for name in ("unpin_actor_parameters", "release_inference_cache"):
-            if given.get(name):
+        for name, default in (("unpin_actor_parameters", False), ("release_inference_cache", False), ("inference_tp_size", 1)):
+            if given.get(name, default) != default:
                 logger.warning(f"--{name} has no effect without --enable_hybrid_engine")
     _announce_memory(config, given)
-    if given.get("inference_tp_size", 1) > 1:
-        logger.warning("--inference_tp_size has no effect yet: generation is the model's own generate")
+    if given.get("inference_tp_size", 1) == 1 and given.get("tp_gather_partition_size", 8) != 8:
+        logger.info("--tp_gather_partition_size has no effect with --inference_tp_size 1")
     if given.get("top_k") or given.get("top_p", 1.0) < 1.0 or given.get("min_answer_len"):
         logger.warning(
             "--top_k, --top_p and --min_answer_len change what is sampled but not the logprobs: ratio and KL are biased"

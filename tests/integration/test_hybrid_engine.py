@@ -35,21 +35,37 @@ def test_greedy_tokens_are_those_of_generate(case, launches):
         assert [name for name, holds in result["value"].items() if not holds] == []
 
 
-def rewards_case(hybrid: bool) -> Case:
+def rewards_case(name: str, *flags: str) -> Case:
     words = [
         "--actor_model_name_or_path {stock}/steep/llama --critic_model_name_or_path {stock}/reward/llama",
         "--data_path {stock}/toy --data_split 0,0,1 --max_prompt_seq_len 24 --max_answer_seq_len 12 --dtype fp32",
         "--actor_learning_rate 1e-3 --critic_learning_rate 1e-3 --num_warmup_steps 0 --greedy_rollouts",
         "--per_device_generation_batch_size 8 --per_device_training_batch_size 8 --max_train_steps 3 --eval_prompts 8",
-        "--actor_zero_stage 2 --critic_zero_stage 2",
-        "--enable_hybrid_engine" if hybrid else "",
+        *flags,
     ]
-    return Case(f"hybrid-rewards-{hybrid}", ranks=2, step=3, argv=" ".join(words))
+    return Case(f"hybrid-rewards-{name}", ranks=2, step=3, argv=" ".join(words))
 
 
-@pytest.mark.cases(rewards_case(False), rewards_case(True))
-def test_rewards_are_the_same_with_and_without_it(launches):
-    without, with_it = launches[rewards_case(False)], launches[rewards_case(True)]
+ZERO = {stage: f"--actor_zero_stage {stage} --critic_zero_stage {stage}" for stage in (2, 3)}
+REWARDS = {
+    "shared": (rewards_case("without-2", ZERO[2]), rewards_case("with-2", ZERO[2], "--enable_hybrid_engine")),
+    "split": (
+        rewards_case("without-3", ZERO[3], "--deepspeed_config {stock}/pieces.json"),
+        rewards_case(
+            "with-3",
+            ZERO[3],
+            "--deepspeed_config {stock}/pieces.json",
+            "--enable_hybrid_engine --inference_tp_size 2 --tp_gather_partition_size 1 --release_inference_cache",
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "without, with_it", [pytest.param(*pair, id=name, marks=pytest.mark.cases(*pair)) for name, pair in REWARDS.items()]
+)
+def test_rewards_are_the_same_with_and_without_it(without, with_it, launches):
+    without, with_it = launches[without], launches[with_it]
     for key in ("objective/score", "objective/reward", "policy/loss", "value/loss"):
         assert with_it.per_step(key) == pytest.approx(without.per_step(key), rel=1e-4, abs=1e-5)
     assert len(set(with_it.per_step("objective/reward"))) == 3

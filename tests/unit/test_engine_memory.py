@@ -205,6 +205,86 @@ def test_the_replica_shares_merges_or_gathers():
     assert kept.phases["actor step"] - freed.phases["actor step"] == 2 * 6_738_415_616 + cache
 
 
+def test_a_tensor_parallel_replica_is_divided_but_for_embeddings_norms_and_head():
+    flags = "--enable_hybrid_engine --actor_zero_stage 3 --per_device_generation_batch_size 4 --eval_prompts 4"
+    flags += " --per_device_training_batch_size 4"
+    whole, split = ppo(flags, world_size=8), ppo(f"{flags} --inference_tp_size 4", world_size=8)
+    in_layers = 32 * (4 * 4096 * 4096 + 3 * 4096 * 11008)
+    outside = 2 * 32000 * 4096 + 65 * 4096
+    assert split.sizes["actor"].split == in_layers and in_layers + outside == 6_738_415_616
+    assert split.resident["replica"] == 2 * (in_layers / 4 + outside)
+    # Four times the rows, a quarter of the heads.
+    assert split.resident["KV cache"] == whole.resident["KV cache"] == 2 * 2 * 32 * 4096 * 4 * 512
+    # Of four prompts of 256 tokens on each of four ranks the hidden states are whole, the feed-forward part is a quarter.
+    tokens = 4 * 256
+    layers = {1: tokens * (2 * 3 * (4096 + 11008) + 4 * 4096), 4: 4 * tokens * (2 * 3 * (4096 + 11008 / 4) + 4 * 4096)}
+    gap = layers[1] - layers[4] + 2 * in_layers * 3 / 4
+    assert whole.phases["generate"] - split.phases["generate"] == gap
+    assert ppo(flags.replace("--enable_hybrid_engine", "--inference_tp_size 4")).resident["replica"] == 0
+
+
+def test_split_biases_count_where_outputs_are_split():
+    # q, k, v and fc1 with their biases, out_proj and fc2 without.
+    size = named_size("opt-1.3b", flag="--model")
+    assert size.split == 24 * (4 * 2048 * 2048 + 3 * 2048 + 2 * 2048 * 8192 + 8192)
+    assert named_size("tiny-gpt2", flag="--model").split == 0
+
+
+ADAPTERS = "--actor_lora_dim 8 --critic_lora_dim 8 --only_optimize_lora"
+
+
+def test_a_shared_reference_and_a_shared_reward_are_no_copies():
+    assert set(ppo(ADAPTERS).models) == {"actor", "critic"}
+    assert set(ppo(f"{ADAPTERS} --no_share_reference").models) == {"actor", "reference", "critic"}
+    assert set(ppo(f"{ADAPTERS} --no_share_reward").models) == {"actor", "reward", "critic"}
+    other = ppo(f"{ADAPTERS} --reward_model_name_or_path opt-350m")
+    assert set(other.models) == {"actor", "reward", "critic"}
+    apart, both = ppo(f"{ADAPTERS} --no_share_reference --no_share_reward"), 2 * (2 * 6_738_415_616 - 32000 * 4096 + 4096)
+    assert apart.phases["actor step"] - ppo(ADAPTERS).phases["actor step"] == both
+
+
+def test_idle_states_are_on_the_host_but_for_updates():
+    # fp32 weights and two moments of 700 trained parameters on 4 processes; under ZeRO-3 the gradients' buffer too.
+    assert (training(2).idle, training(3).idle, training(0, dtype="fp32").idle) == (12 * 175, 14 * 175, 8 * 700)
+    assert training(2, offload=True).idle == training(3, offload=True).idle == 0
+    flags = "--actor_zero_stage 2 --critic_zero_stage 2"
+    there, away = ppo(flags, world_size=4), ppo(f"{flags} --offload_idle_states", world_size=4)
+    trained = 2 * 6_738_415_616 - 32000 * 4096 + 4096  # actor and critic
+    for phase in ("generate", "score", "evaluate"):
+        assert there.phases[phase] - away.phases[phase] == 12 * trained / 4
+    assert there.phases["actor step"] == away.phases["actor step"]
+    assert sum(model.host for model in away.models.values()) == 12 * trained / 4
+
+
+def test_int8_weights_take_a_byte_and_their_scales():
+    flags = f"{ADAPTERS} --enable_mixed_precision_lora"
+    plan, dense = ppo(f"{flags} --no_share_reference"), ppo(f"{ADAPTERS} --no_share_reference")
+    adapted = 32 * (4 * 4096 * 4096 + 3 * 4096 * 11008)
+    saved = 2 * adapted - (adapted + 4 * adapted / 128)  # groups of 128 divide 4096 and 11008
+    for role in ("actor", "reference", "critic"):
+        assert dense.models[role].weights - plan.models[role].weights == saved, role
+        assert plan.models[role].buffers - dense.models[role].buffers == 2 * 4096 * 11008  # one matrix, as it is multiplied
+    assert ppo(f"{flags} --no_share_reward").models["reward"].weights == dense.models["reference"].weights - 2 * (
+        32000 * 4096 - 4096
+    )
+    parts = ppo(f"{flags} --actor_zero_stage 3", world_size=8)
+    held = 2 * parts.sizes["actor"].parameters - saved
+    assert parts.models["actor"].weights == held / 8 and parts.models["actor"].build == saved / 8
+    # Attached adapters need the weights themselves beside them, and those are in int8.
+    hybrid = f"{flags} --enable_hybrid_engine"
+    assert ppo(f"{hybrid} --hybrid_lora attach").resident["replica"] == 2 * adapted
+
+
+def test_larger_tensor_parallel_groups_are_a_remedy_where_they_fit_model_and_processes():
+    flags = f"{ADAPTERS} --enable_hybrid_engine --actor_zero_stage 3 --critic_zero_stage 3 --offload"
+    config = parse_config(PPOConfig, f"{STEP3} {flags} --eval_prompts 8".split())
+    limits = (10 * GIB, 0)
+    words, _ = remedies(config, world_size=8, processes=8, dtype="bf16", limits=limits)
+    assert "--inference_tp_size 8" in words
+    odd = remedies(config, world_size=3, processes=3, dtype="bf16", limits=limits)
+    assert odd is None or not any("inference_tp_size" in word for word in odd[0])
+
+
 def sft(flags: str):
     return parse_config(SFTConfig, f"--model_name_or_path llama-2-7b --zero_stage 2 {flags}".split())
 

@@ -41,7 +41,7 @@ def main() -> None:
     dtype = resolve_dtype(config.model.dtype)
     tokenizer = actor_tokenizer(config)
     plan = plan_rewards(config, tokenizer)
-    show_plan(config, dtype=dtype)
+    show_plan(config, dtype=dtype, rewards=plan.token_readers())
     train_loader, eval_loader, ptx = load_data(config, tokenizer)
     rollouts = config.num_rollouts(len(train_loader) // config.batch.generation_batches)
 
@@ -116,6 +116,7 @@ def train(
         save(config, trainer, plan.tokenizer, plan.critic_tokenizer)
         raise
     metrics.close()
+    trainer.engines.generator.shutdown()  # frees memory for saving; CUDA graphs must go before their process groups
     save(config, trainer, plan.tokenizer, plan.critic_tokenizer)
 
 

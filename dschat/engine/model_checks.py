@@ -1,0 +1,42 @@
+"""What step 3 asks of its models' shapes, seen in their configurations before any weight is read."""
+
+from collections.abc import Iterable
+
+from dschat.config.steps import PPOConfig
+from dschat.engine.memory_plan import StepPlan
+from dschat.engine.model_size import find_config, named_size
+from dschat.engine.tensor_parallel import split_problems
+
+
+def check_models(config: PPOConfig, plan: StepPlan, *, world_size: int, rewards: Iterable[str] = ()) -> None:
+    """Nothing where the actor can be split as --inference_tp_size says, and every model has positions for the longest text.
+
+    Args:
+        plan: the run's memory plan, which knows the sizes of actor and critic.
+        world_size: processes of the run.
+        rewards: reward models that read the actor's tokens; others cut what is too long.
+
+    Raises:
+        ValueError: it cannot, or one has not; names flags, values and remedies.
+    """
+    options, system, found = config.model, config.system, []
+    trust = dict(trust_remote_code=options.trust_remote_code)
+    actor, flag = options.actor_model_name_or_path, "--actor_model_name_or_path"
+    if system.enable_hybrid_engine:
+        found += split_problems(find_config(actor, flag=flag, **trust), system.inference_tp_size, world_size=world_size)
+    positions = {(flag, actor): plan.sizes["actor"].positions}
+    if "critic" in plan.sizes:
+        positions["--critic_model_name_or_path", options.critic_model_name_or_path] = plan.sizes["critic"].positions
+    for path in rewards:
+        flag = f"--{'reward' if path in options.reward_model_name_or_path else 'critic'}_model_name_or_path"
+        positions[flag, path] = named_size(path, flag=flag, reward=True, **trust).positions
+    data = config.data
+    length = data.max_prompt_seq_len + data.max_answer_seq_len
+    found += [
+        f"--max_prompt_seq_len {data.max_prompt_seq_len} and --max_answer_seq_len {data.max_answer_seq_len} make texts of "
+        f"{length} tokens, and {flag} {path} has learned {most} positions: give lengths that add up to {most} or less."
+        for (flag, path), most in positions.items()
+        if most is not None and length > most
+    ]
+    if found:
+        raise ValueError("\n".join(found))
