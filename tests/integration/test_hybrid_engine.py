@@ -47,14 +47,15 @@ def rewards_case(name: str, *flags: str) -> Case:
 
 
 ZERO = {stage: f"--actor_zero_stage {stage} --critic_zero_stage {stage}" for stage in (2, 3)}
+# Sampled answers of a group are other draws than those of two ranks alone, and would set another scale of the rewards.
+PARTS = f"{ZERO[3]} --deepspeed_config {{stock}}/pieces.json --no_normalize_reward"
 REWARDS = {
     "shared": (rewards_case("without-2", ZERO[2]), rewards_case("with-2", ZERO[2], "--enable_hybrid_engine")),
     "split": (
-        rewards_case("without-3", ZERO[3], "--deepspeed_config {stock}/pieces.json"),
+        rewards_case("without-3", PARTS),
         rewards_case(
             "with-3",
-            ZERO[3],
-            "--deepspeed_config {stock}/pieces.json",
+            PARTS,
             "--enable_hybrid_engine --inference_tp_size 2 --tp_gather_partition_size 1 --release_inference_cache",
         ),
     ),
