@@ -2,7 +2,7 @@
 
 import torch
 from engine_checks import training_engine
-from transformers import GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, PhiConfig, Qwen3Config, Starcoder2Config
 
 from dschat.engine.hybrid_engine import HybridEngine, PlainGenerator
 from dschat.engine.optim import step_together
@@ -82,7 +82,49 @@ def split_tokens(stock: str, *, family: str, lora: bool, gather_layers: int) -> 
         "logprobs are the training module's": logprob_gap(engine, *reads, sampled) < 1e-4,
         "slices give the weights": slices_give_the_weights(hybrid),
         "layers gathered at a time": gathers_are_right(hybrid, gather_layers),
+        "one rank's wrong slice stops all": wrong_slices_are_refused(engine, group),
     }
+
+
+def split_other_families(stock: str, *, out: str) -> dict:
+    """Families that only transformers' own plans know how to split, and unlike prompts; every entry should be true."""
+    sizes = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=264)
+    sizes |= dict(intermediate_size=96, max_position_embeddings=256, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    found = {}
+    for make in (Qwen3Config, PhiConfig, Starcoder2Config):
+        config, folder = make(**sizes), f"{out}/{make.model_type}"
+        torch.manual_seed(1)
+        if dist.is_main():
+            model = AutoModelForCausalLM.from_config(config)
+            for p in model.parameters():
+                if p.dim() == 2:
+                    torch.nn.init.normal_(p, std=0.5)
+            model.save_pretrained(folder)
+        dist.barrier()
+
+        def load(path: str, **options):
+            return load_causal_lm(folder, **options)
+
+        engine = training_engine(
+            f"{stock}/steep/llama", load, stock, zero=3, dtype="fp32", offload=False, accumulation=1
+        )
+        engine.eval()
+        generators = (HybridEngine(engine, group=tensor_group(2), gather_layers=2), PlainGenerator(engine))
+        tokens = [g.decode(*prompts_of_unlike_length(), greedy()).tokens for g in generators]
+        found[make.model_type] = answers(tokens[0]) == answers(tokens[1])
+    return found
+
+
+def wrong_slices_are_refused(engine, group) -> bool:
+    hybrid = HybridEngine(engine, group=group)
+    hybrid.replica.refresh()
+    if dist.rank() == 1:
+        next(w for w in hybrid.replica._copied if w.cut == 1).module.weight.data.zero_()
+    try:
+        hybrid.decode(*prompts(), greedy())
+    except ValueError as error:
+        return "computes something else than whole" in str(error)
+    return False
 
 
 def prompts_of_unlike_length() -> tuple[torch.Tensor, torch.Tensor]:

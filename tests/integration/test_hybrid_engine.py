@@ -100,3 +100,14 @@ def split_params() -> list:
 def test_greedy_tokens_of_a_tensor_parallel_group_are_those_of_generate(case, launches):
     for result in launches[case].ranks:
         assert [name for name, holds in result["value"].items() if not holds] == []
+
+
+OTHERS = Case(
+    "split-others", ranks=2, function="hybrid_checks.py:split_other_families", kwargs={"stock": "{stock}", "out": "{out}"}
+)
+
+
+@pytest.mark.cases(OTHERS)
+def test_families_that_transformers_alone_has_a_plan_for_are_split(launches):
+    for result in launches[OTHERS].ranks:
+        assert result["value"] == {"qwen3": True, "phi": True, "starcoder2": True}

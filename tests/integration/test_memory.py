@@ -230,14 +230,18 @@ def test_steps_1_and_2_train_adapters_on_int8_weights(case, kind, launches, stoc
     assert losses[-1] < losses[0]
 
 
-def greedy_pair(zero: str):
+def greedy_pair(zero: str, more: str = ""):
     argv = f"{ADAPTERS} --only_optimize_lora --enable_mixed_precision_lora {ZERO[zero]}"
     argv += " --greedy_rollouts --no_normalize_reward"
-    plain, hybrid = run_case(f"int8-plain-{zero}", argv), run_case(f"int8-hybrid-{zero}", f"{argv} --enable_hybrid_engine")
-    return pytest.param(plain, hybrid, id=zero, marks=pytest.mark.cases(plain, hybrid))
+    name = f"{zero}-split" if more else zero
+    plain = run_case(f"int8-plain-{zero}", argv)
+    hybrid = run_case(f"int8-hybrid-{name}", f"{argv} --enable_hybrid_engine {more}")
+    return pytest.param(plain, hybrid, id=name, marks=pytest.mark.cases(plain, hybrid))
 
 
-@pytest.mark.parametrize("plain, hybrid", [greedy_pair("2-offload"), greedy_pair("3")])
+@pytest.mark.parametrize(
+    "plain, hybrid", [greedy_pair("2-offload"), greedy_pair("3"), greedy_pair("3", "--inference_tp_size 2")]
+)
 def test_the_hybrid_engine_generates_with_int8_weights_as_the_training_module_does(plain, hybrid, launches):
     found, expected = numbers(launches, hybrid)[1:], numbers(launches, plain)[1:]
     assert len(found) == 3 and expected[-1]["objective/kl"] != 0
