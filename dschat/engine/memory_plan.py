@@ -135,7 +135,10 @@ def _plan_ppo(config: PPOConfig, *, world_size: int, dtype: str) -> StepPlan:
         "build": sum(model.weights for model in models.values()) + max(model.build for model in models.values()),
         "generate": waiting
         + sum(passing.values())
-        + inference_bytes(actor, tokens=group * max(rows, held) * prompt, width=width, split=group),
+        + max(
+            inference_bytes(actor, tokens=group * max(rows, held) * prompt, width=width, split=group),
+            _whole_layers_bytes(config, actor, width=width),
+        ),
         "score": waiting + max(scored, forward(rows, list(sizes))),
         "evaluate": waiting + kl_bytes(held * (answer + 1) * actor.vocab, width=width) + forward(held, ["actor"]),
         **_training_phases(
@@ -239,3 +242,11 @@ def _replica_bytes(config: PPOConfig, actor: ModelSize, *, width: int) -> float:
         size = config.system.inference_tp_size
         return width * (actor.parameters - actor.adapters - actor.split + actor.split / size)
     return width * (actor.int8 if config.system.hybrid_lora == "attach" else actor.merged)
+
+
+def _whole_layers_bytes(config: PPOConfig, actor: ModelSize, *, width: int) -> float:
+    """Of the layers that are whole at a time while tensor-parallel slices are taken of them."""
+    system = config.system
+    if not system.enable_hybrid_engine or system.inference_tp_size == 1:
+        return 0.0
+    return width * actor.split * min(system.tp_gather_partition_size / actor.layers, 1.0)

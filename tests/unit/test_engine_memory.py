@@ -215,11 +215,15 @@ def test_a_tensor_parallel_replica_is_divided_but_for_embeddings_norms_and_head(
     assert split.resident["replica"] == 2 * (in_layers / 4 + outside)
     # Four times the rows, a quarter of the heads.
     assert split.resident["KV cache"] == whole.resident["KV cache"] == 2 * 2 * 32 * 4096 * 4 * 512
-    # Of four prompts of 256 tokens on each of four ranks the hidden states are whole, the feed-forward part is a quarter.
-    tokens = 4 * 256
-    layers = {1: tokens * (2 * 3 * (4096 + 11008) + 4 * 4096), 4: 4 * tokens * (2 * 3 * (4096 + 11008 / 4) + 4 * 4096)}
-    gap = layers[1] - layers[4] + 2 * in_layers * 3 / 4
-    assert whole.phases["generate"] - split.phases["generate"] == gap
+    # Eight of 32 layers are whole at a time while slices are taken, more than the prompts need.
+    prefill = 4 * 256 * (2 * 3 * (4096 + 11008) + 4 * 4096)
+    freed = 2 * in_layers * 3 / 4
+    assert whole.phases["generate"] - split.phases["generate"] == freed + prefill - 2 * in_layers / 4
+    # Of 64 prompts of 256 tokens on each of four ranks the hidden states are whole, the feed-forward part is a quarter.
+    many = flags.replace("generation_batch_size 4", "generation_batch_size 64")
+    whole, split = ppo(many, world_size=8), ppo(f"{many} --inference_tp_size 4", world_size=8)
+    gathered = 4 * 64 * 256 * (2 * 3 * (4096 + 11008 / 4) + 4 * 4096)
+    assert whole.phases["generate"] - split.phases["generate"] == freed + 16 * prefill - gathered
     assert ppo(flags.replace("--enable_hybrid_engine", "--inference_tp_size 4")).resident["replica"] == 0
 
 
