@@ -90,9 +90,10 @@ class TensorGroup:
 
     def gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """[size, ...]: the tensors of all, which have one shape."""
-        parts = [torch.empty_like(tensor) for _ in range(self.size)]
-        dist.all_gather(parts, tensor.contiguous(), group=self.handle)
-        return torch.stack(parts)
+        flat = tensor.contiguous().view(-1)
+        parts = [torch.empty_like(flat) for _ in range(self.size)]
+        dist.all_gather(parts, flat, group=self.handle)
+        return torch.stack(parts).view(self.size, *tensor.shape)
 
     def slice(self, tensor: torch.Tensor, dim: int | None) -> torch.Tensor:
         """This process's part along `dim`; all of it where that is None."""
