@@ -12,7 +12,7 @@ from dschat.engine.model_checks import check_models
 from dschat.engine.tensor_parallel import RowwiseLinear, TensorGroup, split_layers, split_plan, split_problems
 from dschat.models.families import shape_config
 from dschat.models.structure import decoder_layers
-from dschat.trainers import preflight
+from dschat.trainers import preflight, setup
 
 SPLIT = "--enable_hybrid_engine --actor_zero_stage 3"
 
@@ -124,3 +124,27 @@ def test_a_rank_has_its_slice_of_every_matrix(family, index):
 def is_colwise_bias(name: str) -> bool:
     ends = ("q_proj.bias", "k_proj.bias", "v_proj.bias", "fc1.bias", "query_key_value.bias", "dense_h_to_4h.bias")
     return name.endswith(ends)
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        ("--actor_zero_stage 3 --inference_tp_size 2", "--inference_tp_size has no effect without --enable_hybrid_engine"),
+        (f"{SPLIT} --tp_gather_partition_size 4", "--tp_gather_partition_size has no effect with --inference_tp_size 1"),
+        (f"{SPLIT} --inference_tp_size 2 --tp_gather_partition_size 4", ""),
+    ],
+)
+def test_split_flags_without_effect_are_told(flags, said, monkeypatch):
+    lines: list[str] = []
+    for level in ("info", "warning"):
+        monkeypatch.setattr(setup.logger, level, lines.append)
+    words = f"--actor_model_name_or_path opt-1.3b --critic_model_name_or_path opt-350m {flags}"
+    setup.announce(parse_config(PPOConfig, words.split()))
+    found = [line for line in lines if "_tp_size" in line or "tp_gather" in line]
+    assert found == ([said] if said else [])
+
+
+@pytest.mark.parametrize("name", ["inference_tp_size", "tp_gather_partition_size"])
+def test_sizes_below_one_are_refused(name):
+    with pytest.raises(ValueError, match=f"--{name} 0: must be at least 1"):
+        check("opt-1.3b", f"{SPLIT} --{name} 0")
