@@ -33,7 +33,8 @@ class KLController:
     """The coefficient of the KL penalty: fixed, or adaptive where a target is given.
 
     Adaptive (Ziegler et al. 2019, "Fine-Tuning Language Models from Human Preferences", section 2.2):
-    error = clip(KL / target - 1, -0.2, 0.2); coefficient *= 1 + error * answers / horizon.
+    error = clip(KL / target - 1, -0.2, 0.2); coefficient *= 1 + error * answers / horizon. A rollout of more answers than
+    the horizon moves it as one of the horizon's: the factor stays between 0.8 and 1.2.
     """
 
     coef: float
@@ -45,4 +46,4 @@ class KLController:
         if self.target is None:
             return
         error = min(max(kl_per_answer / self.target - 1.0, -0.2), 0.2)
-        self.coef *= 1.0 + error * num_answers / self.horizon
+        self.coef *= 1.0 + error * min(num_answers / self.horizon, 1.0)

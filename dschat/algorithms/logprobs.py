@@ -56,12 +56,13 @@ def _chunk_logprobs(logits, tokens, temperature):
     scaled = logits.float() / temperature
     all_logprobs = scaled - scaled.logsumexp(-1, keepdim=True)
     logprobs = all_logprobs.gather(-1, tokens[:, None]).squeeze(-1)
-    # H = -sum p log p; where the vocabulary is masked p is 0 and log p is -inf, and 0 * -inf must count as 0.
-    probs = all_logprobs.exp()
-    terms = torch.where(probs > 0, probs * all_logprobs, torch.zeros_like(probs))
-    return logprobs, -terms.sum(-1)
+    # H = -sum p log p; where the vocabulary is masked p is 0 and log p is -inf: its product counts as 0, in backward too.
+    finite = all_logprobs.clamp(min=torch.finfo(torch.float32).min)
+    return logprobs, -(all_logprobs.exp() * finite).sum(-1)
 
 
 def _chunk_kl(logits, ref_logits):
     p, q = logits.float().log_softmax(-1), ref_logits.float().log_softmax(-1)
-    return (p.exp() * (p - q)).sum(-1)
+    probs = p.exp()
+    # What the policy cannot say adds nothing, where the reference cannot either (-inf - -inf).
+    return torch.where(probs > 0, probs * (p - q), torch.zeros_like(probs)).sum(-1)

@@ -7,6 +7,7 @@ from dschat.tracking.metrics import MetricsWriter
 from dschat.tracking.progress import Progress
 from dschat.trainers.ppo import DeepSpeedPPOTrainer
 from dschat.trainers.ppo_stats import rollout_flops
+from dschat.trainers.rewards import RewardFailure
 from dschat.trainers.rollout import print_answers
 from dschat.trainers.run_state import RunState
 
@@ -40,17 +41,38 @@ def train_ppo(
     progress = Progress("PPO", rollouts, interval_s=run.log_interval_s, done=state.step)
     with state:
         for step, batches in zip(range(state.step + 1, rollouts + 1), state.windows()):
-            experience, answers, values = trainer.generate_experience(batches)
+            try:
+                experience, answers, values = trainer.generate_experience(batches)
+            except RewardFailure as error:
+                raise stopped_by_reward(error, trainer, state) from error
             if run.print_answers and (step - 1) % run.print_answers_interval == 0:
                 print_answers(answers, experience.scores, tokenizer)
             values |= trainer.train_rlhf(experience)
             values |= _speed(experience, values, trainer)
+            failure = None
             if step == rollouts or (run.eval_interval and step % run.eval_interval == 0):
-                values |= evaluator.evaluate(step)
+                try:
+                    values |= evaluator.evaluate(step)
+                except RewardFailure as error:
+                    failure = error  # the rollout itself is done, and is to be kept
             metrics.write(step, values, tensorboard=_pipeline_tags(values, trainer.config))
             progress.update(step, _shown(values))
+            if failure is not None:
+                state.step = step
+                raise stopped_by_reward(failure, trainer, state) from failure
             trainer.engines.train()  # a checkpoint needs idle states back from host memory
             state.end_step(last=step == rollouts)
+
+
+def stopped_by_reward(failure: RewardFailure, trainer: DeepSpeedPPOTrainer, state: RunState) -> RewardFailure:
+    """`failure` with what is left of the run, which is saved first: no more is lost than the rollout that failed."""
+    trainer.engines.train()  # a checkpoint needs idle states back from host memory
+    if not state.save_unfinished():
+        return failure
+    return RewardFailure(
+        f"{failure}\nThere is a checkpoint of what went before, step {state.step}: mend the reward, and go on with "
+        "--resume latest."
+    )
 
 
 def _speed(experience: Experience, values: dict[str, float], trainer: DeepSpeedPPOTrainer) -> dict[str, float]:

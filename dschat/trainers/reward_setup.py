@@ -14,6 +14,7 @@ from dschat.trainers.rewards import (
     WeightedRewards,
     check_critic_tokenizer,
     load_function,
+    reads_alike,
     same_tokens,
 )
 
@@ -31,7 +32,15 @@ class RewardPlan:
 
     def token_readers(self) -> list[str]:
         """The reward models that read the actor's tokens as they are."""
-        return [path for path, tokenizer in self.model_tokenizers.items() if same_tokens(self.tokenizer, tokenizer)]
+        model, data = self.config.model, self.config.data
+        formats = dict(prompt_format=data.prompt_format, reward_prompt_format=model.reward_prompt_format)
+        # The critic's start is not asked for its template: it has to read the actor's tokens anyway.
+        named = bool(model.reward_model_name_or_path)
+        return [
+            path
+            for path, other in self.model_tokenizers.items()
+            if (reads_alike(self.tokenizer, other, **formats) if named else same_tokens(self.tokenizer, other))
+        ]
 
     def build(self, engines, dataset) -> WeightedRewards:
         """The rewards for answers to the prompts of `dataset`. Every process must call it."""
@@ -49,7 +58,7 @@ class RewardPlan:
         engine = engines.add_reward(path, flag=flag, tokenizer=tokenizer)
         if path in self.token_readers():
             return ModelReward(engine, path)
-        logger.info(f"{path} has a tokenizer of its own: answers are decoded and tokenised again")
+        logger.info(f"{path} has a tokenizer, template or format of its own: answers are decoded and tokenised again")
         return RetokenisedReward(
             engine,
             path,

@@ -3,6 +3,7 @@
 import importlib.util
 import math
 import numbers
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Callable, Protocol
@@ -13,6 +14,9 @@ from dschat.algorithms.masks import pool_last
 from dschat.data.templates import render
 from dschat.tracking import dist
 from dschat.trainers.rollout import Answers
+
+
+BLAME_S = 10.0  # seconds to look for the answer on which a function fails
 
 
 class RewardFailure(ValueError):
@@ -76,12 +80,14 @@ class RetokenisedReward:
         return pool_last(self.engine(input_ids=tokens, attention_mask=mask), mask)
 
     def _ids(self, row, answer: str, ended: bool) -> list[int]:
-        prompt, chosen, _ = render(
-            replace(row, chosen=answer or " ", rejected=None),
-            prompt_format=self.prompt_format,
-            tokenizer=self.tokenizer,
-        )
-        in_template = self.prompt_format == "chat" or (not isinstance(row.prompt, str) and self.tokenizer.chat_template)
+        row = replace(row, chosen=answer or " ", rejected=None)
+        try:
+            prompt, chosen, _ = render(row, prompt_format=self.prompt_format, tokenizer=self.tokenizer)
+        except ValueError as error:
+            reason = str(error).replace("--prompt_format", "--reward_prompt_format")
+            raise RewardFailure(f"{self.name} cannot be shown the prompt {row.prompt!r}: {reason}") from error
+        by_template = not isinstance(row.prompt, str) and self.tokenizer.chat_template
+        in_template = self.prompt_format == "chat" or (self.prompt_format == "auto" and by_template)
         ids = self.tokenizer(prompt + chosen, add_special_tokens=not in_template)["input_ids"]
         if ended and ids[-1:] != [self.tokenizer.eos_token_id]:
             ids = [*ids, self.tokenizer.eos_token_id]
@@ -121,9 +127,11 @@ class FunctionReward:
         return torch.tensor([float(score) for score in scores], device=answers.input_ids.device)
 
     def _blame(self, known: AnswerTexts, columns: dict[str, list], error: Exception) -> str:
-        """The message for `error`, with the first answer on which the function fails alone, where there is one."""
-        culprit = ""
+        """The message for `error`, with the first answer on which the function fails alone, where one is soon found."""
+        culprit, deadline = "", time.monotonic() + BLAME_S
         for i, (prompt, answer) in enumerate(zip(known.prompts, known.answers)):
+            if time.monotonic() > deadline:  # a function that waits for a server, say
+                break
             try:
                 self.function([prompt], [answer], **{name: [values[i]] for name, values in columns.items()})
             except Exception:
@@ -218,6 +226,18 @@ def same_tokens(tokenizer, other) -> bool:
     return all(known.get(token) == index for token, index in tokenizer.get_vocab().items())
 
 
+def reads_alike(tokenizer, other, *, prompt_format: str, reward_prompt_format: str) -> bool:
+    """True where a reward model with the tokenizer `other` is to read the very tokens that the actor, with `tokenizer`, has
+    read and written: the same ids, ends and chat template, and no prompt format of its own.
+    """
+    return (
+        same_tokens(tokenizer, other)
+        and other.eos_token_id == tokenizer.eos_token_id
+        and other.chat_template == tokenizer.chat_template
+        and reward_prompt_format in ("auto", prompt_format)
+    )
+
+
 def check_critic_tokenizer(tokenizer, critic_tokenizer, path: str) -> None:
     """The critic reads the actor's token ids, so it must know them.
 
@@ -227,7 +247,7 @@ def check_critic_tokenizer(tokenizer, critic_tokenizer, path: str) -> None:
     if not same_tokens(tokenizer, critic_tokenizer):
         raise ValueError(
             f"--critic_model_name_or_path {path}: its tokenizer ({len(critic_tokenizer)} tokens) is not the actor's "
-            f"({len(tokenizer)} tokens), and a critic reads the actor's tokens. Name this model by "
+            f"({len(tokenizer)} tokens), and in step 3 a critic reads the actor's tokens. Name this model by "
             "--reward_model_name_or_path, where answers are tokenised again, and let the critic start from the actor "
             "or from a reward model with its tokenizer."
         )

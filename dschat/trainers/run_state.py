@@ -198,6 +198,12 @@ class RunState:
             )
             raise Stopped(f"{name} behind step {self.step}: {what}.", status=128 + received)
 
+    def save_unfinished(self) -> bool:
+        """Save the whole steps of a run that cannot go on; every process must call it. False where it was not possible."""
+        if self.config.run.output_dir is None:
+            return False
+        return last_step(checkpoint_root(self.config.run.output_dir)) == self.step or self._save()
+
     def _save(self) -> bool:
         tensors, state = _random_state()
         tensors = {f"random/{key}": value for key, value in tensors.items()}

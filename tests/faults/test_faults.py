@@ -230,6 +230,40 @@ def test_a_signal_to_one_rank_saves_and_ends_all(number, ranks, zygote, tmp_path
     record(injected=1, survived=1, **resumed.lost(whole))
 
 
+FAILING = """
+calls = 0
+
+def reward(prompts, answers, **columns):
+    global calls
+    calls += 1
+    if calls == FATAL:
+        raise OSError("the judge does not answer")
+    return [float(len(answer)) for answer in answers]
+"""
+
+
+@pytest.mark.parametrize(
+    "fatal, done",
+    # The evaluation before training asks once for the scores of all its prompts, and each rollout once.
+    [(4, 2), (5, 3)],
+    ids=["in-a-rollout", "in-an-evaluation"],
+)
+def test_a_reward_that_fails_ends_the_run_behind_a_checkpoint(fatal, done, zygote, tmp_path, record):
+    function = tmp_path / "rewards.py"
+    function.write_text(FAILING.replace("FATAL", str(fatal)))
+    argv = f"{PPO} --reward_fn {function}:reward --advantage_estimator rloo --num_samples_per_prompt 2 --eval_interval 3"
+    failed = zygote.run(3, tmp_path / "out", argv)
+    assert failed.statuses == [1], failed.log[-3000:]
+    assert "the judge does not answer" in failed.log and "the prompt" in failed.log
+    assert f"There is a checkpoint of what went before, step {done}" in failed.log
+    assert failed.checkpoints() == ["latest", f"step_{done:08d}"] and steps_of(failed)[-1] == done
+    function.write_text(FAILING.replace("FATAL", "0"))
+    resumed = zygote.run(3, tmp_path / "out", f"{argv} --resume latest")
+    assert resumed.statuses == [0], resumed.log[-3000:]
+    assert f"going on behind step {done}" in resumed.log and steps_of(resumed) == list(range(7))
+    record(injected=1, survived=1)
+
+
 def test_under_the_launcher_too_a_killed_rank_ends_the_run(stock, tmp_path):
     argv = [word.format(stock=stock) for word in f"{SFT} --max_train_steps 5000".split()]
     command = launcher(2) + [str(MAINS[1]), *argv, "--output_dir", str(tmp_path / "out")]

@@ -144,6 +144,19 @@ def test_adaptive_kl_coefficient_by_hand():
     assert fixed.coef == 0.1
 
 
+def test_the_adaptive_coefficient_stays_positive_with_more_answers_than_its_horizon():
+    controller = KLController(0.1, target=5.0, horizon=100)
+    controller.update(0.0, 1024)  # error -0.2; taken as a horizon's worth of answers
+    assert controller.coef == pytest.approx(0.08)
+
+
+def test_the_exact_kl_leaves_out_what_neither_can_say():
+    barred = torch.tensor([[[0.0, math.log(3.0), -float("inf")]]])
+    other = torch.tensor([[[0.0, 0.0, -float("inf")]]])
+    assert full_kl(barred, other).item() == pytest.approx(0.25 * math.log(0.5) + 0.75 * math.log(1.5))
+    assert full_kl(torch.zeros(1, 1, 3), other).item() == float("inf")  # what the reference alone cannot say
+
+
 @pytest.mark.parametrize("dtype,tolerance", [(torch.float64, 1e-6), (torch.bfloat16, 1e-6)])
 def test_chunked_logprobs_and_entropy_equal_a_plain_loop(dtype, tolerance):
     draw = torch.Generator().manual_seed(0)
@@ -175,6 +188,16 @@ def test_entropy_of_a_masked_vocabulary_is_finite():
     logits = torch.tensor([[[0.0, 0.0, -float("inf")]]], requires_grad=True)
     _, entropy = token_logprobs(logits, torch.zeros(1, 1, dtype=torch.long))
     assert entropy.item() == pytest.approx(math.log(2))
+    entropy.sum().backward()
+    assert logits.grad.abs().max() < 1e-6  # the most that two tokens have
+
+
+def test_the_gradient_of_the_entropy_is_finite_beside_barred_tokens():
+    logits = torch.tensor([[[1.0, 0.0, -float("inf")]]], requires_grad=True)
+    token_logprobs(logits, torch.zeros(1, 1, dtype=torch.long))[1].sum().backward()
+    p = 1 / (1 + math.exp(-1.0))
+    slope = -p * (1 - p)  # dH/dx for two tokens with logits x and 0, times x = 1
+    assert logits.grad.flatten().tolist() == pytest.approx([slope, -slope, 0.0], abs=1e-6)
 
 
 def test_policy_loss_by_hand():

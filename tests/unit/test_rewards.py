@@ -17,6 +17,7 @@ from dschat.trainers.rewards import (
     WeightedRewards,
     check_critic_tokenizer,
     load_function,
+    reads_alike,
     same_tokens,
 )
 from dschat.trainers.rollout import Answers
@@ -96,6 +97,12 @@ def test_a_failing_function_names_the_prompt_that_caused_it(function, words):
     assert all(word in str(caught.value) for word in ["--reward_fn f", *words])
 
 
+def test_looking_for_the_culprit_of_a_slow_function_ends(monkeypatch):
+    monkeypatch.setattr("dschat.trainers.rewards.BLAME_S", -1.0)
+    with pytest.raises(RewardFailure, match="no such key.*on 2 answers, the first of them to the prompt 'one'"):
+        weighted(failing)(make_answers())
+
+
 def test_a_reward_model_that_gives_nan_is_named_with_its_prompt():
     def engine(input_ids, attention_mask):
         values = torch.zeros(input_ids.shape)
@@ -127,6 +134,44 @@ def test_another_tokenizer_reads_the_same_texts_with_an_eos_only_where_the_polic
     scores = weighted(RetokenisedReward(engine, "m", other, prompt_format="auto"))(make_answers())
     assert seen["texts"] == ["<s>oneab</s>", "<s>twoc"]
     assert scores.tolist() == [6.0, 4.0]
+
+
+TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+
+
+@pytest.mark.parametrize(
+    "prompt_format, text",
+    # A template writes what begins a text by itself; the other forms leave it to the tokenizer.
+    [("auto", "[user]hi[assistant]x"), ("chat", "[user]hi[assistant]x"), ("human_assistant", "<s>\n\nHuman: hi\n\nAssistant: x")],
+)
+def test_messages_are_shown_in_the_reward_models_own_format(prompt_format, text):
+    other = byte_tokenizer()
+    other.chat_template = TEMPLATE
+    reward = RetokenisedReward(None, "m", other, prompt_format=prompt_format)
+    assert other.decode(reward._ids(Row([{"role": "user", "content": "hi"}]), "x", False)) == text
+
+
+def test_a_template_that_refuses_a_prompt_is_a_failure_of_the_reward_that_names_it():
+    other = byte_tokenizer()
+    other.chat_template = "{{ raise_exception('no system here') }}"
+    reward = RetokenisedReward(None, "m", other, prompt_format="chat")
+    with pytest.raises(RewardFailure, match="m cannot be shown the prompt 'one'.*no system here.*--reward_prompt_format"):
+        weighted(reward)(make_answers())
+
+
+@pytest.mark.parametrize("change", ["nothing", "tokens", "eos", "template", "format"])
+def test_a_reward_model_reads_the_actors_tokens_only_where_nothing_of_its_own_differs(change):
+    tokenizer, other = byte_tokenizer(), byte_tokenizer()
+    if change == "tokens":
+        other = byte_tokenizer(pad_is_eos=True)
+        other.add_tokens(["ab"])
+        tokenizer.add_tokens(["cd"])
+    elif change == "eos":
+        other.eos_token = "a"
+    elif change == "template":
+        other.chat_template = TEMPLATE
+    own = "human_assistant" if change == "format" else "auto"
+    assert reads_alike(tokenizer, other, prompt_format="auto", reward_prompt_format=own) == (change == "nothing")
 
 
 def test_a_text_longer_than_the_reward_model_takes_loses_its_beginning():

@@ -19,7 +19,6 @@ from dschat.trainers.ppo import DeepSpeedPPOTrainer
 from dschat.trainers.ppo_run import run_state, train_ppo
 from dschat.trainers.preflight import dry_run, show_plan
 from dschat.trainers.reward_setup import RewardPlan, plan_rewards
-from dschat.trainers.rewards import RewardFailure
 from dschat.trainers.rlhf_engine import DeepSpeedRLHFEngine
 from dschat.trainers.run_state import find_checkpoint
 from dschat.trainers.setup import announce, prepare_output_dir, record_run, seed_everything
@@ -110,11 +109,7 @@ def train(
     state = run_state(trainer, loader, metrics)
     state.restore(checkpoint)
     evaluator.forget_behind(state.step)
-    try:
-        train_ppo(trainer, state, evaluator, rollouts=rollouts, metrics=metrics, tokenizer=plan.tokenizer)
-    except RewardFailure:
-        save(config, trainer, plan.tokenizer, plan.critic_tokenizer)
-        raise
+    train_ppo(trainer, state, evaluator, rollouts=rollouts, metrics=metrics, tokenizer=plan.tokenizer)
     metrics.close()
     trainer.engines.generator.shutdown()  # frees memory for saving; CUDA graphs must go before their process groups
     save(config, trainer, plan.tokenizer, plan.critic_tokenizer)
