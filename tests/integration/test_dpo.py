@@ -16,7 +16,10 @@ ONLY_LORA = f"{LORA} --only_optimize_lora"
 PIECES = "--zero_stage 3 --deepspeed_config {stock}/pieces.json"
 # Family, and flags. 16 held-out pairs in batches of 3 on 2 processes: the last batch wraps around.
 RUNS = {
-    "zero0": ("llama", "--zero_stage 0"),
+    "zero0": ("llama", "--zero_stage 0 --enable_tensorboard --tensorboard_path {out}/events"),
+    "zero1-fp16": ("llama", "--zero_stage 1 --dtype fp16 --deepspeed_config {stock}/fp16.json"),
+    "zero2-bf16": ("opt", "--zero_stage 2 --dtype bf16 --gradient_checkpointing"),
+    "zero3-bf16-only-lora": ("llama", f"{PIECES} {ONLY_LORA} --dtype bf16"),
     "zero2": ("gpt2", "--zero_stage 2 --gradient_checkpointing --gradient_accumulation_steps 2"),
     "zero3": ("opt", f"{PIECES} --add_eot_token"),
     "zero2-offloaded-reference": ("llama", "--zero_stage 2 --offload_reference_model --label_smoothing 0.1"),
@@ -74,7 +77,14 @@ def test_the_run_begins_at_log_2_and_its_reference_stays(name, launches):
     assert lines[-1]["eval/margin"] > 0.05 and lines[-1]["eval/loss"] < lines[0]["eval/loss"] - 0.02
 
 
-@each(name for name in CASES if "int8" not in name)
+@pytest.mark.cases(CASES["zero0"])
+def test_tensorboard_has_the_metrics_and_the_engine_of_step_2(launches):
+    events = launches[CASES["zero0"]].out / "events"
+    found = {path.parent.relative_to(events).as_posix() for path in events.rglob("events.out.*")}
+    assert found == {"step2_tensorboard_logs", "ds_tensorboard_logs/step2_model_tensorboard"}
+
+
+@each(name for name in CASES if not any(word in name for word in ("int8", "bf16", "fp16")))
 def test_the_numbers_and_the_saved_model_are_those_of_a_plain_loop(name, launches, stock):
     family, flags = RUNS[name]
     outcome, start = launches[CASES[name]], stock / "sft" / family
