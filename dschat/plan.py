@@ -2,13 +2,14 @@
 
     python -m dschat.plan --step 3 --model llama-2-7b --gpus 1 --gpu_gib 24 --actor_lora_dim 64 --only_optimize_lora
 
---model is the model of step 1 or 2 and the actor of step 3, by a published shape's name, a folder or a hub id. All other
+--model is the model of step 1, step 2 or dpo and the actor of step 3, by a published shape's name, a folder or a hub id. All other
 flags are those of the step's main. --sizes prints a table of published sizes instead.
 """
 
 import argparse
 from pathlib import Path
 
+from dschat.config.dpo import DPOConfig
 from dschat.config.parse import parse_config
 from dschat.config.steps import PPOConfig, RewardConfig, SFTConfig
 from dschat.engine.memory_plan import plan_step
@@ -18,7 +19,7 @@ from dschat.models.families import shape_config
 from dschat.tracking.log import run_main
 from dschat.tracking.report import table
 
-CONFIGS = {1: SFTConfig, 2: RewardConfig, 3: PPOConfig}
+CONFIGS = {"1": SFTConfig, "2": RewardConfig, "dpo": DPOConfig, "3": PPOConfig}
 SIZES = ("opt-1.3b", "opt-6.7b", "opt-13b", "opt-30b", "opt-66b", "opt-175b", "llama-2-7b", "llama-2-13b", "llama-2-70b")
 CARDS_GIB = (16, 24, 32, 40, 48, 80, 141)
 
@@ -27,7 +28,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--step", type=int, choices=CONFIGS, required=True)
+    parser.add_argument("--step", choices=CONFIGS, required=True)
     parser.add_argument("--model", help="the model; in step 3 the actor")
     parser.add_argument("--critic", default="opt-350m", help="in step 3 the critic and reward (default: opt-350m)")
     parser.add_argument("--gpus", type=int, default=1, help="GPUs, one process each (default: 1)")
@@ -58,7 +59,7 @@ def planned(args: argparse.Namespace, flags: list[str], model: str):
         if "/" not in name and not Path(name).is_dir():
             shape_config(name)  # a name of neither folder nor hub: unknown ones are an error that lists the known
     names = ["--model_name_or_path", model]
-    if args.step == 3:
+    if args.step == "3":
         names = ["--actor_model_name_or_path", model, "--critic_model_name_or_path", args.critic]
     config = parse_config(CONFIGS[args.step], names + flags)
     dtype = "bf16" if config.model.dtype == "auto" else config.model.dtype
@@ -77,7 +78,7 @@ def sizes_table(args: argparse.Namespace, flags: list[str]) -> str:
         card = next((f"{size} GB" for size in CARDS_GIB if need <= size * GIB), "none")
         host = plan.host_bytes(processes=min(args.gpus, args.gpus_per_node))
         rows.append([name, f"{need / GIB:.1f}", plan.peak[0], f"{host / GIB:.1f}", card, "planned"])
-    header = ["step " + str(args.step), "GiB a GPU", "worst phase", "GiB a host", "smallest card", "shown by"]
+    header = ["step " + args.step, "GiB a GPU", "worst phase", "GiB a host", "smallest card", "shown by"]
     return table(rows, header=header)
 
 

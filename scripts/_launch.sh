@@ -46,11 +46,15 @@ positional() {
     REST=("$@")
 }
 
-# launch STEP WHERE FLAGS...: run the main of step 1, 2 or 3 with FLAGS, and REST behind them, on "one" GPU, on "all" of
-# this machine, or on several "nodes". Everything is shown, and kept in training.log in the output folder.
+# launch STEP WHERE FLAGS...: run the main of step 1, 2, dpo or 3 with FLAGS, and REST behind them, on "one" GPU, on "all"
+# of this machine, or on several "nodes". Everything is shown, and kept in training.log in the output folder.
 launch() {
     local step="$1" where="$2" main log status
     local words=("${@:3}" "${REST[@]+"${REST[@]}"}")
+    case "$step" in
+        2) step=2_reward_model ;;
+        dpo) step=2_dpo ;;
+    esac
     main="$(echo "$ROOT"/training/step"$step"_*/main.py)"
     find_python
     if has_word --dry_run "${words[@]}"; then

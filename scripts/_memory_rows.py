@@ -194,7 +194,7 @@ def measure_supervised(row: Row, meter: Meter, *, sizes: tuple[int, int, int], t
     for step in range(rollouts):
         ids = random_ids(texts, prompt + answer, step)
         mask = torch.ones_like(ids)
-        batch = (TextBatch(ids, mask, ids) if row.step == 1 else PairBatch(ids, mask)).to(device)
+        batch = (TextBatch(ids, mask, ids) if row.step == 1 else PairBatch(ids, mask, ids)).to(device)
         with meter.phase("update"):
             engine.train()
             loss, _ = objective.loss_sum(engine, batch)

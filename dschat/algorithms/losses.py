@@ -32,6 +32,24 @@ def pairwise_loss(chosen_scores: torch.Tensor, rejected_scores: torch.Tensor) ->
     return -F.logsigmoid(chosen_scores.float() - rejected_scores.float())
 
 
+def dpo_loss(
+    chosen_rewards: torch.Tensor, rejected_rewards: torch.Tensor, *, label_smoothing: float
+) -> torch.Tensor:
+    """[B]: -(1 - e) log sigmoid(r_w - r_l) - e log sigmoid(r_l - r_w), with e = `label_smoothing`.
+
+    Rafailov et al. 2023 (DPO), equation 7, on the implicit rewards of ``implicit_rewards``; with e > 0 its conservative
+    form for preferences of which a share e is the wrong way round (E. Mitchell, "A note on DPO with noisy preferences &
+    relationship to IPO", 2023, equation 3).
+    """
+    margin = chosen_rewards - rejected_rewards
+    return -(1.0 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
+
+
+def implicit_rewards(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, *, beta: float) -> torch.Tensor:
+    """[B]: beta * (log pi(y | x) - log ref(y | x)), of whole answers [B] (Rafailov et al. 2023, section 4)."""
+    return beta * (logprobs - ref_logprobs)
+
+
 def policy_loss(
     logprobs: torch.Tensor,
     old_logprobs: torch.Tensor,

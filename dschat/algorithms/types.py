@@ -35,6 +35,7 @@ class PairBatch(Movable):
 
     input_ids: torch.Tensor  # [2B, T] int64
     attention_mask: torch.Tensor  # [2B, T] int64
+    labels: torch.Tensor  # [2B, T] int64, the answers' tokens, and -100 on prompts and padding
 
 
 @dataclass(frozen=True)

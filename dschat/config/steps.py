@@ -1,4 +1,7 @@
-"""One frozen dataclass a step: its option groups, the checks across them, and the sizes that follow from them."""
+"""One frozen dataclass a step: its option groups, the checks across them, and the sizes that follow from them.
+
+That of DPO is in dpo.py.
+"""
 
 from dataclasses import dataclass
 

@@ -19,7 +19,9 @@ def collate_pairs(items: Sequence[dict], pad_id: int) -> PairBatch:
     """Items of `PairDataset`, all chosen rows and then all rejected ones, padded on the right to one length."""
     rows = [item["chosen_ids"] for item in items] + [item["rejected_ids"] for item in items]
     input_ids, attention_mask = pad(rows, pad_id)
-    return PairBatch(input_ids=input_ids, attention_mask=attention_mask)
+    prompts = [item["num_prompt"] for item in items] * 2
+    labels, _ = pad([[IGNORED] * prompt + row[prompt:] for prompt, row in zip(prompts, rows)], IGNORED)
+    return PairBatch(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
 
 
 def collate_prompts(items: Sequence[dict], pad_id: int) -> PromptBatch:

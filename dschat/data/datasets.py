@@ -90,7 +90,8 @@ class SFTDataset(_TextDataset):
 
 
 class PairDataset(_TextDataset):
-    """Step 2: item = {"chosen_ids": [T], "rejected_ids": [T']}, lists of int that begin with the same prompt ids.
+    """Step 2 and DPO: item = {"chosen_ids": [T], "rejected_ids": [T'], "num_prompt": P}, lists of int that both begin with
+    the same P prompt ids.
 
     Args:
         rows: with two answers each, else reading an item raises ValueError.
@@ -126,7 +127,8 @@ class PairDataset(_TextDataset):
         room = self.limit - max(len(chosen), len(rejected))
         prompt = trim_prompt(prompt, room=room, num_lead=len(self.lead))
         room = self.limit - len(prompt)
-        return {"chosen_ids": prompt + chosen[:room], "rejected_ids": prompt + rejected[:room]}
+        answers = {"chosen_ids": prompt + chosen[:room], "rejected_ids": prompt + rejected[:room]}
+        return {**answers, "num_prompt": len(prompt)}
 
     def num_tokens(self, index: int) -> int:
         prompt, chosen, rejected = self._ids(index)

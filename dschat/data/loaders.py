@@ -119,7 +119,7 @@ def build_pair_data(
     cut_fraction: float = 0.0,
     seed: int = 0,
 ) -> tuple[PairDataset, PairDataset]:
-    """Training and evaluation data of step 2; only training pairs are cut by `cut_fraction`, see `PairDataset`.
+    """Training and evaluation data of step 2 and of DPO; only training pairs are cut by `cut_fraction`, see `PairDataset`.
 
     Raises:
         ValueError: for data that cannot be used, rows without a rejected answer, or a part that is empty.

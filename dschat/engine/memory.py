@@ -46,9 +46,9 @@ class Footprint:
 
 
 def inference_footprint(size: ModelSize, *, stage: int, offload: bool, width: int, world_size: int) -> Footprint:
-    """Of a model that only evaluates: in parts under ZeRO-3, whole otherwise."""
+    """Of a model that only evaluates: in parts under ZeRO-3, which offloaded weights run under at any stage; else whole."""
     whole, held = width * size.parameters, size.weight_bytes(width)
-    if stage != 3:
+    if stage != 3 and not offload:
         return Footprint(weights=held, buffers=width * size.largest_int8, whole=whole)
     part = held / world_size
     gathered = _gathered(size, width=width, world_size=world_size, offload=offload)

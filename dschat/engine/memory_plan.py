@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass, replace
 
-from dschat.config.steps import PPOConfig
+from dschat.config.dpo import DPOConfig
+from dschat.config.steps import PPOConfig, RewardConfig, SFTConfig
 from dschat.engine.activations import inference_bytes, kept_bytes, kl_bytes, loss_bytes, working_bytes
 from dschat.engine.memory import WIDTHS, Footprint, inference_footprint, training_footprint
 from dschat.engine.model_size import ModelSize, named_size
@@ -46,31 +47,39 @@ def plan_step(config, *, world_size: int, dtype: str) -> StepPlan:
 
 def _plan_supervised(config, *, world_size: int, dtype: str) -> StepPlan:
     width, system, batch = WIDTHS[dtype], config.system, config.batch
-    reward = hasattr(config.run, "eval_iters")
-    size = named_size(
-        config.model.model_name_or_path,
-        flag="--model_name_or_path",
-        trust_remote_code=config.model.trust_remote_code,
-        reward=reward,
-        lora=config.lora,
-        system=system,
-    )
+    options = dict(flag="--model_name_or_path", trust_remote_code=config.model.trust_remote_code)
+    name, reward = config.model.model_name_or_path, isinstance(config, RewardConfig)
+    size = named_size(name, reward=reward, lora=config.lora, system=system, **options)
     steps = config.schedule.gradient_accumulation_steps
     model = training_footprint(size, system, dtype=dtype, world_size=world_size, accumulation=steps)
-    rows = 2 if reward else 1  # a pair is two texts
+    sizes, models = {"model": size}, {"model": model}
+    if isinstance(config, DPOConfig) and not config.shares_reference:
+        sizes["reference"] = named_size(name, **options)
+        models["reference"] = inference_footprint(
+            sizes["reference"],
+            stage=system.zero_stage,
+            offload=system.offload_reference_model,
+            width=width,
+            world_size=world_size,
+        )
+    beside = sum(other.resident for key, other in models.items() if key != "model")
+    rows = 1 if isinstance(config, SFTConfig) else 2  # a pair is two texts
     length = config.data.max_seq_len
     train = rows * batch.per_device_train_batch_size * length
     evaluate = rows * batch.per_device_eval_batch_size * length
     phases = {
-        "build": model.weights + model.build,
-        **_training_phases("", size, model, system, tokens=train, logits=train * size.vocab, width=width),
-        "evaluate": model.resident
+        "build": beside + model.weights + model.build,
+        **_training_phases(
+            "", size, model, system, tokens=train, logits=train * size.vocab, width=width, beside=beside
+        ),
+        "evaluate": beside
+        + model.resident
         + max(
             inference_bytes(size, tokens=evaluate, width=width),
             loss_bytes(evaluate * size.vocab, width=width, sliced=False, backward=False),
         ),
     }
-    return StepPlan({"model": model}, {"model": size}, {}, phases)
+    return StepPlan(models, sizes, {}, phases)
 
 
 def _training_phases(

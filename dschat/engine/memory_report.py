@@ -125,6 +125,7 @@ def _changes(config, *, world_size: int) -> list[dict]:
             {"per_device_eval_batch_size": min(batch.per_device_eval_batch_size, 4)},
             *({"per_device_train_batch_size": few, "gradient_accumulation_steps": steps * rows // few} for few in _few(rows)),
             {"zero_stage": 3} if world_size > 1 else {},
+            {"offload_reference_model": True} if hasattr(system, "offload_reference_model") else {},
             {"lora_dim": config.lora.lora_dim or LORA_DIM, "only_optimize_lora": True},
             {"offload": True, "zero_stage": max(system.zero_stage, 2)},
             {"offload": True, "zero_stage": 3},

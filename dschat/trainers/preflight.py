@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import psutil
 import torch
 
-from dschat.config.steps import PPOConfig
+from dschat.config.steps import PPOConfig, SFTConfig
 from dschat.engine.build import override
 from dschat.engine.ds_config import training_config
 from dschat.engine.memory_plan import plan_step
@@ -62,7 +62,7 @@ def ds_configs(config, *, dtype: str, world_size: int) -> dict[str, dict]:
     )
     file = config.run.deepspeed_config or config.run.deepscale_config
     if not isinstance(config, PPOConfig):
-        rows, step = config.batch.per_device_train_batch_size, 2 if hasattr(config.run, "eval_iters") else 1
+        rows, step = config.batch.per_device_train_batch_size, 1 if isinstance(config, SFTConfig) else 2
         found = training_config(config.system, micro_batch_size=rows, tensorboard_name=f"step{step}_model", **shared)
         return {"model": override(found, file)}
     rows = config.batch.per_device_training_batch_size

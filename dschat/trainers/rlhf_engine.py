@@ -22,11 +22,12 @@ from dschat.engine.shared import AdaptersOff, Replaceable
 from dschat.engine.tensor_parallel import tensor_group
 from dschat.engine.zero import gathered, scale_parameter
 from dschat.models.causal_lm import disable_dropout, load_causal_lm
-from dschat.models.lora import adapted_layer_names, target_names
+from dschat.models.lora import adapted_layer_names
 from dschat.models.prepare import prepare_for_training
 from dschat.models.reward_model import load_reward_model
 from dschat.tracking import dist
 from dschat.tracking.log import logger
+from dschat.trainers.reference import reference_loader
 
 
 class DeepSpeedRLHFEngine:
@@ -176,13 +177,7 @@ class DeepSpeedRLHFEngine:
     def _reference_engine(self, source: tuple):
         system, lora = self._config.system, self._config.actor_lora
 
-        def quantized(path: str, **loading) -> torch.nn.Module:
-            # As the actor's, so that the two are equal before the first update.
-            model = load_causal_lm(path, **loading)
-            quantize_linears(model, target_names(model, lora.lora_module_name, flag="--actor_lora_module_name"))
-            return model
-
-        load = quantized if self._config.actor_system.enable_mixed_precision_lora else source[0]
+        load = reference_loader(self._config.actor_system, lora, flag="--actor_lora_module_name")
         return self._inference_engine(
             (load, *source[1:]), stage=system.actor_zero_stage, offload=system.offload_reference_model
         )

@@ -61,7 +61,7 @@ def announce(config) -> None:
 def _announce_memory(config, given: dict) -> None:
     """Log which of the given memory flags have no effect, and what int8 weights mean for the result."""
     if given.get("offload_reference_model") and config.shares_reference:
-        logger.info("--offload_reference_model has no effect: the reference is the actor with its adapters off")
+        logger.info("--offload_reference_model has no effect: the reference is the trained model with its adapters off")
     if given.get("offload_reward_model") and config.shares_reward:
         logger.info("--offload_reward_model has no effect on the critic's model, which the critic stands in for")
     if given.get("offload_idle_states") and given["offload"]:

@@ -1,4 +1,4 @@
-"""What steps 1 and 2 share before and after their loop: see the mains for the order."""
+"""What steps 1, 2 and DPO share before and after their loop: see the mains for the order."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,17 +127,7 @@ def build_engine(stage: Stage, load_model, *, total_steps: int, tensorboard: str
         ranks_per_node=dist.ranks_per_node(),
     )
     ds_config = override(ds_config, config.run.deepspeed_config or config.run.deepscale_config)
-    logger.info(f"loading {config.model.model_name_or_path} in {stage.dtype} on {stage.device}")
-    with partitioned_loading(ds_config):
-        model = load_model(
-            config.model.model_name_or_path,
-            dtype=TORCH_DTYPES[stage.dtype],
-            tokenizer=stage.tokenizer,
-            dropout=config.system.dropout,
-            trust_remote_code=config.model.trust_remote_code,
-        )
-    if config.system.dropout == 0.0:
-        disable_dropout(model)
+    model = load_start(stage, load_model, ds_config, dropout=config.system.dropout)
     lora_names = prepare_for_training(model, lora=config.lora, system=config.system)
     if config.system.enable_mixed_precision_lora:
         quantize_linears(model, adapted_layer_names(model))
@@ -151,3 +141,24 @@ def build_engine(stage: Stage, load_model, *, total_steps: int, tensorboard: str
         lora_names=lora_names,
         lora_learning_rate=config.lora.lora_learning_rate,
     )
+
+
+def load_start(stage: Stage, load_model, ds_config: dict, *, dropout: float | None) -> torch.nn.Module:
+    """The model that the step starts from, for an engine of `ds_config`; under ZeRO-3 in its partitions.
+
+    Args:
+        dropout: every dropout probability; None: the model's own.
+    """
+    model = stage.config.model
+    logger.info(f"loading {model.model_name_or_path} in {stage.dtype} on {stage.device}")
+    with partitioned_loading(ds_config):
+        loaded = load_model(
+            model.model_name_or_path,
+            dtype=TORCH_DTYPES[stage.dtype],
+            tokenizer=stage.tokenizer,
+            dropout=dropout,
+            trust_remote_code=model.trust_remote_code,
+        )
+    if dropout == 0.0:
+        disable_dropout(loaded)
+    return loaded

@@ -1,7 +1,7 @@
 """One loop for every stage that learns from fixed texts, given an objective.
 
-An objective says what a batch weighs, what it loses and how it is evaluated; see ``SFTObjective`` and
-``RewardObjective``. The loop divides each loss sum by the weight of the whole optimizer step over all processes, so
+An objective says what a batch weighs, what it loses and how it is evaluated; see ``SFTObjective``,
+``RewardObjective`` and, in dpo.py, ``DPOObjective``. The loop divides each loss sum by the weight of the whole optimizer step over all processes, so
 that the split into processes and micro-batches does not change the gradient.
 """
 
@@ -32,7 +32,7 @@ class Objective(Protocol):
         """Scalar int64: the terms that the batch's loss sum runs over."""
 
     def loss_sum(self, engine, batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The loss sum (scalar), and further sums to be averaged over the weight and logged."""
+        """The loss sum (scalar), and further sums, by their metrics' names, to be averaged over the weight and logged."""
 
     def evaluate(self, engine, loader, num_rows: int) -> dict[str, float]:
         """Held-out metrics over the first `num_rows` rows of the loader's order."""
@@ -52,16 +52,13 @@ class SFTObjective:
 
     def evaluate(self, engine, loader, num_rows: int) -> dict[str, float]:
         """``eval/loss`` (nats a token) and ``eval/perplexity``, exact over all rows whatever the processes."""
-        rows = _evaluate_rows(engine, loader, num_rows, lambda batch: torch.stack(self._rows(engine, batch), -1))
+        rows = evaluate_rows(engine, loader, num_rows, lambda batch: torch.stack(self._rows(engine, batch), -1))
         nll, tokens = rows.sum(0).tolist()
         loss = nll / max(tokens, 1.0)
         return {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 700.0))}
 
     def _rows(self, engine, batch: TextBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        logits = forward_logits(
-            engine, engine.module, input_ids=batch.input_ids, attention_mask=batch.attention_mask
-        )
-        nll, tokens = lm_loss_rows(logits, batch.labels)
+        nll, tokens = answer_nll(engine, batch)
         return nll, tokens.to(nll.dtype)
 
 
@@ -75,11 +72,11 @@ class RewardObjective:
 
     def loss_sum(self, engine, batch: PairBatch):
         chosen, rejected = self._scores(engine, batch)
-        return pairwise_loss(chosen, rejected).sum(), {"accuracy": (chosen > rejected).sum().detach()}
+        return pairwise_loss(chosen, rejected).sum(), {"train/accuracy": (chosen > rejected).sum().detach()}
 
     def evaluate(self, engine, loader, num_rows: int) -> dict[str, float]:
         """``eval/accuracy`` (a tie is an error), ``eval/loss``, and the scores' means and margin."""
-        rows = _evaluate_rows(engine, loader, num_rows, lambda batch: torch.stack(self._scores(engine, batch), -1))
+        rows = evaluate_rows(engine, loader, num_rows, lambda batch: torch.stack(self._scores(engine, batch), -1))
         chosen, rejected = rows.unbind(-1)
         return {
             "eval/accuracy": (chosen > rejected).double().mean().item(),
@@ -150,7 +147,7 @@ def _optimizer_step(engine, objective: Objective, window: list, step: int) -> di
     sums: dict[str, torch.Tensor] = {}
     for batch in window:
         loss, extra = objective.loss_sum(engine, batch)
-        for key, value in {"loss": loss.detach(), **extra}.items():
+        for key, value in {"train/loss": loss.detach(), **extra}.items():
             sums[key] = sums.get(key, 0) + value
         # All processes see the same sum, so that all stop together.
         total = dist.all_reduce(loss)
@@ -165,7 +162,7 @@ def _optimizer_step(engine, objective: Objective, window: list, step: int) -> di
     tokens = dist.all_reduce(torch.stack([batch.attention_mask.sum() for batch in window]).sum()).item()
     seconds = time.monotonic() - started
     return {
-        **{f"train/{key}": value for key, value in zip(sums, totals.tolist())},
+        **dict(zip(sums, totals.tolist())),
         "train/lr": rate,
         "train/grad_norm": gradient_norm(engine),
         "time/step_s": seconds,
@@ -174,7 +171,13 @@ def _optimizer_step(engine, objective: Objective, window: list, step: int) -> di
     }
 
 
-def _evaluate_rows(engine, loader, num_rows: int, rows_of) -> torch.Tensor:
+def answer_nll(engine, batch: TextBatch | PairBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    """The negative log-likelihood of each row's labels [B], fp32, and their number [B]; see ``lm_loss_rows``."""
+    logits = forward_logits(engine, engine.module, input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+    return lm_loss_rows(logits, batch.labels)
+
+
+def evaluate_rows(engine, loader, num_rows: int, rows_of) -> torch.Tensor:
     """[num_rows, C] float64: `rows_of(batch)` [B, C] of all processes' batches, in the data set's order."""
     engine.eval()
     with torch.no_grad():
@@ -184,8 +187,9 @@ def _evaluate_rows(engine, loader, num_rows: int, rows_of) -> torch.Tensor:
 
 def _shown(values: dict[str, float]) -> dict[str, str]:
     shown = {"loss": f"{values['train/loss']:.3f}"}
-    if "train/accuracy" in values:
-        shown["acc"] = f"{100 * values['train/accuracy']:.0f}%"
+    for key in ("train/accuracy", "rewards/accuracy"):
+        if key in values:
+            shown["acc"] = f"{100 * values[key]:.0f}%"
     return {**shown, "lr": f"{values['train/lr']:.1e}", "tok/s": f"{values['perf/tokens_per_s']:,.0f}"}
 
 

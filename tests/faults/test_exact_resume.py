@@ -4,7 +4,7 @@ import pytest
 from covers import pairwise, product
 
 STEPS, KILLED_IN, SAVED_EVERY = 12, 7, 5
-AXES = {"step": (1, 2, 3), "zero": (0, 2, 3), "ranks": (1, 2), "lora": (False, True)}
+AXES = {"step": (1, 2, "dpo", 3), "zero": (0, 2, 3), "ranks": (1, 2), "lora": (False, True)}
 SUPERVISED = (
     "--data_path {stock}/toy --max_seq_len 48 --max_train_steps 12 --learning_rate 1e-2 --dtype fp32 --save_interval 5 "
     "--num_warmup_steps 3 --weight_decay 0.1 --per_device_eval_batch_size 8"
@@ -27,9 +27,11 @@ def flags(options: dict) -> str:
         hybrid = "--enable_hybrid_engine" if options["ranks"] == 2 or lora else ""
         return f"{PPO} --actor_zero_stage {zero} --critic_zero_stage {zero} {adapters} {hybrid}"
     # OPT has dropout, so that random numbers matter; accumulation and two passes are in it too.
-    model = "--model_name_or_path {stock}/base/opt --dropout 0.1 --data_split " + ("1,0,0", "0,1,0")[options["step"] - 1]
+    model = "--model_name_or_path {stock}/base/opt --dropout 0.1 --data_split " + ("1,0,0" if options["step"] == 1 else "0,1,0")
     rows = "--per_device_train_batch_size 4 --gradient_accumulation_steps 2"
     adapters = "--lora_dim 4 --lora_learning_rate 1e-2" if lora else ""
+    if options["step"] == "dpo" and lora:
+        adapters += " --only_optimize_lora"  # the reference is then the trained model, whose dropout must stay out of it
     return f"{SUPERVISED} {model} {rows} --zero_stage {zero} {adapters}"
 
 

@@ -14,6 +14,7 @@ WORKER = Path(__file__).with_name("worker.py")
 MAINS = {
     1: ROOT / "training" / "step1_supervised_finetuning" / "main.py",
     2: ROOT / "training" / "step2_reward_model_finetuning" / "main.py",
+    "dpo": ROOT / "training" / "step2_dpo_finetuning" / "main.py",
     3: ROOT / "training" / "step3_rlhf_finetuning" / "main.py",
 }
 START_S, CASE_S = 120, 60  # seconds after which a launch counts as hung: for its start, and for each case
@@ -29,7 +30,7 @@ class Case:
 
     name: str
     ranks: int = 1
-    step: int = 0
+    step: int | str = 0  # a key of MAINS
     argv: str = ""  # the step's flags
     function: str = ""  # "file.py:name", the file beside this one or with its path in tests/
     kwargs: dict = field(default_factory=dict, hash=False)

@@ -7,7 +7,7 @@ from covers import pairwise, product
 from launches import Case
 
 STEPS = 3
-NAMES = {1: "sft", 2: "reward"}
+NAMES = {1: "sft", 2: "reward", "dpo": "dpo"}
 ZERO = {
     "0": "--zero_stage 0",
     "1": "--zero_stage 1",
@@ -36,8 +36,8 @@ AXES = {
     "accumulation": (1, 2),
     **{name: (False, True) for name in SWITCHES},
 }
-MODELS = {1: "{stock}/base/", 2: "{stock}/sft/"}
-SHARES = {1: "1,0,0", 2: "0,1,0"}
+MODELS = {1: "{stock}/base/", 2: "{stock}/sft/", "dpo": "{stock}/sft/"}
+SHARES = {1: "1,0,0", 2: "0,1,0", "dpo": "0,1,0"}
 
 
 def case_name(kind: str, options: dict) -> str:

@@ -26,6 +26,16 @@ MISTAKES = {
         f"{REWARD} --data_path {{stock}}/faulty/no-pairs.jsonl",
         ["faulty/no-pairs.jsonl", '"rejected"', "step 2"],
     ),
+    "no-pairs-for-dpo": (
+        "dpo",
+        f"{REWARD} --data_path {{stock}}/faulty/no-pairs.jsonl",
+        ["faulty/no-pairs.jsonl", '"rejected"', "step 2"],
+    ),
+    "reward-model-for-dpo": (
+        "dpo",
+        f"{REWARD} --model_name_or_path {{stock}}/reward/llama",
+        ["--model_name_or_path", "is a reward model", "give a causal language model"],
+    ),
     "broken-line-but-skipped": (
         2,
         f"{REWARD} --data_path {{stock}}/faulty/no-pairs.jsonl --skip_bad_rows",

@@ -27,6 +27,10 @@ RUNS = {
         Case("golden-reward", step=2, argv=f"--data_split 0,1,0 {SUPERVISED} {COMMON}"),
         ("train/loss", "eval/loss", "eval/margin", "eval/accuracy"),
     ),
+    "dpo": (
+        Case("golden-dpo", step="dpo", argv=f"--data_split 0,1,0 {SUPERVISED} {COMMON} --label_smoothing 0.1"),
+        ("train/loss", "rewards/margin", "logprobs/chosen", "eval/loss", "eval/margin", "eval/rejected_reward"),
+    ),
     "ppo": (
         Case(
             "golden-ppo",

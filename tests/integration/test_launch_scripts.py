@@ -12,11 +12,17 @@ from pathlib import Path
 import pytest
 from launches import ROOT, environment
 
+from dschat.config.dpo import DPOConfig
 from dschat.config.parse import parse_config
 from dschat.config.steps import PPOConfig, RewardConfig, SFTConfig
 from dschat.trainers.preflight import dry_run
 
-CONFIGS = {1: SFTConfig, 2: RewardConfig, 3: PPOConfig}
+CONFIGS = {
+    "step1_supervised_finetuning": SFTConfig,
+    "step2_reward_model_finetuning": RewardConfig,
+    "step2_dpo_finetuning": DPOConfig,
+    "step3_rlhf_finetuning": PPOConfig,
+}
 # Notes its folder and its words; prints $STUB_SAYS. A script on its standard input is for Python itself.
 INTERPRETER = """#!/usr/bin/env bash
 if [[ "$1" == - ]]; then exec "$STUB_PYTHON" "$@"; fi
@@ -96,14 +102,14 @@ def test_every_script_plans_by_dry_run(name, bench, capsys, monkeypatch):
     done = bench.run(name, *models(name), "--dry_run")
     assert done.returncode == 0, done.stdout
     ((folder, world_size, main, *words),) = bench.notes()
-    step = int(name[4])
-    assert folder == str(bench.folder) and main == str(next(ROOT.glob(f"training/step{step}_*/main.py")))
+    step = Path(name).parts[0]
+    assert folder == str(bench.folder) and main == str(ROOT / "training" / step / "main.py")
     assert list(bench.folder.iterdir()) == []
     planned = {"single_gpu": 1, "multi_node": 64}.get(Path(name).parent.name, 64 if "70b" in name else 8)
     assert int(world_size) == planned
     config = parse_config(CONFIGS[step], words)
     assert config.run.dry_run and config.run.output_dir and config.run.deepspeed
-    if step == 3 and "sweep" not in name:
+    if step.startswith("step3") and "sweep" not in name:
         assert config.system.enable_hybrid_engine
     monkeypatch.setenv("WORLD_SIZE", world_size)
     dry_run(config)
@@ -273,7 +279,7 @@ def test_a_failure_ends_with_cause_flag_and_log(said, cause, flags, bench):
     assert (bench.folder / "output" / "training.log").read_text() == said + "\n"
 
 
-@pytest.mark.parametrize("name, runs", list(zip(SWEEPS, (8, 4, 18))))
+@pytest.mark.parametrize("name, runs", list(zip(SWEEPS, (8, 4, 4, 18))))
 def test_a_sweep_runs_every_combination_in_a_folder_of_its_own(name, runs, bench):
     done = bench.run(name, "--max_train_steps", "3")
     assert done.returncode == 0, done.stdout

@@ -13,17 +13,23 @@ from dschat.data.toy import write_toy_data
 from dschat.models.tiny import make_tiny_model
 
 TRAINING = Path(__file__).resolve().parents[2] / "training"
-STEPS = {1: "step1_supervised_finetuning", 2: "step2_reward_model_finetuning", 3: "step3_rlhf_finetuning"}
+STEPS = {
+    1: "step1_supervised_finetuning",
+    2: "step2_reward_model_finetuning",
+    "dpo": "step2_dpo_finetuning",
+    3: "step3_rlhf_finetuning",
+}
 COMMON = "--data_split 1,1,1 --max_train_steps 2 --dtype fp32 --per_device_eval_batch_size 4"
 FLAGS = {
     1: "--per_device_train_batch_size 4 --max_seq_len 32",
     2: "--per_device_train_batch_size 4 --max_seq_len 32",
+    "dpo": "--per_device_train_batch_size 4 --max_seq_len 32",
     3: "--per_device_generation_batch_size 4 --per_device_training_batch_size 4 --max_prompt_seq_len 16 "
     "--max_answer_seq_len 4 --eval_prompts 8 --enable_hybrid_engine",
 }
 
 
-def documented(step: int) -> set[str]:
+def documented(step) -> set[str]:
     """The names in the first column of the tables of metrics."""
     text = (TRAINING / STEPS[step] / "README.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| ([^|`]+) \|", text, re.MULTILINE)
@@ -37,7 +43,7 @@ def written(output: Path) -> list[set[str]]:
     return [set(json.loads(line)) - {"step"} for line in lines]
 
 
-# All three in one process, since importing takes longer than these runs.
+# All in one process, since importing takes longer than these runs.
 RUN_ALL = """
 import importlib.util, json, sys
 
@@ -51,7 +57,7 @@ for main, argv in json.loads(sys.argv[1]):
 
 
 @pytest.fixture(scope="module")
-def outputs(tmp_path_factory) -> dict[int, Path]:
+def outputs(tmp_path_factory) -> dict[int | str, Path]:
     """The output folders of one short run of each step."""
     root = tmp_path_factory.mktemp("runs")
     data = write_toy_data(root / "data", num_train=48, num_eval=24)
@@ -60,6 +66,7 @@ def outputs(tmp_path_factory) -> dict[int, Path]:
     models = {
         1: ["--model_name_or_path", model],
         2: ["--model_name_or_path", model],
+        "dpo": ["--model_name_or_path", found[1]],
         3: ["--actor_model_name_or_path", found[1], "--critic_model_name_or_path", found[2]],
     }
     runs = []

@@ -9,7 +9,7 @@ LAYOUTS = {"1x8": (1, 8, 1), "2x4": (2, 4, 1), "1x4x2": (1, 4, 2)}
 TOLERANCE = {"fp32": 1e-5, "bf16": 2e-3, "fp16": 1e-3}
 
 
-def step_case(step: int, layout: str, zero: str, dtype: str = "fp32") -> Case:
+def step_case(step: int | str, layout: str, zero: str, dtype: str = "fp32") -> Case:
     ranks, rows, accumulation = LAYOUTS[layout]
     words = (
         f"--model_name_or_path {MODELS[step]}llama --data_path {{stock}}/toy --data_split {SHARES[step]}",
@@ -26,7 +26,7 @@ def equal_runs(cases: list[Case], id: str):
 BY_LAYOUT = [
     equal_runs([step_case(step, layout, zero) for zero in ("0", "2", "3") for layout in LAYOUTS], NAMES[step])
     for step in (1, 2)
-]
+] + [equal_runs([step_case("dpo", layout, zero) for zero in ("0", "3") for layout in LAYOUTS], "dpo")]
 BY_STAGE = [
     equal_runs([step_case(1, "2x4", zero, dtype) for zero in ZERO], dtype) for dtype in ("fp32", "bf16", "fp16")
 ]

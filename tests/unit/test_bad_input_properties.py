@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dschat.config.parse import parse_config
+from dschat.config.dpo import DPOConfig
 from dschat.config.steps import PPOConfig, RewardConfig, SFTConfig
 from dschat.data.datasets import PairDataset, PromptDataset, SFTDataset
 from dschat.data.rows import Row, row_from_columns
@@ -123,7 +124,7 @@ FLAGS = st.dictionaries(
 )
 
 
-@given(flags=FLAGS, step=st.sampled_from([SFTConfig, RewardConfig, PPOConfig]))
+@given(flags=FLAGS, step=st.sampled_from([SFTConfig, RewardConfig, DPOConfig, PPOConfig]))
 @QUICK
 def test_any_flags_are_a_configuration_or_an_error_that_names_one_of_them(flags, step):
     words = [word for name, value in flags.items() for word in (f"--{name}={value}",)]

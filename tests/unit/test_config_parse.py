@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from dschat.config.dpo import DPOConfig
 from dschat.config.parse import config_dict, parse_config
 from dschat.config.steps import PPOConfig, RewardConfig, SFTConfig
 
@@ -60,6 +61,15 @@ STEP2 = {
     "eval_interval": 0,
     "eval_iters": 100,
     "tensorboard_path": "step2_tensorboard",
+}
+DPO = {
+    **ONE_MODEL,
+    "learning_rate": 1e-3,
+    "beta": 0.1,
+    "label_smoothing": 0.0,
+    "offload_reference_model": False,
+    "tensorboard_path": "step2_tensorboard",
+    "print_loss": False,
 }
 STEP3 = {
     **COMMON,
@@ -117,6 +127,7 @@ OURS = {
     "critic_lora_module_name": None,
     "seed": 1234,
 }
+DPO_OURS = {"learning_rate": 1e-6, "dropout": 0.0}
 # A value other than the default where the type alone gives none.
 OTHER = {
     "data_path": ["a.jsonl", "b/c"],
@@ -138,12 +149,20 @@ OTHER = {
     "lora_dim": 8,
     "actor_lora_dim": 8,
     "critic_lora_dim": 8,
+    "label_smoothing": 0.2,
 }
 STEPS = {
     "step 1": (SFTConfig, STEP1, {"model_name_or_path": "m"}),
     "step 2": (RewardConfig, STEP2, {"model_name_or_path": "m"}),
+    "DPO": (DPOConfig, DPO, {"model_name_or_path": "m"}),
     "step 3": (PPOConfig, STEP3, {"actor_model_name_or_path": "a", "critic_model_name_or_path": "c"}),
 }
+
+
+def ours(step: str) -> dict:
+    """The defaults of a step's flags."""
+    differing = {**OURS, **(DPO_OURS if step == "DPO" else {})}
+    return {name: differing.get(name, value) for name, value in STEPS[step][1].items()}
 
 
 def words(values: dict) -> list[str]:
@@ -178,19 +197,18 @@ def message(config_class, argv: list[str]) -> str:
 
 @pytest.mark.parametrize("step", STEPS)
 def test_defaults_are_those_of_deepspeed_chat_or_the_listed_ones(step):
-    config_class, defaults, required = STEPS[step]
-    found = parsed(config_class, words(required))
-    expected = {name: OURS.get(name, value) for name, value in defaults.items()}
+    config_class, _, required = STEPS[step]
+    found, expected = parsed(config_class, words(required)), ours(step)
     assert {name: found.get(name, "no such flag") for name in expected} == expected
 
 
 @pytest.mark.parametrize("step", STEPS)
 def test_every_flag_is_accepted_and_reaches_its_option(step):
-    config_class, defaults, required = STEPS[step]
-    given = {**required, **{name: other_value(name, OURS.get(name, value)) for name, value in defaults.items()}}
+    config_class, _, required = STEPS[step]
+    given = {**required, **{name: other_value(name, value) for name, value in ours(step).items()}}
     found = parsed(config_class, words(given))
     assert {name: found[name] for name in given} == given
-    assert all(given[name] != OURS.get(name, value) for name, value in defaults.items())
+    assert all(given[name] != value for name, value in ours(step).items())
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -222,8 +240,8 @@ def test_old_names_of_the_batch_flags():
 @pytest.mark.parametrize("suffix", [".yaml", ".yml", ".json"])
 @pytest.mark.parametrize("step", STEPS)
 def test_a_file_says_the_same_as_flags(step, suffix, tmp_path):
-    config_class, defaults, required = STEPS[step]
-    given = {**required, **{name: other_value(name, OURS.get(name, value)) for name, value in defaults.items()}}
+    config_class, _, required = STEPS[step]
+    given = {**required, **{name: other_value(name, value) for name, value in ours(step).items()}}
     path = tmp_path / f"run{suffix}"
     path.write_text(json.dumps(given) if suffix == ".json" else yaml.safe_dump(given), encoding="utf-8")
     assert parse_config(config_class, [str(path)]) == parse_config(config_class, words(given))
@@ -342,6 +360,12 @@ BAD_VALUES = {
         ("--cut_fraction 1.5", "--cut_fraction 1.5: must lie between 0.0 and 1.0."),
         ("--eval_interval -1", "--eval_interval -1: must be at least 0."),
         ("--eval_iters 0", "--eval_iters 0: must be at least 1."),
+    ],
+    "DPO": [
+        ("--beta 0", "--beta 0.0: must be above 0."),
+        ("--label_smoothing 0.6", "--label_smoothing 0.6: must lie between 0.0 and 0.5."),
+        ("--eval_interval -1", "--eval_interval -1: must be at least 0."),
+        ("--only_optimize_lora", "--only_optimize_lora needs adapters: give --lora_dim above 0."),
     ],
     "step 3": [
         ("--actor_zero_stage 4", "--actor_zero_stage 4: ZeRO has the stages 0, 1, 2 and 3."),
@@ -471,3 +495,5 @@ def test_the_documentation_names_every_default_that_differs():
     text = (Path(__file__).resolve().parents[2] / "docs" / "differences_from_deepspeed_chat.md").read_text()
     missing = [name for name in OURS if f"--{name}" not in text]
     assert missing == []
+    section = text.partition("\n## DPO\n")[2].partition("\n## ")[0]
+    assert [name for name in DPO_OURS if f"`--{name}`" not in section] == []

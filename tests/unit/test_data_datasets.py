@@ -83,14 +83,15 @@ def test_truncation_takes_the_prompt_from_the_left_then_the_answer_from_the_righ
 
 def test_pair_item():
     item = pair_data([Row("p", "good", "no")], bos=True)[0]
-    assert item == {"chosen_ids": [BOS, *ids_of("pgood"), EOS], "rejected_ids": [BOS, *ids_of("pno"), EOS]}
+    assert item == {"chosen_ids": [BOS, *ids_of("pgood"), EOS], "rejected_ids": [BOS, *ids_of("pno"), EOS], "num_prompt": 2}
 
 
 def test_pair_keeps_one_prompt_when_one_answer_is_too_long():
     item = pair_data([Row("uvw", "good", "no")], bos=True, max_seq_len=7)[0]
-    assert item == {"chosen_ids": [BOS, *ids_of("wgood"), EOS], "rejected_ids": [BOS, *ids_of("wno"), EOS]}
+    answers = {"chosen_ids": [BOS, *ids_of("wgood"), EOS], "rejected_ids": [BOS, *ids_of("wno"), EOS]}
+    assert item == {**answers, "num_prompt": 2}
     item = pair_data([Row("uvw", "good", "no")], bos=True, max_seq_len=4)[0]
-    assert item == {"chosen_ids": [BOS, *ids_of("goo")], "rejected_ids": [BOS, *ids_of("no"), EOS]}
+    assert item == {"chosen_ids": [BOS, *ids_of("goo")], "rejected_ids": [BOS, *ids_of("no"), EOS], "num_prompt": 1}
 
 
 def test_cut_pairs_have_equal_length_and_no_end():
@@ -112,7 +113,7 @@ def test_cut_pairs_have_equal_length_and_no_end():
 
 def test_cut_answers_still_differ():
     data = pair_data([Row("p", "samex", "samey"), Row("p", "same", "samex"), Row("p", "x", "y")], cut_fraction=1.0)
-    assert data[0] == {"chosen_ids": ids_of("psamex"), "rejected_ids": ids_of("psamey")}
+    assert data[0] == {"chosen_ids": ids_of("psamex"), "rejected_ids": ids_of("psamey"), "num_prompt": 1}
     assert data[1]["chosen_ids"] == [*ids_of("psame"), EOS]  # one begins the other: cutting would make them equal
     assert data[2]["chosen_ids"] == [*ids_of("px"), EOS]  # shorter than the shortest cut
 
@@ -165,10 +166,16 @@ def test_collate_text_pads_right_by_length():
 
 
 def test_collate_pairs_puts_the_chosen_first():
-    items = [{"chosen_ids": [3, 4], "rejected_ids": [5]}, {"chosen_ids": [6], "rejected_ids": [7, 8, 9]}]
-    batch = collate_pairs(items, EOS)
-    assert batch.input_ids.tolist() == [[3, 4, EOS], [6, EOS, EOS], [5, EOS, EOS], [7, 8, 9]]
-    assert batch.attention_mask.tolist() == [[1, 1, 0], [1, 0, 0], [1, 0, 0], [1, 1, 1]]
+    items = [
+        {"chosen_ids": [3, 4, EOS], "rejected_ids": [3, EOS], "num_prompt": 1},
+        {"chosen_ids": [6, 5, EOS], "rejected_ids": [6, 5, 8, 9], "num_prompt": 2},
+    ]
+    batch = collate_pairs(items, EOS)  # the padding token is the end token
+    assert batch.input_ids.tolist() == [[3, 4, EOS, EOS], [6, 5, EOS, EOS], [3, EOS, EOS, EOS], [6, 5, 8, 9]]
+    assert batch.attention_mask.tolist() == [[1, 1, 1, 0], [1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 1]]
+    none = -100
+    answers = [[none, 4, EOS, none], [none, none, EOS, none], [none, EOS, none, none], [none, none, 8, 9]]
+    assert batch.labels.tolist() == answers
 
 
 def test_collate_prompts_pads_left():

@@ -62,6 +62,8 @@ def test_dschat_plan(capsys):
     assert "of 80.0 GiB: fits" in capsys.readouterr().out
     with pytest.raises(ValueError, match="does not fit.*of 24.0 GiB"):
         plan.main("--step 3 --model llama-2-7b --gpus 1 --gpu_gib 24".split())
+    plan.main("--step dpo --model llama-2-7b --gpus 8 --zero_stage 3".split())
+    assert "\nreference " in capsys.readouterr().out
     plan.main("--step 1 --sizes --gpus 16 --zero_stage 3".split())
     table = capsys.readouterr().out.splitlines()
     assert [row.split()[0] for row in table[-9:]] == list(plan.SIZES) and all("planned" in row for row in table[-9:])

@@ -1,0 +1,82 @@
+"""The configuration of DPO, which stands in for steps 2 and 3 and shares the options of the other one-model steps."""
+
+from dataclasses import dataclass
+from typing import Optional
+
+from dschat.config.checks import above, at_least, in_range, single_model_problems
+from dschat.config.options import (
+    BatchOptions,
+    DataOptions,
+    LoraOptions,
+    OneModelOptions,
+    OptimOptions,
+    RunOptions,
+    ScheduleOptions,
+    SystemOptions,
+    flag,
+)
+
+
+@dataclass(frozen=True)
+class DPOData(DataOptions):
+    max_seq_len: int = flag(512, "Longest text in tokens; longer prompts lose their beginning.")
+
+
+@dataclass(frozen=True)
+class DPOOptim(OptimOptions):
+    learning_rate: float = flag(1e-6, "Peak learning rate of the base weights.")
+
+
+@dataclass(frozen=True)
+class DPOSystem(SystemOptions):
+    dropout: Optional[float] = flag(
+        0.0, "Every dropout probability of the trained model; above 0 its ratio to the reference is noisy."
+    )
+    offload_reference_model: bool = flag(
+        False, "Keep the reference model's weights in host memory; it then runs under ZeRO-3 whatever --zero_stage is."
+    )
+    share_reference: bool = flag(
+        True, "With --only_optimize_lora the reference is the trained model without its adapters: no copy."
+    )
+
+
+@dataclass(frozen=True)
+class DPOAlgorithm:
+    _argument_group_name = "DPO"
+
+    beta: float = flag(0.1, "Weight of the KL divergence from the reference: rewards are beta times log ratios.")
+    label_smoothing: float = flag(0.0, "Share of the pairs that are taken to be the wrong way round (conservative DPO).")
+
+
+@dataclass(frozen=True)
+class DPORun(RunOptions):
+    tensorboard_path: str = flag("step2_tensorboard", "Folder of the TensorBoard events.")
+    eval_interval: int = flag(0, "Evaluate every so many optimizer steps; 0: before, and after each epoch.")
+    print_loss: bool = flag(False, "Print the loss of every optimizer step.")
+
+
+@dataclass(frozen=True)
+class DPOConfig:
+    """DPO, direct preference optimisation."""
+
+    data: DPOData
+    model: OneModelOptions
+    batch: BatchOptions
+    optim: DPOOptim
+    schedule: ScheduleOptions
+    lora: LoraOptions
+    system: DPOSystem
+    dpo: DPOAlgorithm
+    run: DPORun
+
+    @property
+    def shares_reference(self) -> bool:
+        """Whether the reference is the trained model with its adapters off."""
+        return self.system.share_reference and self.lora.only_optimize_lora
+
+    def problems(self) -> list[str]:
+        """Everything that is wrong with these options, one sentence each."""
+        found = single_model_problems(self)
+        found += above("--beta", self.dpo.beta, 0)
+        found += in_range("--label_smoothing", self.dpo.label_smoothing, 0.0, 0.5)
+        return found + at_least("--eval_interval", self.run.eval_interval, 0)

@@ -1,0 +1,42 @@
+"""DPO: direct preference optimisation of the SFT model on preference pairs, without a reward model."""
+
+from dschat.config.dpo import DPOConfig
+from dschat.config.parse import parse_config
+from dschat.data.collate import collate_pairs
+from dschat.data.loaders import build_pair_data, make_loaders
+from dschat.models.causal_lm import load_causal_lm
+from dschat.tracking.log import run_main
+from dschat.trainers.dpo import DPOObjective, build_reference
+from dschat.trainers.preflight import dry_run
+from dschat.trainers.stage import save_stage, start_stage, train_stage
+
+
+def main() -> None:
+    config = parse_config(DPOConfig)
+    if config.run.dry_run:
+        return dry_run(config)
+    stage = start_stage(config, number=2)
+    train_data, eval_data = build_pair_data(
+        config.data, stage.tokenizer, max_seq_len=config.data.max_seq_len, end_token_id=stage.end_token_id
+    )
+    train_loader, eval_loader = make_loaders(
+        train_data,
+        eval_data,
+        collate_pairs,
+        pad_id=stage.tokenizer.pad_token_id,
+        train_batch_size=config.batch.per_device_train_batch_size,
+        eval_batch_size=config.batch.per_device_eval_batch_size,
+        window=config.schedule.gradient_accumulation_steps,
+        seed=config.run.seed,
+    )
+    objective = DPOObjective(
+        build_reference(stage), beta=config.dpo.beta, label_smoothing=config.dpo.label_smoothing
+    )
+    model = train_stage(
+        stage, objective, load_model=load_causal_lm, train_loader=train_loader, eval_loader=eval_loader
+    )
+    save_stage(stage, model)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# One run of the sweep: DPO of OPT-350M on all GPUs of this machine, OFFLOAD true or false.
+source "$(dirname -- "${BASH_SOURCE[0]}")/../../../../../../scripts/_launch.sh"
+
+positional ZERO_STAGE=0 OFFLOAD=false OUTPUT=./output -- "$@"
+switch OFFLOAD --offload
+launch dpo all \
+    --model_name_or_path facebook/opt-350m --data_path "${FOUR_SETS[@]}" --data_split 2,4,4 \
+    --per_device_train_batch_size 4 --per_device_eval_batch_size 4 --max_seq_len 512 \
+    --learning_rate 5e-5 --weight_decay 0.1 --num_train_epochs 1 --dropout 0.0 \
+    --gradient_accumulation_steps 1 --lr_scheduler_type cosine --num_warmup_steps 0 --seed 1234 \
+    --zero_stage "$ZERO_STAGE" --deepspeed --output_dir "$OUTPUT" "${SWITCHED[@]}"
