@@ -64,7 +64,7 @@ def planned(args: argparse.Namespace, flags: list[str], model: str):
     config = parse_config(CONFIGS[args.step], names + flags)
     dtype = "bf16" if config.model.dtype == "auto" else config.model.dtype
     plan = plan_step(config, world_size=args.gpus, dtype=dtype)
-    if args.step == 3:
+    if args.step == "3":
         check_models(config, plan, world_size=args.gpus)
     return config, plan, dtype
 
