@@ -43,15 +43,23 @@ def main(argv: list[str] | None = None) -> None:
     findings = check_versions()
     if not any(finding.stops for finding in findings):
         findings += [*check_accelerator(), *check_compiler()]
-        if args.build_ops:
-            from dschat.engine.ops import build_ops
-
-            for name, seconds in build_ops().items():
-                print(f"built {name} in {seconds:.0f} s", flush=True)
+        if args.build_ops and not any(finding.stops for finding in findings):
+            findings += build_all()
         findings += [*check_ops(), *check_room(), check_hub()]
     print("\n".join(str(finding) for finding in findings))
     if any(finding.stops for finding in findings):
         sys.exit("what is BAD above has to be mended first")
+
+
+def build_all() -> list[Finding]:
+    """Compile what is not compiled yet; each operator that was, or why one could not be."""
+    from dschat.engine.ops import build_ops
+
+    try:
+        return [Finding(f"built {name} in {seconds:.0f} s") for name, seconds in build_ops().items()]
+    except Exception as error:  # of the compiler, ninja, torch or DeepSpeed, whatever they raise
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        return [Finding(f"an operator does not compile: {reason}", "see the compiler's words above; CXX chooses it", stops=True)]
 
 
 def check_versions() -> list[Finding]:

@@ -40,6 +40,9 @@ def main(argv: list[str] | None = None) -> None:
     for name in ("gpus", "gpus_per_node"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} {getattr(args, name)}: must be at least 1.")
+    for name in ("gpu_gib", "host_gib"):
+        if not 0 <= getattr(args, name) < float("inf"):
+            raise ValueError(f"--{name} {getattr(args, name)}: must be a number of GiB, or 0 to compare with nothing.")
     if args.sizes:
         print(sizes_table(args, flags))
         return

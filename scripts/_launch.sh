@@ -49,7 +49,7 @@ positional() {
 # launch STEP WHERE FLAGS...: run the main of step 1, 2, dpo or 3 with FLAGS, and REST behind them, on "one" GPU, on "all"
 # of this machine, or on several "nodes". Everything is shown, and kept in training.log in the output folder.
 launch() {
-    local step="$1" where="$2" main log status
+    local step="$1" where="$2" main log processes status earlier
     local words=("${@:3}" "${REST[@]+"${REST[@]}"}")
     case "$step" in
         2) step=2_reward_model ;;
@@ -57,17 +57,48 @@ launch() {
     esac
     main="$(echo "$ROOT"/training/step"$step"_*/main.py)"
     find_python
+    if has_word --help "${words[@]}" || has_word -h "${words[@]}"; then exec "$PYTHON" "$main" --help; fi
     if has_word --dry_run "${words[@]}"; then
-        WORLD_SIZE="$(planned_processes "$where")" exec "$PYTHON" "$main" "${words[@]}"
+        processes="$(planned_processes "$where")"
+        WORLD_SIZE="$processes" exec "$PYTHON" "$main" "${words[@]}"
     fi
     OUTPUT="$(flag_value --output_dir "${words[@]}")"
     check_output "$OUTPUT"
     log="$OUTPUT/training.log"
     launcher "$where"
     [[ "${TASK_RANK:-0}" == 0 ]] || log="$OUTPUT/training.rank$TASK_RANK.log"
-    status=0
-    "${LAUNCHER[@]}" "$main" "${words[@]}" 2>&1 | tee -- "$log" || status="${PIPESTATUS[0]}"
-    ((status == 0)) || report_failure "$status" "$log"
+    status=0 earlier=0
+    if [[ -f "$log" ]]; then earlier="$(wc -c <"$log")"; fi
+    run_logged "$log" "${LAUNCHER[@]}" "$main" "${words[@]}" || status=$?
+    if ((SIGNALS)) && ((status)); then
+        say "" "stopped by a signal; see the last lines above. Whole log: $log"
+        exit $((128 + 15))
+    fi
+    ((status == 0)) || report_failure "$status" "$log" "$earlier"
+}
+
+# run_logged LOG COMMAND...: its output on the screen and behind what LOG holds. Ctrl-C or SIGTERM here asks all its processes
+# to save and stop, and this script waits for that; a second one ends them.
+SIGNALS=0
+run_logged() {
+    local log="$1" screen tee child
+    exec {screen}> >(trap '' INT TERM && exec tee -a -- "$log")
+    tee=$!
+    set -m # a process group of its own, to which the terminal's Ctrl-C does not go
+    "${@:2}" >&"$screen" 2>&1 {screen}>&- &
+    child=$!
+    set +m
+    exec {screen}>&-
+    trap 'hand_on "$child"' INT TERM
+    # Processes may go on behind the one that started them: all are gone when tee has nothing left to read.
+    while kill -0 "$child" 2>/dev/null; do wait "$child" || true; done
+    while kill -0 "$tee" 2>/dev/null; do wait "$tee" || true; done
+    trap - INT TERM
+    wait "$child"
+}
+hand_on() {
+    SIGNALS=$((SIGNALS + 1))
+    kill "-$( ((SIGNALS == 1)) && echo TERM || echo KILL)" -- "-$1" 2>/dev/null || true
 }
 
 # evaluate FILE FLAGS...: run a program below training/ with FLAGS and REST, in one process.
@@ -124,6 +155,8 @@ find_python() {
     PYTHON="${PYTHON:-python3}"
     command -v -- "$PYTHON" >/dev/null ||
         fail "no $PYTHON here. Run scripts/quickstart.sh or scripts/test.sh once, or set PYTHON."
+    "$PYTHON" -c 'import sys; from importlib.util import find_spec as f; sys.exit(not (f("torch") and f("deepspeed")))' ||
+        fail "PYTHON has no torch and deepspeed. Run scripts/quickstart.sh or scripts/test.sh once, or set it ($PYTHON) to one that has."
     export PYTHON PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
     export TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM:-false}"
 }
@@ -132,6 +165,16 @@ check_output() {
     [[ -n "$1" ]] || fail "--output_dir has no value. Give a folder."
     mkdir -p -- "$1" 2>/dev/null && [[ -d "$1" && -w "$1" ]] ||
         fail "--output_dir $1: no folder that can be written. Give another as OUTPUT, or by --output_dir."
+    # Before its log is touched; dschat/tracking/lock.py holds this file while a run lasts.
+    "$PYTHON" - "$1/.lock" <<'PYTHON' || fail "--output_dir $1: another run writes to it. Give another, or wait for its end."
+import fcntl, os, sys
+try:
+    fcntl.lockf(os.open(sys.argv[1], os.O_RDWR), fcntl.LOCK_EX | fcntl.LOCK_NB)
+except (BlockingIOError, PermissionError):
+    sys.exit(1)
+except OSError:
+    pass
+PYTHON
 }
 
 num_visible_gpus() {
@@ -142,6 +185,10 @@ num_visible_gpus() {
     else
         nvidia-smi -L | grep -c '^GPU '
     fi
+}
+
+check_num_gpus() {
+    [[ "${NUM_GPUS-1}" =~ ^[1-9][0-9]*$ ]] || fail "NUM_GPUS=$NUM_GPUS: expected a number, at least 1."
 }
 
 # LAUNCHER: the command in front of a main.
@@ -161,7 +208,7 @@ launcher() {
     fi
     visible="$(num_visible_gpus)"
     wanted="${NUM_GPUS:-$([[ "$where" == one ]] && echo 1 || echo "$visible")}"
-    [[ "$wanted" =~ ^[0-9]+$ ]] || fail "NUM_GPUS=$wanted: expected a number."
+    check_num_gpus
     if ((visible)); then
         ((wanted >= 1 && wanted <= visible)) ||
             fail "NUM_GPUS=$wanted: $visible GPU(s) to be seen here. Give as many at most, or look at CUDA_VISIBLE_DEVICES."
@@ -185,6 +232,8 @@ several_hosts() {
     hosts="$(grep -cE '^[^#[:space:]]+[[:space:]]+slots=[0-9]+' -- "$file" || true)"
     ((hosts > 1)) ||
         fail "HOSTFILE $file names $hosts node(s); $(basename -- "$0") needs several, a line \"HOST slots=8\" for each."
+    command -v pdsh >/dev/null ||
+        fail "pdsh is not installed, by which DeepSpeed reaches other nodes. Install it, or start by srun or torchrun."
     printf '%s' "$file"
 }
 
@@ -203,6 +252,7 @@ PYTHON
 # How many processes a dry run plans for.
 planned_processes() {
     local visible
+    check_num_gpus
     visible="${NUM_GPUS:-$(num_visible_gpus)}"
     case "$1" in
         one) echo "${NUM_GPUS:-1}" ;;
@@ -211,15 +261,18 @@ planned_processes() {
     esac
 }
 
-# The last lines of a failed run: the cause, the flag to change, the log.
+# The last lines of a failed run: the cause, the flag to change, the log, which this run began behind BYTES.
 report_failure() {
-    local status="$1" log="$2" cause flags
-    cause="$(tac -- "$log" | awk '{ print } /^error \(rank/ { found = 1; exit } END { exit !found }' | tac || true)"
+    local status="$1" log="$2" said cause flags
+    said="$(tail -c "+$(($3 + 1))" -- "$log")" # what came before is of earlier runs
+    cause="$(tac <<<"$said" | awk '{ print } /^error \(rank/ { found = 1; exit } END { exit !found }' | tac || true)"
     if ! grep -q '^error (rank' <<<"$cause"; then
         cause="error: exit status $status"
-        if ((status == 137)) || grep -qE 'return code = -9|SIGKILL' -- "$log"; then
+        if ((status == 137)) || grep -qE 'return code = -9|SIGKILL' <<<"$said"; then
             cause="error: a process was killed, most often because the host's memory ran out. Leave --offload out, lower"
             cause+=" --per_device_train_batch_size (step 3: --per_device_training_batch_size), or run fewer processes."
+        elif grep -qE '^[A-Za-z.]+Error: ' <<<"$said"; then # of the launcher, or of a library
+            cause="error: $(grep -E '^[A-Za-z.]+Error: ' <<<"$said" | tail -n 1)"
         fi
     fi
     flags="$(grep -oE -e '--[a-z][a-z0-9_]+' <<<"$cause" | awk '!seen[$0]++' | head -n 6 | paste -sd ' ' || true)"

@@ -94,6 +94,10 @@ class RunOptions:
             for name in ("save_interval", "save_total_limit")
             if getattr(self, name) < 0
         ]
+        if self.output_dir == "":
+            found.append("--output_dir has no value: give a folder, or leave the flag out to save nothing.")
+        if not 0 <= self.seed < 2**32:
+            found.append(f"--seed {self.seed}: must be from 0 to {2**32 - 1}.")
         if self.output_dir is None:
             for name in ("save_interval", "resume"):
                 if getattr(self, name):

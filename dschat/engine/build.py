@@ -24,19 +24,45 @@ def start_processes(local_rank: int = -1) -> torch.device:
     """Join the process group, and return this process's device.
 
     Under a launcher (deepspeed, torchrun, srun) its environment is used; a plain ``python main.py`` is a group of one.
+
+    Raises:
+        ValueError: an environment that lacks the first process's address, fewer devices than processes on this host, or a
+            port in use.
     """
     os.environ.update(process_variables(os.environ, local_rank=local_rank))
-    accelerator = get_accelerator()
+    accelerator, place = get_accelerator(), int(os.environ["LOCAL_RANK"])
     # Before the group is made: NCCL binds a group to the device that is current then.
     if accelerator.device_name() != "cpu":
-        accelerator.set_device(int(os.environ["LOCAL_RANK"]))
-    deepspeed.init_distributed()
+        if place >= accelerator.device_count():
+            raise ValueError(
+                f"LOCAL_RANK {place}: {accelerator.device_count()} {accelerator.device_name()} device(s) to be seen on this "
+                "host. Start as many processes on it, or look at CUDA_VISIBLE_DEVICES."
+            )
+        accelerator.set_device(place)
+    elif place == 0:
+        _warn_of_stale_locks()
+    try:
+        deepspeed.init_distributed()
+    except torch.distributed.DistNetworkError as error:
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise ValueError(f"MASTER_ADDR:MASTER_PORT {address}: {error}. Give a free port of the first host.") from error
     if on_cpu():
         # DeepSpeed's shared memory stays mapped without its name, and with it 66 MiB a process would outlive the run.
         torch.distributed.barrier()
         for file in shared_buffers(os.environ, rank=dist.rank()):
             file.unlink(missing_ok=True)
     return torch.device(accelerator.current_device_name())
+
+
+def _warn_of_stale_locks() -> None:
+    from dschat.engine.ops import needed_ops  # which imports this module
+
+    for op in needed_ops():
+        if op.lock is not None:
+            logger.warning(
+                f"a build that was killed left {op.lock}, and this run may wait for it for ever: python -m dschat.doctor "
+                "--build_ops clears it"
+            )
 
 
 def on_cpu() -> bool:

@@ -17,8 +17,14 @@ def process_variables(environment: Mapping[str, str], *, local_rank: int = -1) -
 
     Args:
         local_rank: the flag of old launchers; -1 where it is not given.
+
+    Raises:
+        ValueError: the environment has a rank without the rest.
     """
     if "RANK" in environment:
+        for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            if name not in environment:
+                raise ValueError(f"RANK is set and {name} is not: set it as torchrun does, or unset RANK for a single process.")
         found = {"LOCAL_RANK": str(max(local_rank, 0))}
     elif "SLURM_PROCID" in environment and int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
         found = _slurm_variables(environment)

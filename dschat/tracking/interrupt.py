@@ -1,5 +1,6 @@
 """Requests to stop (SIGTERM, SIGINT), answered between two steps; and a watch over the other processes of this host."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -45,7 +46,7 @@ class Interruption:
             self._signal, self._when = number, now
             name = signal.Signals(number).name
             # Not through logging: a handler may come in the middle of another message.
-            os.write(2, f"\n{name}: will stop behind this step (rank {dist.rank()})\n".encode())
+            _say(f"\n{name}: will stop behind this step (rank {dist.rank()})\n")
         elif number == signal.SIGINT and now - self._when > REPEATED_WITHIN_S:
             raise KeyboardInterrupt
 
@@ -74,10 +75,16 @@ class PeerWatch:
         while not self._done.wait(WATCH_INTERVAL_S):
             gone = [rank for rank, pid in self._peers.items() if not _alive(pid)]
             if gone and not self._done.wait(GRACE_S):
-                message = f"\nerror (rank {dist.rank()}): the process of rank {gone[0]} has ended; so this one ends too\n"
-                os.write(2, message.encode())
-                sys.stdout.flush()
+                _say(f"\nerror (rank {dist.rank()}): the process of rank {gone[0]} has ended; so this one ends too\n")
+                with contextlib.suppress(OSError):
+                    sys.stdout.flush()
                 os._exit(1)
+
+
+def _say(text: str) -> None:
+    # What reads the screen may have ended by the same signal, and the run is not to end by that.
+    with contextlib.suppress(OSError):
+        os.write(2, text.encode())
 
 
 def _alive(pid: int) -> bool:

@@ -40,7 +40,10 @@ def show_plan(config, *, dtype: str, rewards: Iterable[str] = ()) -> None:
 
 def dry_run(config) -> None:
     """Print the memory plan and the DeepSpeed configurations, for $WORLD_SIZE GPUs. Loads and starts nothing."""
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    given = os.environ.get("WORLD_SIZE", "1")
+    if not given.isdecimal() or int(given) < 1:
+        raise ValueError(f"WORLD_SIZE={given}: expected the number of GPUs to plan for, at least 1.")
+    world_size = int(given)
     dtype = "bf16" if config.model.dtype == "auto" else config.model.dtype
     plan = plan_step(config, world_size=world_size, dtype=dtype)
     if isinstance(config, PPOConfig):

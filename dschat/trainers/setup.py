@@ -87,6 +87,11 @@ def prepare_output_dir(output_dir: str | None) -> None:
     if output_dir is None:
         return
     path = Path(output_dir).resolve()
+    if path == Path.cwd():
+        raise ValueError(
+            f"--output_dir {output_dir}: this is the folder you are in, and a finished model takes the place of its folder. "
+            "Give one below it."
+        )
     if path.is_mount() or (path.exists() and not os.access(path.parent, os.W_OK)):
         raise ValueError(
             f"--output_dir {output_dir}: a finished model takes its name by a rename, which a mount point or a folder "

@@ -8,6 +8,7 @@ import pytest
 
 from dschat.models import export
 from dschat.models.export import mend_folder, replace_folder
+from dschat.trainers.setup import prepare_output_dir
 
 SFT = (
     "--model_name_or_path {stock}/base/llama --data_path {stock}/toy --data_split 1,0,0 --dtype fp32 --max_seq_len 48 "
@@ -78,3 +79,17 @@ def test_a_folder_that_cannot_be_written_is_refused(zygote, tmp_path):
     run = zygote.run(1, tmp_path / "closed" / "out", SFT, log=tmp_path / "log", plain_user=True)
     assert run.statuses == [1]
     assert f"--output_dir {tmp_path}/closed/out: not writable (Permission denied). Give another folder" in run.log
+    (tmp_path / "only-read").mkdir()
+    (tmp_path / "only-read").chmod(stat.S_IRUSR | stat.S_IXUSR)
+    tmp_path.chmod(0o777)
+    run = zygote.run(1, tmp_path / "only-read", SFT, log=tmp_path / "second.log", plain_user=True)
+    assert run.statuses == [1] and f"--output_dir {tmp_path}/only-read: " in run.log and "Permission denied" in run.log
+
+
+def test_the_folder_one_is_in_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    for name in (".", str(tmp_path)):
+        with pytest.raises(ValueError, match="--output_dir .*: this is the folder you are in.*Give one below it"):
+            prepare_output_dir(name)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]

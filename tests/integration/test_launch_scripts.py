@@ -3,9 +3,11 @@
 import os
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +27,7 @@ CONFIGS = {
 }
 # Notes its folder and its words; prints $STUB_SAYS. A script on its standard input is for Python itself.
 INTERPRETER = """#!/usr/bin/env bash
-if [[ "$1" == - ]]; then exec "$STUB_PYTHON" "$@"; fi
+if [[ "$1" == - || "$1" == -c ]]; then exec "$STUB_PYTHON" "$@"; fi
 printf '%s\\0' "$PWD" "${WORLD_SIZE:-}" "$@" >>"$STUB_NOTES"
 printf '\\n' >>"$STUB_NOTES"
 printf '%s\\n' "${STUB_SAYS:-}"
@@ -40,6 +42,35 @@ PPO = "step3_rlhf_finetuning/training_scripts/opt/single_node/run_1.3b.sh"
 MULTI_NODE = "step1_supervised_finetuning/training_scripts/opt/multi_node/run_66b.sh"
 
 
+OPT_ACTORS = (
+    "opt/single_gpu/run_1.3b opt/single_gpu/run_6.7b_lora opt/single_node/run_1.3b opt/single_node/run_6.7b "
+    "opt/single_node/run_13b opt/single_node/run_1.3b_lora opt/single_node/run_30b_lora opt/multi_node/run_66b"
+)
+OPT_REWARDS = "opt/single_gpu/run_350m opt/single_node/run_350m opt/multi_node/run_350m"
+LLAMA = "llama2/run_llama2_7b llama2/run_llama2_7b_lora"
+SWEEP = "opt/single_node/sweep/run_single opt/single_node/sweep/run_step"
+# The published sizes, by step.
+EXPECTED = {
+    "step1_supervised_finetuning": f"{OPT_ACTORS} {LLAMA} llama2/run_llama2_13b llama2/run_llama2_70b "
+    f"other_language/run_chinese other_language/run_japanese {SWEEP}1_sweep",
+    "step2_reward_model_finetuning": f"{OPT_REWARDS} {LLAMA} llama2/run_llama2_13b llama2/run_llama2_70b {SWEEP}2_sweep",
+    "step2_dpo_finetuning": f"{OPT_REWARDS} {LLAMA} {SWEEP}2_sweep",
+    "step3_rlhf_finetuning": f"{OPT_ACTORS} {LLAMA} llama2/run_llama2_7b_mixz llama2/run_llama2_13b llama2/run_llama2_70b "
+    f"{SWEEP}3_sweep",
+}
+
+
+@pytest.mark.parametrize("step", EXPECTED)
+def test_every_published_size_has_its_script(step):
+    found = {name for name in SCRIPTS if name.startswith(f"{step}/training_scripts/")}
+    assert found == {f"{step}/training_scripts/{name}.sh" for name in EXPECTED[step].split()}
+
+
+def test_help_is_that_of_the_main_and_leaves_nothing_behind(bench):
+    assert bench.run(SINGLE_NODE, "--help").returncode == 0
+    assert bench.notes()[0][-1] == "--help" and not list(bench.folder.iterdir())
+
+
 @dataclass
 class Bench:
     """A foreign folder, and a machine of as many GPUs as wanted."""
@@ -52,6 +83,7 @@ class Bench:
         (tools / "python").write_text(INTERPRETER)
         listing = "".join(f"GPU {i}: a card\\n  MIG 1g a part of it\\n" for i in range(gpus))
         (tools / "nvidia-smi").write_text(f"#!/bin/sh\n{f'printf {shlex.quote(listing)}' if gpus else 'exit 1'}\n")
+        (tools / "pdsh").write_text("#!/bin/sh\n")
         for tool in tools.iterdir():
             tool.chmod(0o755)
         outside = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "MASTER_PORT")}
@@ -184,6 +216,9 @@ def test_the_output_folder_may_come_as_a_flag(bench):
         (SINGLE_NODE, [], {"MASTER_PORT": "70000"}, "MASTER_PORT=70000: in use, or no port"),
         (SINGLE_NODE, [], {"NUM_GPUS": "3", "gpus": 2}, "NUM_GPUS=3: 2 GPU(s) to be seen here"),
         (SINGLE_NODE, [], {"NUM_GPUS": "some"}, "NUM_GPUS=some: expected a number"),
+        (SINGLE_NODE, ["--dry_run"], {"NUM_GPUS": "some"}, "NUM_GPUS=some: expected a number"),
+        (SINGLE_NODE, [], {"NUM_GPUS": "0"}, "NUM_GPUS=0: expected a number, at least 1"),
+        (SINGLE_NODE, [], {"STUB_PYTHON": "false"}, "PYTHON has no torch and deepspeed. Run scripts/quickstart.sh"),
         (MULTI_NODE, [], {"HOSTFILE": "none"}, "run_66b.sh needs several nodes: set HOSTFILE"),
         (MULTI_NODE, [], {"HOSTFILE": "one"}, "HOSTFILE one names 1 node(s)"),
         (SINGLE_NODE, [], {"PYTHON": "/no/python"}, "no /no/python here"),
@@ -266,9 +301,10 @@ def test_the_whole_output_is_shown_and_logged(bench):
             "--zero_stage --max_seq_len",
         ),
         ("exits with return code = -9", ["error: a process was killed, most often because"], "--offload"),
+        ("ValueError: early\nValueError: no host answers\nbye", ["error: ValueError: no host answers"], "--help lists"),
         ("something else", ["error: exit status 3"], "--help lists them"),
     ],
-    ids=["cause", "killed", "unknown"],
+    ids=["cause", "killed", "launcher", "unknown"],
 )
 def test_a_failure_ends_with_cause_flag_and_log(said, cause, flags, bench):
     done = bench.run(SINGLE_NODE, STUB_SAYS=said, STUB_STATUS="3")
@@ -277,6 +313,75 @@ def test_a_failure_ends_with_cause_flag_and_log(said, cause, flags, bench):
     assert [line[: len(want)] for line, want in zip(before[-len(cause) :], cause)] == cause
     assert shown.startswith(f"flags to look at: {flags}") and log == "whole log: ./output/training.log"
     assert (bench.folder / "output" / "training.log").read_text() == said + "\n"
+
+
+def test_a_second_run_keeps_the_log_of_the_first_and_fails_by_its_own_words(bench):
+    assert bench.run(SINGLE_NODE, STUB_SAYS="error (rank 0): --max_seq_len 1: of yesterday", STUB_STATUS="1").returncode == 1
+    done = bench.run(SINGLE_NODE, STUB_SAYS="two", STUB_STATUS="3")
+    assert "error: exit status 3" in done.stdout and "yesterday" not in done.stdout
+    log = (bench.folder / "output" / "training.log").read_text()
+    assert log == "error (rank 0): --max_seq_len 1: of yesterday\ntwo\n"
+
+
+def test_the_log_of_a_run_that_lasts_is_not_touched(bench):
+    output = bench.folder / "output"
+    output.mkdir()
+    code = "import sys; from pathlib import Path; from dschat.tracking.lock import lock_folder; "
+    code += "lock_folder(Path(sys.argv[1])); print('locked', flush=True); input()"
+    words = [sys.executable, "-c", code, str(output)]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment()) as holder:
+        assert holder.stdout.readline() == "locked\n"
+        done = bench.run(SINGLE_NODE, STUB_SAYS="one")
+        holder.communicate("\n")
+    assert done.returncode != 0 and "--output_dir ./output: another run writes to it" in done.stdout
+    assert [path.name for path in output.iterdir()] == [".lock"]
+    assert bench.run(SINGLE_NODE, STUB_SAYS="one").returncode == 0
+
+
+# A launcher that ends at once when asked to, and a process below it that saves first, as DeepSpeed's.
+SAVING = """#!/usr/bin/env bash
+if [[ "$1" == - || "$1" == -c ]]; then exec "$STUB_PYTHON" "$@"; fi
+(trap 'sleep 1; echo saved; exit 0' TERM; echo begun; while :; do sleep 0.05; done) &
+wait
+"""
+
+
+@pytest.mark.parametrize("to_group, number", [(True, signal.SIGINT), (False, signal.SIGTERM)], ids=["ctrl-c", "sigterm"])
+def test_a_signal_to_the_script_lets_the_run_save(to_group, number, tmp_path):
+    stub = tmp_path / "python"
+    stub.write_text(SAVING)
+    stub.chmod(0o755)
+    variables = {**os.environ, "PYTHON": str(stub), "STUB_PYTHON": sys.executable}
+    command = ["bash", str(SCRIPTS[SINGLE_NODE]), "out"]
+    options = dict(cwd=tmp_path, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    with subprocess.Popen(command, start_new_session=True, **options) as script:
+        while script.stdout.readline() != "begun\n":
+            pass
+        (os.killpg if to_group else os.kill)(script.pid, number)
+        rest = script.communicate(timeout=30)[0]
+    assert "saved\n" in rest and "stopped by a signal" in rest and script.returncode == 143
+    assert (tmp_path / "out" / "training.log").read_text().endswith("saved\n")
+
+
+def test_ctrl_c_at_a_script_saves_a_run_that_goes_on_later(stock, tmp_path):
+    words = f"{TINY_SFT} --learning_rate 1e-3".replace("--max_train_steps 2", "--max_train_steps 80").format(stock=stock)
+    command = ["bash", str(SCRIPTS[SINGLE_NODE]), "out", "2", *words.split()]
+    variables = {**environment(), "PYTHON": sys.executable, "NUM_GPUS": "2"}
+    options = dict(cwd=tmp_path, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    metrics = tmp_path / "out" / "metrics.jsonl"
+    with subprocess.Popen(command, start_new_session=True, **options) as script:
+        deadline = time.monotonic() + 120
+        while script.poll() is None and not (metrics.exists() and metrics.read_bytes().count(b"\n") > 2):
+            assert time.monotonic() < deadline, "no step in two minutes"
+            time.sleep(0.05)
+        os.killpg(script.pid, signal.SIGINT)
+        said = script.communicate(timeout=60)[0]
+    assert "a checkpoint is written" in said and script.returncode == 143, said[-3000:]
+    (step,) = (int(path.name[5:]) for path in (tmp_path / "out" / "checkpoints").glob("step_*"))
+    done = subprocess.run([*command, "--resume", "latest"], timeout=200, **options)
+    assert done.returncode == 0 and f"going on behind step {step}" in done.stdout, done.stdout[-3000:]
+    log = (tmp_path / "out" / "training.log").read_text()
+    assert "a checkpoint is written" in log and f"going on behind step {step}" in log
 
 
 @pytest.mark.parametrize("name, runs", list(zip(SWEEPS, (8, 4, 4, 18))))

@@ -101,6 +101,21 @@ def test_the_compiler_is_missed(monkeypatch):
     assert found.stops and "build-essential" in found.remedy
 
 
+def test_a_build_that_fails_is_a_finding_among_the_others(monkeypatch, capsys):
+    def fails():
+        raise RuntimeError("\nc++: no such header\nmore")
+
+    monkeypatch.setattr(ops, "build_ops", fails)
+    with pytest.raises(SystemExit, match="BAD"):
+        doctor.main(["--build_ops"])
+    shown = capsys.readouterr().out
+    assert "an operator does not compile: c++: no such header" in shown and "GiB free" in shown
+    monkeypatch.setenv("CXX", "no-compiler")
+    monkeypatch.setattr(ops, "build_ops", lambda: pytest.fail("nothing to build with"))
+    with pytest.raises(SystemExit, match="BAD"):
+        doctor.main(["--build_ops"])
+
+
 def test_the_hub_is_reached_or_not(monkeypatch):
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     with socket.socket() as server:

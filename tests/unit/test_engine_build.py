@@ -1,6 +1,7 @@
 """What goes before deepspeed.initialize, and AdamW's groups; no process group."""
 
 import json
+import socket
 
 import pytest
 import torch
@@ -15,6 +16,46 @@ from dschat.engine.optim import BETAS, adamw
 def write(path, value) -> str:
     path.write_text(value if isinstance(value, str) else json.dumps(value))
     return str(path)
+
+
+class Cards:
+    """An accelerator of two devices."""
+
+    device_name = staticmethod(lambda: "cuda")
+    device_count = staticmethod(lambda: 2)
+
+
+PLACE = dict(RANK="2", WORLD_SIZE="3", LOCAL_RANK="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
+
+
+def test_more_processes_than_devices_are_refused(monkeypatch):
+    monkeypatch.setattr(build, "get_accelerator", Cards)
+    for name, value in PLACE.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=r"LOCAL_RANK 2: 2 cuda device\(s\).*CUDA_VISIBLE_DEVICES"):
+        build.start_processes()
+
+
+def test_a_port_in_use_is_named(monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        for name, value in {**PLACE, "RANK": "0", "LOCAL_RANK": "0", "MASTER_PORT": str(port)}.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(ValueError, match=f"MASTER_ADDR:MASTER_PORT 127.0.0.1:{port}: .*in use.*Give a free port"):
+            build.start_processes()
+
+
+def test_a_lock_that_a_killed_build_left_is_told_of(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setattr(build.logger, "propagate", True)
+    build._warn_of_stale_locks()
+    assert not caplog.records
+    (tmp_path / "deepspeed_shm_comm").mkdir()
+    (tmp_path / "deepspeed_shm_comm" / "lock").touch()
+    build._warn_of_stale_locks()
+    assert "deepspeed_shm_comm/lock" in caplog.text and "dschat.doctor --build_ops" in caplog.text
 
 
 def test_override_merges_key_by_key_and_changes_neither(tmp_path):

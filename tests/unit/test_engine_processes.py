@@ -18,7 +18,16 @@ SRUN = {
 def test_a_launchers_own_variables_stay():
     complete = dict(RANK="3", WORLD_SIZE="4", LOCAL_RANK="1", MASTER_ADDR="a", MASTER_PORT="1")
     assert process_variables({**SRUN, **complete}) == {}
-    assert process_variables({"RANK": "3"}, local_rank=2) == {"LOCAL_RANK": "2"}
+    del complete["LOCAL_RANK"]
+    assert process_variables(complete, local_rank=2) == {"LOCAL_RANK": "2"}
+
+
+@pytest.mark.parametrize("missing", ["WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"])
+def test_a_rank_needs_the_rest(missing):
+    given = dict(RANK="3", WORLD_SIZE="4", MASTER_ADDR="a", MASTER_PORT="1")
+    del given[missing]
+    with pytest.raises(ValueError, match=f"RANK is set and {missing} is not"):
+        process_variables(given)
 
 
 def test_srun():

@@ -57,6 +57,14 @@ def test_a_dry_run_prints_what_deepspeed_would_get(tmp_path, monkeypatch, capsys
     assert "for 4 GPU(s) in fp16; planned, not run" in printed
 
 
+@pytest.mark.parametrize("value", ["abc", "0", "-1", ""])
+def test_a_dry_run_is_for_a_number_of_gpus(value, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", value)
+    config = parse_config(PPOConfig, ["--actor_model_name_or_path", "opt-1.3b", "--critic_model_name_or_path", "opt-350m"])
+    with pytest.raises(ValueError, match=f"WORLD_SIZE={value}: expected the number of GPUs"):
+        preflight.dry_run(config)
+
+
 def test_dschat_plan(capsys):
     plan.main("--step 3 --model llama-2-7b --gpus 8 --actor_zero_stage 3 --critic_zero_stage 3 --gpu_gib 80".split())
     assert "of 80.0 GiB: fits" in capsys.readouterr().out
@@ -75,6 +83,8 @@ def test_dschat_plan(capsys):
         ("--step 1 --model opt-9b", "no shape named 'opt-9b'; known: opt-125m"),
         ("--step 1", "--model is missing"),
         ("--step 1 --model opt-1.3b --gpus 0", "--gpus 0: must be at least 1"),
+        ("--step 1 --model opt-1.3b --gpu_gib -5", "--gpu_gib -5.0: must be a number of GiB"),
+        ("--step 1 --model opt-1.3b --host_gib nan", "--host_gib nan: must be a number of GiB"),
         ("--step 2 --model opt-1.3b --zero_stge 3", "--zero_stge: no flag of that name"),
         ("--step 1 --model ./nowhere", "'./nowhere' does not exist"),
     ],
