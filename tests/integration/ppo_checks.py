@@ -7,9 +7,10 @@ import deepspeed
 import torch
 import torch.nn.functional as F
 from deepspeed.utils import safe_get_full_grad
-from experience import PAD, PTX_COEF, ptx_mask
+from experience import ENTROPY_COEF, PAD, PTX_COEF, ptx_mask
 from safetensors.torch import load_file, save_file
 
+from dschat.algorithms.logprobs import token_logprobs
 from dschat.algorithms.masks import masked_whiten
 from dschat.algorithms.types import Experience, PromptBatch, TextBatch
 from dschat.config.parse import parse_config
@@ -23,7 +24,7 @@ from dschat.tracking import dist
 from dschat.trainers import ppo
 from dschat.trainers.ppo_stats import UpdateTotals
 from dschat.trainers.rlhf_engine import DeepSpeedRLHFEngine
-from dschat.trainers.rollout import concatenate, make_experience, trim, whiten
+from dschat.trainers.rollout import answer_logits, concatenate, make_experience, trim, whiten
 
 COMMON = (
     "--num_warmup_steps 0 --lr_scheduler_type constant --dtype fp32 --max_answer_seq_len 7 --max_prompt_seq_len 12 "
@@ -31,9 +32,11 @@ COMMON = (
 )
 
 
-def make_trainer(stock: str, flags: str, *, ptx=None, family: str = "llama") -> ppo.DeepSpeedPPOTrainer:
-    """A trainer of sft/FAMILY and reward/FAMILY."""
-    models = f"--actor_model_name_or_path {stock}/sft/{family} --critic_model_name_or_path {stock}/reward/{family}"
+def make_trainer(
+    stock: str, flags: str, *, ptx=None, family: str = "llama", start: str = "sft"
+) -> ppo.DeepSpeedPPOTrainer:
+    """A trainer of START/FAMILY and reward/FAMILY."""
+    models = f"--actor_model_name_or_path {stock}/{start}/{family} --critic_model_name_or_path {stock}/reward/{family}"
     config = parse_config(PPOConfig, f"{models} {COMMON} {flags}".split())
     tokenizer = load_tokenizer(config.model.actor_model_name_or_path)
     critic_tokenizer = load_tokenizer(config.model.critic_model_name_or_path)
@@ -75,6 +78,7 @@ def update(
     flags = f"--actor_zero_stage {zero} --critic_zero_stage {zero} --per_device_training_batch_size {rows}"
     flags += f" --per_device_generation_batch_size {rows * accumulation} --gradient_accumulation_steps {accumulation}"
     flags += f" --actor_learning_rate 1e-3 --critic_learning_rate 1e-3 --unsup_coef {PTX_COEF}"
+    flags += f" --entropy_coef {ENTROPY_COEF}"
     if sgd:
         flags += f" --deepspeed_config {stock}/sgd.json"
     texts = load_file(f"{stock}/ptx.safetensors")["texts"]
@@ -168,6 +172,7 @@ def rollout(stock: str, *, family: str, zero: int) -> dict:
     experience, (answers,), metrics = trainer.generate_experience([PromptBatch(ids, mask, torch.arange(8))])
     lengths = [first_end(row, eos) for row in answers.tokens.tolist()]
     live = torch.arange(answers.tokens.shape[1]) < torch.tensor(lengths)[:, None]
+    ratio_error = largest_ratio_error(trainer, experience)
     raw = make_experience(
         trainer.engines, answers, trainer.rewards(answers), config=trainer.config, score_std=1.0, kl_coef=0.3
     )
@@ -198,8 +203,21 @@ def rollout(stock: str, *, family: str, zero: int) -> dict:
         "the policy has moved": kl.abs().max().item() > 1e-3,
         "advantages whitened": abs(metrics["advantage/std"] - 1) > 1e-3 and is_white(experience),
         "rows survive concatenation": torch.equal(trim(whole.rows(torch.arange(8))).input_ids, raw.input_ids),
+        "the ratio is 1 before the first update": ratio_error < 1e-5,
         "no gradient": not any(tensor.requires_grad for tensor in vars(experience).values()),
     }
+
+
+def largest_ratio_error(trainer, experience: Experience) -> float:
+    """Largest |ratio - 1| of an answer token in the first minibatch, computed as updates do."""
+    trainer.engines.train()
+    batch = next(trainer._windows(experience))[0]
+    num_tokens = batch.response_mask.shape[1]
+    with torch.no_grad():
+        logits = answer_logits(trainer.engines.actor, batch.input_ids, batch.attention_mask, num_tokens)
+        temperature = trainer.config.sampling.temperature
+        logprobs, _ = token_logprobs(logits, batch.input_ids[:, -num_tokens:], temperature=temperature)
+    return (logprobs - batch.logprobs).exp().sub(1)[batch.response_mask].abs().max().item()
 
 
 def move_away(engine) -> None:
