@@ -10,7 +10,6 @@ from deepspeed.utils import safe_get_full_grad
 from experience import ENTROPY_COEF, PAD, PTX_COEF, ptx_mask
 from safetensors.torch import load_file, save_file
 
-from dschat.algorithms.logprobs import token_logprobs
 from dschat.algorithms.masks import masked_whiten
 from dschat.algorithms.types import Experience, PromptBatch, TextBatch
 from dschat.config.parse import parse_config
@@ -24,7 +23,7 @@ from dschat.tracking import dist
 from dschat.trainers import ppo
 from dschat.trainers.ppo_stats import UpdateTotals
 from dschat.trainers.rlhf_engine import DeepSpeedRLHFEngine
-from dschat.trainers.rollout import answer_logits, concatenate, make_experience, trim, whiten
+from dschat.trainers.rollout import concatenate, make_experience, trim, whiten
 
 COMMON = (
     "--num_warmup_steps 0 --lr_scheduler_type constant --dtype fp32 --max_answer_seq_len 7 --max_prompt_seq_len 12 "
@@ -185,6 +184,8 @@ def rollout(stock: str, *, family: str, zero: int) -> dict:
         score_std=1.0,
         kl_coef=0.3,
     )
+    by_k3 = replace(trainer.config, ppo=replace(trainer.config.ppo, kl_estimator="k3"))
+    k3 = make_experience(trainer.engines, answers, trainer.rewards(answers), config=by_k3, score_std=1.0, kl_coef=0.3)
     names = ("logprobs", "ref_logprobs", "values", "rewards", "advantages", "returns", "scores")
     kl = raw.logprobs - raw.ref_logprobs
     score = torch.tensor(lengths).float().clamp(-5, 5)
@@ -200,6 +201,9 @@ def rollout(stock: str, *, family: str, zero: int) -> dict:
             torch.equal(getattr(raw, n), getattr(perturbed, n)) for n in names
         ),
         "KL on each token, score on the last": torch.allclose(raw.rewards, -0.3 * kl + on_last, atol=1e-6),
+        "k3 is the estimate where it is asked for": torch.allclose(
+            k3.rewards, -0.3 * torch.where(live, (-kl).exp() - 1 + kl, 0.0) + on_last, atol=1e-6
+        ),
         "the policy has moved": kl.abs().max().item() > 1e-3,
         "advantages whitened": abs(metrics["advantage/std"] - 1) > 1e-3 and is_white(experience),
         "rows survive concatenation": torch.equal(trim(whole.rows(torch.arange(8))).input_ids, raw.input_ids),
@@ -209,15 +213,20 @@ def rollout(stock: str, *, family: str, zero: int) -> dict:
 
 
 def largest_ratio_error(trainer, experience: Experience) -> float:
-    """Largest |ratio - 1| of an answer token in the first minibatch, computed as updates do."""
+    """Largest |ratio - 1| of an answer token that the policy loss sees in the first minibatch."""
+    seen, policy_loss = [], ppo.policy_loss
+
+    def noting(logprobs, old_logprobs, advantages, mask, **options):
+        seen.append((logprobs - old_logprobs).detach().exp().sub(1)[mask].abs().max().item())
+        return policy_loss(logprobs, old_logprobs, advantages, mask, **options)
+
     trainer.engines.train()
-    batch = next(trainer._windows(experience))[0]
-    num_tokens = batch.response_mask.shape[1]
-    with torch.no_grad():
-        logits = answer_logits(trainer.engines.actor, batch.input_ids, batch.attention_mask, num_tokens)
-        temperature = trainer.config.sampling.temperature
-        logprobs, _ = token_logprobs(logits, batch.input_ids[:, -num_tokens:], temperature=temperature)
-    return (logprobs - batch.logprobs).exp().sub(1)[batch.response_mask].abs().max().item()
+    try:
+        ppo.policy_loss = noting
+        trainer._actor_loss(next(trainer._windows(experience))[0])
+    finally:
+        ppo.policy_loss = policy_loss
+    return seen[0]
 
 
 def move_away(engine) -> None:

@@ -41,7 +41,7 @@ ONE_EPOCH = case("one-epoch", *EPOCHS, "--target_kl 1e-9")
 SAMPLED = case(
     "sampled",
     f"{TOY} {CRITIC} {ROWS} --temperature 0.7 --top_k 0 --missing_eos_penalty 3 --min_answer_len 4 --kl_estimator k3",
-    "--no_whiten_advantages --enable_hybrid_engine --no_compile --reward_fn {stock}/rewards.py:quarter",
+    "--no_whiten_advantages --enable_hybrid_engine --no_compile --gradient_accumulation_steps 2 --reward_fn {stock}/rewards.py:quarter",
     length=5,
 )
 FUNCTION = case("function", TOY, CRITIC, ROWS, "--reward_fn {stock}/rewards.py:vowels", rollouts=1)
@@ -167,7 +167,7 @@ def check_pipeline_tags(outcome: Outcome, lines: list[dict], updates: int) -> No
 
 
 @pytest.mark.cases(SAMPLED)
-def test_temperature_shortest_answer_and_penalty_do_what_they_say(launches):
+def test_temperature_shortest_answer_and_penalties_do_what_they_say(launches):
     lines = launches[SAMPLED].metrics()
     first = lines[1]
     assert first["objective/kl"] == pytest.approx(0, abs=1e-6)
@@ -179,7 +179,20 @@ def test_temperature_shortest_answer_and_penalty_do_what_they_say(launches):
     assert 0 < first["response/eos_rate"] < 1
     # Equal scores are not divided.
     assert first["objective/score"] == 0.25
-    assert first["objective/reward"] == pytest.approx(0.25 - 3 * (1 - first["response/eos_rate"]), abs=1e-5)
+    scores = [0.25 - 3 * (1 - line["response/eos_rate"]) for line in lines[1:]]
+    assert first["objective/reward"] == pytest.approx(scores[0], abs=1e-5)
+    # k3 is never below 0, and not the log ratio that objective/kl sums whatever is asked for.
+    penalty = scores[1] - lines[2]["objective/reward"]
+    assert penalty > 1e-3 and penalty != pytest.approx(0.1 * lines[2]["objective/kl"], rel=0.01)
+
+
+@pytest.mark.cases(SAMPLED)
+def test_the_first_step_on_a_rollout_has_the_ratio_1_and_advantages_as_they_are(launches):
+    for line in launches[SAMPLED].metrics()[1:]:
+        assert line["policy/ratio_max"] == pytest.approx(1, abs=1e-5) and line["policy/clipfrac"] == 0
+        assert line["policy/approx_kl"] == pytest.approx(0, abs=1e-9)
+        assert line["policy/loss"] == pytest.approx(-line["advantage/mean"], rel=1e-4)
+        assert abs(line["advantage/mean"]) > 0.1, "whitening would make it 0"
 
 
 @pytest.mark.cases(SAMPLINGS)
