@@ -4,11 +4,12 @@ with twenty times the KL coefficient, and sums checked by a function.
     python scripts/reproduce_ppo.py --output docs/results/ppo --seeds 1 2 3 4 [--parallel 4]
     python scripts/reproduce_ppo.py --tiny --output /tmp/tiny          # two seeds on a miniature model, on a CPU
 
-Every run is one launch of step 3; one that has finished is not run again. Prints a table of the bars and writes
-summary.json and, with matplotlib, ppo.png. Exits 1 where a bar is missed.
+Every run is one launch of step 3; one that has finished with the same flags and models is not run again. Prints a table of
+the bars and writes summary.json and, with matplotlib, ppo.png. Exits 1 where a bar is missed.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import shutil
@@ -23,6 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from dschat.tracking.manifest import file_entry  # noqa: E402
 from dschat.tracking.report import hardware, table, versions, write_json  # noqa: E402
 from dschat.tracking.summary import ppo_section, read_jsonl  # noqa: E402
 
@@ -122,8 +124,12 @@ def launch(name: str, flags: list[str], seed: int, output: Path, work: Path) -> 
     """
     target = output / f"{name}_seed{seed}.jsonl"
     record = output / f"{name}_seed{seed}.json"
-    if record.exists() and (known := json.loads(record.read_text()))["flags"] == flags_shown(flags):
-        return known["seconds"]
+    asked = {"flags": flags_shown(flags), "models": fingerprints(flags)}
+    if record.exists():
+        known = json.loads(record.read_text())
+        # Early records name the models by their folders alone.
+        if known["flags"] == asked["flags"] and known.get("models", asked["models"]) == asked["models"]:
+            return known["seconds"]
     folder = work / f"{name}_seed{seed}"
     with socket.socket() as probe:
         probe.bind(("", 0))
@@ -149,7 +155,7 @@ def launch(name: str, flags: list[str], seed: int, output: Path, work: Path) -> 
     last = [line for line in read_jsonl(target) if "value/explained_variance" in line][-5:]
     if last:
         section["explained_variance_last5"] = sum(line["value/explained_variance"] for line in last) / len(last)
-    write_json(record, {"flags": flags_shown(flags), "seed": seed, "seconds": seconds, "result": section})
+    write_json(record, {**asked, "seed": seed, "seconds": seconds, "result": section})
     print(f"{name}, seed {seed}: {seconds:.0f} s, score {section['score_before']:.3f} -> {section['score_after']:.3f}", flush=True)
     return seconds
 
@@ -161,7 +167,20 @@ def seeds_of(name: str, seeds: list[int]) -> list[int]:
 
 def flags_shown(flags: list[str]) -> str:
     """The flags without this machine's paths."""
-    return " ".join(Path(word).name if os.path.isabs(word) else word for word in flags)
+    parts = [word.rpartition("=") for word in flags]
+    return " ".join(name + mark + (Path(end).name if os.path.isabs(end) else end) for name, mark, end in parts)
+
+
+def fingerprints(flags: list[str]) -> dict[str, str]:
+    """Each flag that names a model's folder, and the beginning of a sha256 over its configuration and weights."""
+    found = {}
+    for flag, word in zip(flags, flags[1:]):
+        folder = Path(word)
+        if (folder / "config.json").is_file():
+            files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
+            sums = "".join(file_entry(file)["sha256"] for file in files)
+            found[flag] = hashlib.sha256(sums.encode()).hexdigest()[:12]
+    return found
 
 
 def has_gpu() -> bool:
@@ -260,7 +279,8 @@ def main() -> None:
             seconds = [job.result() for job in jobs]
     rows, all_met = judge_bars(args.output, list(runs), seeds)
     print("\n" + table(rows, header=["bar", "found", "met"]))
-    record = {"bars": rows, "all_met": all_met, "launch_seconds": seconds, "parallel": args.parallel}
+    command = f"python scripts/{Path(__file__).name} {flags_shown(sys.argv[1:])}"
+    record = {"command": command, "bars": rows, "all_met": all_met, "launch_seconds": seconds, "parallel": args.parallel}
     write_json(args.output / "summary.json", {**record, "hardware": hardware(), "versions": versions()})
     draw(args.output, list(runs), seeds)
     sys.exit(0 if all_met else 1)

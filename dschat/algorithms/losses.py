@@ -66,7 +66,8 @@ def policy_loss(
 
     Returns:
         The loss sum (scalar), and sums without gradient: ``clipped`` tokens where the clip bites, and
-        ``approx_kl`` = sum of (ratio - 1) - log ratio (k3 of old against new policy); ``ratio_max`` is a maximum.
+        ``approx_kl`` = sum of (ratio - 1) - log ratio (k3 of old against new policy); ``ratio_max`` is the largest
+        of an answer token, 0 where there is none.
     """
     log_ratio = torch.where(mask.bool(), logprobs - old_logprobs, torch.zeros_like(logprobs))
     ratio = log_ratio.exp()
@@ -77,7 +78,8 @@ def policy_loss(
         stats = {
             "clipped": masked_sum((clipped > unclipped).float(), mask),
             "approx_kl": masked_sum(torch.expm1(log_ratio) - log_ratio, mask),
-            "ratio_max": ratio.max(),
+            # Ratios are above 0, so that rows without a token have no say.
+            "ratio_max": torch.where(mask.bool(), ratio, torch.zeros_like(ratio)).max(),
         }
     return loss, stats
 

@@ -41,19 +41,18 @@ class MetricsWriter:
             purge = None if resume_from is None else resume_from + 1
             self._tensorboard = SummaryWriter(str(tensorboard_dir), purge_step=purge)
 
-    def write(self, step: int, values: dict[str, float], *, tensorboard: dict[str, float] | None = None) -> None:
+    def write(self, step: int, values: dict[str, float]) -> None:
         """One line for `step` (counted from 1; 0 is before training).
 
         Args:
             values: stable names to numbers.
-            tensorboard: further tags that go to TensorBoard alone.
         """
         if self._file is not None:
             clean = {key: value if math.isfinite(value) else None for key, value in values.items()}
             self._file.write(json.dumps({"step": step, **clean}) + "\n")
             self._file.flush()
         if self._tensorboard is not None:
-            for key, value in {**values, **(tensorboard or {})}.items():
+            for key, value in values.items():
                 self._tensorboard.add_scalar(key, value, global_step=step)
             self._tensorboard.flush()
 

@@ -1,7 +1,6 @@
 """The run of step 3: rollout after rollout, with reports."""
 
 from dschat.algorithms.types import Experience
-from dschat.config.steps import PPOConfig
 from dschat.tracking import dist
 from dschat.tracking.metrics import MetricsWriter
 from dschat.tracking.progress import Progress
@@ -55,7 +54,7 @@ def train_ppo(
                     values |= evaluator.evaluate(step)
                 except RewardFailure as error:
                     failure = error  # the rollout itself is done, and is to be kept
-            metrics.write(step, values, tensorboard=_pipeline_tags(values, trainer.config))
+            metrics.write(step, values | _pipeline_tags(values))
             progress.update(step, _shown(values))
             if failure is not None:
                 state.step = step
@@ -78,12 +77,18 @@ def stopped_by_reward(failure: RewardFailure, trainer: DeepSpeedPPOTrainer, stat
 def _speed(experience: Experience, values: dict[str, float], trainer: DeepSpeedPPOTrainer) -> dict[str, float]:
     tokens = dist.all_reduce(experience.attention_mask.sum()).item()
     seconds = values["time/generate_s"] + values["time/score_s"] + values["time/train_s"]
-    engines = trainer.engines
+    engines, config = trainer.engines, trainer.config
+    # A model's updates may make less than all passes: in the critic's warm-up, and where --target_kl ends them.
+    one_pass = config.rollout_rows // config.batch.per_device_training_batch_size
+    roles = (("policy", engines.actor), ("value", engines.critic))
     flops = rollout_flops(
         generated=[engines.actor.module],
         scored=[engine.module for engine in (*engines.trained, engines.ref, *engines.rewards)],
-        trained=[engine.module for engine in engines.trained],
-        epochs=trainer.config.batch.ppo_epochs,
+        trained=[
+            (engine.module, values.get(f"{name}/micro_batches", 0.0) / one_pass)
+            for name, engine in roles
+            if engine is not None
+        ],
     )
     return {
         "perf/tokens_per_s": tokens / seconds,
@@ -91,17 +96,14 @@ def _speed(experience: Experience, values: dict[str, float], trainer: DeepSpeedP
     }
 
 
-def _pipeline_tags(values: dict[str, float], config: PPOConfig) -> dict[str, float]:
-    """DeepSpeed-Chat's TensorBoard tags: means, and sums over the micro-batches of a process."""
-    micro_batches = config.updates_per_rollout * config.schedule.gradient_accumulation_steps
-    actor, critic = values.get("policy/loss", 0.0), values.get("value/loss", 0.0)
-    return {
-        "reward": values["objective/score"],
-        "actor_loss": actor,
-        "actor_loss_sum": actor * micro_batches,
-        "critic_loss": critic,
-        "critic_loss_sum": critic * micro_batches,
-    }
+def _pipeline_tags(values: dict[str, float]) -> dict[str, float]:
+    """DeepSpeed-Chat's tags: means, and sums over a process's micro-batches; none of a model that did not learn."""
+    tags = {"reward": values["objective/score"]}
+    for tag, name in (("actor", "policy"), ("critic", "value")):
+        if f"{name}/loss" in values:
+            tags[f"{tag}_loss"] = values[f"{name}/loss"]
+            tags[f"{tag}_loss_sum"] = values[f"{name}/loss"] * values[f"{name}/micro_batches"]
+    return tags
 
 
 def _shown(values: dict[str, float]) -> dict[str, str]:

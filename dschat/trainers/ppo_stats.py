@@ -51,18 +51,19 @@ def rollout_metrics(
     return metrics
 
 
-def rollout_flops(*, generated: list, scored: list, trained: list, epochs: int) -> float:
+def rollout_flops(*, generated: list, scored: list, trained: list[tuple[torch.nn.Module, float]]) -> float:
     """Floating-point operations that a rollout and its updates take for each token of its texts.
 
     By the usual count (Kaplan et al. 2020, table 1, without attention): 2 a parameter in a forward, 2 more for the
     gradient of its input and 2 for its own where it is trained. Recomputed activations and PTX texts do not count.
 
     Args:
-        generated, scored, trained: the models of each phase; one may be in several.
+        generated, scored: the models of each phase; one may be in several.
+        trained: models with the passes over the rollout that their updates made.
     """
     forward = 2.0 * sum(_parameters(model) for model in (*generated, *scored))
-    updates = sum(4.0 * _parameters(model) + 2.0 * _parameters(model, trained=True) for model in trained)
-    return forward + epochs * updates
+    passes = ((4.0 * _parameters(model) + 2.0 * _parameters(model, trained=True), count) for model, count in trained)
+    return forward + sum(flops * count for flops, count in passes)
 
 
 def _parameters(model: torch.nn.Module, *, trained: bool = False) -> int:
@@ -90,6 +91,7 @@ class UpdateTotals:
     def __init__(self):
         self._sums: dict[str, torch.Tensor] = {}
         self._tokens: dict[str, torch.Tensor] = {}
+        self._micro_batches: dict[str, int] = {}
         self._ratio_max: torch.Tensor | None = None
         self.skipped = 0
 
@@ -98,16 +100,20 @@ class UpdateTotals:
         for key, value in sums.items():
             self._sums[key] = self._sums.get(key, 0) + value.detach().double()
             self._tokens[key] = self._tokens.get(key, 0) + tokens.double()
+            self._micro_batches[key] = self._micro_batches.get(key, 0) + 1
         if ratio_max is not None:
             before = ratio_max if self._ratio_max is None else self._ratio_max
             self._ratio_max = torch.maximum(before, ratio_max)
 
     def means(self) -> dict[str, float]:
-        """Per-token means over all processes."""
+        """Per-token means over all processes, and the micro-batches of a process behind each model's loss."""
         reduced = dist.all_reduce(torch.stack([*self._sums.values(), *self._tokens.values()]))
         sums, tokens = reduced.chunk(2)
         means = dict(zip(self._sums, (sums / tokens).tolist()))
         if self._ratio_max is not None:
             means["policy/ratio_max"] = dist.all_reduce(self._ratio_max, "max").item()
+        for name in ("policy", "value"):
+            if f"{name}/loss" in means:
+                means[f"{name}/micro_batches"] = float(self._micro_batches[f"{name}/loss"])
         means["policy/skipped_steps"] = float(self.skipped)
         return means

@@ -12,6 +12,7 @@ ENDED = (False, True, True, True, True, True, False, True)  # by </s>; the two o
 PAD, BOS, EOS = 0, 1, 2  # of the miniature tokenizers
 CLIP = 0.2
 PTX_COEF = 0.5
+ENTROPY_COEF = 0.3
 FAMILIES = ("llama", "gpt2", "opt")  # rotary positions, learned ones, and learned ones that begin at 2
 
 
@@ -87,9 +88,15 @@ def positions(mask: torch.Tensor) -> torch.Tensor:
 
 def plain_logprobs(model, ids, mask, num_answer: int) -> torch.Tensor:
     """[B, R]"""
+    return plain_logprobs_and_entropy(model, ids, mask, num_answer)[0]
+
+
+def plain_logprobs_and_entropy(model, ids, mask, num_answer: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """[B, R] each."""
     logits = model(input_ids=ids, attention_mask=mask, position_ids=positions(mask)).logits
     logprobs = logits.log_softmax(-1)[:, -num_answer - 1 : -1]
-    return logprobs.gather(-1, ids[:, -num_answer:, None]).squeeze(-1)
+    entropy = -(logprobs.exp() * logprobs).sum(-1)
+    return logprobs.gather(-1, ids[:, -num_answer:, None]).squeeze(-1), entropy
 
 
 def plain_values(model, ids, mask, num_answer: int) -> torch.Tensor:
@@ -101,7 +108,8 @@ def plain_values(model, ids, mask, num_answer: int) -> torch.Tensor:
 def reference_gradients(
     stock: Path, family: str, experience: dict, *, texts: torch.Tensor | tuple = ()
 ) -> dict[str, dict]:
-    """Gradients of actor and critic, by name: the losses of the whole rollout over the number of its tokens.
+    """Gradients of actor and critic, by name: the losses of the whole rollout over the number of its tokens,
+    the actor's with an entropy bonus of weight ENTROPY_COEF.
 
     Args:
         texts: [N, 2, T], batches whose mean loss joins the actor's with weight PTX_COEF.
@@ -109,9 +117,10 @@ def reference_gradients(
     e, live = experience, experience["response_mask"]
     actor, critic = plain_actor(stock, family), plain_critic(stock, family)
     num_answer = live.shape[1]
-    ratio = (plain_logprobs(actor, e["input_ids"], e["attention_mask"], num_answer) - e["logprobs"]).exp()
+    logprobs, entropy = plain_logprobs_and_entropy(actor, e["input_ids"], e["attention_mask"], num_answer)
+    ratio = (logprobs - e["logprobs"]).exp()
     gain = torch.minimum(ratio * e["advantages"], ratio.clamp(1 - CLIP, 1 + CLIP) * e["advantages"])
-    loss = -gain[live].sum() / live.sum()
+    loss = -(gain + ENTROPY_COEF * entropy)[live].sum() / live.sum()
     for batch in texts:
         labels = torch.where(ptx_mask(batch) == 1, batch, torch.full_like(batch, -100))
         out = actor(input_ids=batch, attention_mask=ptx_mask(batch), labels=labels)

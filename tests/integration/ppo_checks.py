@@ -7,7 +7,7 @@ import deepspeed
 import torch
 import torch.nn.functional as F
 from deepspeed.utils import safe_get_full_grad
-from experience import PAD, PTX_COEF, ptx_mask
+from experience import ENTROPY_COEF, PAD, PTX_COEF, ptx_mask
 from safetensors.torch import load_file, save_file
 
 from dschat.algorithms.masks import masked_whiten
@@ -31,9 +31,11 @@ COMMON = (
 )
 
 
-def make_trainer(stock: str, flags: str, *, ptx=None, family: str = "llama") -> ppo.DeepSpeedPPOTrainer:
-    """A trainer of sft/FAMILY and reward/FAMILY."""
-    models = f"--actor_model_name_or_path {stock}/sft/{family} --critic_model_name_or_path {stock}/reward/{family}"
+def make_trainer(
+    stock: str, flags: str, *, ptx=None, family: str = "llama", start: str = "sft"
+) -> ppo.DeepSpeedPPOTrainer:
+    """A trainer of START/FAMILY and reward/FAMILY."""
+    models = f"--actor_model_name_or_path {stock}/{start}/{family} --critic_model_name_or_path {stock}/reward/{family}"
     config = parse_config(PPOConfig, f"{models} {COMMON} {flags}".split())
     tokenizer = load_tokenizer(config.model.actor_model_name_or_path)
     critic_tokenizer = load_tokenizer(config.model.critic_model_name_or_path)
@@ -75,6 +77,7 @@ def update(
     flags = f"--actor_zero_stage {zero} --critic_zero_stage {zero} --per_device_training_batch_size {rows}"
     flags += f" --per_device_generation_batch_size {rows * accumulation} --gradient_accumulation_steps {accumulation}"
     flags += f" --actor_learning_rate 1e-3 --critic_learning_rate 1e-3 --unsup_coef {PTX_COEF}"
+    flags += f" --entropy_coef {ENTROPY_COEF}"
     if sgd:
         flags += f" --deepspeed_config {stock}/sgd.json"
     texts = load_file(f"{stock}/ptx.safetensors")["texts"]
@@ -168,6 +171,7 @@ def rollout(stock: str, *, family: str, zero: int) -> dict:
     experience, (answers,), metrics = trainer.generate_experience([PromptBatch(ids, mask, torch.arange(8))])
     lengths = [first_end(row, eos) for row in answers.tokens.tolist()]
     live = torch.arange(answers.tokens.shape[1]) < torch.tensor(lengths)[:, None]
+    ratio_error = largest_ratio_error(trainer, experience)
     raw = make_experience(
         trainer.engines, answers, trainer.rewards(answers), config=trainer.config, score_std=1.0, kl_coef=0.3
     )
@@ -180,6 +184,8 @@ def rollout(stock: str, *, family: str, zero: int) -> dict:
         score_std=1.0,
         kl_coef=0.3,
     )
+    by_k3 = replace(trainer.config, ppo=replace(trainer.config.ppo, kl_estimator="k3"))
+    k3 = make_experience(trainer.engines, answers, trainer.rewards(answers), config=by_k3, score_std=1.0, kl_coef=0.3)
     names = ("logprobs", "ref_logprobs", "values", "rewards", "advantages", "returns", "scores")
     kl = raw.logprobs - raw.ref_logprobs
     score = torch.tensor(lengths).float().clamp(-5, 5)
@@ -195,11 +201,32 @@ def rollout(stock: str, *, family: str, zero: int) -> dict:
             torch.equal(getattr(raw, n), getattr(perturbed, n)) for n in names
         ),
         "KL on each token, score on the last": torch.allclose(raw.rewards, -0.3 * kl + on_last, atol=1e-6),
+        "k3 is the estimate where it is asked for": torch.allclose(
+            k3.rewards, -0.3 * torch.where(live, (-kl).exp() - 1 + kl, 0.0) + on_last, atol=1e-6
+        ),
         "the policy has moved": kl.abs().max().item() > 1e-3,
         "advantages whitened": abs(metrics["advantage/std"] - 1) > 1e-3 and is_white(experience),
         "rows survive concatenation": torch.equal(trim(whole.rows(torch.arange(8))).input_ids, raw.input_ids),
+        "the ratio is 1 before the first update": ratio_error < 1e-5,
         "no gradient": not any(tensor.requires_grad for tensor in vars(experience).values()),
     }
+
+
+def largest_ratio_error(trainer, experience: Experience) -> float:
+    """Largest |ratio - 1| of an answer token that the policy loss sees in the first minibatch."""
+    seen, policy_loss = [], ppo.policy_loss
+
+    def noting(logprobs, old_logprobs, advantages, mask, **options):
+        seen.append((logprobs - old_logprobs).detach().exp().sub(1)[mask].abs().max().item())
+        return policy_loss(logprobs, old_logprobs, advantages, mask, **options)
+
+    trainer.engines.train()
+    try:
+        ppo.policy_loss = noting
+        trainer._actor_loss(next(trainer._windows(experience))[0])
+    finally:
+        ppo.policy_loss = policy_loss
+    return seen[0]
 
 
 def move_away(engine) -> None:

@@ -21,18 +21,32 @@ from dschat.models.tokenizer import load_tokenizer
 MAX_LEN = 48  # tokens; the longest toy text has 27
 PAD_IS_EOS = ("gpt2", "gpt_neox")  # as their published tokenizers, which have no padding token
 SFT_STEPS = 30
+REWARDS = """
+def number(prompts, answers, *, number, **columns):
+    # A prompt with another row's number would raise.
+    assert [f"item {n}" for n in number] == prompts
+    return [n + 0.25 * len(answer) for n, answer in zip(number, answers)]
+
+def vowels(prompts, answers, **columns):
+    return [0.5 * sum(letter in "aeiou" for letter in answer) - 1 for answer in answers]
+
+def quarter(prompts, answers, **columns):
+    return [0.25] * len(answers)
+"""
 
 
 def write_stock(folder: Path, *, matrix_model: str | None = None) -> Path:
     """Write models and data, and return `folder`.
 
-    toy/ holds rows, texts.jsonl texts for PTX, fp16.json, sgd.json and pieces.json are each a --deepspeed_config.
+    toy/ holds rows, items/ prompts with a column, rewards.py functions of answers, texts.jsonl texts for PTX, fp16.json, sgd.json and pieces.json are each a --deepspeed_config.
     steep/FAMILY has weights of deviation 0.5, whose greedy answers are of many different tokens. base/FAMILY,
     sft/FAMILY (which mostly ends its answers) and reward/FAMILY are models; sft-eot/ and reward-eot/ are those of
     --add_eot_token. matrix/ has actor and critic of test_step3_matrix.py. What is faulty/ is what a user may give by
     mistake. The rest comes from experience.py.
     """
     write_toy_data(folder / "toy", num_train=64, num_eval=16)
+    _write_items(folder / "items")
+    (folder / "rewards.py").write_text(REWARDS)
     # At the usual threshold ZeRO-3 would keep every parameter of a miniature model whole.
     (folder / "pieces.json").write_text(json.dumps({"zero_optimization": {"stage3_param_persistence_threshold": 0}}))
     # The usual first loss scale of 2^16 overflows for longer than these runs last.
@@ -52,6 +66,14 @@ def write_stock(folder: Path, *, matrix_model: str | None = None) -> Path:
     write_experience(folder)
     _write_faulty(folder)
     return folder
+
+
+def _write_items(folder: Path) -> None:
+    """Prompts that tell their column `number`."""
+    folder.mkdir()
+    for name, numbers in (("train", range(64)), ("eval", range(64, 80))):
+        rows = [{"prompt": f"item {number}", "number": number} for number in numbers]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _write_sft(base: str, rows: Path, path: Path, *, add_eot_token: bool) -> None:

@@ -34,7 +34,7 @@ def documented(step) -> set[str]:
     text = (TRAINING / STEPS[step] / "README.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| ([^|`]+) \|", text, re.MULTILINE)
     names = {name.strip() for row in rows for name in row.split(",")}
-    return {name for name in names if re.fullmatch(r"[a-z_]+/[a-z_]+|kl_coef", name)}
+    return {name for name in names if re.fullmatch(r"[a-z_]+/[a-z_]+|kl_coef|reward|(actor|critic)_loss(_sum)?", name)}
 
 
 def written(output: Path) -> list[set[str]]:

@@ -213,6 +213,14 @@ def test_policy_loss_by_hand():
     assert stats["approx_kl"].item() == pytest.approx(expected, abs=1e-6)
 
 
+def test_the_largest_ratio_is_that_of_an_answer_token():
+    """Outside of the mask the ratio is 1, which a policy that became less sure of every token would hide behind."""
+    mask = torch.tensor([[True, True, False]])
+    logprobs, zeros = torch.full((1, 3), math.log(0.9)), torch.zeros(1, 3)
+    assert policy_loss(logprobs, zeros, zeros, mask, cliprange=0.2)[1]["ratio_max"].item() == pytest.approx(0.9)
+    assert policy_loss(logprobs, zeros, zeros, mask & False, cliprange=0.2)[1]["ratio_max"].item() == 0
+
+
 def test_policy_loss_has_no_gradient_where_the_clip_bites():
     logprobs = torch.tensor([[math.log(1.5), math.log(1.1), math.log(0.5)]], requires_grad=True)
     advantages = torch.tensor([[1.0, 1.0, 1.0]])
@@ -274,6 +282,24 @@ def test_group_advantages_by_hand():
     assert estimate("reinforce_baseline").tolist() == [[1.0, 0.0], [-1.0, -1.0], [-2.0, -1.0], [2.0, 0.0]]
     with pytest.raises(ValueError, match="gae"):
         estimate("gae")
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.9])
+@pytest.mark.parametrize("estimator", ["grpo", "reinforce_baseline"])
+def test_grpo_and_reinforce_baseline_equal_a_plain_loop(estimator, gamma):
+    (rewards, *_), mask = random_rows(batch=8)
+    rewards = torch.where(mask, rewards, torch.zeros_like(rewards))
+    found = group_advantages(rewards, mask, estimator=estimator, num_samples=4, gamma=gamma)
+    for start in (0, 4):
+        totals = [sum(row) for row in rewards[start : start + 4].tolist()]
+        mean = sum(totals) / 4
+        deviation = math.sqrt(sum((total - mean) ** 2 for total in totals) / 3)
+        for i, row in enumerate(rewards[start : start + 4].tolist(), start):
+            for t in range(int(mask[i].sum())):
+                to_go = sum(gamma**k * reward for k, reward in enumerate(row[t:]))
+                expected = (totals[i - start] - mean) / (deviation + 1e-6) if estimator == "grpo" else to_go - mean
+                assert found[i, t].item() == pytest.approx(expected, abs=1e-12)
+    assert not found[~mask].any()
 
 
 @pytest.mark.parametrize("num_samples", [2, 4])

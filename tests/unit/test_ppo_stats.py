@@ -10,9 +10,9 @@ from dschat.trainers.ppo_stats import logprob_gap, rollout_flops
 def test_operations_of_a_rollout():
     actor, critic, reward = nn.Linear(10, 10, bias=False), nn.Linear(4, 5, bias=False), nn.Linear(3, 1, bias=False)
     half = nn.Sequential(actor, nn.Linear(6, 5, bias=False).requires_grad_(False))  # 130 parameters, 100 trained
-    found = rollout_flops(generated=[half], scored=[half, half, critic, reward], trained=[half, critic], epochs=3)
-    # Forwards: 130 three times, 20 and 3; each epoch: forward and input gradients of 150, weight gradients of 120.
-    assert found == 2 * (3 * 130 + 20 + 3) + 3 * (4 * 150 + 2 * 120)
+    found = rollout_flops(generated=[half], scored=[half, half, critic, reward], trained=[(half, 3), (critic, 0.5)])
+    # Forwards: 130 three times, 20 and 3. A pass: forward and gradients of the inputs, and of the trained weights.
+    assert found == 2 * (3 * 130 + 20 + 3) + 3 * (4 * 130 + 2 * 100) + 0.5 * (4 * 20 + 2 * 20)
 
 
 def test_the_gap_is_a_mean_over_answer_tokens_of_all_batches():
