@@ -1,10 +1,12 @@
 """What `zygote.py` may do to a run before its main begins: ``function(rank)``."""
 
 import time
+from dataclasses import replace
 
 import torch
 
 from dschat.algorithms.types import Experience
+from dschat.trainers import ppo
 from dschat.trainers.ppo import DeepSpeedPPOTrainer
 from dschat.trainers.supervised import SFTObjective
 
@@ -32,6 +34,50 @@ def nan_in_ppo(rank: int) -> None:
         return (loss * float("nan") if rank == 1 and self.rollouts + 1 == BAD_STEP else loss), *rest
 
     DeepSpeedPPOTrainer._actor_loss = spoiled
+
+
+def nan_in_value(rank: int) -> None:
+    """The critic's loss in the first step of rollout 3 is NaN."""
+    critic_loss = DeepSpeedPPOTrainer._critic_loss
+
+    def spoiled(self, batch: Experience):
+        loss, sums = critic_loss(self, batch)
+        return (loss * float("nan") if self.rollouts + 1 == BAD_STEP else loss), sums
+
+    DeepSpeedPPOTrainer._critic_loss = spoiled
+
+
+def infinite_kl(rank: int) -> None:
+    """Behind two rollouts the reference gives the answers no probability at all."""
+    make = ppo.make_experience
+
+    def spoiled(*args, **kwargs):
+        experience = make(*args, **kwargs)
+        spoiled.calls += 1
+        if spoiled.calls != BAD_STEP:
+            return experience
+        return replace(experience, ref_logprobs=torch.full_like(experience.ref_logprobs, -float("inf")))
+
+    spoiled.calls = 0
+    ppo.make_experience = spoiled
+
+
+def nothing_to_say(rank: int) -> None:
+    """Behind two rollouts every answer is its end alone."""
+    generate, calls = ppo.generate, []
+
+    def silent(*args, **kwargs):
+        answers = generate(*args, **kwargs)
+        calls.append(1)
+        if len(calls) < BAD_STEP:
+            return answers
+        first = torch.arange(answers.response_mask.shape[1], device=answers.response_mask.device) == 0
+        mask = first.expand_as(answers.response_mask)
+        prompts = answers.attention_mask[:, : -mask.shape[1]]
+        attended = torch.cat([prompts, mask.to(prompts.dtype)], -1)
+        return replace(answers, response_mask=mask, attention_mask=attended, ended=torch.ones_like(answers.ended))
+
+    ppo.generate = silent
 
 
 def deaf(rank: int) -> None:

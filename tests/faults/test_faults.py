@@ -143,6 +143,22 @@ def test_a_nan_on_one_rank_ends_all_with_one_message(step, argv, name, zygote, t
     assert run.checkpoints() == ["latest", "step_00000001", "step_00000002"]
 
 
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("nan_in_value", ["the value loss, summed over processes, is nan", "the weights are as before", "--critic_learning_rate"]),
+        ("infinite_kl", ["the KL to the reference is inf", "--kl_coef", "--dtype fp16"]),
+        ("nothing_to_say", ["every answer is empty", "--min_answer_len", "--actor_model_name_or_path"]),
+    ],
+)
+def test_a_rollout_that_means_nothing_ends_the_run_before_its_step(name, words, zygote, tmp_path):
+    run = zygote.run(3, tmp_path / "out", f"{PPO} --save_interval 1", **hook(name))
+    assert run.statuses == [1]
+    (message,) = re.findall(r"error \(rank 0\): rollout 3: .*", run.log)
+    assert all(word in message for word in words), message
+    assert run.checkpoints() == ["latest", "step_00000001", "step_00000002"] and steps_of(run) == [0, 1, 2]
+
+
 DAMAGES = {
     "a flipped bit": lambda path: flip(next(path.glob("model/*optim_states.pt"))),
     "a flipped bit in facts": lambda path: flip(path / "facts.json"),
