@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dschat.models.structure import decoder_layers, embedding_modules, forward_takes, pretrained
-from dschat.models.tokenizer import adapter_base, hub_error, model_source
+from dschat.models.tokenizer import adapter_base, hub_error, model_source, refuse_remote_code
 from dschat.models.vocabulary import check_vocabulary, grow_vocabulary
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -64,6 +64,7 @@ def load_config(
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
+        refuse_remote_code(path, flag=flag, error=error)
         if is_local:
             raise ValueError(f"{flag} {path!r}: config.json cannot be used: {error}") from error
         raise hub_error(path, flag=flag, what="config.json", error=error) from error

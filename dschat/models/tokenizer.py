@@ -61,6 +61,19 @@ def hub_error(path: str, *, flag: str, what: str, error: Exception) -> ValueErro
     )
 
 
+def refuse_remote_code(path: str, *, flag: str, error: Exception) -> None:
+    """Nothing, unless `error` is transformers' refusal to run Python code that came with a model.
+
+    Raises:
+        ValueError: it is; names --trust_remote_code.
+    """
+    if "trust_remote_code" in str(error):
+        raise ValueError(
+            f"{flag} {path!r} comes with Python code of its own, which has not been run. Read it, and give "
+            "--trust_remote_code if you trust it, or take a model of an architecture that transformers has."
+        ) from error
+
+
 def load_tokenizer(
     path: str,
     *,
@@ -95,6 +108,7 @@ def load_tokenizer(
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
+        refuse_remote_code(path, flag=flag, error=error)
         if is_local:
             raise ValueError(f"{flag} {path!r}: the tokenizer cannot be read: {error}") from error
         raise hub_error(path, flag=flag, what="tokenizer", error=error) from error
