@@ -4,6 +4,7 @@ import time
 from dataclasses import replace
 
 import torch
+from deepspeed.accelerator import get_accelerator
 
 from dschat.algorithms.types import Experience
 from dschat.trainers import ppo
@@ -102,6 +103,11 @@ def slow(rank: int) -> None:
         return weight(self, batch)
 
     SFTObjective.weight = slowly
+
+
+def half_precision(rank: int) -> None:
+    """fp16 on a CPU for which DeepSpeed declines it; torch computes it all the same, only slowly."""
+    get_accelerator().is_fp16_supported = lambda: True
 
 
 def no_pickle(rank: int) -> None:

@@ -1,8 +1,11 @@
 """A run that was killed and resumed ends as one that never was: weights and metrics to the bit."""
 
+from pathlib import Path
+
 import pytest
 from covers import pairwise, product
 
+HOOKS = Path(__file__).with_name("hooks.py")
 STEPS, KILLED_IN, SAVED_EVERY = 12, 7, 5
 AXES = {"step": (1, 2, "dpo", 3), "zero": (0, 2, 3), "ranks": (1, 2), "lora": (False, True)}
 SUPERVISED = (
@@ -63,6 +66,25 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(options, zygote, tmp_path, r
     assert resumed.weights() == whole.weights() and len(whole.weights()) > 10
     assert resumed.checkpoints() == ["latest", "step_00000005", "step_00000010"]
     assert evaluations(resumed) == evaluations(whole)
+    record(injected=1, survived=1, **resumed.lost(whole))
+
+
+@pytest.mark.parametrize("zero", [1, 3])
+def test_the_loss_scale_is_not_tried_anew(zero, zygote, tmp_path, record):
+    """From 2^20 on, fp16 loses its first steps to overflows; a run that began there again would lose as many more."""
+    half = {"before": f"{HOOKS}:half_precision"}
+    scaling = tmp_path / "scaling.json"
+    scaling.write_text('{"fp16": {"enabled": true, "initial_scale_power": 20, "hysteresis": 1}}')
+    argv = flags({"step": 1, "zero": zero, "ranks": 1, "lora": False}).replace("--dtype fp32", "--dtype fp16")
+    argv += f" --deepspeed_config {scaling}"
+    whole = zygote.run(1, tmp_path / "whole", argv.replace("--save_interval 5", ""), **half)
+    assert whole.statuses == [0], whole.log[-3000:]
+    lost = [line["step"] for line in whole.metrics()[1:] if line["train/grad_norm"] is None]
+    assert lost == list(range(1, len(lost) + 1)) and 3 <= len(lost) <= SAVED_EVERY
+    assert zygote.run(1, tmp_path / "killed", argv, kill_in_step=KILLED_IN, **half).statuses == [-9]
+    resumed = zygote.run(1, tmp_path / "killed", f"{argv} --resume latest", **half)
+    assert resumed.statuses == [0], resumed.log[-3000:]
+    assert resumed.metrics() == whole.metrics() and resumed.weights() == whole.weights()
     record(injected=1, survived=1, **resumed.lost(whole))
 
 
