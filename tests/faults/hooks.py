@@ -103,6 +103,8 @@ def slow(rank: int) -> None:
         return weight(self, batch)
 
     SFTObjective.weight = slowly
+    train = DeepSpeedPPOTrainer.train_rlhf
+    DeepSpeedPPOTrainer.train_rlhf = lambda self, experience: (time.sleep(0.1), train(self, experience))[1]
 
 
 def half_precision(rank: int) -> None:

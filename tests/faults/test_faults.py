@@ -228,11 +228,11 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(zygote, two_chec
     record(injected=2, survived=2, **resumed.lost(whole))  # the kill and the flipped bit
 
 
-@pytest.mark.parametrize("number, ranks", [(signal.SIGTERM, 1), (signal.SIGINT, 2)])
-def test_a_signal_to_one_rank_saves_and_ends_all(number, ranks, zygote, tmp_path, record):
-    argv = f"{SFT} --max_train_steps 8"
-    whole = zygote.run(1, tmp_path / "whole", argv, ranks=ranks)
-    started = zygote.start(1, tmp_path / "out", argv, ranks=ranks, **hook("slow"))
+@pytest.mark.parametrize("number, ranks, step", [(signal.SIGTERM, 1, 1), (signal.SIGINT, 2, 1), (signal.SIGTERM, 1, 3)])
+def test_a_signal_to_one_rank_saves_and_ends_all(number, ranks, step, zygote, tmp_path, record):
+    main, argv = step, f"{SFT} --max_train_steps 8" if step == 1 else PPO.replace("_steps 6", "_steps 8")
+    whole = zygote.run(main, tmp_path / "whole", argv, ranks=ranks)
+    started = zygote.start(main, tmp_path / "out", argv, ranks=ranks, **hook("slow"))
     started.wait_for_step(3)
     started.signal_rank(0, number)
     stopped = zygote.wait(started)
@@ -240,7 +240,7 @@ def test_a_signal_to_one_rank_saves_and_ends_all(number, ranks, zygote, tmp_path
     step = steps_of(stopped)[-1]
     assert f"stopped (rank 0): {number.name} behind step {step}: a checkpoint is written" in stopped.log
     assert 3 <= step < 8 and stopped.checkpoints() == ["latest", f"step_{step:08d}"]
-    resumed = zygote.run(1, tmp_path / "out", f"{argv} --resume latest", ranks=ranks)
+    resumed = zygote.run(main, tmp_path / "out", f"{argv} --resume latest", ranks=ranks)
     assert resumed.statuses == [0] * ranks, resumed.log[-3000:]
     assert resumed.metrics() == whole.metrics() and resumed.weights() == whole.weights()
     record(injected=1, survived=1, **resumed.lost(whole))
@@ -290,7 +290,9 @@ def test_under_the_launcher_too_a_killed_rank_ends_the_run(stock, tmp_path):
     metrics = tmp_path / "out" / "metrics.jsonl"
     deadline = time.monotonic() + 90
     while not metrics.exists() or metrics.read_bytes().count(b"\n") < 3:
-        assert time.monotonic() < deadline, (tmp_path / "log").read_text()[-3000:]
+        if time.monotonic() > deadline:
+            os.killpg(process.pid, signal.SIGKILL)
+            pytest.fail((tmp_path / "log").read_text()[-3000:])
         time.sleep(0.01)
     (holder,) = re.findall(r"process (\d+) on", (tmp_path / "out" / ".lock").read_text())
     os.kill(int(holder), signal.SIGKILL)
