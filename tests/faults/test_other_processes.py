@@ -6,14 +6,15 @@ from test_exact_resume import PPO, SUPERVISED
 MODELS = {
     1: "--model_name_or_path {stock}/base/llama --data_split 1,0,0",
     2: "--model_name_or_path {stock}/sft/llama --data_split 0,1,0",
+    "dpo": "--model_name_or_path {stock}/sft/llama --data_split 0,1,0",
 }
 LORA = "--lora_dim 4 --lora_alpha 16 --lora_learning_rate 1e-2"
 PPO_LORA = "--actor_lora_dim 4 --critic_lora_dim 4 --only_optimize_lora"
 
 
-def flags(step: int, zero: int, ranks: int, lora: bool) -> str:
+def flags(step: int | str, zero: int, ranks: int, lora: bool) -> str:
     """16 rows a step, whatever the ranks."""
-    if step < 3:
+    if step in MODELS:
         rows = f"--per_device_train_batch_size {8 // ranks} --gradient_accumulation_steps 2"
         return f"{SUPERVISED} {MODELS[step]} --zero_stage {zero} {rows} {LORA if lora else ''}"
     rows = f"--per_device_generation_batch_size 4 --generation_batches {4 // ranks}"
@@ -23,11 +24,12 @@ def flags(step: int, zero: int, ranks: int, lora: bool) -> str:
     return f"{ppo} {rows} {stages} {PPO_LORA if lora else ''}"
 
 
-CASES = [(1, 2, (2, 1), False), (2, 3, (2, 1), True), (3, 2, (1, 2), False), (1, 0, (1, 2), False)]
+CASES = [(1, 2, (2, 1), False), (2, 3, (2, 1), True), (3, 2, (1, 2), False), (1, 0, (1, 2), False), ("dpo", 3, (1, 2), True)]
 MORE_CASES = [(1, 3, (1, 2), True), (2, 2, (1, 2), True), (3, 3, (2, 1), True), (3, 0, (2, 1), True), (2, 3, (1, 2), False)]
+MORE_CASES += [("dpo", 2, (2, 1), False), ("dpo", 0, (1, 2), True)]
 
 
-def case(step: int, zero: int, ranks: tuple[int, int], lora: bool, *marks):
+def case(step: int | str, zero: int, ranks: tuple[int, int], lora: bool, *marks):
     name = f"step{step}-zero{zero}-{ranks[0]}to{ranks[1]}" + ("-lora" if lora else "")
     return pytest.param(step, zero, ranks, lora, id=name, marks=marks)
 
@@ -52,7 +54,7 @@ def test_other_processes_take_exactly_the_weights_and_go_on_alike(step, zero, ra
     resumed = zygote.run(step, tmp_path / "out", f"{argv[second]} --resume latest", ranks=second)
     assert resumed.statuses == [0] * second, resumed.log[-3000:]
     assert [line["step"] for line in resumed.metrics()] == list(range(13))
-    if step < 3:  # answers are sampled by each process for itself
+    if step in MODELS:  # answers are sampled by each process for itself
         whole = zygote.run(step, tmp_path / "whole", argv[first], ranks=first)
         for ours, theirs in zip(resumed.metrics(), whole.metrics(), strict=True):
             assert {k for k, v in ours.items() if v is None} == {k for k, v in theirs.items() if v is None}
