@@ -199,9 +199,9 @@ def test_the_repository_may_lie_in_a_folder_with_a_space(bench, tmp_path, monkey
 
 
 def test_the_output_folder_may_come_as_a_flag(bench):
-    for form in (["--output_dir", "of a flag"], ["--output_dir=of a flag"]):
+    for form in (["--output_dir", "a folder"], ["--output_dir=another folder"]):
         assert bench.run(SINGLE_NODE, "positional", *form, STUB_SAYS="words").returncode == 0
-        assert (bench.folder / "of a flag" / "training.log").read_text() == "words\n"
+        assert (bench.folder / form[-1].removeprefix("--output_dir=") / "training.log").read_text() == "words\n"
     assert not (bench.folder / "positional").exists()
 
 
