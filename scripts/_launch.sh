@@ -82,23 +82,24 @@ launch() {
 SIGNALS=0
 run_logged() {
     local log="$1" screen tee child
-    exec {screen}> >(trap '' INT TERM && exec tee -a -- "$log")
-    tee=$!
+    exec {screen}> >(trap '' INT TERM HUP && exec tee -a -- "$log")
+    tee=$! child=""
+    trap 'hand_on "$child"' INT TERM HUP
     set -m # a process group of its own, to which the terminal's Ctrl-C does not go
-    "${@:2}" >&"$screen" 2>&1 {screen}>&- &
+    "${@:2}" </dev/null >&"$screen" 2>&1 {screen}>&- &
     child=$!
     set +m
     exec {screen}>&-
-    trap 'hand_on "$child"' INT TERM
+    ((SIGNALS == 0)) || kill -TERM -- "-$child" || true # one that came before there was a child to hand it to
     # Processes may go on behind the one that started them: all are gone when tee has nothing left to read.
     while kill -0 "$child" 2>/dev/null; do wait "$child" || true; done
     while kill -0 "$tee" 2>/dev/null; do wait "$tee" || true; done
-    trap - INT TERM
+    trap - INT TERM HUP
     wait "$child"
 }
 hand_on() {
     SIGNALS=$((SIGNALS + 1))
-    kill "-$( ((SIGNALS == 1)) && echo TERM || echo KILL)" -- "-$1" 2>/dev/null || true
+    [[ -z "$1" ]] || kill "-$( ((SIGNALS == 1)) && echo TERM || echo KILL)" -- "-$1" 2>/dev/null || true
 }
 
 # evaluate FILE FLAGS...: run a program below training/ with FLAGS and REST, in one process.
