@@ -2,8 +2,8 @@
 
     python -m dschat.plan --step 3 --model llama-2-7b --gpus 1 --gpu_gib 24 --actor_lora_dim 64 --only_optimize_lora
 
---model is the model of step 1, step 2 or dpo and the actor of step 3, by a published shape's name, a folder or a hub id. All other
-flags are those of the step's main. --sizes prints a table of published sizes instead.
+--model is the model of step 1, step 2 or dpo and the actor of step 3, by a published shape's name, a folder or a hub id.
+All other flags are those of the step's main. --sizes prints a table of published sizes instead.
 """
 
 import argparse
@@ -12,9 +12,8 @@ from pathlib import Path
 from dschat.config.dpo import DPOConfig
 from dschat.config.parse import parse_config
 from dschat.config.steps import PPOConfig, RewardConfig, SFTConfig
-from dschat.engine.memory_plan import plan_step
 from dschat.engine.memory_report import GIB, check_fit, needed_bytes, plan_text
-from dschat.engine.model_checks import check_models
+from dschat.engine.model_checks import checked_plan
 from dschat.models.families import shape_config
 from dschat.tracking.log import run_main
 from dschat.tracking.report import table
@@ -66,10 +65,7 @@ def planned(args: argparse.Namespace, flags: list[str], model: str):
         names = ["--actor_model_name_or_path", model, "--critic_model_name_or_path", args.critic]
     config = parse_config(CONFIGS[args.step], names + flags)
     dtype = "bf16" if config.model.dtype == "auto" else config.model.dtype
-    plan = plan_step(config, world_size=args.gpus, dtype=dtype)
-    if args.step == "3":
-        check_models(config, plan, world_size=args.gpus)
-    return config, plan, dtype
+    return config, checked_plan(config, world_size=args.gpus, dtype=dtype), dtype
 
 
 def sizes_table(args: argparse.Namespace, flags: list[str]) -> str:

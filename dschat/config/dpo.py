@@ -6,20 +6,15 @@ from typing import Optional
 from dschat.config.checks import above, at_least, in_range, single_model_problems
 from dschat.config.options import (
     BatchOptions,
-    DataOptions,
     LoraOptions,
     OneModelOptions,
     OptimOptions,
     RunOptions,
     ScheduleOptions,
     SystemOptions,
+    TextOptions,
     flag,
 )
-
-
-@dataclass(frozen=True)
-class DPOData(DataOptions):
-    max_seq_len: int = flag(512, "Longest text in tokens; longer prompts lose their beginning.")
 
 
 @dataclass(frozen=True)
@@ -59,7 +54,7 @@ class DPORun(RunOptions):
 class DPOConfig:
     """DPO, direct preference optimisation."""
 
-    data: DPOData
+    data: TextOptions
     model: OneModelOptions
     batch: BatchOptions
     optim: DPOOptim

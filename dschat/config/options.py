@@ -42,6 +42,13 @@ class DataOptions:
 
 
 @dataclass(frozen=True)
+class TextOptions(DataOptions):
+    """The data of a step on whole texts."""
+
+    max_seq_len: int = flag(512, "Longest text in tokens; longer prompts lose their beginning.")
+
+
+@dataclass(frozen=True)
 class ModelOptions:
     _argument_group_name = "model"
 

@@ -18,13 +18,13 @@ from dschat.config.checks import (
 )
 from dschat.config.options import (
     BatchOptions,
-    DataOptions,
     LoraOptions,
     OneModelOptions,
     OptimOptions,
     RunOptions,
     ScheduleOptions,
     SystemOptions,
+    TextOptions,
     flag,
 )
 from dschat.config.ppo_options import (
@@ -44,9 +44,8 @@ from dschat.config.ppo_options import (
 
 
 @dataclass(frozen=True)
-class SFTData(DataOptions):
+class SFTData(TextOptions):
     sft_only_data_path: list[str] = flag([], "Data sets used for this step only, whole.")
-    max_seq_len: int = flag(512, "Longest text in tokens; longer prompts lose their beginning.")
 
 
 @dataclass(frozen=True)
@@ -74,8 +73,7 @@ class SFTConfig:
 
 
 @dataclass(frozen=True)
-class RewardData(DataOptions):
-    max_seq_len: int = flag(512, "Longest text in tokens; longer prompts lose their beginning.")
+class RewardData(TextOptions):
     cut_fraction: float = flag(
         0.0,
         "Share of the training pairs whose two answers are cut to one random length, without end token, so that "

@@ -1,11 +1,27 @@
-"""What step 3 asks of its models' shapes, seen in their configurations before any weight is read."""
+"""The plan of a run, and what step 3 asks of its models' shapes, seen in their configurations before any weight is read."""
 
 from collections.abc import Iterable
 
 from dschat.config.steps import PPOConfig
-from dschat.engine.memory_plan import StepPlan
+from dschat.engine.memory_plan import StepPlan, plan_step
 from dschat.engine.model_size import find_config, named_size
 from dschat.engine.tensor_parallel import split_problems
+
+
+def checked_plan(config, *, world_size: int, dtype: str, rewards: Iterable[str] = ()) -> StepPlan:
+    """The memory plan of any step's configuration, in step 3 of one that ``check_models`` lets pass.
+
+    Args:
+        world_size, rewards: as for ``check_models``.
+        dtype: bf16, fp16 or fp32.
+
+    Raises:
+        ValueError: see ``check_models``.
+    """
+    plan = plan_step(config, world_size=world_size, dtype=dtype)
+    if isinstance(config, PPOConfig):
+        check_models(config, plan, world_size=world_size, rewards=rewards)
+    return plan
 
 
 def check_models(config: PPOConfig, plan: StepPlan, *, world_size: int, rewards: Iterable[str] = ()) -> None:

@@ -10,9 +10,8 @@ import torch
 from dschat.config.steps import PPOConfig, SFTConfig
 from dschat.engine.build import override
 from dschat.engine.ds_config import training_config
-from dschat.engine.memory_plan import plan_step
 from dschat.engine.memory_report import check_fit, plan_text
-from dschat.engine.model_checks import check_models
+from dschat.engine.model_checks import checked_plan
 from dschat.tracking import dist
 from dschat.tracking.log import logger
 
@@ -30,9 +29,7 @@ def show_plan(config, *, dtype: str, rewards: Iterable[str] = ()) -> None:
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", dist.world_size()))
     gpu_bytes = float(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else 0.0
     limits = dict(gpu_bytes=gpu_bytes, all_host_bytes=float(psutil.virtual_memory().total) if gpu_bytes else 0.0)
-    plan = plan_step(config, world_size=dist.world_size(), dtype=dtype)
-    if isinstance(config, PPOConfig):
-        check_models(config, plan, world_size=dist.world_size(), rewards=rewards)
+    plan = checked_plan(config, world_size=dist.world_size(), dtype=dtype, rewards=rewards)
     logger.info("memory plan\n" + plan_text(plan, processes=processes, **limits))
     if gpu_bytes and not config.run.ignore_memory_plan:
         check_fit(config, plan, world_size=dist.world_size(), processes=processes, dtype=dtype, **limits)
@@ -45,9 +42,7 @@ def dry_run(config) -> None:
         raise ValueError(f"WORLD_SIZE={given}: expected the number of GPUs to plan for, at least 1.")
     world_size = int(given)
     dtype = "bf16" if config.model.dtype == "auto" else config.model.dtype
-    plan = plan_step(config, world_size=world_size, dtype=dtype)
-    if isinstance(config, PPOConfig):
-        check_models(config, plan, world_size=world_size)
+    plan = checked_plan(config, world_size=world_size, dtype=dtype)
     print(f"memory plan for {world_size} GPU(s) in {dtype}; planned, not run")
     print(plan_text(plan, processes=min(world_size, 8)))
     for name, found in ds_configs(config, dtype=dtype, world_size=world_size).items():

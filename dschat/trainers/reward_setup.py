@@ -32,15 +32,15 @@ class RewardPlan:
 
     def token_readers(self) -> list[str]:
         """The reward models that read the actor's tokens as they are."""
-        model, data = self.config.model, self.config.data
-        formats = dict(prompt_format=data.prompt_format, reward_prompt_format=model.reward_prompt_format)
-        # The critic's start is not asked for its template: it has to read the actor's tokens anyway.
-        named = bool(model.reward_model_name_or_path)
-        return [
-            path
-            for path, other in self.model_tokenizers.items()
-            if (reads_alike(self.tokenizer, other, **formats) if named else same_tokens(self.tokenizer, other))
-        ]
+        return [path for path in self.model_tokenizers if self._reads_tokens(path)]
+
+    def _reads_tokens(self, path: str) -> bool:
+        other, model = self.model_tokenizers[path], self.config.model
+        if not model.reward_model_name_or_path:
+            # The critic's start is not asked for its template: it has to read the actor's tokens anyway.
+            return same_tokens(self.tokenizer, other)
+        formats = dict(prompt_format=self.config.data.prompt_format, reward_prompt_format=model.reward_prompt_format)
+        return reads_alike(self.tokenizer, other, **formats)
 
     def build(self, engines, dataset) -> WeightedRewards:
         """The rewards for answers to the prompts of `dataset`. Every process must call it."""
@@ -56,7 +56,7 @@ class RewardPlan:
         named = bool(self.config.model.reward_model_name_or_path)
         flag = "--reward_model_name_or_path" if named else "--critic_model_name_or_path"
         engine = engines.add_reward(path, flag=flag, tokenizer=tokenizer)
-        if path in self.token_readers():
+        if self._reads_tokens(path):
             return ModelReward(engine, path)
         logger.info(f"{path} has a tokenizer, template or format of its own: answers are decoded and tokenised again")
         return RetokenisedReward(

@@ -1,8 +1,8 @@
 """One loop for every stage that learns from fixed texts, given an objective.
 
 An objective says what a batch weighs, what it loses and how it is evaluated; see ``SFTObjective``,
-``RewardObjective`` and, in dpo.py, ``DPOObjective``. The loop divides each loss sum by the weight of the whole optimizer step over all processes, so
-that the split into processes and micro-batches does not change the gradient.
+``RewardObjective`` and, in dpo.py, ``DPOObjective``. The loop divides each loss sum by the weight of the whole
+optimizer step over all processes, so that the split into processes and micro-batches does not change the gradient.
 """
 
 import math
