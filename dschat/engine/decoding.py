@@ -12,6 +12,7 @@ from torch import nn
 from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
+from dschat.engine.decode_attention import hand_over
 from dschat.engine.sampling import Agree, Sampler, alone
 from dschat.models.causal_lm import position_ids_from_mask, takes_position_ids
 from dschat.models.structure import forward_takes
@@ -34,15 +35,16 @@ class Decoded:
 class SlotLayer(CacheLayerMixin):
     """Keys and values of one layer in buffers [N, heads, L, head width] that are allocated once.
 
-    With `position` (an int64 tensor [1]) new tokens go there and the whole buffers are returned, so that a captured
-    step serves every length; without, behind the `filled` positions, and what is filled is returned.
+    In a `captured` step the whole buffers are returned, so that it serves every length, and decode_attention's kernel puts
+    the new token where the row's bounds end; else new tokens go behind the `filled` positions, and what is filled is
+    returned.
     """
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor):
         super().__init__()
         self.keys, self.values = keys, values
         self.rows, self.filled = keys.shape[0], 0
-        self.position: torch.Tensor | None = None
+        self.captured = False
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor | None = None) -> None:
@@ -50,11 +52,10 @@ class SlotLayer(CacheLayerMixin):
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         """Store the new tokens [rows, heads, T, width]; returns what attention reads."""
+        if self.captured:
+            hand_over(key_states, value_states)
+            return self.keys, self.values
         keys, values = self.keys[: self.rows], self.values[: self.rows]
-        if self.position is not None:
-            keys.index_copy_(2, self.position, key_states)
-            values.index_copy_(2, self.position, value_states)
-            return keys, values
         end = self.filled + key_states.shape[2]
         keys[:, :, self.filled : end] = key_states
         values[:, :, self.filled : end] = value_states
@@ -101,10 +102,14 @@ class SlotCache(Cache):
         """Bytes of all buffers."""
         return sum(2 * layer.keys.nbytes for layer in self.layers)
 
-    def start(self, *, rows: int, filled: int, position: torch.Tensor | None = None) -> None:
+    def start(self, *, rows: int, filled: int, captured: bool = False) -> None:
         """Use the first `rows` rows, of which `filled` positions hold tokens."""
         for layer in self.layers:
-            layer.rows, layer.filled, layer.position = rows, filled, position
+            layer.rows, layer.filled, layer.captured = rows, filled, captured
+
+    def newest(self, *, rows: int, position: int) -> list[torch.Tensor]:
+        """Keys and values [rows, heads, width] of one position, layer by layer, in the buffers."""
+        return [buffer[:rows, :, position] for layer in self.layers for buffer in (layer.keys, layer.values)]
 
     def fill(self, cache: Cache, rows: torch.Tensor, *, copies: int, end: int) -> None:
         """Put the prompts that `cache` holds into positions [end - T, end) of `copies` slots for each of `rows`."""

@@ -13,15 +13,7 @@ from transformers import GenerationConfig
 
 from dschat.engine import decode_attention
 from dschat.engine.compiled_layers import CompiledLayers
-from dschat.engine.decoding import (
-    TOLERANCE,
-    Decoded,
-    SlotCache,
-    decode_step,
-    has_plain_cache,
-    logit_gap,
-    prefill_slots,
-)
+from dschat.engine.decoding import TOLERANCE, Decoded, SlotCache, decode_step, has_plain_cache, logit_gap, prefill_slots
 from dschat.engine.graph_state import State
 from dschat.engine.sampling import Sampler, alone
 from dschat.engine.skinny_linear import plain_products, use_skinny_linears
@@ -33,6 +25,7 @@ from dschat.tracking.log import logger
 AHEAD = 8  # steps that the host may be ahead of the device
 SMALLEST = 8  # the smallest graph holds an eighth of the rows
 LENGTH_STEP = 64  # cache lengths are multiples of it
+MISSING = 0.5  # keys and values that were not written differ by 1, by norm
 
 
 class GraphMismatch(Exception):
@@ -128,6 +121,7 @@ class GraphDecoder:
         """Free graphs, cache and buffers; the next call makes them again."""
         if self.graphs:
             torch.cuda.synchronize()  # a graph must not go while it runs
+        decode_attention.forget_handed_over()
         self.graphs.clear()
         self.cache = self.state = self.sampler = self._pool = None
         self._key = ()
@@ -160,15 +154,15 @@ class GraphDecoder:
             return self.graphs[rows]
         started = time.monotonic()
         s, saved = self.state, {name: buffer.clone() for name, buffer in vars(self.state).items()}
-        held = self.cache.layers[0].rows
-        self.cache.start(rows=rows, filled=0, position=s.position)
+        held, last = self.cache.layers[0].rows, self.cache.layers[0].get_max_length() - 1
+        self.cache.start(rows=rows, filled=0, captured=True)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream), self._compiled:
             for _ in range(2):  # compiles and allocates outside of the capture, and writes the cache's last position
-                s.position.fill_(self.cache.layers[0].get_max_length() - 1)
+                s.position.fill_(last)
                 s.step.zero_()
-                s.bounds[..., 0], s.bounds[..., 1] = 0, 1
+                s.bounds[..., 0], s.bounds[..., 1] = last, last + 1
                 self._step(rows)
         torch.cuda.current_stream().wait_stream(stream)
         self._pool = self._pool or torch.cuda.graph_pool_handle()
@@ -177,7 +171,7 @@ class GraphDecoder:
             self._step(rows)
         for name, buffer in saved.items():
             getattr(s, name).copy_(buffer)
-        self.cache.start(rows=held, filled=0, position=s.position)
+        self.cache.start(rows=held, filled=0, captured=True)
         torch.cuda.synchronize()
         self.graphs[rows] = graph
         seconds = time.monotonic() - started
@@ -214,7 +208,7 @@ class GraphDecoder:
     def _start(self, logits: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> None:
         """Set the first N slots to texts whose first answer tokens are drawn from the prefill's logits [N, V]."""
         s, (num_rows, num_prompt) = self.state, input_ids.shape
-        self.cache.start(rows=num_rows, filled=num_prompt, position=s.position)
+        self.cache.start(rows=num_rows, filled=num_prompt, captured=True)
         if s.texts.shape[1]:
             s.texts[:num_rows] = input_ids[:, -1:]  # what is not there yet repeats a token that is: no other penalty
             s.texts[:num_rows, :num_prompt] = input_ids
@@ -233,18 +227,22 @@ class GraphDecoder:
         if s.texts.shape[1]:
             s.texts[:num_rows, num_prompt] = new
 
-    def _plain_step(self, attention_mask: torch.Tensor) -> torch.Tensor:
-        """Logits [N, V] of the first decode step without graph, compilation and kernels of ours."""
+    def _plain_step(self, attention_mask: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Logits [N, V] of the first decode step without graph, compilation and kernels of ours, and what it caches."""
         num_rows, num_prompt = attention_mask.shape
         self.cache.start(rows=num_rows, filled=num_prompt)
         mask = torch.cat([attention_mask, attention_mask.new_ones(num_rows, 1)], dim=-1)
         with plain_products():
             logits = decode_step(self.model, self.state.token[:num_rows, 0], mask, self.cache)
-        self.cache.start(rows=num_rows, filled=num_prompt, position=self.state.position)
-        return logits
+        self.cache.start(rows=num_rows, filled=num_prompt, captured=True)
+        places = self.cache.newest(rows=num_rows, position=num_prompt)
+        cached = [place.clone() for place in places]
+        for place in places:
+            place.zero_()  # what the captured step does not write is seen to be missing
+        return logits, cached
 
-    def _run(self, num_rows: int, num_new: int, expected: torch.Tensor | None) -> None:
-        """Replay until all answers have ended; `expected` are the logits of the first step, to be compared."""
+    def _run(self, num_rows: int, num_new: int, expected: tuple | None) -> None:
+        """Replay until all answers have ended; `expected` is what the plain first step gave, to be compared."""
         sizes = sorted({-(-num_rows // divisor) for divisor in (1, 2, 4, SMALLEST)})
         rows = num_rows
         for step in range(1, num_new):
@@ -262,7 +260,7 @@ class GraphDecoder:
             self._counts[place].copy_(self.state.remaining, non_blocking=True)
             self._events[place].record()
             if step == 1 and expected is not None:
-                self._compare(self.state.logits[:num_rows], expected)
+                self._compare(num_rows, *expected)
 
     def _compact(self, held: int, rows: int) -> None:
         """Of the first `held` slots the unfinished ones, and finished ones to fill up, become the first `rows`."""
@@ -271,13 +269,19 @@ class GraphDecoder:
         for layer in self.cache.layers:
             layer.keep(slots)
 
-    def _compare(self, found: torch.Tensor, expected: torch.Tensor) -> None:
-        gap = logit_gap(found, expected)
+    def _compare(self, num_rows: int, logits: torch.Tensor, cached: list[torch.Tensor]) -> None:
+        """The first replayed step with a plain one: its logits, and whether each layer has cached the token."""
+        gap = logit_gap(self.state.logits[:num_rows], logits)
+        found = self.cache.newest(rows=num_rows, position=int(self.state.position) - 1)
+        missing = torch.stack([(f.float() - e.float()).norm() / e.float().norm() for f, e in zip(found, cached)]).max()
         # Ranks of a group go on together or not at all.
-        gap = (gap if self.group is None else self.group.gather(gap).max()).item()
+        if self.group is not None:
+            gap, missing = (self.group.gather(value).max() for value in (gap, missing))
         # Written so that NaN fails.
-        if not gap <= TOLERANCE[expected.dtype]:
-            raise GraphMismatch(f"logits differ by {gap:.3g} standard deviations")
+        if not gap.item() <= TOLERANCE[logits.dtype]:
+            raise GraphMismatch(f"logits differ by {gap.item():.3g} standard deviations")
+        if not missing.item() <= MISSING:
+            raise GraphMismatch(f"keys and values in the cache differ by {missing.item():.3g} of their norm")
 
 
 def takes_graphs(model: nn.Module) -> str | None:

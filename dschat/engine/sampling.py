@@ -12,6 +12,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from dschat.engine.draw import draw, triton
 
 Agree = Callable[[torch.Tensor], torch.Tensor]
 
@@ -50,6 +51,9 @@ class Sampler:
                 self.warpers.append(TopKLogitsWarper(generation.top_k))
             if generation.top_p is not None and generation.top_p < 1.0:
                 self.warpers.append(TopPLogitsWarper(generation.top_p))
+        changed = self.penalty is not None or self.min_new_tokens or generation.top_k or (generation.top_p or 1.0) < 1.0
+        # Tokens that others have drawn need their own logprobs, which the kernels know of one token alone.
+        self.fused = triton is not None and self.do_sample and not changed and agree is alone
 
     def __call__(
         self, logits: torch.Tensor, texts: torch.Tensor | None, step: torch.Tensor | int
@@ -64,6 +68,8 @@ class Sampler:
             texts: [B, T] the tokens so far, read by the repetition penalty alone.
             step: how many tokens of the answer there are, an int or an int64 scalar on the device.
         """
+        if self.fused and logits.is_cuda:
+            return draw(logits, torch.empty(logits.shape, device=logits.device).exponential_(), self.temperature)
         scores = logits = logits.float()
         if self.penalty is not None:
             scores = self.penalty(texts, scores)

@@ -7,8 +7,10 @@ import torch
 from transformers import GenerationConfig
 
 from dschat.config.options import SystemOptions, ScheduleOptions
+from dschat.engine import graph_decoding
 from dschat.engine.build import build_training_engine, partitioned_loading, start_processes
 from dschat.engine.decode_attention import decode_attention
+from dschat.engine.draw import draw as fused_draw
 from dschat.engine.ds_config import training_config
 from dschat.engine.hybrid_engine import HybridEngine, PlainGenerator
 from dschat.engine.optim import step_together
@@ -71,12 +73,36 @@ def test_the_kernel_attends_within_its_bounds(heads, kv_heads, width, dtype, dev
     q = torch.randn(5, heads, 1, width, generator=draw, device=device).to(dtype)
     k, v = (torch.randn(6, kv_heads, 1100, width, generator=draw, device=device).to(dtype)[:5] for _ in range(2))
     bounds = torch.tensor([[0, 1100], [7, 8], [1000, 1037], [64, 128], [3, 700]], dtype=torch.int32, device=device)
-    found = decode_attention(q, k, v, bounds.view(5, 1, 1, 2), 0.3)
+    new = [torch.randn(5, kv_heads, 1, width, generator=draw, device=device).to(dtype) for _ in range(2)]
+    expected = [t.clone() for t in (k, v)]
+    for row, (_, end) in enumerate(bounds.tolist()):
+        for cache, token in zip(expected, new):
+            cache[row, :, end - 1] = token[row, :, 0]
+    found = decode_attention(q, k, v, *new, bounds.view(5, 1, 1, 2), 0.3)
+    assert torch.equal(k, expected[0]) and torch.equal(v, expected[1])
     for row, (first, end) in enumerate(bounds.tolist()):
         keys, values = (t[row, :, first:end].double().repeat_interleave(heads // kv_heads, 0) for t in (k, v))
         weights = (0.3 * q[row].double() @ keys.transpose(-1, -2)).softmax(-1)
         gap = (found[row].double() - weights @ values).abs().max().item()
         assert gap < {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype], (row, gap)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("vocab", [7, 2048, 32000, 50272])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_fused_draws_are_those_of_torch(vocab, temperature, dtype, device):
+    draw = torch.Generator(device).manual_seed(3)
+    logits = (3 * torch.randn(16, vocab, generator=draw, device=device)).to(dtype)
+    logits[0, : vocab // 2] = -float("inf")
+    noise = torch.empty(16, vocab, device=device).exponential_(generator=draw)
+    tokens, logprobs = fused_draw(logits, noise, temperature)
+    scores = logits.float() / temperature
+    # In half precision scores tie, and the noise alone decides; its last bit may.
+    chosen, best = (scores - noise.log()).gather(-1, tokens[:, None])[:, 0], (scores - noise.log()).amax(-1)
+    assert (best - chosen).max().item() < 1e-5
+    gap = (logprobs - scores.log_softmax(-1).gather(-1, tokens[:, None])[:, 0]).abs().max().item()
+    assert gap < 2e-5
+    assert tokens.unique().numel() > 3
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -129,6 +155,22 @@ def test_greedy_answers_are_those_of_generate(family, compiled, device, tmp_path
     captured = hybrid._graphs.captures
     assert answers(hybrid.decode(ids[2:5], mask[2:5], greedy()).tokens) == expected
     assert hybrid._graphs.captures == captured
+
+
+def test_a_step_that_caches_nothing_is_noticed(device, tmp_path, monkeypatch):
+    """The logits of the first step are right all the same; those of the next would not be."""
+    engine = stand_in(tiny(tmp_path, "llama"), device)
+    ids, mask = prompts(device)
+    kernel = graph_decoding.decode_attention.decode_attention
+
+    def on_copies(query, key, value, *rest):
+        return kernel(query, key.clone(), value.clone(), *rest)
+
+    monkeypatch.setattr(graph_decoding.decode_attention, "decode_attention", on_copies)
+    hybrid = HybridEngine(engine, compiled=False)
+    expected = answers(PlainGenerator(engine).decode(ids, mask, greedy()).tokens)
+    assert answers(hybrid.decode(ids, mask, greedy()).tokens) == expected
+    assert hybrid._graphs is None, "graphs should be off"
 
 
 def test_copies_of_a_prompt_and_logits_processors(device, tmp_path):
