@@ -30,7 +30,11 @@ def main() -> int:
         return 1
     rows = [[name, *summary(curve)] for name, curve in curves.items()]
     print(table(rows, header=["run", "rollouts", "first", "last", "highest"]))
-    draw(curves, args.figure or args.output / "sweep.png", metric=args.metric, window=args.smooth)
+    panels = {
+        title: {name: curve for name, curve in curves.items() if name.endswith(f"lora_{lora}")}
+        for title, lora in (("without LoRA", "false"), ("with LoRA", "true"))
+    }
+    draw(panels, args.figure or args.output / "sweep.png", metric=args.metric, window=args.smooth)
     return 0
 
 
@@ -71,8 +75,8 @@ def moving_average(values: list[float], window: int) -> list[float]:
     return [sum(values[max(0, i - window + 1) : i + 1]) / (i + 1 - max(0, i - window + 1)) for i in range(len(values))]
 
 
-def draw(curves: dict[str, list[tuple[int, float]]], figure: Path, *, metric: str, window: int) -> None:
-    """One panel without and one with LoRA; colour tells stage and Hybrid Engine, a dashed line offload."""
+def draw(panels: dict[str, dict[str, list[tuple[int, float]]]], figure: Path, *, metric: str, window: int) -> None:
+    """Panels of curves by title and folder name; colour tells stage and Hybrid Engine, a dashed line offload."""
     try:
         import matplotlib
 
@@ -82,18 +86,18 @@ def draw(curves: dict[str, list[tuple[int, float]]], figure: Path, *, metric: st
         print("matplotlib is not installed: no figure (pip install matplotlib)")
         return
     colors = dict(zip(itertools.product(STAGES, SWITCH), ("tab:blue", "tab:cyan", "tab:red", "tab:orange")))
-    canvas, axes = plt.subplots(1, 2, figsize=(14, 5.5), sharey=True)
-    for name, curve in curves.items():
-        stage, hybrid, offload, lora = name[1:].split("_")[::2]
-        steps, values = zip(*curve)
-        axes[int(lora == "true")].plot(
-            steps,
-            moving_average(list(values), window),
-            color=colors[stage, hybrid],
-            linestyle="--" if offload == "true" else "-",
-            label=f"ZeRO-{stage}{', Hybrid Engine' * (hybrid == 'true')}{', offload' * (offload == 'true')}",
-        )
-    for axis, title in zip(axes, ("without LoRA", "with LoRA")):
+    canvas, axes = plt.subplots(1, len(panels), figsize=(2 + 6 * len(panels), 5.5), sharey=True)
+    for axis, (title, curves) in zip(axes, panels.items()):
+        for name, curve in curves.items():
+            stage, hybrid, offload, _ = name[1:].split("_")[::2]
+            steps, values = zip(*curve)
+            axis.plot(
+                steps,
+                moving_average(list(values), window),
+                color=colors[stage, hybrid],
+                linestyle="--" if offload == "true" else "-",
+                label=f"ZeRO-{stage}{', Hybrid Engine' * (hybrid == 'true')}{', offload' * (offload == 'true')}",
+            )
         axis.set(xlabel="rollouts", title=title)
         if axis.lines:
             axis.legend(fontsize=8)
