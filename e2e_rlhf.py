@@ -17,7 +17,6 @@ import argparse
 import json
 import os
 import shutil
-import socket
 import sys
 import time
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))
 
 from dschat.config.cache import cache_dir  # noqa: E402
+from dschat.config.ports import free_port  # noqa: E402
 from dschat.config.recipes import resolve_model, size_name, step_flags  # noqa: E402
 from dschat.tracking.child import run_logged, start_process  # noqa: E402
 from dschat.tracking.log import set_up_logging  # noqa: E402
@@ -167,9 +167,7 @@ def launcher(args: argparse.Namespace, *, on_gpu: bool, port: int) -> list[str]:
 
 def run_step(command: list[str], log: Path, args: argparse.Namespace, *, on_gpu: bool) -> None:
     """Run a main and its flags under DeepSpeed's launcher, on a master port that is free now; see run_logged."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     count = num_processes(args, on_gpu=on_gpu)
     environment = child_environment({} if on_gpu else {"OMP_NUM_THREADS": str(max(1, cpu_cores() // max(count, 1)))})
     if count and "CUDA_VISIBLE_DEVICES" not in os.environ:

@@ -239,15 +239,8 @@ several_hosts() {
 }
 
 master_port() {
-    "$PYTHON" - "${MASTER_PORT:-0}" <<'PYTHON' || fail "MASTER_PORT=${MASTER_PORT:-}: in use, or no port. Leave it out."
-import socket, sys
-with socket.socket() as probe:
-    try:
-        probe.bind(("", int(sys.argv[1])))
-    except (OSError, ValueError, OverflowError):
-        sys.exit(1)
-    print(probe.getsockname()[1])
-PYTHON
+    "$PYTHON" -m dschat.config.ports "${MASTER_PORT:-0}" 2>/dev/null ||
+        fail "MASTER_PORT=${MASTER_PORT:-}: in use, or no port. Leave it out."
 }
 
 # How many processes a dry run plans for.

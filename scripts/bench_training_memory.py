@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from dschat.config.ports import free_port  # noqa: E402
 from scripts._memory_rows import ROWS, run_row  # noqa: E402
 
 
@@ -100,10 +100,7 @@ def launcher(processes: int) -> list[str]:
     """What goes in front of a script; for several processes the deepspeed launcher, on a port that is free now."""
     if processes == 1:
         return [sys.executable]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    words = ["-m", "deepspeed.launcher.runner", "--num_accelerators", str(processes), "--master_port", str(port)]
+    words = ["-m", "deepspeed.launcher.runner", "--num_accelerators", str(processes), "--master_port", str(free_port())]
     return [sys.executable, *words]
 
 

@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -24,6 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from dschat.config.ports import free_port  # noqa: E402
 from dschat.tracking.manifest import file_entry  # noqa: E402
 from dschat.tracking.report import hardware, table, versions, write_json  # noqa: E402
 from dschat.tracking.summary import ppo_section, read_jsonl  # noqa: E402
@@ -131,10 +131,7 @@ def launch(name: str, flags: list[str], seed: int, output: Path, work: Path) -> 
         if known["flags"] == asked["flags"] and known.get("models", asked["models"]) == asked["models"]:
             return known["seconds"]
     folder = work / f"{name}_seed{seed}"
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", str(port)]
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", str(free_port())]
     command += ["--num_gpus" if has_gpu() else "--num_accelerators", "1", str(MAIN), *flags]
     command += ["--seed", str(seed), "--output_dir", str(folder)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}

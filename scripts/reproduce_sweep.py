@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -61,8 +61,9 @@ def main() -> int:
             models = train_models(Path(work))
             if has_gpu():
                 compile_cpu_adam()
-            jobs = {run: pool.submit(launch, *run, models, Path(work), args) for run in todo}
-            for run, job in jobs.items():
+            jobs = {pool.submit(launch, *run, models, Path(work), args): run for run in todo}
+            for job in as_completed(jobs):
+                run = jobs[job]
                 try:
                     known[label(*run)] = job.result()
                 except RuntimeError as error:

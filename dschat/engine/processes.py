@@ -1,9 +1,10 @@
 """What the environment says about this process's place among the others: of the launchers, SLURM, or nothing."""
 
 import re
-import socket
 from collections.abc import Mapping
 from pathlib import Path
+
+from dschat.config.ports import free_port
 
 SLURM_PORTS = range(20000, 40000)
 
@@ -29,10 +30,7 @@ def process_variables(environment: Mapping[str, str], *, local_rank: int = -1) -
     elif "SLURM_PROCID" in environment and int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
         found = _slurm_variables(environment)
     else:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        found = dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        found = dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     return {name: value for name, value in found.items() if name not in environment}
 
 

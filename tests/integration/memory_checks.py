@@ -95,14 +95,15 @@ def in_pieces(ds_config: dict) -> None:
         ds_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
 
 
-def batch(micro: int) -> tuple[torch.Tensor, torch.Tensor]:
+def batch(micro: int, engine) -> tuple[torch.Tensor, torch.Tensor]:
     draw = torch.Generator().manual_seed(2 * micro + dist.rank())
     ids = torch.randint(3, 259, (2, 10), generator=draw)
+    ids = ids.to(engine.device)
     return ids, torch.ones_like(ids)
 
 
 def logits_of(engine, micro: int = 0) -> torch.Tensor:
-    ids, mask = batch(micro)
+    ids, mask = batch(micro, engine)
     engine.eval()
     with torch.no_grad():
         return forward_logits(engine, engine.module, input_ids=ids, attention_mask=mask)
@@ -110,7 +111,7 @@ def logits_of(engine, micro: int = 0) -> torch.Tensor:
 
 def train(engine, micro: int) -> float:
     engine.train()
-    ids, mask = batch(micro)
+    ids, mask = batch(micro, engine)
     logits = forward_logits(engine, engine.module, input_ids=ids, attention_mask=mask)
     loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
     engine.backward(loss)
