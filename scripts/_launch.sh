@@ -239,8 +239,8 @@ several_hosts() {
 }
 
 master_port() {
-    "$PYTHON" -m dschat.config.ports "${MASTER_PORT:-0}" 2>/dev/null ||
-        fail "MASTER_PORT=${MASTER_PORT:-}: in use, or no port. Leave it out."
+    "$PYTHON" -c 'import sys; from dschat.config.ports import free_port as f; print(f(int(sys.argv[1])))' "${MASTER_PORT:-0}" \
+        2>/dev/null || fail "MASTER_PORT=${MASTER_PORT:-}: in use, or no port. Leave it out."
 }
 
 # How many processes a dry run plans for.

@@ -1,11 +1,7 @@
-"""A port on which the first process of a run listens.
-
-    python -m dschat.config.ports [PORT]      # prints PORT if it is free, else fails; 0 or nothing: one that is
-"""
+"""A port on which the first process of a run listens."""
 
 import random
 import socket
-import sys
 
 # Below the ports that a system hands to outgoing connections, which may take one between its choice and its use.
 FIRST, LAST = 10000, 32767
@@ -27,10 +23,3 @@ def free_port(wanted: int = 0) -> int:
             except OSError as error:
                 refusal = error
     raise refusal
-
-
-if __name__ == "__main__":
-    try:
-        print(free_port(int(sys.argv[1]) if len(sys.argv) > 1 else 0))
-    except (OSError, ValueError, OverflowError) as problem:
-        sys.exit(str(problem))
