@@ -58,7 +58,7 @@ class PPOBatch:
 
     per_device_generation_batch_size: int = flag(16, "Prompts per process and generation batch.")
     per_device_training_batch_size: int = flag(16, "Rows per process and training micro-batch.")
-    per_device_eval_batch_size: int = flag(32, "Held-out prompts per process and batch.")
+    per_device_eval_batch_size: int = flag(16, "Held-out prompts per process and batch.")
     generation_batches: int = flag(1, "Generation batches per rollout.")
     ppo_epochs: int = flag(1, "Passes over each rollout.")
     num_samples_per_prompt: int = flag(1, "Answers sampled to each prompt; rollouts grow by this factor.")

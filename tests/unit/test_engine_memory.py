@@ -11,7 +11,8 @@ from dschat.config.steps import PPOConfig, RewardConfig, SFTConfig
 from dschat.engine import activations
 from dschat.engine.memory import inference_footprint, training_footprint
 from dschat.engine.memory_plan import plan_step
-from dschat.engine.memory_report import GIB, OVERHEAD, check_fit, needed_bytes, plan_text, remedies, with_options
+from dschat.engine.memory_report import plan_text
+from dschat.engine.remedies import GIB, OVERHEAD
 from dschat.engine.model_size import ModelSize, model_size, named_size
 from dschat.models.families import FAMILIES, shape_config
 from dschat.models.prepare import prepare_for_training
@@ -277,72 +278,6 @@ def test_int8_weights_take_a_byte_and_their_scales():
     # Attached adapters need the weights themselves beside them, and those are in int8.
     hybrid = f"{flags} --enable_hybrid_engine"
     assert ppo(f"{hybrid} --hybrid_lora attach").resident["replica"] == 2 * adapted
-
-
-def test_larger_tensor_parallel_groups_are_a_remedy_where_they_fit_model_and_processes():
-    flags = f"{ADAPTERS} --enable_hybrid_engine --actor_zero_stage 3 --critic_zero_stage 3 --offload"
-    config = parse_config(PPOConfig, f"{STEP3} {flags} --eval_prompts 8".split())
-    limits = (10 * GIB, 0)
-    words, _ = remedies(config, world_size=8, processes=8, dtype="bf16", limits=limits)
-    assert "--inference_tp_size 8" in words
-    odd = remedies(config, world_size=3, processes=3, dtype="bf16", limits=limits)
-    assert odd is None or not any("inference_tp_size" in word for word in odd[0])
-
-
-def sft(flags: str):
-    return parse_config(SFTConfig, f"--model_name_or_path llama-2-7b --zero_stage 2 {flags}".split())
-
-
-def fit(config, *, gpu_gib: float, host_gib: float = 0.0, world_size: int = 1) -> None:
-    plan = plan_step(config, world_size=world_size, dtype="bf16")
-    limits = dict(gpu_bytes=gpu_gib * GIB, all_host_bytes=host_gib * GIB)
-    check_fit(config, plan, world_size=world_size, processes=world_size, dtype="bf16", **limits)
-
-
-def test_what_cannot_fit_is_refused_with_flags_that_make_it_fit():
-    config = sft("")
-    with pytest.raises(ValueError, match="does not fit.*of 24.0 GiB.*It fits with --.*--ignore_memory_plan") as refused:
-        fit(config, gpu_gib=24)
-    words = str(refused.value).partition("It fits with ")[2].partition(" (")[0].split()
-    assert 2 <= sum(word.startswith("--") for word in words) <= 5
-    changed = sft(" ".join(words))
-    fit(changed, gpu_gib=24)
-    assert needed_bytes(plan_step(changed, world_size=1, dtype="bf16")) <= 24 * GIB
-    fit(config, gpu_gib=200)
-
-
-def test_where_the_batch_is_what_does_not_fit_a_smaller_one_is_the_remedy():
-    config = sft("--lora_dim 8 --only_optimize_lora --gradient_checkpointing --per_device_train_batch_size 256")
-    words, plan = remedies(config, world_size=1, processes=1, dtype="bf16", limits=(32 * GIB, 0))
-    assert words == ["--per_device_train_batch_size 64", "--gradient_accumulation_steps 4"]
-    config = parse_config(PPOConfig, f"{STEP3} --actor_lora_dim 8 --critic_lora_dim 8 --only_optimize_lora".split())
-    rows = {"per_device_generation_batch_size": 16, "generation_batches": 4, "per_device_training_batch_size": 64}
-    checkpointing = {"actor_gradient_checkpointing": True, "critic_gradient_checkpointing": True}
-    config = with_options(config, rows | checkpointing | {"per_device_eval_batch_size": 8})
-    words, _ = remedies(config, world_size=1, processes=1, dtype="bf16", limits=(66 * GIB, 0))
-    assert words == ["--per_device_training_batch_size 32", "--gradient_accumulation_steps 2"]
-
-
-def test_step_3_and_the_host_count_as_well():
-    config = parse_config(PPOConfig, STEP3.split())
-    limits = (80 * GIB, 100 * GIB)
-    words, plan = remedies(config, world_size=1, processes=1, dtype="bf16", limits=limits)
-    assert needed_bytes(plan) <= 80 * GIB and plan.host_bytes(processes=1) <= 100 * GIB
-    assert "--only_optimize_lora" in words  # offload of two whole models would need 242 GB of host memory
-    with pytest.raises(ValueError, match="GiB of 10.0 GiB host memory"):
-        fit(sft("--lora_dim 8 --only_optimize_lora"), gpu_gib=80, host_gib=10)
-
-
-def test_where_nothing_helps_it_says_so():
-    config = parse_config(SFTConfig, "--model_name_or_path opt-175b".split())
-    with pytest.raises(ValueError, match="None of the usual flags makes it fit 1 GPU"):
-        fit(config, gpu_gib=24, host_gib=64)
-
-
-def test_options_are_replaced_in_whatever_group_they_are():
-    config = with_options(sft(""), {"gradient_checkpointing": True, "per_device_train_batch_size": 2})
-    assert config.system.gradient_checkpointing and config.batch.per_device_train_batch_size == 2
-    assert config.system.zero_stage == 2
 
 
 def test_a_pair_is_two_texts_and_the_table_says_what_is_needed():
