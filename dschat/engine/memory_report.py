@@ -1,30 +1,22 @@
 """The memory plan as text, whether it fits, and what would make it fit."""
 
 from dschat.engine.memory_plan import StepPlan
-from dschat.engine.remedies import GIB, MOST_GPUS, Machine, Remedy, enough_gpus, find_remedy, needed_bytes
+from dschat.engine.phases import KINDS
+from dschat.engine.remedies import GIB, MOST_GPUS, OVERHEAD, Machine, Remedy, enough_gpus, find_remedy, needed_bytes
 from dschat.tracking.report import table
 
 FEW_FLAGS = 3  # more than these are called many
 
 
 def plan_text(plan: StepPlan, *, processes: int, gpu_bytes: float = 0.0, all_host_bytes: float = 0.0) -> str:
-    """The plan as a table, with a verdict.
+    """The plan as tables, with a verdict: each model, and each phase with all that lies there at its worst moment.
 
     Args:
         processes: on one host.
         gpu_bytes: memory of a GPU; 0 where it is not known.
         all_host_bytes: memory of the host; 0 where it is not known.
     """
-    columns = ("weights", "master", "adam", "average", "gradients", "buffers", "host")
-    rows = [
-        [name, f"{plan.sizes[name].parameters / 1e6:,.0f}", f"{plan.sizes[name].trained / 1e6:,.0f}"]
-        + [_gib(getattr(model, column)) for column in columns]
-        for name, model in plan.models.items()
-    ]
-    header = ["GiB a process", "M param.", "trained", "weights", "fp32", "Adam", "EMA", "gradients", "buffers", "host"]
     phase, peak = plan.peak
-    others = "".join(f"{name} {_gib(size)} GiB, " for name, size in plan.resident.items() if size)
-    phases = ", ".join(f"{name} {_gib(size)}" for name, size in plan.phases.items())
     verdict = f"needs {_gib(needed_bytes(plan))} GiB on a GPU"
     if gpu_bytes:
         verdict += f" of {_gib(gpu_bytes)} GiB: {'fits' if needed_bytes(plan) <= gpu_bytes else 'does not fit'}"
@@ -34,11 +26,34 @@ def plan_text(plan: StepPlan, *, processes: int, gpu_bytes: float = 0.0, all_hos
         verdict += f" of {_gib(all_host_bytes)} GiB: {'fits' if host <= all_host_bytes else 'does not fit'}"
     return "\n".join(
         [
-            table(rows, header=header),
-            f"{others}peak by phase: {phases}",
-            f"peak {_gib(peak)} GiB ({phase}); {verdict}",
+            _models_table(plan),
+            "",
+            _phases_table(plan, processes=processes),
+            f"peak {_gib(peak)} GiB ({phase}); with {_gib(OVERHEAD)} GiB for CUDA and libraries it {verdict}",
         ]
     )
+
+
+def _models_table(plan: StepPlan) -> str:
+    columns = ("weights", "master", "adam", "average", "gradients", "buffers", "host")
+    rows = [
+        [name, f"{plan.sizes[name].parameters / 1e6:,.0f}", f"{plan.sizes[name].trained / 1e6:,.0f}"]
+        + [_gib(getattr(model, column)) for column in columns]
+        for name, model in plan.models.items()
+    ]
+    header = ["GiB a process", "M param.", "trained", "weights", "fp32", "Adam", "EMA", "gradients", "buffers", "host"]
+    return table(rows, header=header)
+
+
+def _phases_table(plan: StepPlan, *, processes: int) -> str:
+    """A row a phase, of one GPU, and one of a host; without kinds of tensors that are nowhere."""
+    every = {**plan.parts, f"a host of {processes}": plan.host_parts(processes=processes)}
+    kinds = [kind for kind in KINDS if any(parts.get(kind) for parts in every.values())]
+    rows = [
+        [name, *(_gib(parts.get(kind, 0.0)) for kind in kinds), _gib(sum(parts.values()))]
+        for name, parts in every.items()
+    ]
+    return table(rows, header=["GiB a GPU", *kinds, "all"])
 
 
 def check_fit(

@@ -12,7 +12,8 @@ from dschat.engine import activations
 from dschat.engine.memory import inference_footprint, training_footprint
 from dschat.engine.memory_plan import plan_step
 from dschat.engine.memory_report import plan_text
-from dschat.engine.remedies import GIB, OVERHEAD
+from dschat.engine.phases import KINDS
+from dschat.engine.remedies import GIB, OVERHEAD, needed_bytes
 from dschat.engine.model_size import ModelSize, model_size, named_size
 from dschat.models.families import FAMILIES, shape_config
 from dschat.models.prepare import prepare_for_training
@@ -301,3 +302,68 @@ def test_counting_leaves_the_random_numbers_alone():
     torch.manual_seed(5)
     sizes._counted("tiny-llama", "--model", False, False, LoraOptions(lora_dim=4), SystemOptions(), "")
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_each_phase_is_parted_by_what_lies_there():
+    flags = "--model_name_or_path llama-2-7b --zero_stage 2 --gradient_checkpointing --per_device_train_batch_size 4"
+    config = parse_config(SFTConfig, f"{flags} --per_device_eval_batch_size 2".split())
+    plan, n = plan_step(config, world_size=8, dtype="bf16"), 6_738_415_616
+    matrices = n - 65 * 4096  # the largest group of the optimizer; the norms' weights are the other
+    lying = {"weights": 2 * n, "optimizer": 12 * n / 8}
+    tokens, logits = 4 * 512, 4 * 512 * 32000  # fewer logits than a chunk of the loss
+    kept = tokens * (32 * 2 * 4096 + 10 * 4096)  # a layer's input of each layer; the ends
+    loss = (2 + 25) * logits
+    # One layer, recomputed: two norms, attention and feed-forward part, log-sum-exps; and gradients.
+    again = 2 * (4 + 2 + 2) * 4096 + 2 * (4 * 4096 + 4 * 11008) + 4 * 32
+    working = tokens * (again + 2 * (2 * 4096 + 3 * 11008))
+    gradients = 2 * BUCKET + 2 * n / 8
+    assert loss < working + gradients
+    evaluated = 2 * 512 * 32000
+
+    def parts(**more):
+        return {**dict.fromkeys(KINDS, 0.0), **lying, **more}
+
+    assert plan.parts == {
+        "build": {**dict.fromkeys(KINDS, 0.0), "weights": 2 * n, "copies": 2 * matrices},
+        "backward": parts(activations=kept + working, gradients=gradients),
+        "step": parts(gradients=2 * n / 8, copies=6 * matrices / 8),
+        "evaluate": parts(activations=(2 + 25) * evaluated),
+    }
+    assert plan.phases["backward"] == 2 * n + 12 * n / 8 + kept + working + gradients
+    (backward,) = (line for line in plan_text(plan, processes=8).splitlines() if line.startswith("backward "))
+    assert backward.split()[-3] == f"{(kept + working) / GIB:.1f}"
+    frozen = f"{flags} --lora_dim 8 --only_optimize_lora".replace("--gradient_checkpointing", "")
+    adapters = plan_step(parse_config(SFTConfig, frozen.split()), world_size=8, dtype="bf16")
+    # Norms that do not train keep less; adapters keep their inputs' products: 4 of the attention, 3 of the rest, 8 each.
+    layer = 2 * (4 + 2) * 4096 + 2 * (4 * 4096 + 4 * 11008) + 4 * 32 + 2 * 7 * 8
+    assert adapters.parts["backward"]["activations"] == tokens * (32 * layer + 10 * 4096) + loss
+
+
+def test_the_rows_of_the_plan_are_those_of_a_gpu_and_of_a_host():
+    flags = "--enable_hybrid_engine --actor_zero_stage 3 --critic_zero_stage 3 --offload --unpin_actor_parameters "
+    flags += "--per_device_generation_batch_size 4 --per_device_training_batch_size 4 --eval_prompts 4"
+    plan = ppo(flags, world_size=8)
+    text = plan_text(plan, processes=8)
+    header, _, *rows = text.partition("\n\n")[2].splitlines()
+    kinds = header.split("  ")
+    kinds = [kind.strip() for kind in kinds if kind.strip()]
+    assert kinds == ["GiB a GPU", "weights", "optimizer", "buffers", "activations", "KV cache", "replica", "all"]
+    cells = {row[: header.index("weights")].strip(): row[header.index("weights") :].split() for row in rows[:-1]}
+    # 4 rows of 512 tokens in 32 layers of keys and values; all weights of the actor while it generates, then none.
+    assert cells["generate"][-3:-1] == ["1.0", f"{2 * 6_738_415_616 / GIB:.1f}"]
+    assert cells["actor backward"][-3:-1] == ["1.0", "0.0"]
+    for cell in cells.values():
+        assert float(cell[-1]) == pytest.approx(sum(map(float, cell[:-1])), abs=0.3)
+    # Actor and critic in bf16, and fp32 weights, gradients, moments and a bf16 copy of an eighth for each process.
+    trained = 2 * 6_738_415_616 - 32000 * 4096 + 4096
+    assert cells["a host of 8"][:2] == [f"{2 * trained / GIB:.1f}", f"{18 * trained / GIB:.1f}"]
+    assert set(plan.phases) | {"a host of 8"} == set(cells)
+
+
+def test_what_is_offloaded_while_idle_is_no_part_of_generation():
+    flags = "--actor_zero_stage 3 --critic_zero_stage 3"
+    there, away = ppo(flags, world_size=4), ppo(f"{flags} --offload_idle_states", world_size=4)
+    assert away.parts["generate"]["optimizer"] == 0 and there.parts["generate"]["optimizer"] > 0
+    assert away.parts["actor step"] == there.parts["actor step"]
+    bucket = there.parts["generate"]["buffers"] - away.parts["generate"]["buffers"]
+    assert bucket == 2 * (2 * 6_738_415_616 - 32000 * 4096 + 4096) / 4  # the places of the gradients

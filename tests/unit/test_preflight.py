@@ -1,6 +1,7 @@
 """The memory plan before loading: printed, held against the GPU, and alone by --dry_run and dschat.plan."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -92,3 +93,14 @@ def test_dschat_plan(capsys):
 def test_dschat_plan_names_mistakes(flags, message):
     with pytest.raises(ValueError, match=message):
         plan.main(flags.split())
+
+
+def test_the_guide_shows_what_the_planner_prints(capsys):
+    guide = (Path(__file__).resolve().parents[2] / "docs" / "performance" / "memory.md").read_text()
+    command, shown = "--step 3 --model llama-2-7b --gpus 1 --gpu_gib 24", guide.partition("```text\n")[2].partition("```")[0]
+    assert f"python -m dschat.plan {command}\n" in guide
+    with pytest.raises(ValueError) as refused:
+        plan.main(command.split())
+    printed = f"{capsys.readouterr().out}\nerror (rank 0): {refused.value}\n"
+    assert shown == printed
+    assert "It fits with --actor_gradient_checkpointing --actor_zero_stage 3 --offload (20.9 GiB on each GPU" in shown
