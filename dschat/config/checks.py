@@ -1,31 +1,7 @@
-"""Checks of single options. Each returns the problems found: none, or one sentence that names the flag and its value."""
+"""Checks of the option groups that steps share. Each returns the problems found, one sentence each."""
 
 from dschat.config.options import DataOptions, LoraOptions, ScheduleOptions
-
-
-def required(name: str, value: str) -> list[str]:
-    """A problem where no model is named."""
-    return [] if value else [f"{name} is required: a model folder or a hub id."]
-
-
-def zero_stage(name: str, value: int) -> list[str]:
-    """A problem where `value` is no ZeRO stage."""
-    return [] if value in (0, 1, 2, 3) else [f"{name} {value}: ZeRO has the stages 0, 1, 2 and 3."]
-
-
-def at_least(name: str, value, low) -> list[str]:
-    """A problem unless `value` >= `low`."""
-    return [] if value >= low else [f"{name} {value}: must be at least {low}."]
-
-
-def above(name: str, value, low) -> list[str]:
-    """A problem unless `value` > `low`."""
-    return [] if value > low else [f"{name} {value}: must be above {low}."]
-
-
-def in_range(name: str, value, low, high) -> list[str]:
-    """A problem unless `low` <= `value` <= `high`."""
-    return [] if low <= value <= high else [f"{name} {value}: must lie between {low} and {high}."]
+from dschat.config.values import above, at_least, in_range, required, seed_value, share, zero_stage
 
 
 def lora_problems(lora: LoraOptions, *, prefix: str = "--") -> list[str]:
@@ -38,9 +14,8 @@ def lora_problems(lora: LoraOptions, *, prefix: str = "--") -> list[str]:
 def data_problems(data: DataOptions) -> list[str]:
     """The problems of the data options."""
     found = [] if data.data_path else ["--data_path names no data set."]
-    return found + above("--eval_fraction", data.eval_fraction, 0) + in_range(
-        "--eval_fraction", data.eval_fraction, 0.0, 0.9
-    )
+    found += share("--eval_fraction", data.eval_fraction, 0.9)
+    return found + seed_value("--data_seed", data.data_seed)
 
 
 def schedule_problems(schedule: ScheduleOptions) -> list[str]:
