@@ -1,5 +1,7 @@
 """Checks of the option groups that steps share. Each returns the problems found, one sentence each."""
 
+from pathlib import Path
+
 from dschat.config.options import DataOptions, LoraOptions, ScheduleOptions
 from dschat.config.values import above, at_least, in_range, required, seed_value, share, zero_stage
 
@@ -26,9 +28,31 @@ def schedule_problems(schedule: ScheduleOptions) -> list[str]:
     return found + at_least("--num_warmup_steps", schedule.num_warmup_steps, 0)
 
 
+def output_problems(output_dir: str | None, models: dict[str, list[str]], *, below: tuple[str, ...] = ()) -> list[str]:
+    """A problem for each model that the run reads where it would write another.
+
+    Args:
+        models: flags, and the folders or hub ids that they name.
+        below: folders in the output folder that models are saved to.
+    """
+    if not output_dir:
+        return []
+    output = Path(output_dir)
+    # A model folder may hold its adapter, which is replaced with it.
+    written = [folder / more for folder in (output, *(output / name for name in below)) for more in ("", "adapter")]
+    written = {folder.resolve() for folder in written}
+    return [
+        f"--output_dir {output_dir}: a finished model would take the place of {flag} {path}. Give another folder."
+        for flag, paths in models.items()
+        for path in paths
+        if path and Path(path).expanduser().resolve() in written
+    ]
+
+
 def single_model_problems(config) -> list[str]:
     """The problems of a step that trains one model."""
     found = required("--model_name_or_path", config.model.model_name_or_path)
+    found += output_problems(config.run.output_dir, {"--model_name_or_path": [config.model.model_name_or_path]})
     found += data_problems(config.data) + schedule_problems(config.schedule)
     found += zero_stage("--zero_stage", config.system.zero_stage)
     found += lora_problems(config.lora)

@@ -15,6 +15,10 @@ from dschat.config.options import (
 )
 
 
+# What step 3 saves below its output folder.
+MODEL_FOLDERS = ("actor", "critic", "actor_ema")
+
+
 @dataclass(frozen=True)
 class PPOData(DataOptions):
     unsupervised_dataset_name: Optional[str] = flag(
@@ -50,6 +54,13 @@ class PPOModels(ModelOptions):
     num_padding_at_beginning: int = flag(
         1, "Accepted for compatibility, without effect: positions come from the attention mask."
     )
+
+    @property
+    def by_flag(self) -> dict[str, list[str]]:
+        """The flags that name models, and what they name."""
+        flags = ("actor_model_name_or_path", "critic_model_name_or_path")
+        named = {f"--{flag}": [getattr(self, flag)] for flag in flags}
+        return {**named, "--reward_model_name_or_path": self.reward_model_name_or_path}
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ That of DPO is in dpo.py.
 
 from dataclasses import dataclass
 
-from dschat.config.checks import data_problems, lora_problems, schedule_problems, single_model_problems
+from dschat.config.checks import data_problems, lora_problems, output_problems, schedule_problems, single_model_problems
 from dschat.config.options import (
     BatchOptions,
     LoraOptions,
@@ -18,6 +18,7 @@ from dschat.config.options import (
     flag,
 )
 from dschat.config.ppo_options import (
+    MODEL_FOLDERS,
     PPOAlgorithm,
     PPOBatch,
     PPOData,
@@ -185,6 +186,7 @@ class PPOConfig:
         found = required("--actor_model_name_or_path", self.model.actor_model_name_or_path)
         if self.has_critic or not (self.model.reward_model_name_or_path or self.model.reward_fn):
             found += required("--critic_model_name_or_path", self.model.critic_model_name_or_path)
+        found += output_problems(self.run.output_dir, self.model.by_flag, below=MODEL_FOLDERS)
         found += data_problems(self.data) + schedule_problems(self.schedule)
         for name in ("actor_zero_stage", "critic_zero_stage"):
             found += zero_stage("--" + name, getattr(self.system, name))

@@ -3,12 +3,14 @@
 import glob
 import os
 import random
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 
 from dschat.config.parse import config_dict
-from dschat.models.export import mend_folder
+from dschat.config.ppo_options import MODEL_FOLDERS
+from dschat.models.export import files_of_a_model, mend_folder
 from dschat.tracking import dist
 from dschat.tracking.lock import lock_folder
 from dschat.tracking.log import logger
@@ -24,8 +26,7 @@ WITHOUT_EFFECT = {
     "actor_dropout": "dropout is off in all four models of step 3",
     "critic_dropout": "dropout is off in all four models of step 3",
 }
-# What step 3 saves below its output folder.
-MODEL_FOLDERS = ("actor", "critic", "actor_ema")
+RECORD = "run.json"  # in every output folder, from the moment that a run has loaded its models
 
 
 def announce(config) -> None:
@@ -76,13 +77,17 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def prepare_output_dir(output_dir: str | None) -> None:
+def prepare_output_dir(output_dir: str | None, *, below: Iterable[str] = ()) -> None:
     """Make the output folder, see that it can be written, and keep other runs from it until this process ends.
 
     What a run that was killed left half done beside it is put in order. Every process must call it.
 
+    Args:
+        below: folders in it that models will be saved to; none: it is itself the model's.
+
     Raises:
-        ValueError: it cannot be written, or another run writes to it; names --output_dir.
+        ValueError: it cannot be written, holds a model that no run of ours wrote, or another run writes to it; names
+            --output_dir.
     """
     if output_dir is None:
         return
@@ -97,7 +102,7 @@ def prepare_output_dir(output_dir: str | None) -> None:
             f"--output_dir {output_dir}: a finished model takes its name by a rename, which a mount point or a folder "
             "above that is not writable forbids. Give a folder below it."
         )
-    fault = dist.first_fault(_taken(path) if dist.is_main() else "")
+    fault = dist.first_fault(_foreign_model(path, below) or _taken(path) if dist.is_main() else "")
     if fault:
         raise ValueError(f"--output_dir {output_dir}: {fault}. Give another folder.")
     try:
@@ -109,12 +114,28 @@ def prepare_output_dir(output_dir: str | None) -> None:
         raise ValueError(f"--output_dir {output_dir}: not writable ({error.strerror}). Give another folder.") from error
 
 
+def _foreign_model(path: Path, below: Iterable[str]) -> str:
+    """Why no model may be saved there, or "": one lies there, and nothing says that a run of ours wrote it."""
+    if (path / RECORD).exists() or _asides(path):  # such an output folder was being replaced, and is put in order below
+        return ""
+    for folder in (path, *(path / name for name in below)):
+        found = files_of_a_model(folder) if os.access(folder, os.R_OK | os.X_OK) else []
+        if found:
+            names = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
+            return f"{folder} holds a model that no run here has written ({names}), and this run would replace it"
+    return ""
+
+
+def _asides(path: Path) -> list[Path]:
+    """What the folder was a moment ago, where a run was killed as it replaced it."""
+    return list(path.parent.glob(f".{glob.escape(path.name)}.*.old/{glob.escape(path.name)}"))
+
+
 def _taken(path: Path) -> str:
     """Take the folder for this run and put it in order; returns why that cannot be, or ""."""
     try:
         # A run that is alive holds the folder, or what was it a moment ago.
-        asides = path.parent.glob(f".{glob.escape(path.name)}.*.old/{glob.escape(path.name)}")
-        for folder in [*([path] if path.is_dir() else []), *asides]:
+        for folder in [*([path] if path.is_dir() else []), *_asides(path)]:
             lock_folder(folder)
         for folder in (path, *(path / name for name in MODEL_FOLDERS)):
             mend_folder(folder)
@@ -139,4 +160,4 @@ def record_run(config, output_dir: str | None, *, dtype: str, **facts) -> None:
         "versions": versions(),
         **facts,
     }
-    write_json(Path(output_dir) / "run.json", record)
+    write_json(Path(output_dir) / RECORD, record)

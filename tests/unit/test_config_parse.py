@@ -466,6 +466,45 @@ def test_no_flag_takes_what_is_no_finite_number(config_class, value):
         assert len(lines) == 1 and lines[0].startswith(f"--{name} {value}: must "), lines
 
 
+@pytest.mark.parametrize(
+    "step, flags, named",
+    [
+        ("step 1", "--model_name_or_path base --output_dir base", "--model_name_or_path base"),
+        ("step 2", "--model_name_or_path ./base/ --output_dir x/../base", "--model_name_or_path ./base/"),
+        ("DPO", "--model_name_or_path out/adapter --output_dir out", "--model_name_or_path out/adapter"),
+        ("step 1", "--model_name_or_path link --output_dir base", "--model_name_or_path link"),
+        ("step 1", "--model_name_or_path facebook/opt --output_dir facebook/opt", "--model_name_or_path facebook/opt"),
+        ("step 3", "--actor_model_name_or_path out --output_dir out", "--actor_model_name_or_path out"),
+        ("step 3", "--actor_model_name_or_path out/actor --output_dir out", "--actor_model_name_or_path out/actor"),
+        ("step 3", "--critic_model_name_or_path out/critic --output_dir out/", "--critic_model_name_or_path out/critic"),
+        ("step 3", "--reward_model_name_or_path r out/critic --output_dir out", "--reward_model_name_or_path out/critic"),
+    ],
+)
+def test_no_model_that_is_read_is_written_over(step, flags, named, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").mkdir()
+    (tmp_path / "link").symlink_to("base")
+    config_class, _, required = STEPS[step]
+    (output,) = flags.partition("--output_dir ")[2].split()
+    line = f"--output_dir {output}: a finished model would take the place of {named}. Give another folder."
+    assert message(config_class, words(required) + flags.split()) == line
+
+
+@pytest.mark.parametrize(
+    "step, flags",
+    [
+        ("step 1", "--model_name_or_path base --output_dir base/out"),
+        ("step 1", "--model_name_or_path out/base --output_dir out"),
+        ("step 1", "--model_name_or_path out/actor --output_dir out"),
+        ("step 3", "--actor_model_name_or_path models/actor --critic_model_name_or_path models/critic --output_dir models/3"),
+        ("step 3", "--actor_model_name_or_path first/actor --critic_model_name_or_path first/critic --output_dir second"),
+    ],
+)
+def test_models_beside_above_and_below_the_output_folder_may_be_read(step, flags):
+    config_class, _, required = STEPS[step]
+    assert parse_config(config_class, words(required) + flags.split()).run.output_dir
+
+
 @pytest.mark.parametrize("flags", ["--zero_stage two", "--dtype int8", "--learning_rate fast", "--offload maybe"])
 def test_a_value_of_the_wrong_type_is_named_with_its_flag(flags):
     flag, value = flags.split()
