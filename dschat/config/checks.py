@@ -52,7 +52,7 @@ def output_problems(output_dir: str | None, models: dict[str, list[str]], *, bel
 def single_model_problems(config) -> list[str]:
     """The problems of a step that trains one model."""
     found = required("--model_name_or_path", config.model.model_name_or_path)
-    found += output_problems(config.run.output_dir, {"--model_name_or_path": [config.model.model_name_or_path]})
+    found += output_problems(config.run.output_dir, config.model.by_flag)
     found += data_problems(config.data) + schedule_problems(config.schedule)
     found += zero_stage("--zero_stage", config.system.zero_stage)
     found += lora_problems(config.lora)

@@ -146,6 +146,11 @@ class SystemOptions:
 class OneModelOptions(ModelOptions):
     model_name_or_path: str = flag("", "Model folder or hub id. Required.")
 
+    @property
+    def by_flag(self) -> dict[str, list[str]]:
+        """The flags that name models, and what they name."""
+        return {"--model_name_or_path": [self.model_name_or_path]}
+
 
 @dataclass(frozen=True)
 class BatchOptions:

@@ -1,6 +1,7 @@
 """The memory plan before loading: printed, held against the GPU, and alone by --dry_run and dschat.plan."""
 
 import json
+import socket
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ import torch
 from dschat import plan
 from dschat.config.parse import parse_config
 from dschat.config.steps import PPOConfig, SFTConfig
+from dschat.models.tiny import make_tiny_model
 from dschat.trainers import preflight
 
 SFT = "--model_name_or_path llama-2-7b --zero_stage 2"
@@ -64,6 +66,21 @@ def test_a_dry_run_is_for_a_number_of_gpus(value, monkeypatch):
     config = parse_config(PPOConfig, ["--actor_model_name_or_path", "opt-1.3b", "--critic_model_name_or_path", "opt-350m"])
     with pytest.raises(ValueError, match=f"WORLD_SIZE={value}: expected the number of GPUs"):
         preflight.dry_run(config)
+
+
+def test_a_dry_run_asks_no_hub(monkeypatch, tmp_path):
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: pytest.fail("the network was asked"))
+    monkeypatch.setattr(preflight, "try_to_load_from_cache", lambda name, file: None)
+    flags = "--actor_model_name_or_path some/actor --critic_model_name_or_path opt-9b"
+    with pytest.raises(ValueError) as refused:
+        preflight.dry_run(parse_config(PPOConfig, flags.split()))
+    first, second = str(refused.value).splitlines()
+    assert first.startswith("--actor_model_name_or_path some/actor: --dry_run asks no hub") and "facebook/opt-1.3b" in first
+    assert second.startswith("--critic_model_name_or_path opt-9b: ")
+    with pytest.raises(ValueError, match="--model_name_or_path 'some/where/else' does not exist"):
+        preflight.dry_run(parse_config(SFTConfig, ["--model_name_or_path", "some/where/else"]))
+    model = str(make_tiny_model(tmp_path / "model", family="opt"))
+    preflight.dry_run(parse_config(SFTConfig, ["--model_name_or_path", model]))
 
 
 def test_dschat_plan(capsys):
