@@ -1,6 +1,7 @@
 """What every main does before and after training: messages about flags, seeds, folders, the record of the run."""
 
 import glob
+import json
 import os
 import random
 from collections.abc import Iterable
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from dschat.config.parse import config_dict
+from dschat.config.parse import config_dict, step_title
 from dschat.config.ppo_options import MODEL_FOLDERS
 from dschat.models.export import files_of_a_model, mend_folder
 from dschat.tracking import dist
@@ -77,16 +78,17 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def prepare_output_dir(output_dir: str | None, *, below: Iterable[str] = ()) -> None:
+def prepare_output_dir(output_dir: str | None, *, step: str, below: Iterable[str] = ()) -> None:
     """Make the output folder, see that it can be written, and keep other runs from it until this process ends.
 
     What a run that was killed left half done beside it is put in order. Every process must call it.
 
     Args:
+        step: the title of this step.
         below: folders in it that models will be saved to; none: it is itself the model's.
 
     Raises:
-        ValueError: it cannot be written, holds a model that no run of ours wrote, or another run writes to it; names
+        ValueError: it cannot be written, holds a model that no run of this step wrote, or another run writes to it; names
             --output_dir.
     """
     if output_dir is None:
@@ -102,7 +104,7 @@ def prepare_output_dir(output_dir: str | None, *, below: Iterable[str] = ()) -> 
             f"--output_dir {output_dir}: a finished model takes its name by a rename, which a mount point or a folder "
             "above that is not writable forbids. Give a folder below it."
         )
-    fault = dist.first_fault(_foreign_model(path, below) or _taken(path) if dist.is_main() else "")
+    fault = dist.first_fault(_taken(path, step, below) if dist.is_main() else "")
     if fault:
         raise ValueError(f"--output_dir {output_dir}: {fault}. Give another folder.")
     try:
@@ -114,15 +116,20 @@ def prepare_output_dir(output_dir: str | None, *, below: Iterable[str] = ()) -> 
         raise ValueError(f"--output_dir {output_dir}: not writable ({error.strerror}). Give another folder.") from error
 
 
-def _foreign_model(path: Path, below: Iterable[str]) -> str:
-    """Why no model may be saved there, or "": one lies there, and nothing says that a run of ours wrote it."""
-    if (path / RECORD).exists() or _asides(path):  # such an output folder was being replaced, and is put in order below
+def _other_model(path: Path, step: str, below: Iterable[str]) -> str:
+    """Why no model may be saved there, or "": one lies there already that is not of a run of this step."""
+    if _asides(path):  # an output folder that was being replaced, and is put in order later
         return ""
-    for folder in (path, *(path / name for name in below)):
-        found = files_of_a_model(folder) if os.access(folder, os.R_OK | os.X_OK) else []
-        if found:
-            names = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
-            return f"{folder} holds a model that no run here has written ({names}), and this run would replace it"
+    if not (path / RECORD).exists():
+        for folder in (path, *(path / name for name in below)):
+            names = files_of_a_model(folder)
+            if names:
+                shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+                return f"{folder} holds a model that no run here has written ({shown}), and this run would replace it"
+    elif not below and files_of_a_model(path):
+        other = json.loads((path / RECORD).read_text(encoding="utf-8")).get("step", step)
+        if other != step:
+            return f'it holds the model of "{other}", and this run would replace it by one of "{step}"'
     return ""
 
 
@@ -131,9 +138,12 @@ def _asides(path: Path) -> list[Path]:
     return list(path.parent.glob(f".{glob.escape(path.name)}.*.old/{glob.escape(path.name)}"))
 
 
-def _taken(path: Path) -> str:
+def _taken(path: Path, step: str, below: Iterable[str]) -> str:
     """Take the folder for this run and put it in order; returns why that cannot be, or ""."""
     try:
+        fault = _other_model(path, step, below)
+        if fault:
+            return fault
         # A run that is alive holds the folder, or what was it a moment ago.
         for folder in [*([path] if path.is_dir() else []), *_asides(path)]:
             lock_folder(folder)
@@ -153,6 +163,7 @@ def record_run(config, output_dir: str | None, *, dtype: str, **facts) -> None:
     if output_dir is None or not dist.is_main():
         return
     record = {
+        "step": step_title(type(config)),
         "config": config_dict(config),
         "dtype": dtype,
         "processes": dist.world_size(),

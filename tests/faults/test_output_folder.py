@@ -103,7 +103,7 @@ def test_a_model_that_no_run_here_has_written_stays(place, below, held, tmp_path
         (tmp_path / place / name).write_text("mine")
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(ValueError, match="--output_dir .*/out: .* holds a model that no run here has written") as refused:
-        prepare_output_dir(str(tmp_path / "out"), below=below)
+        prepare_output_dir(str(tmp_path / "out"), step="Step", below=below)
     assert f"{tmp_path / place} holds a model that no run here has written ({', '.join(sorted(held)[:3])}" in str(refused.value)
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -117,8 +117,19 @@ def test_folders_of_earlier_runs_and_of_other_files_are_taken(tmp_path):
     folder(tmp_path / ".killed.abcd1234.old")
     folder(tmp_path / ".killed.abcd1234.old" / "killed", config_json="{}", run_json="{}")
     for path in (ours, other, killed, tmp_path / "new"):
-        prepare_output_dir(str(path))
+        prepare_output_dir(str(path), step="Step")
     assert (killed / "run.json").exists() and (other / "notes.txt").exists()
+
+
+def test_the_model_of_another_step_stays(tmp_path):
+    record = '{"step": "Step 1, supervised fine-tuning"}'
+    out = folder(tmp_path / "out", config_json="{}", run_json=record)
+    with pytest.raises(ValueError, match=f"--output_dir {out}: it holds the model of .Step 1, supervised fine-tuning., and"):
+        prepare_output_dir(str(out), step="Step 2, reward model")
+    prepare_output_dir(str(out), step="Step 1, supervised fine-tuning")
+    prepare_output_dir(str(out), step="Step 3, PPO", below=MODEL_FOLDERS)  # which saves to folders in it
+    # A run that was stopped before it had a model is in nobody's way.
+    prepare_output_dir(str(folder(tmp_path / "stopped", run_json=record)), step="Step 2, reward model")
 
 
 def test_the_folder_one_is_in_is_refused(tmp_path, monkeypatch):
@@ -126,5 +137,5 @@ def test_the_folder_one_is_in_is_refused(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text("{}")
     for name in (".", str(tmp_path)):
         with pytest.raises(ValueError, match="--output_dir .*: this is the folder you are in.*Give one below it"):
-            prepare_output_dir(name)
+            prepare_output_dir(name, step="Step")
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
