@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 
 from dschat.config.cache import cache_dir  # noqa: E402
 from dschat.config.ports import free_port  # noqa: E402
-from dschat.config.recipes import resolve_model, size_name, step_flags  # noqa: E402
+from dschat.config.recipes import check_arguments, resolve_model, size_name, step_flags  # noqa: E402
 from dschat.tracking.child import run_logged, start_process  # noqa: E402
 from dschat.tracking.log import set_up_logging  # noqa: E402
 from dschat.tracking.progress import clock  # noqa: E402
@@ -269,12 +269,12 @@ def main() -> None:
     import torch
 
     set_up_logging()
-
     on_gpu = torch.cuda.is_available()
+    given = {name: getattr(args, name) for name in ("num_processes", "save_interval", "hostfile")}
+    check_arguments(args.output_dir, num_gpus=torch.cuda.device_count(), **given)
     started = time.monotonic()
     plan = make_plan(args)
-    prepare = time.monotonic() - started
-    build = build_ops(on_gpu=on_gpu)
+    prepare, build = time.monotonic() - started, build_ops(on_gpu=on_gpu)
     seconds = run_steps(args, plan, on_gpu=on_gpu)
     if not all((plan.outputs[step] / "finished.json").exists() for step in MAINS):
         return

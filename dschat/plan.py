@@ -12,7 +12,8 @@ from pathlib import Path
 from dschat.config.dpo import DPOConfig
 from dschat.config.parse import parse_config
 from dschat.config.steps import PPOConfig, RewardConfig, SFTConfig
-from dschat.engine.memory_report import GIB, check_fit, needed_bytes, plan_text
+from dschat.engine.memory_report import check_fit, plan_text
+from dschat.engine.remedies import GIB, needed_bytes
 from dschat.engine.model_checks import checked_plan
 from dschat.models.families import shape_config
 from dschat.tracking.log import run_main

@@ -271,7 +271,7 @@ report_failure() {
     fi
     flags="$(grep -oE -e '--[a-z][a-z0-9_]+' <<<"$cause" | awk '!seen[$0]++' | head -n 6 | paste -sd ' ' || true)"
     {
-        printf '\n%s\n' "$cause"
+        [[ "$said" == *"$cause" ]] || printf '\n%s\n' "$cause" # else it is the last on the screen already
         printf 'flags to look at: %s\n' "${flags:---help lists them}"
         printf 'whole log: %s\n' "$log"
     } >&2

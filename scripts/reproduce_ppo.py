@@ -46,6 +46,7 @@ TINY = (
     "--per_device_generation_batch_size 64 --per_device_training_batch_size 64 --max_prompt_seq_len 32 "
     "--max_answer_seq_len 2 --actor_learning_rate 1e-3 --critic_learning_rate 6e-3 --kl_coef 0.02 --num_warmup_steps 0 "
     "--lr_scheduler_type constant_with_warmup --eval_interval 4 --eval_prompts 64 --dtype fp32 --data_split 0,0,1 "
+    "--per_device_eval_batch_size 32 "
     "--no_normalize_reward"
 )
 

@@ -44,7 +44,8 @@ TITLES = {
 FLAGS = (
     "--data_split 0,0,1 --num_padding_at_beginning 0 --per_device_generation_batch_size 32 "
     "--per_device_training_batch_size 32 --max_prompt_seq_len 32 --max_answer_seq_len 16 --critic_learning_rate 1e-3 "
-    "--num_warmup_steps 0 --lr_scheduler_type constant_with_warmup --eval_prompts 32 --num_train_epochs 100 --no_compile"
+    "--num_warmup_steps 0 --lr_scheduler_type constant_with_warmup --eval_prompts 32 --num_train_epochs 100 --no_compile "
+    "--per_device_eval_batch_size 32"
 )
 LORA = "--actor_lora_dim 16 --actor_lora_alpha 16"
 

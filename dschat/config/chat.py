@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass, fields
 
-from dschat.config.checks import above, at_least, in_range, required
 from dschat.config.options import PromptFormat, flag
 from dschat.config.tools import InferenceModel
+from dschat.config.values import above, at_least, in_range, required, seed_value, share
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class ChatConfig:
             found += at_least("--" + name, getattr(self.answers, name), 1)
         for name in ("temperature", "top_k"):
             found += at_least("--" + name, getattr(self.answers, name), 0)
-        found += above("--top_p", self.answers.top_p, 0.0) + in_range("--top_p", self.answers.top_p, 0.0, 1.0)
+        found += share("--top_p", self.answers.top_p, 1.0) + seed_value("--seed", self.answers.seed)
         found += above("--repetition_penalty", self.answers.repetition_penalty, 0.0)
         found += in_range("--port", self.serving.port, 0, 65535)
         for name in ("max_request_bytes", "requests_per_minute"):

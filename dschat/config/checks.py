@@ -1,31 +1,9 @@
-"""Checks of single options. Each returns the problems found: none, or one sentence that names the flag and its value."""
+"""Checks of the option groups that steps share. Each returns the problems found, one sentence each."""
+
+from pathlib import Path
 
 from dschat.config.options import DataOptions, LoraOptions, ScheduleOptions
-
-
-def required(name: str, value: str) -> list[str]:
-    """A problem where no model is named."""
-    return [] if value else [f"{name} is required: a model folder or a hub id."]
-
-
-def zero_stage(name: str, value: int) -> list[str]:
-    """A problem where `value` is no ZeRO stage."""
-    return [] if value in (0, 1, 2, 3) else [f"{name} {value}: ZeRO has the stages 0, 1, 2 and 3."]
-
-
-def at_least(name: str, value, low) -> list[str]:
-    """A problem unless `value` >= `low`."""
-    return [] if value >= low else [f"{name} {value}: must be at least {low}."]
-
-
-def above(name: str, value, low) -> list[str]:
-    """A problem unless `value` > `low`."""
-    return [] if value > low else [f"{name} {value}: must be above {low}."]
-
-
-def in_range(name: str, value, low, high) -> list[str]:
-    """A problem unless `low` <= `value` <= `high`."""
-    return [] if low <= value <= high else [f"{name} {value}: must lie between {low} and {high}."]
+from dschat.config.values import above, at_least, in_range, required, seed_value, share, zero_stage
 
 
 def lora_problems(lora: LoraOptions, *, prefix: str = "--") -> list[str]:
@@ -38,9 +16,8 @@ def lora_problems(lora: LoraOptions, *, prefix: str = "--") -> list[str]:
 def data_problems(data: DataOptions) -> list[str]:
     """The problems of the data options."""
     found = [] if data.data_path else ["--data_path names no data set."]
-    return found + above("--eval_fraction", data.eval_fraction, 0) + in_range(
-        "--eval_fraction", data.eval_fraction, 0.0, 0.9
-    )
+    found += share("--eval_fraction", data.eval_fraction, 0.9)
+    return found + seed_value("--data_seed", data.data_seed)
 
 
 def schedule_problems(schedule: ScheduleOptions) -> list[str]:
@@ -51,9 +28,31 @@ def schedule_problems(schedule: ScheduleOptions) -> list[str]:
     return found + at_least("--num_warmup_steps", schedule.num_warmup_steps, 0)
 
 
+def output_problems(output_dir: str | None, models: dict[str, list[str]], *, below: tuple[str, ...] = ()) -> list[str]:
+    """A problem for each model that the run reads where it would write another.
+
+    Args:
+        models: flags, and the folders or hub ids that they name.
+        below: folders in the output folder that models are saved to.
+    """
+    if not output_dir:
+        return []
+    output = Path(output_dir)
+    # A model folder may hold its adapter, which is replaced with it.
+    written = [folder / more for folder in (output, *(output / name for name in below)) for more in ("", "adapter")]
+    written = {folder.resolve() for folder in written}
+    return [
+        f"--output_dir {output_dir}: a finished model would take the place of {flag} {path}. Give another folder."
+        for flag, paths in models.items()
+        for path in paths
+        if path and Path(path).expanduser().resolve() in written
+    ]
+
+
 def single_model_problems(config) -> list[str]:
     """The problems of a step that trains one model."""
     found = required("--model_name_or_path", config.model.model_name_or_path)
+    found += output_problems(config.run.output_dir, config.model.by_flag)
     found += data_problems(config.data) + schedule_problems(config.schedule)
     found += zero_stage("--zero_stage", config.system.zero_stage)
     found += lora_problems(config.lora)

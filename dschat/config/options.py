@@ -8,6 +8,8 @@ docs/differences_from_deepspeed_chat.md says why.
 from dataclasses import dataclass, field
 from typing import Literal, Optional
 
+from dschat.config.values import at_least, seed_value
+
 Dtype = Literal["auto", "fp16", "bf16", "fp32"]
 Scheduler = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
 PromptFormat = Literal["auto", "plain", "human_assistant", "chat"]
@@ -96,15 +98,12 @@ class RunOptions:
 
     def problems(self) -> list[str]:
         """Everything that is wrong with these options, one sentence each."""
-        found = [
-            f"--{name} {getattr(self, name)}: must be at least 0."
-            for name in ("save_interval", "save_total_limit")
-            if getattr(self, name) < 0
-        ]
+        found = []
+        for name in ("save_interval", "save_total_limit", "log_interval_s"):
+            found += at_least(f"--{name}", getattr(self, name), 0)
         if self.output_dir == "":
             found.append("--output_dir has no value: give a folder, or leave the flag out to save nothing.")
-        if not 0 <= self.seed < 2**32:
-            found.append(f"--seed {self.seed}: must be from 0 to {2**32 - 1}.")
+        found += seed_value("--seed", self.seed)
         if self.output_dir is None:
             for name in ("save_interval", "resume"):
                 if getattr(self, name):
@@ -146,6 +145,11 @@ class SystemOptions:
 @dataclass(frozen=True)
 class OneModelOptions(ModelOptions):
     model_name_or_path: str = flag("", "Model folder or hub id. Required.")
+
+    @property
+    def by_flag(self) -> dict[str, list[str]]:
+        """The flags that name models, and what they name."""
+        return {"--model_name_or_path": [self.model_name_or_path]}
 
 
 @dataclass(frozen=True)

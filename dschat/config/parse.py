@@ -45,7 +45,7 @@ def parse_config(config_class, argv: list[str] | None = None):
     for action in parser._actions:
         if action.nargs == "+":
             action.nargs = "*"  # a list may be empty, as in DeepSpeed-Chat
-    title = config_class.__doc__.split("\n")[0].rstrip(".")
+    title = step_title(config_class)
     # The launcher adds --local_rank behind the script's name, in front of the user's words.
     words = [word for word in argv if not word.startswith("--local_rank=")]
     if len(words) == 1 and words[0].endswith(FILE_SUFFIXES):
@@ -57,6 +57,11 @@ def parse_config(config_class, argv: list[str] | None = None):
     if problems:
         raise ValueError("\n".join(problems))
     return config
+
+
+def step_title(config_class) -> str:
+    """What a step is called, such as "Step 2, reward model"."""
+    return config_class.__doc__.split("\n")[0].rstrip(".")
 
 
 def config_dict(config) -> dict:

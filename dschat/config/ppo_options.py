@@ -15,6 +15,10 @@ from dschat.config.options import (
 )
 
 
+# What step 3 saves below its output folder.
+MODEL_FOLDERS = ("actor", "critic", "actor_ema")
+
+
 @dataclass(frozen=True)
 class PPOData(DataOptions):
     unsupervised_dataset_name: Optional[str] = flag(
@@ -51,6 +55,13 @@ class PPOModels(ModelOptions):
         1, "Accepted for compatibility, without effect: positions come from the attention mask."
     )
 
+    @property
+    def by_flag(self) -> dict[str, list[str]]:
+        """The flags that name models, and what they name."""
+        flags = ("actor_model_name_or_path", "critic_model_name_or_path")
+        named = {f"--{flag}": [getattr(self, flag)] for flag in flags}
+        return {**named, "--reward_model_name_or_path": self.reward_model_name_or_path}
+
 
 @dataclass(frozen=True)
 class PPOBatch:
@@ -58,7 +69,7 @@ class PPOBatch:
 
     per_device_generation_batch_size: int = flag(16, "Prompts per process and generation batch.")
     per_device_training_batch_size: int = flag(16, "Rows per process and training micro-batch.")
-    per_device_eval_batch_size: int = flag(32, "Held-out prompts per process and batch.")
+    per_device_eval_batch_size: int = flag(16, "Held-out prompts per process and batch.")
     generation_batches: int = flag(1, "Generation batches per rollout.")
     ppo_epochs: int = flag(1, "Passes over each rollout.")
     num_samples_per_prompt: int = flag(1, "Answers sampled to each prompt; rollouts grow by this factor.")

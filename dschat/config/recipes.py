@@ -1,7 +1,10 @@
 """What e2e_rlhf.py runs: the flags of the three steps for the embedded default, the tiny models and the real sizes."""
 
+import os
 import re
 from pathlib import Path
+
+from dschat.config.values import at_least
 
 # Sizes that are known by their number alone, DeepSpeed-Chat's way of naming OPT.
 OPT_SIZES = ("125m", "350m", "1.3b", "2.7b", "6.7b", "13b", "30b", "66b")
@@ -47,6 +50,32 @@ REAL = {
     "--max_answer_seq_len 256 --actor_gradient_checkpointing --critic_gradient_checkpointing --num_warmup_steps 100 "
     "--enable_hybrid_engine",
 }
+
+
+def check_arguments(output_dir: str, *, num_processes: int, num_gpus: int, save_interval: int, hostfile: str | None) -> None:
+    """Nothing where the run can start; makes the output folder.
+
+    Args:
+        num_processes: 0: as many as the deployment has.
+        num_gpus: of this machine.
+
+    Raises:
+        ValueError: it cannot; names every argument that is in the way.
+    """
+    found = at_least("--num-processes", num_processes, 0) + at_least("--save-interval", save_interval, 0)
+    if num_gpus and num_processes > num_gpus:
+        found.append(f"--num-processes {num_processes}: this machine shows {num_gpus} GPU(s). Give as many at most.")
+    if hostfile and not Path(hostfile).is_file():
+        found.append(f"--hostfile {hostfile}: no such file. Give DeepSpeed's, with a line \"HOST slots=8\" for each node.")
+    try:
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        fault = "" if os.access(output_dir, os.W_OK) else "Permission denied"
+    except OSError as error:
+        fault = error.strerror
+    if fault:
+        found.append(f"--output-dir {output_dir}: no folder that can be written ({fault}). Give another.")
+    if found:
+        raise ValueError("\n".join(found))
 
 
 def resolve_model(name: str) -> tuple[str, str]:

@@ -5,17 +5,7 @@ That of DPO is in dpo.py.
 
 from dataclasses import dataclass
 
-from dschat.config.checks import (
-    above,
-    at_least,
-    data_problems,
-    in_range,
-    lora_problems,
-    required,
-    schedule_problems,
-    single_model_problems,
-    zero_stage,
-)
+from dschat.config.checks import data_problems, lora_problems, output_problems, schedule_problems, single_model_problems
 from dschat.config.options import (
     BatchOptions,
     LoraOptions,
@@ -28,6 +18,7 @@ from dschat.config.options import (
     flag,
 )
 from dschat.config.ppo_options import (
+    MODEL_FOLDERS,
     PPOAlgorithm,
     PPOBatch,
     PPOData,
@@ -41,6 +32,7 @@ from dschat.config.ppo_options import (
     lora_twin,
     system_twin,
 )
+from dschat.config.values import above, at_least, finite, in_range, required, share, zero_stage
 
 
 @dataclass(frozen=True)
@@ -194,6 +186,7 @@ class PPOConfig:
         found = required("--actor_model_name_or_path", self.model.actor_model_name_or_path)
         if self.has_critic or not (self.model.reward_model_name_or_path or self.model.reward_fn):
             found += required("--critic_model_name_or_path", self.model.critic_model_name_or_path)
+        found += output_problems(self.run.output_dir, self.model.by_flag, below=MODEL_FOLDERS)
         found += data_problems(self.data) + schedule_problems(self.schedule)
         for name in ("actor_zero_stage", "critic_zero_stage"):
             found += zero_stage("--" + name, getattr(self.system, name))
@@ -202,6 +195,8 @@ class PPOConfig:
             for name in (f"{role}_learning_rate", f"{role}_weight_decay"):
                 found += at_least("--" + name, getattr(self.optim, name), 0)
             found += at_least(f"--{role}_freeze_layers", getattr(self.system, f"{role}_freeze_layers"), 0)
+            dropout = getattr(self.system, f"{role}_dropout")
+            found += [] if dropout is None else in_range(f"--{role}_dropout", dropout, 0.0, 1.0)
         if self.lora.only_optimize_lora and not (self.lora.actor_lora_dim or self.lora.critic_lora_dim):
             found.append("--only_optimize_lora needs adapters: give --actor_lora_dim or --critic_lora_dim.")
         return found + self._batch_problems() + self._system_problems() + self._algorithm_problems()
@@ -251,6 +246,8 @@ class PPOConfig:
             found.append(
                 f"--reward_weights gives {len(model.reward_weights)} weights for {num_rewards} rewards: one each."
             )
+        for weight in model.reward_weights:
+            found += finite("--reward_weights", weight)
         for names, flag in ((self.reward_models, "--reward_model_name_or_path"), (model.reward_fn, "--reward_fn")):
             found += [f"{flag} {name} is given twice." for name in sorted(set(names)) if names.count(name) > 1]
         for name in model.reward_fn:
@@ -276,7 +273,7 @@ class PPOConfig:
             if getattr(ppo, name) is not None:
                 found += above("--" + name, getattr(ppo, name), 0)
         found += above("--temperature", sampling.temperature, 0)
-        found += above("--top_p", sampling.top_p, 0) + in_range("--top_p", sampling.top_p, 0.0, 1.0)
+        found += share("--top_p", sampling.top_p, 1.0)
         found += at_least("--top_k", sampling.top_k, 0)
         if sampling.greedy_rollouts and self.batch.num_samples_per_prompt > 1:
             found.append(

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal, Optional
 
-from dschat.config.checks import at_least, required
 from dschat.config.options import Dtype, ModelOptions, PromptFormat, flag
+from dschat.config.values import at_least, in_range, required, seed_value
 
 NUM_PADDING_HELP = "Accepted for compatibility, without effect: positions come from the attention mask."
 
@@ -65,7 +65,8 @@ class PromptEvalConfig:
             found += at_least("--" + name, getattr(self.answering, name), 1)
         for name in ("max_prompt_seq_len", "batch_size"):
             found += at_least("--" + name, getattr(self.prompts, name), 1)
-        found += at_least("--top_k", self.answering.top_k, 0)
+        found += at_least("--top_k", self.answering.top_k, 0) + seed_value("--seed", self.answering.seed)
+        found += in_range("--penalty_alpha", self.answering.penalty_alpha, 0.0, 1.0)
         if self.answering.num_beam_groups != 1:
             found.append(
                 f"--num_beam_groups {self.answering.num_beam_groups}: transformers has no group beam search any more; "

@@ -33,8 +33,10 @@ class Footprint:
     early: float = 0.0  # gradients and bucket of this one that stand beside the activations in backward
     reduce: float = 0.0  # beside the gradients at the end of a backward
     step: float = 0.0  # beside the gradients in the optimizer step
+    freed: float = 0.0  # of the gradients, what is gone by then: `step` is less by it
     build: float = 0.0  # beside the weights while the engine is built
     host: float = 0.0
+    host_weights: float = 0.0  # of that, the weights
     whole: float = 0.0  # all weights, as they are read into host memory
     read_once: bool = False  # by one process of all, instead of by each
     idle: float = 0.0  # of what is resident, what --offload_idle_states moves to the host between updates
@@ -57,6 +59,7 @@ def inference_footprint(size: ModelSize, *, stage: int, offload: bool, width: in
         buffers=gathered + width * size.largest_int8,
         build=0.0 if offload else (whole - held) / world_size,
         host=part if offload else 0.0,
+        host_weights=part if offload else 0.0,
         whole=whole,
         read_once=True,
     )
@@ -153,6 +156,7 @@ def _zero12(
         reduce=bucket + (part if stage == 1 else 0.0),
         # A group's gradients, flat, and once more in fp32; the other processes' are gone by then.
         step=(width + 4 if width == 2 else 4) * group - (held - part),
+        freed=held - part,
     )
 
 
@@ -165,7 +169,8 @@ def _zero3(
     bucket = width * ZERO3_BUCKET
     if offload:
         host = weights + (16 + width) * part + average
-        return Footprint(weights=0.0, buffers=bucket + gathered, host=host, whole=whole, read_once=True)
+        buffers = bucket + gathered
+        return Footprint(weights=0.0, buffers=buffers, host=host, host_weights=weights, whole=whole, read_once=True)
     return Footprint(
         weights=weights,
         master=4.0 * part,

@@ -4,9 +4,10 @@ from dataclasses import dataclass, replace
 
 from dschat.config.dpo import DPOConfig
 from dschat.config.steps import PPOConfig, RewardConfig, SFTConfig
-from dschat.engine.activations import inference_bytes, kept_bytes, kl_bytes, loss_bytes, working_bytes
+from dschat.engine.activations import inference_bytes, kept_bytes, kl_bytes, loss_bytes
 from dschat.engine.memory import WIDTHS, Footprint, inference_footprint, training_footprint
 from dschat.engine.model_size import ModelSize, named_size
+from dschat.engine.phases import Parts, lying, stepping, together, training_phases, without_idle, worst
 
 
 @dataclass(frozen=True)
@@ -16,18 +17,28 @@ class StepPlan:
     models: dict[str, Footprint]
     sizes: dict[str, ModelSize]
     resident: dict[str, float]  # on top of the models', what stays from phase to phase
-    phases: dict[str, float]  # all that lies on the GPU at the worst moment of each
+    parts: dict[str, Parts]  # of each phase, all that lies on the GPU at its worst moment
+
+    @property
+    def phases(self) -> dict[str, float]:
+        """The bytes of each phase."""
+        return {phase: sum(parts.values()) for phase, parts in self.parts.items()}
 
     @property
     def peak(self) -> tuple[str, float]:
         """The worst phase and its bytes."""
         return max(self.phases.items(), key=lambda item: item[1])
 
-    def host_bytes(self, *, processes: int) -> float:
+    def host_parts(self, *, processes: int) -> Parts:
         """What a host of so many processes must hold: what stays there, or a model while it is read."""
+        weights = processes * sum(model.host_weights for model in self.models.values())
         stays = processes * sum(model.host for model in self.models.values())
-        reads = [model.whole * (1 if model.read_once else processes) for model in self.models.values()]
-        return max(stays, *reads)
+        reads = max(model.whole * (1 if model.read_once else processes) for model in self.models.values())
+        return worst({"weights": weights, "optimizer": stays - weights}, {"weights": reads})
+
+    def host_bytes(self, *, processes: int) -> float:
+        """The bytes of that."""
+        return sum(self.host_parts(processes=processes).values())
 
 
 def plan_step(config, *, world_size: int, dtype: str) -> StepPlan:
@@ -62,54 +73,22 @@ def _plan_supervised(config, *, world_size: int, dtype: str) -> StepPlan:
             width=width,
             world_size=world_size,
         )
-    beside = sum(other.resident for key, other in models.items() if key != "model")
+    beside = together(*(lying(other) for key, other in models.items() if key != "model"))
     rows = 1 if isinstance(config, SFTConfig) else 2  # a pair is two texts
     length = config.data.max_seq_len
     train = rows * batch.per_device_train_batch_size * length
     evaluate = rows * batch.per_device_eval_batch_size * length
-    phases = {
-        "build": beside + model.weights + model.build,
-        **_training_phases(
-            "", size, model, system, tokens=train, logits=train * size.vocab, width=width, beside=beside
-        ),
-        "evaluate": beside
-        + model.resident
-        + max(
-            inference_bytes(size, tokens=evaluate, width=width),
-            loss_bytes(evaluate * size.vocab, width=width, sliced=False, backward=False),
-        ),
+    evaluation = max(
+        inference_bytes(size, tokens=evaluate, width=width),
+        loss_bytes(evaluate * size.vocab, width=width, sliced=False, backward=False),
+    )
+    there = together(beside, lying(model))
+    parts = {
+        "build": together(beside, {"weights": model.weights, "copies": model.build}),
+        **training_phases("", size, model, system, tokens=train, logits=train * size.vocab, width=width, there=there),
+        "evaluate": together(there, {"activations": evaluation}),
     }
-    return StepPlan(models, sizes, {}, phases)
-
-
-def _training_phases(
-    prefix: str,
-    size: ModelSize,
-    model: Footprint,
-    system,
-    *,
-    tokens: int,
-    logits: int,
-    width: int,
-    sliced: bool = False,
-    beside: float = 0.0,
-) -> dict[str, float]:
-    """The phases of one model's backward and optimizer step.
-
-    Args:
-        logits: elements of the logits that are differentiated; 0 for a reward model.
-        beside: bytes of everything else that lies there.
-    """
-    checkpointing = system.gradient_checkpointing
-    kept = kept_bytes(size, tokens=tokens, width=width, checkpointing=checkpointing)
-    working = working_bytes(size, tokens=tokens, width=width, checkpointing=checkpointing)
-    loss = loss_bytes(logits, width=width, sliced=sliced, backward=True)
-    there = beside + model.resident
-    inside = model.waiting + kept + max(loss, model.early + working)
-    return {
-        f"{prefix}backward": there + max(inside, model.gradients + model.reduce),
-        f"{prefix}step": there + model.gradients + model.step,
-    }
+    return StepPlan(models, sizes, {}, parts)
 
 
 def _plan_ppo(config: PPOConfig, *, world_size: int, dtype: str) -> StepPlan:
@@ -120,18 +99,10 @@ def _plan_ppo(config: PPOConfig, *, world_size: int, dtype: str) -> StepPlan:
     actor = sizes["actor"]
     rows = batch.per_device_generation_batch_size * batch.num_samples_per_prompt
     held = rows_of_evaluation(config, world_size=world_size)
-    # A tensor-parallel group of N processes generates N times the rows; each caches an Nth of their heads.
-    group = system.inference_tp_size if system.enable_hybrid_engine else 1
-    cache = width * 2 * actor.layers * actor.kv_width * max(rows, held) * (prompt + answer)
-    replica = _replica_bytes(config, actor, width=width)
-    resident, passing = {}, {}
-    for name, size, frees in (
-        ("KV cache", cache, system.release_inference_cache or not system.enable_hybrid_engine),
-        ("replica", replica, system.unpin_actor_parameters or system.release_inference_cache),
-    ):
-        (passing if frees else resident)[name] = size
-    there = sum(model.resident for model in models.values()) + sum(resident.values())
-    waiting = there - (sum(model.idle for model in models.values()) if system.offload_idle_states else 0.0)
+    resident, passing = _for_generation(config, actor, rows=max(rows, held), width=width)
+    there = together(resident, *map(lying, models.values()))
+    idle = map(without_idle, models.values()) if system.offload_idle_states else models.values()
+    waiting = together(resident, *map(lying, idle))
 
     def forward(rows: int, names: list[str]) -> float:
         tokens = rows * (prompt + answer)
@@ -140,17 +111,21 @@ def _plan_ppo(config: PPOConfig, *, world_size: int, dtype: str) -> StepPlan:
     train = batch.per_device_training_batch_size
     tokens, logits = train * (prompt + answer), train * (answer + 1) * actor.vocab
     scored = loss_bytes(rows * (answer + 1) * actor.vocab, width=width, sliced=True, backward=False)
-    phases = {
-        "build": sum(model.weights for model in models.values()) + max(model.build for model in models.values()),
-        "generate": waiting
-        + sum(passing.values())
-        + max(
-            inference_bytes(actor, tokens=group * max(rows, held) * prompt, width=width, split=group),
-            _whole_layers_bytes(config, actor, width=width),
+    group = _group_size(config)
+    prompts = inference_bytes(actor, tokens=group * max(rows, held) * prompt, width=width, split=group)
+    exact_kl = kl_bytes(held * (answer + 1) * actor.vocab, width=width)
+    critic = models.get("critic")
+    parts = {
+        "build": together(
+            *({"weights": model.weights} for model in models.values()),
+            {"copies": max(model.build for model in models.values())},
         ),
-        "score": waiting + max(scored, forward(rows, list(sizes))),
-        "evaluate": waiting + kl_bytes(held * (answer + 1) * actor.vocab, width=width) + forward(held, ["actor"]),
-        **_training_phases(
+        "generate": together(
+            waiting, passing, worst({"activations": prompts}, {"buffers": _whole_layers_bytes(config, actor, width=width)})
+        ),
+        "score": together(waiting, {"activations": max(scored, forward(rows, list(sizes)))}),
+        "evaluate": together(waiting, {"activations": exact_kl + forward(held, ["actor"])}),
+        **training_phases(
             "actor ",
             actor,
             models["actor"],
@@ -159,24 +134,27 @@ def _plan_ppo(config: PPOConfig, *, world_size: int, dtype: str) -> StepPlan:
             logits=logits,
             width=width,
             sliced=True,
-            beside=there - models["actor"].resident + (models["critic"].waiting if "critic" in models else 0.0),
+            there=together(there, {"gradients": critic.waiting if critic else 0.0}),
         ),
     }
-    if "critic" in models:
-        phases |= _critic_phases(config, sizes["critic"], models, tokens=tokens, width=width, there=there)
+    if critic:
+        parts |= _critic_phases(config, sizes["critic"], models, tokens=tokens, width=width, there=there)
     if data.unsupervised_dataset_name:
         ptx = loss_bytes(tokens * actor.vocab, width=width, sliced=False, backward=True)
         kept = kept_bytes(
             actor, tokens=tokens, width=width, checkpointing=config.actor_system.gradient_checkpointing
         )
-        phases["actor PTX"] = there + models["actor"].gradients + models["actor"].waiting + kept + ptx
-    return StepPlan(models, sizes, {**resident, **{f"{k} (while generating)": v for k, v in passing.items()}}, phases)
+        gradients = models["actor"].gradients + models["actor"].waiting
+        parts["actor PTX"] = together(there, {"gradients": gradients, "activations": kept + ptx})
+    return StepPlan(models, sizes, {**resident, **{f"{k} (while generating)": v for k, v in passing.items()}}, parts)
 
 
-def _critic_phases(config: PPOConfig, size: ModelSize, models: dict, *, tokens: int, width: int, there: float) -> dict:
+def _critic_phases(
+    config: PPOConfig, size: ModelSize, models: dict, *, tokens: int, width: int, there: Parts
+) -> dict[str, Parts]:
     """The critic's backward while the actor's gradients wait, and the steps of both."""
     actor, critic = models["actor"], models["critic"]
-    phases = _training_phases(
+    phases = training_phases(
         "critic ",
         size,
         critic,
@@ -184,10 +162,10 @@ def _critic_phases(config: PPOConfig, size: ModelSize, models: dict, *, tokens: 
         tokens=tokens,
         logits=0,
         width=width,
-        beside=there - critic.resident + max(actor.gradients, actor.waiting),
+        there=together(there, {"gradients": max(actor.gradients, actor.waiting)}),
     )
-    phases["critic step"] = there + critic.gradients + critic.step  # the actor has stepped by then
-    phases["actor step"] = there + actor.gradients + critic.gradients + actor.step
+    phases["critic step"] = together(there, stepping(critic))  # the actor has stepped by then
+    phases["actor step"] = together(there, stepping(actor), {"gradients": critic.gradients})
     return phases
 
 
@@ -239,6 +217,32 @@ def _ppo_models(config: PPOConfig, *, world_size: int, dtype: str) -> tuple[dict
         )
         models["critic"] = trained("critic", sizes["critic"])
     return sizes, models
+
+
+def _group_size(config: PPOConfig) -> int:
+    """Processes that generate together."""
+    return config.system.inference_tp_size if config.system.enable_hybrid_engine else 1
+
+
+def _for_generation(config: PPOConfig, actor: ModelSize, *, rows: int, width: int) -> tuple[Parts, Parts]:
+    """KV cache and replica: what stays between generations, and what is freed."""
+    system, positions = config.system, config.data.max_prompt_seq_len + config.data.max_answer_seq_len
+    resident, passing = {}, {}
+    for name, size, frees in (
+        # A tensor-parallel group of N processes generates N times the rows; each caches an Nth of their heads.
+        (
+            "KV cache",
+            width * 2 * actor.layers * actor.kv_width * rows * positions,
+            system.release_inference_cache or not system.enable_hybrid_engine,
+        ),
+        (
+            "replica",
+            _replica_bytes(config, actor, width=width),
+            system.unpin_actor_parameters or system.release_inference_cache,
+        ),
+    ):
+        (passing if frees else resident)[name] = size
+    return resident, passing
 
 
 def _replica_bytes(config: PPOConfig, actor: ModelSize, *, width: int) -> float:

@@ -58,14 +58,18 @@ class ModelSize:
         return width * (self.parameters - self.int8) + self.int8 + 4 * self.scales
 
 
+def has_shape(name: str) -> bool:
+    """Whether a hub id, or its last part, is that of a published or tiny shape."""
+    return name.rsplit("/", 1)[-1].lower().removesuffix("-hf") in SHAPES
+
+
 def find_config(name: str, *, flag: str, trust_remote_code: bool = False) -> PreTrainedConfig:
     """The configuration of a folder, of a published or tiny shape by its name (without any hub), or of a hub id.
 
     Raises:
         ValueError: nothing of that name; names `flag`.
     """
-    short = name.rsplit("/", 1)[-1].lower().removesuffix("-hf")
-    if short in SHAPES and not model_source(name, flag=flag)[1]:
+    if has_shape(name) and not model_source(name, flag=flag)[1]:
         return shape_config(name)
     return load_config(name, flag=flag, trust_remote_code=trust_remote_code)[1]
 

@@ -200,11 +200,17 @@ def mend_folder(path: Path) -> None:
         shutil.rmtree(aside)
 
 
+def files_of_a_model(folder: Path) -> list[str]:
+    """What goes when a model is saved to `folder`."""
+    names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+    return [name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in MODEL_FILES)]
+
+
 def _move_the_rest(old: Path, path: Path) -> None:
     """Move what belongs to no model from `old` into `path`."""
+    models = files_of_a_model(old)
     for entry in old.iterdir():
-        is_models = any(fnmatch.fnmatch(entry.name, pattern) for pattern in MODEL_FILES)
-        if not is_models and not (path / entry.name).exists():
+        if entry.name not in models and not (path / entry.name).exists():
             entry.rename(path / entry.name)
 
 

@@ -6,14 +6,20 @@ from collections.abc import Iterable
 
 import psutil
 import torch
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 
 from dschat.config.steps import PPOConfig, SFTConfig
 from dschat.engine.build import override
 from dschat.engine.ds_config import training_config
 from dschat.engine.memory_report import check_fit, plan_text
 from dschat.engine.model_checks import checked_plan
+from dschat.engine.model_size import has_shape
+from dschat.models.tokenizer import model_source
 from dschat.tracking import dist
 from dschat.tracking.log import logger
+
+NAMES = ("facebook/opt-1.3b", "meta-llama/Llama-2-7b-hf")
 
 
 def show_plan(config, *, dtype: str, rewards: Iterable[str] = ()) -> None:
@@ -36,7 +42,12 @@ def show_plan(config, *, dtype: str, rewards: Iterable[str] = ()) -> None:
 
 
 def dry_run(config) -> None:
-    """Print the memory plan and the DeepSpeed configurations, for $WORLD_SIZE GPUs. Loads and starts nothing."""
+    """Print the memory plan and the DeepSpeed configurations, for $WORLD_SIZE GPUs. Loads, fetches and starts nothing.
+
+    Raises:
+        ValueError: a model whose shape is not known here, or what ``checked_plan`` refuses.
+    """
+    refuse_unknown_shapes(config.model.by_flag)
     given = os.environ.get("WORLD_SIZE", "1")
     if not given.isdecimal() or int(given) < 1:
         raise ValueError(f"WORLD_SIZE={given}: expected the number of GPUs to plan for, at least 1.")
@@ -47,6 +58,33 @@ def dry_run(config) -> None:
     print(plan_text(plan, processes=min(world_size, 8)))
     for name, found in ds_configs(config, dtype=dtype, world_size=world_size).items():
         print(f"DeepSpeed configuration of the {name}:\n{json.dumps(found, indent=2)}")
+
+
+def refuse_unknown_shapes(models: dict[str, list[str]]) -> None:
+    """Nothing where the shape of every model is found without asking the hub.
+
+    Args:
+        models: flags, and the folders or hub ids that they name.
+
+    Raises:
+        ValueError: names those that are not.
+    """
+    found = [
+        f"{flag} {name}: --dry_run asks no hub, and this is no folder, no published size and not in the hub's cache. "
+        f"Give its folder, or a name such as {', '.join(NAMES)}."
+        for flag, names in models.items()
+        for name in names
+        if name and not (model_source(name, flag=flag)[1] or has_shape(name) or _is_cached(name))
+    ]
+    if found:
+        raise ValueError("\n".join(found))
+
+
+def _is_cached(name: str) -> bool:
+    try:
+        return isinstance(try_to_load_from_cache(name, "config.json"), str)
+    except HFValidationError:
+        return False
 
 
 def ds_configs(config, *, dtype: str, world_size: int) -> dict[str, dict]:

@@ -1,14 +1,17 @@
 """What every main does before and after training: messages about flags, seeds, folders, the record of the run."""
 
 import glob
+import json
 import os
 import random
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 
-from dschat.config.parse import config_dict
-from dschat.models.export import mend_folder
+from dschat.config.parse import config_dict, step_title
+from dschat.config.ppo_options import MODEL_FOLDERS
+from dschat.models.export import files_of_a_model, mend_folder
 from dschat.tracking import dist
 from dschat.tracking.lock import lock_folder
 from dschat.tracking.log import logger
@@ -24,8 +27,7 @@ WITHOUT_EFFECT = {
     "actor_dropout": "dropout is off in all four models of step 3",
     "critic_dropout": "dropout is off in all four models of step 3",
 }
-# What step 3 saves below its output folder.
-MODEL_FOLDERS = ("actor", "critic", "actor_ema")
+RECORD = "run.json"  # in every output folder, from the moment that a run has loaded its models
 
 
 def announce(config) -> None:
@@ -76,13 +78,18 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def prepare_output_dir(output_dir: str | None) -> None:
+def prepare_output_dir(output_dir: str | None, *, step: str, below: Iterable[str] = ()) -> None:
     """Make the output folder, see that it can be written, and keep other runs from it until this process ends.
 
     What a run that was killed left half done beside it is put in order. Every process must call it.
 
+    Args:
+        step: the title of this step.
+        below: folders in it that models will be saved to; none: it is itself the model's.
+
     Raises:
-        ValueError: it cannot be written, or another run writes to it; names --output_dir.
+        ValueError: it cannot be written, holds a model that no run of this step wrote, or another run writes to it; names
+            --output_dir.
     """
     if output_dir is None:
         return
@@ -97,7 +104,7 @@ def prepare_output_dir(output_dir: str | None) -> None:
             f"--output_dir {output_dir}: a finished model takes its name by a rename, which a mount point or a folder "
             "above that is not writable forbids. Give a folder below it."
         )
-    fault = dist.first_fault(_taken(path) if dist.is_main() else "")
+    fault = dist.first_fault(_taken(path, step, below) if dist.is_main() else "")
     if fault:
         raise ValueError(f"--output_dir {output_dir}: {fault}. Give another folder.")
     try:
@@ -109,12 +116,36 @@ def prepare_output_dir(output_dir: str | None) -> None:
         raise ValueError(f"--output_dir {output_dir}: not writable ({error.strerror}). Give another folder.") from error
 
 
-def _taken(path: Path) -> str:
+def _other_model(path: Path, step: str, below: Iterable[str]) -> str:
+    """Why no model may be saved there, or "": one lies there already that is not of a run of this step."""
+    if _asides(path):  # an output folder that was being replaced, and is put in order later
+        return ""
+    if not (path / RECORD).exists():
+        for folder in (path, *(path / name for name in below)):
+            names = files_of_a_model(folder)
+            if names:
+                shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+                return f"{folder} holds a model that no run here has written ({shown}), and this run would replace it"
+    elif not below and files_of_a_model(path):
+        other = json.loads((path / RECORD).read_text(encoding="utf-8")).get("step", step)
+        if other != step:
+            return f'it holds the model of "{other}", and this run would replace it by one of "{step}"'
+    return ""
+
+
+def _asides(path: Path) -> list[Path]:
+    """What the folder was a moment ago, where a run was killed as it replaced it."""
+    return list(path.parent.glob(f".{glob.escape(path.name)}.*.old/{glob.escape(path.name)}"))
+
+
+def _taken(path: Path, step: str, below: Iterable[str]) -> str:
     """Take the folder for this run and put it in order; returns why that cannot be, or ""."""
     try:
+        fault = _other_model(path, step, below)
+        if fault:
+            return fault
         # A run that is alive holds the folder, or what was it a moment ago.
-        asides = path.parent.glob(f".{glob.escape(path.name)}.*.old/{glob.escape(path.name)}")
-        for folder in [*([path] if path.is_dir() else []), *asides]:
+        for folder in [*([path] if path.is_dir() else []), *_asides(path)]:
             lock_folder(folder)
         for folder in (path, *(path / name for name in MODEL_FOLDERS)):
             mend_folder(folder)
@@ -132,6 +163,7 @@ def record_run(config, output_dir: str | None, *, dtype: str, **facts) -> None:
     if output_dir is None or not dist.is_main():
         return
     record = {
+        "step": step_title(type(config)),
         "config": config_dict(config),
         "dtype": dtype,
         "processes": dist.world_size(),
@@ -139,4 +171,4 @@ def record_run(config, output_dir: str | None, *, dtype: str, **facts) -> None:
         "versions": versions(),
         **facts,
     }
-    write_json(Path(output_dir) / "run.json", record)
+    write_json(Path(output_dir) / RECORD, record)

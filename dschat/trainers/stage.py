@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from dschat.config.parse import step_title
 from dschat.engine.build import TORCH_DTYPES, build_training_engine, on_cpu, override, partitioned_loading, resolve_dtype
 from dschat.engine.build import start_processes
 from dschat.engine.checkpoint import save_model
@@ -45,7 +46,7 @@ def start_stage(config, *, number: int) -> Stage:
     """
     device = start_processes(config.run.local_rank)
     announce(config)
-    prepare_output_dir(config.run.output_dir)
+    prepare_output_dir(config.run.output_dir, step=step_title(type(config)))
     checkpoint = find_checkpoint(config)
     seed_everything(config.run.seed)
     model = config.model

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from dschat.config.ppo_options import MODEL_FOLDERS
 from dschat.models import export
 from dschat.models.export import mend_folder, replace_folder
 from dschat.trainers.setup import prepare_output_dir
@@ -86,10 +87,55 @@ def test_a_folder_that_cannot_be_written_is_refused(zygote, tmp_path):
     assert run.statuses == [1] and f"--output_dir {tmp_path}/only-read: " in run.log and "Permission denied" in run.log
 
 
+@pytest.mark.parametrize(
+    "place, below, held",
+    [
+        ("out", (), ["config.json", "model.safetensors", "tokenizer.json"]),
+        ("out", (), ["pytorch_model.bin"]),
+        ("out", MODEL_FOLDERS, ["model-00001-of-00002.safetensors"]),
+        ("out/actor", MODEL_FOLDERS, ["config.json"]),
+        ("out/critic", MODEL_FOLDERS, ["vocab.json", "merges.txt", "config.json", "generation_config.json"]),
+    ],
+)
+def test_a_model_that_no_run_here_has_written_stays(place, below, held, tmp_path):
+    (tmp_path / place).mkdir(parents=True)
+    for name in held:
+        (tmp_path / place / name).write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match="--output_dir .*/out: .* holds a model that no run here has written") as refused:
+        prepare_output_dir(str(tmp_path / "out"), step="Step", below=below)
+    assert f"{tmp_path / place} holds a model that no run here has written ({', '.join(sorted(held)[:3])}" in str(refused.value)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_folders_of_earlier_runs_and_of_other_files_are_taken(tmp_path):
+    ours = folder(tmp_path / "ours", config_json="{}", run_json="{}")
+    other = folder(tmp_path / "other", notes_txt="of the user", training_log="lines")
+    (other / "actor").mkdir()
+    (other / "actor" / "config.json").write_text("{}")  # of no concern to a step that saves to the folder itself
+    killed = folder(tmp_path / "killed", config_json="{}")  # while it was being replaced: the record is still in the old one
+    folder(tmp_path / ".killed.abcd1234.old")
+    folder(tmp_path / ".killed.abcd1234.old" / "killed", config_json="{}", run_json="{}")
+    for path in (ours, other, killed, tmp_path / "new"):
+        prepare_output_dir(str(path), step="Step")
+    assert (killed / "run.json").exists() and (other / "notes.txt").exists()
+
+
+def test_the_model_of_another_step_stays(tmp_path):
+    record = '{"step": "Step 1, supervised fine-tuning"}'
+    out = folder(tmp_path / "out", config_json="{}", run_json=record)
+    with pytest.raises(ValueError, match=f"--output_dir {out}: it holds the model of .Step 1, supervised fine-tuning., and"):
+        prepare_output_dir(str(out), step="Step 2, reward model")
+    prepare_output_dir(str(out), step="Step 1, supervised fine-tuning")
+    prepare_output_dir(str(out), step="Step 3, PPO", below=MODEL_FOLDERS)  # which saves to folders in it
+    # A run that was stopped before it had a model is in nobody's way.
+    prepare_output_dir(str(folder(tmp_path / "stopped", run_json=record)), step="Step 2, reward model")
+
+
 def test_the_folder_one_is_in_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     for name in (".", str(tmp_path)):
         with pytest.raises(ValueError, match="--output_dir .*: this is the folder you are in.*Give one below it"):
-            prepare_output_dir(name)
+            prepare_output_dir(name, step="Step")
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]

@@ -38,6 +38,7 @@ RUNS = {
             argv="--actor_model_name_or_path {stock}/base/llama --critic_model_name_or_path {stock}/reward-base/llama "
             "--data_split 0,0,1 --max_prompt_seq_len 24 --max_answer_seq_len 6 --max_train_steps 3 "
             "--per_device_generation_batch_size 8 --per_device_training_batch_size 4 --ppo_epochs 2 "
+            "--per_device_eval_batch_size 32 "
             f"--actor_learning_rate 1e-3 --critic_learning_rate 1e-3 {COMMON}",
         ),
         (

@@ -315,6 +315,22 @@ def test_a_failure_ends_with_cause_flag_and_log(said, cause, flags, bench):
     assert (bench.folder / "output" / "training.log").read_text() == said + "\n"
 
 
+def test_a_failure_behind_the_real_launcher_ends_the_same_way(bench):
+    script = SINGLE_NODE.replace("single_node", "single_gpu")
+    words = ["an output", "2", "--model_name_or_path", "/no such model"]
+    done = bench.run(script, *words, PYTHON=sys.executable, HF_HUB_OFFLINE="1")
+    assert done.returncode == 1
+    said, *last = done.stdout.rsplit("\n\n", 1)
+    assert "exits with return code = 1" in said and "Traceback" not in done.stdout  # the launcher's words, before
+    assert last[0].splitlines() == [
+        "error (rank 0): --model_name_or_path '/no such model' does not exist; give an existing model folder or a hub name.",
+        "flags to look at: --model_name_or_path",
+        "whole log: an output/training.log",
+    ]
+    log = (bench.folder / "an output" / "training.log").read_text()
+    assert "'/no such model' does not exist" in log and log in done.stdout
+
+
 def test_a_second_run_keeps_the_log_of_the_first_and_fails_by_its_own_words(bench):
     assert bench.run(SINGLE_NODE, STUB_SAYS="error (rank 0): --max_seq_len 1: of yesterday", STUB_STATUS="1").returncode == 1
     done = bench.run(SINGLE_NODE, STUB_SAYS="two", STUB_STATUS="3")

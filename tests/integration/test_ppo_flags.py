@@ -17,7 +17,7 @@ CRITIC = "--critic_model_name_or_path {stock}/reward/llama"
 COMMON = (
     "--actor_model_name_or_path {stock}/sft/llama --data_split 0,0,1 --max_prompt_seq_len 24 --dtype fp32 "
     f"--actor_learning_rate {RATE} --critic_learning_rate {RATE} --num_warmup_steps 0 --lr_scheduler_type linear "
-    "--per_device_training_batch_size 2 --eval_prompts 8"
+    "--per_device_training_batch_size 2 --eval_prompts 8 --per_device_eval_batch_size 32"
 )
 ROWS = "--per_device_generation_batch_size 4"  # two optimizer steps a pass
 

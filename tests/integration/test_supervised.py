@@ -31,6 +31,7 @@ def check_outputs(outcome, step: int, options: dict, stock: Path) -> None:
     check_metrics(outcome.metrics(), step, options)
     run = json.loads((out / "run.json").read_text())
     assert (run["processes"], run["dtype"], run["total_steps"]) == (options["ranks"], options["dtype"], STEPS)
+    assert run["step"].startswith(f"Step {step}, ")
     events = {path.parent.relative_to(out / "events").parts[0] for path in (out / "events").rglob("events.out.*")}
     wanted = {f"step{step}_tensorboard_logs", "ds_tensorboard_logs"} if options["tensorboard"] else set()
     assert events == wanted

@@ -1,14 +1,17 @@
 """Flags and files to configurations: DeepSpeed-Chat's names and defaults, and what users are told."""
 
 import json
+import typing
 from pathlib import Path
 
 import pytest
 import yaml
 
+from dschat.config.chat import ChatConfig
 from dschat.config.dpo import DPOConfig
 from dschat.config.parse import config_dict, parse_config
 from dschat.config.steps import PPOConfig, RewardConfig, SFTConfig
+from dschat.config.tools import PromptEvalConfig, RewardEvalConfig
 
 # DeepSpeed-Chat's defaults, flag by flag.
 COMMON = {
@@ -339,15 +342,19 @@ BAD_VALUES = {
         ("--eval_fraction 0.95", "--eval_fraction 0.95: must lie between 0.0 and 0.9."),
         ("--gradient_accumulation_steps 0", "--gradient_accumulation_steps 0: must be at least 1."),
         ("--output_dir=", "--output_dir has no value: give a folder, or leave the flag out to save nothing."),
-        ("--seed 99999999999999999999999", "--seed 99999999999999999999999: must be from 0 to 4294967295."),
-        ("--seed -1", "--seed -1: must be from 0 to 4294967295."),
+        ("--seed 99999999999999999999999", "--seed 99999999999999999999999: must lie between 0 and 4294967295."),
+        ("--seed -1", "--seed -1: must lie between 0 and 4294967295."),
         ("--max_train_steps -1", "--max_train_steps -1: must be at least 0."),
         ("--num_warmup_steps -1", "--num_warmup_steps -1: must be at least 0."),
         ("--per_device_train_batch_size 0", "--per_device_train_batch_size 0: must be at least 1."),
         ("--per_device_eval_batch_size 0", "--per_device_eval_batch_size 0: must be at least 1."),
         ("--dropout 1.5", "--dropout 1.5: must lie between 0.0 and 1.0."),
         ("--learning_rate -1", "--learning_rate -1.0: must be at least 0."),
-        ("--learning_rate nan", "--learning_rate nan: must be at least 0."),
+        ("--data_seed -1", "--data_seed -1: must lie between 0 and 4294967295."),
+        ("--data_seed 4294967296", "--data_seed 4294967296: must lie between 0 and 4294967295."),
+        ("--learning_rate nan", "--learning_rate nan: must be a finite number, at least 0."),
+        ("--lora_alpha inf", "--lora_alpha inf: must be a finite number, above 0."),
+        ("--log_interval_s -1", "--log_interval_s -1.0: must be at least 0."),
         ("--weight_decay -1", "--weight_decay -1.0: must be at least 0."),
         ("--lora_alpha 0", "--lora_alpha 0.0: must be above 0."),
         ("--lora_learning_rate -1", "--lora_learning_rate -1.0: must be at least 0."),
@@ -431,6 +438,71 @@ BAD_VALUES = {
 def test_a_bad_value_is_named_with_its_flag(step, flags, line):
     config_class, _, required = STEPS[step]
     assert message(config_class, words(required) + flags.split()) == line
+
+
+MODELS = {
+    **{config: words(required) for config, _, required in STEPS.values()},
+    ChatConfig: ["--path", "m"],
+    PromptEvalConfig: ["--model_name_or_path_baseline", "m", "--model_name_or_path_finetune", "n"],
+    RewardEvalConfig: ["--model_name_or_path", "m"],
+}
+
+
+def float_flags(config_class) -> list[str]:
+    """Every flag that takes a number with a point, or a list of such."""
+    groups = typing.get_type_hints(config_class).values()
+    options = [(name, kind) for group in groups for name, kind in typing.get_type_hints(group).items()]
+    return [name for name, kind in options if float in (kind, *typing.get_args(kind))]
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+@pytest.mark.parametrize("config_class", MODELS, ids=lambda config_class: config_class.__name__)
+def test_no_flag_takes_what_is_no_finite_number(config_class, value):
+    flags = float_flags(config_class)
+    assert len(flags) >= {SFTConfig: 6, PPOConfig: 25, ChatConfig: 4, PromptEvalConfig: 1}.get(config_class, 0)
+    for name in flags:
+        more = ["--serve"] if name == "max_wait_s" else []
+        lines = message(config_class, [*MODELS[config_class], *more, f"--{name}={value}"]).splitlines()
+        assert len(lines) == 1 and lines[0].startswith(f"--{name} {value}: must "), lines
+
+
+@pytest.mark.parametrize(
+    "step, flags, named",
+    [
+        ("step 1", "--model_name_or_path base --output_dir base", "--model_name_or_path base"),
+        ("step 2", "--model_name_or_path ./base/ --output_dir x/../base", "--model_name_or_path ./base/"),
+        ("DPO", "--model_name_or_path out/adapter --output_dir out", "--model_name_or_path out/adapter"),
+        ("step 1", "--model_name_or_path link --output_dir base", "--model_name_or_path link"),
+        ("step 1", "--model_name_or_path facebook/opt --output_dir facebook/opt", "--model_name_or_path facebook/opt"),
+        ("step 3", "--actor_model_name_or_path out --output_dir out", "--actor_model_name_or_path out"),
+        ("step 3", "--actor_model_name_or_path out/actor --output_dir out", "--actor_model_name_or_path out/actor"),
+        ("step 3", "--critic_model_name_or_path out/critic --output_dir out/", "--critic_model_name_or_path out/critic"),
+        ("step 3", "--reward_model_name_or_path r out/critic --output_dir out", "--reward_model_name_or_path out/critic"),
+    ],
+)
+def test_no_model_that_is_read_is_written_over(step, flags, named, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").mkdir()
+    (tmp_path / "link").symlink_to("base")
+    config_class, _, required = STEPS[step]
+    (output,) = flags.partition("--output_dir ")[2].split()
+    line = f"--output_dir {output}: a finished model would take the place of {named}. Give another folder."
+    assert message(config_class, words(required) + flags.split()) == line
+
+
+@pytest.mark.parametrize(
+    "step, flags",
+    [
+        ("step 1", "--model_name_or_path base --output_dir base/out"),
+        ("step 1", "--model_name_or_path out/base --output_dir out"),
+        ("step 1", "--model_name_or_path out/actor --output_dir out"),
+        ("step 3", "--actor_model_name_or_path models/actor --critic_model_name_or_path models/critic --output_dir models/3"),
+        ("step 3", "--actor_model_name_or_path first/actor --critic_model_name_or_path first/critic --output_dir second"),
+    ],
+)
+def test_models_beside_above_and_below_the_output_folder_may_be_read(step, flags):
+    config_class, _, required = STEPS[step]
+    assert parse_config(config_class, words(required) + flags.split()).run.output_dir
 
 
 @pytest.mark.parametrize("flags", ["--zero_stage two", "--dtype int8", "--learning_rate fast", "--offload maybe"])

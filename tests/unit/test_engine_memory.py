@@ -11,7 +11,9 @@ from dschat.config.steps import PPOConfig, RewardConfig, SFTConfig
 from dschat.engine import activations
 from dschat.engine.memory import inference_footprint, training_footprint
 from dschat.engine.memory_plan import plan_step
-from dschat.engine.memory_report import GIB, OVERHEAD, check_fit, needed_bytes, plan_text, remedies, with_options
+from dschat.engine.memory_report import plan_text
+from dschat.engine.phases import KINDS
+from dschat.engine.remedies import GIB, OVERHEAD, needed_bytes
 from dschat.engine.model_size import ModelSize, model_size, named_size
 from dschat.models.families import FAMILIES, shape_config
 from dschat.models.prepare import prepare_for_training
@@ -279,72 +281,6 @@ def test_int8_weights_take_a_byte_and_their_scales():
     assert ppo(f"{hybrid} --hybrid_lora attach").resident["replica"] == 2 * adapted
 
 
-def test_larger_tensor_parallel_groups_are_a_remedy_where_they_fit_model_and_processes():
-    flags = f"{ADAPTERS} --enable_hybrid_engine --actor_zero_stage 3 --critic_zero_stage 3 --offload"
-    config = parse_config(PPOConfig, f"{STEP3} {flags} --eval_prompts 8".split())
-    limits = (10 * GIB, 0)
-    words, _ = remedies(config, world_size=8, processes=8, dtype="bf16", limits=limits)
-    assert "--inference_tp_size 8" in words
-    odd = remedies(config, world_size=3, processes=3, dtype="bf16", limits=limits)
-    assert odd is None or not any("inference_tp_size" in word for word in odd[0])
-
-
-def sft(flags: str):
-    return parse_config(SFTConfig, f"--model_name_or_path llama-2-7b --zero_stage 2 {flags}".split())
-
-
-def fit(config, *, gpu_gib: float, host_gib: float = 0.0, world_size: int = 1) -> None:
-    plan = plan_step(config, world_size=world_size, dtype="bf16")
-    limits = dict(gpu_bytes=gpu_gib * GIB, all_host_bytes=host_gib * GIB)
-    check_fit(config, plan, world_size=world_size, processes=world_size, dtype="bf16", **limits)
-
-
-def test_what_cannot_fit_is_refused_with_flags_that_make_it_fit():
-    config = sft("")
-    with pytest.raises(ValueError, match="does not fit.*of 24.0 GiB.*It fits with --.*--ignore_memory_plan") as refused:
-        fit(config, gpu_gib=24)
-    words = str(refused.value).partition("It fits with ")[2].partition(" (")[0].split()
-    assert 2 <= sum(word.startswith("--") for word in words) <= 5
-    changed = sft(" ".join(words))
-    fit(changed, gpu_gib=24)
-    assert needed_bytes(plan_step(changed, world_size=1, dtype="bf16")) <= 24 * GIB
-    fit(config, gpu_gib=200)
-
-
-def test_where_the_batch_is_what_does_not_fit_a_smaller_one_is_the_remedy():
-    config = sft("--lora_dim 8 --only_optimize_lora --gradient_checkpointing --per_device_train_batch_size 256")
-    words, plan = remedies(config, world_size=1, processes=1, dtype="bf16", limits=(32 * GIB, 0))
-    assert words == ["--per_device_train_batch_size 64", "--gradient_accumulation_steps 4"]
-    config = parse_config(PPOConfig, f"{STEP3} --actor_lora_dim 8 --critic_lora_dim 8 --only_optimize_lora".split())
-    rows = {"per_device_generation_batch_size": 16, "generation_batches": 4, "per_device_training_batch_size": 64}
-    checkpointing = {"actor_gradient_checkpointing": True, "critic_gradient_checkpointing": True}
-    config = with_options(config, rows | checkpointing | {"per_device_eval_batch_size": 8})
-    words, _ = remedies(config, world_size=1, processes=1, dtype="bf16", limits=(66 * GIB, 0))
-    assert words == ["--per_device_training_batch_size 32", "--gradient_accumulation_steps 2"]
-
-
-def test_step_3_and_the_host_count_as_well():
-    config = parse_config(PPOConfig, STEP3.split())
-    limits = (80 * GIB, 100 * GIB)
-    words, plan = remedies(config, world_size=1, processes=1, dtype="bf16", limits=limits)
-    assert needed_bytes(plan) <= 80 * GIB and plan.host_bytes(processes=1) <= 100 * GIB
-    assert "--only_optimize_lora" in words  # offload of two whole models would need 242 GB of host memory
-    with pytest.raises(ValueError, match="GiB of 10.0 GiB host memory"):
-        fit(sft("--lora_dim 8 --only_optimize_lora"), gpu_gib=80, host_gib=10)
-
-
-def test_where_nothing_helps_it_says_so():
-    config = parse_config(SFTConfig, "--model_name_or_path opt-175b".split())
-    with pytest.raises(ValueError, match="None of the usual flags makes it fit 1 GPU"):
-        fit(config, gpu_gib=24, host_gib=64)
-
-
-def test_options_are_replaced_in_whatever_group_they_are():
-    config = with_options(sft(""), {"gradient_checkpointing": True, "per_device_train_batch_size": 2})
-    assert config.system.gradient_checkpointing and config.batch.per_device_train_batch_size == 2
-    assert config.system.zero_stage == 2
-
-
 def test_a_pair_is_two_texts_and_the_table_says_what_is_needed():
     config = parse_config(RewardConfig, "--model_name_or_path opt-350m --per_device_train_batch_size 4".split())
     plan = plan_step(config, world_size=1, dtype="bf16")
@@ -366,3 +302,68 @@ def test_counting_leaves_the_random_numbers_alone():
     torch.manual_seed(5)
     sizes._counted("tiny-llama", "--model", False, False, LoraOptions(lora_dim=4), SystemOptions(), "")
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_each_phase_is_parted_by_what_lies_there():
+    flags = "--model_name_or_path llama-2-7b --zero_stage 2 --gradient_checkpointing --per_device_train_batch_size 4"
+    config = parse_config(SFTConfig, f"{flags} --per_device_eval_batch_size 2".split())
+    plan, n = plan_step(config, world_size=8, dtype="bf16"), 6_738_415_616
+    matrices = n - 65 * 4096  # the largest group of the optimizer; the norms' weights are the other
+    lying = {"weights": 2 * n, "optimizer": 12 * n / 8}
+    tokens, logits = 4 * 512, 4 * 512 * 32000  # fewer logits than a chunk of the loss
+    kept = tokens * (32 * 2 * 4096 + 10 * 4096)  # a layer's input of each layer; the ends
+    loss = (2 + 25) * logits
+    # One layer, recomputed: two norms, attention and feed-forward part, log-sum-exps; and gradients.
+    again = 2 * (4 + 2 + 2) * 4096 + 2 * (4 * 4096 + 4 * 11008) + 4 * 32
+    working = tokens * (again + 2 * (2 * 4096 + 3 * 11008))
+    gradients = 2 * BUCKET + 2 * n / 8
+    assert loss < working + gradients
+    evaluated = 2 * 512 * 32000
+
+    def parts(**more):
+        return {**dict.fromkeys(KINDS, 0.0), **lying, **more}
+
+    assert plan.parts == {
+        "build": {**dict.fromkeys(KINDS, 0.0), "weights": 2 * n, "copies": 2 * matrices},
+        "backward": parts(activations=kept + working, gradients=gradients),
+        "step": parts(gradients=2 * n / 8, copies=6 * matrices / 8),
+        "evaluate": parts(activations=(2 + 25) * evaluated),
+    }
+    assert plan.phases["backward"] == 2 * n + 12 * n / 8 + kept + working + gradients
+    (backward,) = (line for line in plan_text(plan, processes=8).splitlines() if line.startswith("backward "))
+    assert backward.split()[-3] == f"{(kept + working) / GIB:.1f}"
+    frozen = f"{flags} --lora_dim 8 --only_optimize_lora".replace("--gradient_checkpointing", "")
+    adapters = plan_step(parse_config(SFTConfig, frozen.split()), world_size=8, dtype="bf16")
+    # Norms that do not train keep less; adapters keep their inputs' products: 4 of the attention, 3 of the rest, 8 each.
+    layer = 2 * (4 + 2) * 4096 + 2 * (4 * 4096 + 4 * 11008) + 4 * 32 + 2 * 7 * 8
+    assert adapters.parts["backward"]["activations"] == tokens * (32 * layer + 10 * 4096) + loss
+
+
+def test_the_rows_of_the_plan_are_those_of_a_gpu_and_of_a_host():
+    flags = "--enable_hybrid_engine --actor_zero_stage 3 --critic_zero_stage 3 --offload --unpin_actor_parameters "
+    flags += "--per_device_generation_batch_size 4 --per_device_training_batch_size 4 --eval_prompts 4"
+    plan = ppo(flags, world_size=8)
+    text = plan_text(plan, processes=8)
+    header, _, *rows = text.partition("\n\n")[2].splitlines()
+    kinds = header.split("  ")
+    kinds = [kind.strip() for kind in kinds if kind.strip()]
+    assert kinds == ["GiB a GPU", "weights", "optimizer", "buffers", "activations", "KV cache", "replica", "all"]
+    cells = {row[: header.index("weights")].strip(): row[header.index("weights") :].split() for row in rows[:-1]}
+    # 4 rows of 512 tokens in 32 layers of keys and values; all weights of the actor while it generates, then none.
+    assert cells["generate"][-3:-1] == ["1.0", f"{2 * 6_738_415_616 / GIB:.1f}"]
+    assert cells["actor backward"][-3:-1] == ["1.0", "0.0"]
+    for cell in cells.values():
+        assert float(cell[-1]) == pytest.approx(sum(map(float, cell[:-1])), abs=0.3)
+    # Actor and critic in bf16, and fp32 weights, gradients, moments and a bf16 copy of an eighth for each process.
+    trained = 2 * 6_738_415_616 - 32000 * 4096 + 4096
+    assert cells["a host of 8"][:2] == [f"{2 * trained / GIB:.1f}", f"{18 * trained / GIB:.1f}"]
+    assert set(plan.phases) | {"a host of 8"} == set(cells)
+
+
+def test_what_is_offloaded_while_idle_is_no_part_of_generation():
+    flags = "--actor_zero_stage 3 --critic_zero_stage 3"
+    there, away = ppo(flags, world_size=4), ppo(f"{flags} --offload_idle_states", world_size=4)
+    assert away.parts["generate"]["optimizer"] == 0 and there.parts["generate"]["optimizer"] > 0
+    assert away.parts["actor step"] == there.parts["actor step"]
+    bucket = there.parts["generate"]["buffers"] - away.parts["generate"]["buffers"]
+    assert bucket == 2 * (2 * 6_738_415_616 - 32000 * 4096 + 4096) / 4  # the places of the gradients

@@ -1,6 +1,8 @@
 """The memory plan before loading: printed, held against the GPU, and alone by --dry_run and dschat.plan."""
 
 import json
+import socket
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 from dschat import plan
 from dschat.config.parse import parse_config
 from dschat.config.steps import PPOConfig, SFTConfig
+from dschat.models.tiny import make_tiny_model
 from dschat.trainers import preflight
 
 SFT = "--model_name_or_path llama-2-7b --zero_stage 2"
@@ -65,6 +68,21 @@ def test_a_dry_run_is_for_a_number_of_gpus(value, monkeypatch):
         preflight.dry_run(config)
 
 
+def test_a_dry_run_asks_no_hub(monkeypatch, tmp_path):
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: pytest.fail("the network was asked"))
+    monkeypatch.setattr(preflight, "try_to_load_from_cache", lambda name, file: None)
+    flags = "--actor_model_name_or_path some/actor --critic_model_name_or_path opt-9b"
+    with pytest.raises(ValueError) as refused:
+        preflight.dry_run(parse_config(PPOConfig, flags.split()))
+    first, second = str(refused.value).splitlines()
+    assert first.startswith("--actor_model_name_or_path some/actor: --dry_run asks no hub") and "facebook/opt-1.3b" in first
+    assert second.startswith("--critic_model_name_or_path opt-9b: ")
+    with pytest.raises(ValueError, match="--model_name_or_path 'some/where/else' does not exist"):
+        preflight.dry_run(parse_config(SFTConfig, ["--model_name_or_path", "some/where/else"]))
+    model = str(make_tiny_model(tmp_path / "model", family="opt"))
+    preflight.dry_run(parse_config(SFTConfig, ["--model_name_or_path", model]))
+
+
 def test_dschat_plan(capsys):
     plan.main("--step 3 --model llama-2-7b --gpus 8 --actor_zero_stage 3 --critic_zero_stage 3 --gpu_gib 80".split())
     assert "of 80.0 GiB: fits" in capsys.readouterr().out
@@ -92,3 +110,14 @@ def test_dschat_plan(capsys):
 def test_dschat_plan_names_mistakes(flags, message):
     with pytest.raises(ValueError, match=message):
         plan.main(flags.split())
+
+
+def test_the_guide_shows_what_the_planner_prints(capsys):
+    guide = (Path(__file__).resolve().parents[2] / "docs" / "performance" / "memory.md").read_text()
+    command, shown = "--step 3 --model llama-2-7b --gpus 1 --gpu_gib 24", guide.partition("```text\n")[2].partition("```")[0]
+    assert f"python -m dschat.plan {command}\n" in guide
+    with pytest.raises(ValueError) as refused:
+        plan.main(command.split())
+    printed = f"{capsys.readouterr().out}\nerror (rank 0): {refused.value}\n"
+    assert shown == printed
+    assert "It fits with --actor_gradient_checkpointing --actor_zero_stage 3 --offload (20.9 GiB on each GPU" in shown

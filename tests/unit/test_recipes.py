@@ -1,12 +1,13 @@
 """What e2e_rlhf.py makes of names: models, folders and the flags of each step, which the mains must accept."""
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
 
 from dschat.config.parse import parse_config
-from dschat.config.recipes import resolve_model, size_name, step_flags
+from dschat.config.recipes import check_arguments, resolve_model, size_name, step_flags
 from dschat.config.steps import PPOConfig, RewardConfig, SFTConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -101,3 +102,26 @@ def test_the_launcher_counts_processes_by_deployment(e2e):
 def test_models_that_do_not_go_together_are_refused(e2e):
     with pytest.raises(ValueError, match="--actor-model 1.3b and --reward-model tiny-opt"):
         e2e.make_plan(e2e.parse_args("--actor-model 1.3b --reward-model tiny-opt".split()))
+
+
+def test_what_is_in_the_way_of_a_run_is_named_at_once(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError) as refused:
+        check_arguments(str(tmp_path / "file"), num_processes=-2, num_gpus=0, save_interval=-1, hostfile="none")
+    processes, interval, hosts, output = str(refused.value).splitlines()
+    assert (processes, interval) == ("--num-processes -2: must be at least 0.", "--save-interval -1: must be at least 0.")
+    assert hosts.startswith("--hostfile none: no such file") and "slots=8" in hosts
+    assert output == f"--output-dir {tmp_path}/file: no folder that can be written (File exists). Give another."
+    with pytest.raises(ValueError, match=r"--num-processes 3: this machine shows 2 GPU\(s\)"):
+        check_arguments(str(tmp_path / "out"), num_processes=3, num_gpus=2, save_interval=0, hostfile=None)
+    check_arguments(str(tmp_path / "out"), num_processes=3, num_gpus=0, save_interval=0, hostfile=None)
+    assert (tmp_path / "out").is_dir()
+
+
+def test_the_command_ends_with_these_words(e2e, tmp_path, monkeypatch):
+    command = ["e2e_rlhf.py", "--actor-model", "tiny-llama", "--num-processes", "-2", "--output-dir", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", command)
+    monkeypatch.setattr(e2e, "set_up_logging", lambda: None)
+    with pytest.raises(ValueError, match="--num-processes -2: must be at least 0"):
+        e2e.main()
+    assert not list((tmp_path / "out").iterdir())

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from dschat.config.parse import parse_config
+from dschat.config.parse import parse_config, step_title
+from dschat.config.ppo_options import MODEL_FOLDERS
 from dschat.config.steps import PPOConfig
 from dschat.data.collate import collate_prompts
 from dschat.data.loaders import build_prompt_data, first_rows, make_loaders
@@ -34,7 +35,7 @@ def main() -> None:
     data, run = config.data, config.run
     start_processes(run.local_rank)
     announce(config)
-    prepare_output_dir(run.output_dir)
+    prepare_output_dir(run.output_dir, step=step_title(PPOConfig), below=MODEL_FOLDERS)
     checkpoint = find_checkpoint(config)
     seed_everything(run.seed)
     dtype = resolve_dtype(config.model.dtype)
