@@ -32,7 +32,7 @@ def start_process(command: list[str], environment: dict[str, str]) -> tuple[int,
 
 
 def run_logged(start: Callable[[], tuple[int, TextIO]], log: Path) -> None:
-    """Call `start() -> (process id, output)`; the output goes to `log` and, launcher noise left out, on the screen.
+    """Call `start() -> (process id, output)`; the output goes on the screen without launchers' noise, and to the end of `log`.
 
     The process leads a session of its own. SIGINT and SIGTERM reach every process of it (DeepSpeed's command would end
     without a word to those below), and this one waits until they have saved and ended.
@@ -43,7 +43,7 @@ def run_logged(start: Callable[[], tuple[int, TextIO]], log: Path) -> None:
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     last: deque[str] = deque(maxlen=LAST_LINES)
-    with open(log, "w", encoding="utf-8") as file:
+    with open(log, "a", encoding="utf-8") as file:
         pid, output = start()
         with _handed_on(pid) as received:
             for line in output:

@@ -108,6 +108,8 @@ def test_an_interrupted_step_goes_on_from_its_checkpoint(finished, tmp_path):
     done = tiny("llama", output, tmp_path)
     assert done.returncode == 0 and "going on behind step" in done.stdout, done.stdout[-3000:]
     assert done.stdout.count("finished before") == 2
+    log = (ppo / "training.log").read_text()
+    assert 0 < log.find("a checkpoint is written") < log.find("going on behind step")
     check_summary(output)
     before, after = (
         [{k: v for k, v in json.loads(line).items() if k[:5] not in ("time/", "perf/")} for line in file.open()]
