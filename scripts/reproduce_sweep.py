@@ -152,7 +152,8 @@ def report(runs: dict[str, dict], figure: Path, window: int) -> None:
     panels = {}
     for rates, title in TITLES.items():
         names = [name for found, name in every_run() if found == rates and label(found, name) in runs]
-        panels[title] = {name: list(enumerate(runs[label(rates, name)]["score"], start=1)) for name in names}
+        if names:
+            panels[title] = {name: list(enumerate(runs[label(rates, name)]["score"], start=1)) for name in names}
     rows = [[title, name, *summary(curve)] for title, panel in panels.items() for name, curve in panel.items()]
     print(table(rows, header=["", "run", "rollouts", "first", "last", "highest"]))
     draw(panels, figure, metric="objective/score", window=window)
