@@ -131,6 +131,9 @@ def _write_faulty(folder: Path) -> None:
     many += ['{"prompt": "\\ud800", "chosen": " b"}', "{"]
     (faulty / "many.jsonl").write_text("\n".join(many) + "\n")
     (faulty / "latin.jsonl").write_bytes(good.encode() + b"\n" + '{"prompt": "café", "chosen": " b"}'.encode("latin-1"))
+    for name, prompt in (("unseen", " \u200b\ufeff\u2060"), ("huge", "word " * 2**19)):
+        rows = [good, json.dumps({**json.loads(good), "prompt": prompt}), good, good]
+        (faulty / f"{name}.jsonl").write_text("\n".join(rows) + "\n")
     (faulty / "rewards.py").write_text("def constant(prompts, answers, **columns):\n    return [0.0] * len(answers)\n")
     (faulty / "broken.py").write_text("f = 1 / 0\n")
     _write_faulty_models(folder)

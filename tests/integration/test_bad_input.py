@@ -13,6 +13,10 @@ PPO = (
     "--data_path {stock}/toy --data_split 0,0,1 --dtype fp32 --max_prompt_seq_len 24 --max_answer_seq_len 4"
 )
 OUTSIDE = ["with id 303", "vocabulary ends with id 263", "40 ids are outside", "Copy the tokenizer files"]
+UNSEEN = ["unseen.jsonl, line 2: field \"prompt\" is empty", "at least one word", "--skip_bad_rows"]
+HUGE = ["huge.jsonl, line 2: field \"prompt\" is a text of 2,621,440 bytes", "most is 1,000,000", "split it", "--skip_bad_rows"]
+# One of the three good rows is held out.
+LEFT_OUT = ["2 training rows are fewer", "x 65 rows"]
 # Step, its flags (the last of a kind counts), and what the message must hold.
 MISTAKES = {
     "no-data": (1, f"{SFT} --data_path {{stock}}/none.jsonl", ["--data_path", "none.jsonl", "no such file"]),
@@ -49,6 +53,22 @@ MISTAKES = {
             *("line 4: field \"chosen\" is empty", "line 5: fields \"chosen\" and \"rejected\" are equal", "line 6: "),
             *("... and 3 more", "--skip_bad_rows"),
         ],
+    ),
+    "unseen-prompt-step-1": (1, f"{SFT} --data_path {{stock}}/faulty/unseen.jsonl", UNSEEN),
+    "unseen-prompt-step-3": (3, f"{PPO} --data_path {{stock}}/faulty/unseen.jsonl", UNSEEN),
+    "unseen-prompt-but-skipped": (
+        1,
+        f"{SFT} --data_path {{stock}}/faulty/unseen.jsonl --per_device_train_batch_size 65 --skip_bad_rows",
+        LEFT_OUT,
+    ),
+    "huge-prompt-step-1": (1, f"{SFT} --data_path {{stock}}/faulty/huge.jsonl", HUGE),
+    "huge-prompt-step-2": (2, f"{REWARD} --data_path {{stock}}/faulty/huge.jsonl", HUGE),
+    "huge-prompt-dpo": ("dpo", f"{REWARD} --data_path {{stock}}/faulty/huge.jsonl", HUGE),
+    "huge-prompt-step-3": (3, f"{PPO} --data_path {{stock}}/faulty/huge.jsonl", HUGE),
+    "huge-prompt-but-skipped": (
+        1,
+        f"{SFT} --data_path {{stock}}/faulty/huge.jsonl --per_device_train_batch_size 65 --skip_bad_rows",
+        LEFT_OUT,
     ),
     "empty-file": (1, f"{SFT} --data_path {{stock}}/faulty/empty.jsonl", ["empty.jsonl: no rows", "--data_path"]),
     "no-utf-8": (1, f"{SFT} --data_path {{stock}}/faulty/latin.jsonl", ["latin.jsonl, line 2: not valid UTF-8", "0xe9"]),
