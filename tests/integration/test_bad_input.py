@@ -83,11 +83,17 @@ MISTAKES = {
         ["64 training rows", "--per_device_generation_batch_size"],
     ),
     "no-shares": (1, f"{SFT} --data_split 0,0,0", ["--data_split 0,0,0", "such as 2,4,4"]),
-    "no-end-token": (
-        1,
-        f"{SFT} --model_name_or_path {{stock}}/faulty/no-eos",
-        ["--model_name_or_path", "no-eos", "end-of-sequence", "--add_eot_token"],
-    ),
+    **{
+        f"no-end-token-{step}": (
+            step,
+            f"{argv} --{flag} {{stock}}/faulty/no-eos",
+            [f"--{flag} '", "no-eos", "end-of-sequence", "--add_eot_token"],
+        )
+        for step, argv, flag in (
+            *((1, SFT, "model_name_or_path"), (2, REWARD, "model_name_or_path"), ("dpo", REWARD, "model_name_or_path")),
+            (3, PPO, "actor_model_name_or_path"),
+        )
+    },
     "no-config": (
         1,
         f"{SFT} --model_name_or_path {{stock}}/faulty/no-config",
@@ -97,6 +103,16 @@ MISTAKES = {
         1,
         f"{SFT} --model_name_or_path {{stock}}/faulty/pickled",
         ["--model_name_or_path", "faulty/pickled'", "a .bin holds more than tensors, which is refused", "safetensors"],
+    ),
+    "pickled-adapter": (
+        1,
+        f"{SFT} --model_name_or_path {{stock}}/faulty/pickled-adapter",
+        ["--model_name_or_path", "faulty/pickled-adapter'", "adapter_model.safetensors is missing", "PEFT"],
+    ),
+    "pickled-adapter-reward": (
+        2,
+        f"{REWARD} --model_name_or_path {{stock}}/faulty/pickled-adapter",
+        ["--model_name_or_path", "faulty/pickled-adapter'", "adapter_model.safetensors is missing", "PEFT"],
     ),
     "pickled-reward": (
         2,
