@@ -117,7 +117,8 @@ def wait(pids: list[int], timeout_s: float) -> dict:
             if found:
                 statuses[pid] = os.waitstatus_to_exitcode(status)
         if time.monotonic() - started > timeout_s:
-            os.killpg(pids[0], signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # all have just ended
+                os.killpg(pids[0], signal.SIGKILL)
         time.sleep(0.005)
     return {"statuses": [statuses[pid] for pid in pids]}
 

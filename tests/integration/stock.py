@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from experience import write_experience
 from peft import LoraConfig
+from safetensors.torch import load_file, save_file
 
 from dschat.data.collate import collate_text
 from dschat.data.datasets import SFTDataset
@@ -154,6 +155,8 @@ def _write_faulty(folder: Path) -> None:
         rows = [good, json.dumps({**json.loads(good), "prompt": prompt}), good, good]
         (faulty / f"{name}.jsonl").write_text("\n".join(rows) + "\n")
     (faulty / "rewards.py").write_text("def constant(prompts, answers, **columns):\n    return [0.0] * len(answers)\n")
+    (faulty / "ending.py").write_text("raise SystemExit(0)\n")
+    (faulty / "halves.json").write_text('{"fp16": {"enabled": true}, "bf16": {"enabled": true}}')
     (faulty / "broken.py").write_text("f = 1 / 0\n")
     _write_faulty_models(folder)
 
@@ -169,6 +172,11 @@ def _write_faulty_models(folder: Path) -> None:
     config.pop("eos_token")
     (faulty / "no-eos" / "tokenizer_config.json").write_text(json.dumps(config))
     _write_wide_tokenizers(folder)
+    for kind, name in (("sft", "model.norm.weight"), ("reward", "score.weight")):
+        path = shutil.copytree(folder / kind / "llama", faulty / f"nan-{kind}")
+        tensors = load_file(path / "model.safetensors")
+        tensors[name][..., 0] = float("nan")
+        save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     (faulty / "pickled" / "model.safetensors").unlink()
     torch.save({"model.embed_tokens.weight": Malicious(folder / "was-run")}, faulty / "pickled" / "pytorch_model.bin")
     shutil.copytree(faulty / "pickled", faulty / "pickled-reward")

@@ -15,6 +15,7 @@ PPO = (
 OUTSIDE = ["with id 303", "vocabulary ends with id 263", "40 ids are outside", "Copy the tokenizer files"]
 UNSEEN = ["unseen.jsonl, line 2: field \"prompt\" is empty", "at least one word", "--skip_bad_rows"]
 HUGE = ["huge.jsonl, line 2: field \"prompt\" is a text of 2,621,440 bytes", "most is 1,000,000", "split it", "--skip_bad_rows"]
+NOT_FINITE = ["faulty/nan-", "holds values that are no finite numbers in float32", "another model"]
 # One of the three good rows is held out.
 LEFT_OUT = ["2 training rows are fewer", "x 65 rows"]
 # Step, its flags (the last of a kind counts), and what the message must hold.
@@ -124,6 +125,29 @@ MISTAKES = {
         f"{SFT} --model_name_or_path {{stock}}/faulty/cut",
         ["--model_name_or_path", "faulty/cut'", "A file is damaged", "whole copy"],
     ),
+    **{
+        f"nan-weights-{name}": (step, f"{argv} --{flag} {{stock}}/faulty/nan-{kind}", [f"--{flag} '", *NOT_FINITE])
+        for name, step, argv, flag, kind in (
+            ("step-1", 1, SFT, "model_name_or_path", "sft"),
+            ("step-2", 2, REWARD, "model_name_or_path", "sft"),
+            ("dpo", "dpo", REWARD, "model_name_or_path", "sft"),
+            ("actor", 3, PPO, "actor_model_name_or_path", "sft"),
+            ("critic", 3, PPO, "critic_model_name_or_path", "reward"),
+        )
+    },
+    "ending-reward": (3, f"{PPO} --reward_fn {{stock}}/faulty/ending.py:score", ["--reward_fn", "does not run: SystemExit"]),
+    "output-is-the-model": (
+        1,
+        f"{SFT} --model_name_or_path {{stock}}/faulty/nan-sft --output_dir {{stock}}/faulty/nan-sft",
+        ["--output_dir", "would take the place of", "another folder"],
+    ),
+    "output-is-above-the-actor": (
+        3,
+        f"{PPO} --actor_model_name_or_path {{stock}}/matrix/actor --output_dir {{stock}}/matrix",
+        ["--output_dir", "would take the place of", "another folder"],
+    ),
+    "two-halves": (1, f"{SFT} --deepspeed_config {{stock}}/faulty/halves.json", ["--deepspeed_config", "both enabled"]),
+    "endless-rate": (2, f"{REWARD} --learning_rate inf", ["--learning_rate inf: must be a finite number"]),
     "no-reward-file": (3, f"{PPO} --reward_fn {{stock}}/none.py:f", ["--reward_fn", "there is no file", "none.py"]),
     "no-reward-function": (
         3,
