@@ -239,6 +239,14 @@ def test_bad_row_of_an_arrow_table(tmp_path, caplog):
     assert len(source.train) + len(source.eval) == 1100
 
 
+@pytest.mark.parametrize("name, text", [("state.json", "{}"), ("state.json", "["), ("dataset_info.json", "{")])
+def test_damaged_folder_of_save_to_disk(tmp_path, name, text):
+    datasets.Dataset.from_list(pairs(4)).save_to_disk(tmp_path / "set")
+    (tmp_path / "set" / name).write_text(text)
+    with pytest.raises(ValueError, match="set: not readable as a folder of datasets.save_to_disk"):
+        load(tmp_path / "set")
+
+
 def test_unreadable_parquet(tmp_path):
     (tmp_path / "x.parquet").write_bytes(b"no parquet")
     with pytest.raises(ValueError, match="x.parquet: not readable as Parquet"):
