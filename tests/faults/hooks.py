@@ -7,6 +7,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from dschat.algorithms.types import Experience
+from dschat.tracking import log
 from dschat.trainers import ppo
 from dschat.trainers.dpo import DPOObjective
 from dschat.trainers.ppo import DeepSpeedPPOTrainer
@@ -31,6 +32,7 @@ def nan_in_reward(rank: int) -> None:
 
 
 def nan_in_loss_of(objective: type, rank: int) -> None:
+    log.OTHER_RANKS_WAIT_S = 0.5
     loss_sum, calls = objective.loss_sum, []
 
     def spoiled(self, engine, batch):
@@ -43,6 +45,7 @@ def nan_in_loss_of(objective: type, rank: int) -> None:
 
 def nan_in_ppo(rank: int) -> None:
     """The actor's loss in the first step of rollout 3 is NaN on rank 1."""
+    log.OTHER_RANKS_WAIT_S = 0.5
     actor_loss = DeepSpeedPPOTrainer._actor_loss
 
     def spoiled(self, batch: Experience):

@@ -224,6 +224,27 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(
     record(injected=1, survived=1)
 
 
+def test_a_checkpoint_under_the_name_of_another_step_is_none(two_checkpoints, tmp_path):
+    root = tmp_path / "checkpoints"
+    shutil.copytree(two_checkpoints / "checkpoints", root)
+    (root / "step_00000004").rename(root / "step_00000009")
+    with pytest.raises(ValueError, match="step_00000009 is no whole checkpoint: facts.json is of step 4"):
+        open_checkpoint(root / "step_00000009")
+    assert newest_checkpoint(root).step == 2
+
+
+def test_a_checkpoint_from_elsewhere_costs_no_other_runs(zygote, two_checkpoints, tmp_path):
+    for name in ("mine", "theirs"):
+        shutil.copytree(two_checkpoints, tmp_path / name)
+    before = (tmp_path / "mine" / "metrics.jsonl").read_bytes()
+    theirs = tmp_path / "theirs" / "checkpoints" / "step_00000002"
+    run = zygote.run(1, tmp_path / "mine", f"{SFT} --max_train_steps 6 --save_interval 2 --resume {theirs}")
+    assert run.statuses == [1]
+    assert f"--resume {theirs} is of another folder, and --output_dir {tmp_path}/mine holds checkpoints" in run.log
+    assert run.checkpoints() == ["latest", "step_00000002", "step_00000004"]
+    assert (tmp_path / "mine" / "metrics.jsonl").read_bytes() == before
+
+
 def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(zygote, two_checkpoints, tmp_path, record):
     argv = f"{SFT} --max_train_steps 6 --save_interval 2"
     whole = zygote.run(1, tmp_path / "whole", argv)

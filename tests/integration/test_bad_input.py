@@ -18,7 +18,7 @@ HUGE = ["huge.jsonl, line 2: field \"prompt\" is a text of 2,621,440 bytes", "mo
 NOT_FINITE = ["faulty/nan-", "holds values that are no finite numbers in float32", "another model"]
 # One of the three good rows is held out.
 LEFT_OUT = ["2 training rows are fewer", "x 65 rows"]
-# Step, its flags (the last of a kind counts), and what the message must hold.
+# Step, its flags (the last of a kind counts), what the message must hold, and where it is not one the number of processes.
 MISTAKES = {
     "no-data": (1, f"{SFT} --data_path {{stock}}/none.jsonl", ["--data_path", "none.jsonl", "no such file"]),
     "broken-line": (
@@ -77,6 +77,12 @@ MISTAKES = {
         1,
         f"{SFT} --per_device_train_batch_size 65",
         ["64 training rows", "1 processes x 65 rows", "--per_device_train_batch_size", "--data_path"],
+    ),
+    "few-rows-for-two": (
+        1,
+        f"{SFT} --per_device_train_batch_size 33",
+        ["64 training rows", "2 processes x 33 rows", "--per_device_train_batch_size", "--data_path"],
+        2,
     ),
     "few-prompts": (
         3,
@@ -216,16 +222,16 @@ MISTAKES = {
 
 
 def mistake(name: str):
-    step, argv, words = MISTAKES[name]
-    case = Case(f"mistake-{name}", step=step, argv=argv, fails=True)
+    step, argv, words, *ranks = MISTAKES[name]
+    case = Case(f"mistake-{name}", ranks=ranks[0] if ranks else 1, step=step, argv=argv, fails=True)
     return pytest.param(case, words, id=name, marks=pytest.mark.cases(case))
 
 
 @pytest.mark.parametrize("case, words", [mistake(name) for name in MISTAKES])
 def test_a_mistake_is_a_value_error_that_names_it(case, words, launches):
-    (result,) = launches[case].ranks
-    assert not result["ok"] and result["error_type"] == "ValueError", result
-    assert [word for word in words if word not in result["error"]] == []
+    for result in launches[case].ranks:
+        assert not result["ok"] and result["error_type"] == "ValueError", result
+        assert [word for word in words if word not in result["error"]] == []
     assert not (launches[case].out / "model.safetensors").exists()
     assert not (launches.stock / "was-run").exists(), "code from a file of weights was run"
 
