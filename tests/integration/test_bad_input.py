@@ -16,6 +16,7 @@ OUTSIDE = ["with id 303", "vocabulary ends with id 263", "40 ids are outside", "
 UNSEEN = ["unseen.jsonl, line 2: field \"prompt\" is empty", "at least one word", "--skip_bad_rows"]
 HUGE = ["huge.jsonl, line 2: field \"prompt\" is a text of 2,621,440 bytes", "most is 1,000,000", "split it", "--skip_bad_rows"]
 NOT_FINITE = ["faulty/nan-", "holds values that are no finite numbers in float32", "another model"]
+POSITIONS = ["--max_seq_len 513: --model_name_or_path", "has learned 512 positions. Give 512 or less"]
 # One of the three good rows is held out.
 LEFT_OUT = ["2 training rows are fewer", "x 65 rows"]
 # Step, its flags (the last of a kind counts), what the message must hold, and where it is not one the number of processes.
@@ -152,6 +153,9 @@ MISTAKES = {
         f"{PPO} --actor_model_name_or_path {{stock}}/matrix/actor --output_dir {{stock}}/matrix",
         ["--output_dir", "would take the place of", "another folder"],
     ),
+    "positions-step-1": (1, f"{SFT} --model_name_or_path {{stock}}/base/gpt2 --max_seq_len 513", POSITIONS),
+    "positions-step-2": (2, f"{REWARD} --model_name_or_path {{stock}}/base/opt --max_seq_len 513", POSITIONS),
+    "positions-dpo": ("dpo", f"{REWARD} --model_name_or_path {{stock}}/base/opt --max_seq_len 513", POSITIONS),
     "two-halves": (1, f"{SFT} --deepspeed_config {{stock}}/faulty/halves.json", ["--deepspeed_config", "both enabled"]),
     "endless-rate": (2, f"{REWARD} --learning_rate inf", ["--learning_rate inf: must be a finite number"]),
     "no-reward-file": (3, f"{PPO} --reward_fn {{stock}}/none.py:f", ["--reward_fn", "there is no file", "none.py"]),
