@@ -103,6 +103,9 @@ class RunOptions:
             found += at_least(f"--{name}", getattr(self, name), 0)
         if self.output_dir == "":
             found.append("--output_dir has no value: give a folder, or leave the flag out to save nothing.")
+        if self.output_dir and self.output_dir.startswith("~"):
+            # In a file of flags, or behind "=", no shell puts the home folder there; a folder called ~ is nobody's wish.
+            found.append(f"--output_dir {self.output_dir}: give the path in full, without ~.")
         found += seed_value("--seed", self.seed)
         if self.output_dir is None:
             for name in ("save_interval", "resume"):

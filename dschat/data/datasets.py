@@ -41,6 +41,10 @@ class _TextDataset(Dataset):
         """The length of item `index` before anything is cut."""
         raise NotImplementedError
 
+    def is_tie(self, index: int) -> bool:
+        """True where item `index` is a pair of which nothing differs."""
+        return False
+
     def _texts(self, index: int) -> tuple[Row, str, str | None, str | None]:
         row = self.rows[index]
         return row, *render(row, prompt_format=self.prompt_format, tokenizer=self.tokenizer)
@@ -134,6 +138,10 @@ class PairDataset(_TextDataset):
         prompt, chosen, rejected = self._ids(index)
         return len(prompt) + max(len(chosen), len(rejected))
 
+    def is_tie(self, index: int) -> bool:
+        item = self[index]
+        return item["chosen_ids"] == item["rejected_ids"]
+
     def _ids(self, index: int) -> tuple[list[int], list[int], list[int]]:
         row, prompt_text, chosen, rejected = self._texts(index)
         if chosen is None or rejected is None:
@@ -198,10 +206,23 @@ class PromptDataset(_TextDataset):
 
 
 def truncation_report(dataset: _TextDataset, sample: int = 1000) -> str:
-    """One line: how many of the first `sample` rows are longer than the limit, and the longest of them."""
+    """One line: how many of the first `sample` rows are longer than the limit, and the longest of them.
+
+    Raises:
+        ValueError: all of them are pairs of which the limit leaves no difference.
+    """
     lengths = [dataset.num_tokens(index) for index in range(min(sample, len(dataset)))]
-    num_cut = sum(length > dataset.limit for length in lengths)
+    cut = [index for index, length in enumerate(lengths) if length > dataset.limit]
+    num_ties = sum(dataset.is_tie(index) for index in cut)
+    limit = f"{dataset.limit_flag} {dataset.limit}"
+    if num_ties and num_ties == len(lengths):
+        place = dataset.row(0).place
+        raise ValueError(
+            f"{limit}: {place or 'row 0'}: its two answers are equal once they are cut to so many tokens, and so are those of all "
+            f"{num_ties} pairs looked at. Give a larger {dataset.limit_flag}, or pairs that differ sooner."
+        )
     return (
-        f"{num_cut} of the first {len(lengths)} rows are longer than {dataset.limit_flag} {dataset.limit} and are cut "
+        f"{len(cut)} of the first {len(lengths)} rows are longer than {limit} and are cut "
         f"(longest: {max(lengths, default=0)} tokens)"
+        + (f"; {num_ties} pairs of these have no difference left, and teach nothing" if num_ties else "")
     )

@@ -61,7 +61,7 @@ def _read_json_lines(data: bytes) -> Records:
             records.add(number, json.loads(line.decode("utf-8")))
         except UnicodeDecodeError as error:
             records.faults.append((number, _not_utf8(error)))
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # also numbers of thousands of digits
             records.faults.append((number, _not_json(error, line)))
     return records
 
@@ -82,7 +82,7 @@ def _read_json_list(data: bytes) -> Records:
         line = bisect.bisect(newlines, position) + 1
         try:
             value, position = decoder.raw_decode(text, position)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             line = getattr(error, "lineno", line)
             records.faults.append((line, _not_json(error, text[position : position + 60].encode())))
             return records
@@ -122,6 +122,10 @@ def _read_csv(data: bytes) -> Records:
             return records
         if header is None:
             header = cells
+            twice = sorted({cell for cell in cells if cells.count(cell) > 1})
+            if twice:
+                records.faults.append((first_line, f"the header has {', '.join(map(repr, twice))} more than once"))
+                return records
         elif len(cells) == len(header):
             records.add(first_line, dict(zip(header, cells)))
         elif cells:
@@ -134,5 +138,8 @@ def _not_utf8(error: UnicodeDecodeError) -> str:
 
 
 def _not_json(error: Exception, line: bytes) -> str:
-    reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else "nested too deeply"
+    if isinstance(error, json.JSONDecodeError):
+        reason = f"{error.msg} at column {error.colno}"
+    else:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else "a number of too many digits"
     return f"not readable as JSON ({reason}): {line.decode('utf-8', errors='replace').strip()[:60]!r}"

@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import Optional
 
-from dschat.data.rows import Row, RowFunction, answer, checked_pair, checked_text, row_from_columns
+from dschat.data.rows import Row, RowFunction, checked_pair, checked_text, row_from_columns
 
 CITATION = re.compile(r" ?[(\[].*?[)\]]")
 
@@ -28,8 +28,8 @@ def question_row(question: object, chosen: object, rejected: object = None) -> R
     return checked_pair(
         Row(
             prompt=f"\n\nHuman: {checked_text(question, 'question').strip()}\n\nAssistant:",
-            chosen=" " + answer(chosen, "answer").strip(),
-            rejected=None if rejected is None else " " + answer(rejected, "rejected answer").strip(),
+            chosen=" " + checked_text(chosen, "answer").strip(),
+            rejected=None if rejected is None else " " + checked_text(rejected, "rejected answer").strip(),
         )
     )
 
@@ -51,7 +51,7 @@ def _synthetic_instruct(raw: dict) -> Row:
 def _reward_datasets(raw: dict) -> Row:
     # The prompt lacks the closing "Assistant:", which both answers repeat.
     prompt = checked_text(raw["prompt"], "prompt").rstrip() + "\n\nAssistant:"
-    chosen, rejected = (answer(raw[name].split("Assistant:")[-1], name) for name in ("chosen", "rejected"))
+    chosen, rejected = (checked_text(raw[name].split("Assistant:")[-1], name) for name in ("chosen", "rejected"))
     return checked_pair(Row(prompt, " " + chosen.strip(), " " + rejected.strip()))
 
 
@@ -73,7 +73,7 @@ def _shp(raw: dict) -> Row:
 
 def _vicuna(raw: dict) -> Row:
     prompt = checked_text(raw["prompt"], "prompt").replace("USER", "Human").replace("ASSISTANT", "Assistant")
-    return Row(prompt, " " + answer(raw["label"], "label").strip())
+    return Row(prompt, " " + checked_text(raw["label"], "label").strip())
 
 
 def _zhihu(raw: dict) -> Row:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Optional
 
 from dschat.data.files import read_records
-from dschat.data.rows import Row, row_from_columns
+from dschat.data.rows import Row, checked_text, row_from_columns
 
 FAULTS_SHOWN = 5
 
@@ -39,7 +39,16 @@ def _text_rows(file: Path) -> tuple[list[Row], list[str]]:
         lines = file.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         return [], [f"{file}: not valid UTF-8: {error.reason} at byte {error.start}"]
-    return [Row(line.strip("\r"), place=f"{file}, line {i}") for i, line in enumerate(lines, 1) if line.strip()], []
+    rows, faults = [], []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        place = f"{file}, line {number}"
+        try:
+            rows.append(Row(checked_text(line.strip("\r"), "prompt"), place=place))
+        except ValueError as error:
+            faults.append(f"{place}: {error}")
+    return rows, faults
 
 
 def _record_rows(file: Path) -> tuple[list[Row], list[str]]:

@@ -106,8 +106,10 @@ def load_source(
     if path == "local/jsonfile":
         row_of = local_json_row
         tables = _folder(Path("data"), cache_dir, suffixes=(".json",))
-    elif Path(path).expanduser().exists():
-        tables = _local(Path(path).expanduser(), cache_dir)
+    elif (local := Path(path).expanduser()).exists() and not local.is_file() and not local.is_dir():
+        raise ValueError(f"--data_path {path}: neither a file nor a folder. Give one of these.")
+    elif local.exists():
+        tables = _local(local, cache_dir)
     elif path.startswith((".", "/", "~")) or path.endswith(SUFFIXES) or not HUB_NAME.fullmatch(path):
         raise ValueError(
             f"--data_path {path}: no such file or folder, and no name that the hub could know. Give a path that exists, "
@@ -136,7 +138,7 @@ def _local(path: Path, cache_dir: Optional[str]) -> dict[str, _Table]:
         return _folder(path, cache_dir)
     try:
         stored = datasets.load_from_disk(str(path))
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except Exception as error:  # damaged files raise any of many kinds
         raise ValueError(f"{path}: not readable as a folder of datasets.save_to_disk: {_words(error)}") from error
     return _named_parts(stored, str(path))
 

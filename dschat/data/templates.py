@@ -85,9 +85,10 @@ def _chat(row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str | None
             None if answer is None else _chat_answer(messages, answer.strip(), prompt, tokenizer)
             for answer in (row.chosen, row.rejected)
         ]
-    except jinja2.TemplateError as error:
+    except Exception as error:  # a template is a program: it may divide by zero as well as refuse
+        reason = str(error) if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: {error}"
         raise ValueError(
-            f"{row.place or 'a row'}: the tokenizer's chat template refuses it ({error}). Mend the row, leave it out, "
+            f"{row.place or 'a row'}: the tokenizer's chat template refuses it ({reason}). Mend the row, leave it out, "
             "or give --prompt_format human_assistant."
         ) from error
     return prompt, *answers

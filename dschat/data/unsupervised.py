@@ -92,13 +92,18 @@ class PTXBatches:
 
 def _local_texts(path: Path) -> list[str]:
     if path.suffix == ".txt":
-        paragraphs = path.read_text(encoding="utf-8").split("\n\n")
-        return [paragraph.strip() for paragraph in paragraphs if paragraph.strip()]
+        try:
+            text = path.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{FLAG} {path}: not valid UTF-8: {error.reason} at byte {error.start}.") from error
+        return [paragraph.strip() for paragraph in text.split("\n\n") if paragraph.strip()]
     records = read_records(path)
     faults = [f"line {line}: {message}" for line, message in records.faults]
     for line, row in zip(records.lines, records.rows):
         if not isinstance(row.get("text"), str):
             faults.append(f"line {line}: no field text")
+        elif row["text"] != row["text"].encode("utf-8", errors="replace").decode("utf-8"):
+            faults.append(f'line {line}: field "text" is not valid UTF-8')
     if faults:
         raise ValueError(f"{FLAG} {path}, {faults[0]}.")
     return [row["text"] for row in records.rows if row["text"].strip()]

@@ -8,6 +8,7 @@ from pathlib import Path
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from transformers import get_scheduler
 from transformers.integrations import HfDeepSpeedConfig
 
@@ -101,7 +102,7 @@ def override(ds_config: dict, path: str | None) -> dict:
     """`ds_config` with the JSON file `path` merged over it, key by key.
 
     Raises:
-        ValueError: no such file, or no JSON object in it; names --deepspeed_config.
+        ValueError: no such file, no JSON object in it, or values that DeepSpeed does not take; names --deepspeed_config.
     """
     if path is None:
         return ds_config
@@ -118,7 +119,18 @@ def override(ds_config: dict, path: str | None) -> dict:
             f"--deepspeed_config {path}: {', '.join(clash)} follow from the batch-size and accumulation flags; take "
             "them out of the file."
         )
-    return _merge(ds_config, extra)
+    merged = _merge(ds_config, extra)
+    if not isinstance(zero := merged.get("zero_optimization", {}), dict):
+        raise ValueError(f"--deepspeed_config {path}: zero_optimization is {json.dumps(zero)[:60]}, not an object.")
+    try:
+        DeepSpeedZeroConfig(**zero)
+    except ValueError as error:  # of pydantic: a line of its own, then two lines a fault and a link
+        faults = " ".join(line.strip() for line in str(error).splitlines()[1:] if "https://" not in line)
+        raise ValueError(f"--deepspeed_config {path}: zero_optimization: {faults}.") from error
+    halves = [merged.get(name) for name in ("fp16", "bf16")]
+    if all(isinstance(half, dict) and half.get("enabled") for half in halves):
+        raise ValueError(f"--deepspeed_config {path}: fp16 and bf16 are both enabled; leave the choice to --dtype.")
+    return merged
 
 
 def build_training_engine(

@@ -1,4 +1,4 @@
-"""The plan of a run, and what step 3 asks of its models' shapes, seen in their configurations before any weight is read."""
+"""The plan of a run, and what the steps ask of their models' shapes, seen in their configurations before any weight is read."""
 
 from collections.abc import Iterable
 
@@ -9,18 +9,25 @@ from dschat.engine.tensor_parallel import split_problems
 
 
 def checked_plan(config, *, world_size: int, dtype: str, rewards: Iterable[str] = ()) -> StepPlan:
-    """The memory plan of any step's configuration, in step 3 of one that ``check_models`` lets pass.
+    """The memory plan of any step's configuration, if its models have positions for its texts; in step 3 see ``check_models``.
 
     Args:
         world_size, rewards: as for ``check_models``.
         dtype: bf16, fp16 or fp32.
 
     Raises:
-        ValueError: see ``check_models``.
+        ValueError: a model has not; see also ``check_models``.
     """
     plan = plan_step(config, world_size=world_size, dtype=dtype)
     if isinstance(config, PPOConfig):
         check_models(config, plan, world_size=world_size, rewards=rewards)
+        return plan
+    length, most = config.data.max_seq_len, plan.sizes["model"].positions
+    if most is not None and length > most:
+        raise ValueError(
+            f"--max_seq_len {length}: --model_name_or_path {config.model.model_name_or_path} has learned {most} positions. "
+            f"Give {most} or less; longer texts are cut."
+        )
     return plan
 
 

@@ -105,7 +105,10 @@ def _counted(name, flag, trust_remote_code, reward, lora, system, role) -> Model
     # Making weights draws random numbers, and what has been counted before is not counted again: a run's own weights must
     # not depend on that.
     with torch.random.fork_rng(devices=[]):
-        return model_size(config, **options)
+        try:
+            return model_size(config, **options)
+        except (RuntimeError, TypeError, ZeroDivisionError) as error:
+            raise ValueError(f"{flag} {name!r}: no model can be made of its config.json: {error}") from error
 
 
 def model_size(

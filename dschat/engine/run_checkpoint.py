@@ -132,12 +132,14 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """
     entries, facts, fault = {}, {}, ""
     try:
-        if not NAME.fullmatch(path.name):
+        if not (name := NAME.fullmatch(path.name)):
             raise ValueError("a checkpoint's folder is called step_ and eight digits")
         entries = read_manifest(path)
         fault = content_fault(path, entries, sorted(entries)[dist.rank() :: dist.world_size()])
         facts = json.loads((path / FACTS).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        if facts["step"] != int(name[1]) or type(facts["processes"]) is not int:
+            raise ValueError(f"{FACTS} is of step {facts['step']}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
         fault = fault or str(error)
     fault = dist.first_fault(fault)
     if fault:

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from dschat.models.causal_lm import readable_weights
 from dschat.models.lora import ADAPTER, lora_parameter_names
 from dschat.models.structure import pretrained
 
@@ -56,12 +57,12 @@ def write_adapter(model: nn.Module, tensors: dict[str, torch.Tensor], path: Path
     save_file({PREFIX + name: tensor.contiguous() for name, tensor in found.items()}, path / WEIGHTS)
 
 
-def adapter_has_head(folder: str | Path) -> bool:
-    """True where an adapter folder brings a reward model's head."""
+def adapter_has_head(folder: str | Path, *, flag: str) -> bool:
+    """True where an adapter folder brings a reward model's head; a ValueError if its weights are damaged."""
     path = Path(folder) / WEIGHTS
     if not path.is_file():
         return False
-    with safe_open(path, framework="pt") as file:
+    with readable_weights(str(folder), flag=flag), safe_open(path, framework="pt") as file:
         return f"{PREFIX}{HEAD}.weight" in file.keys()
 
 
@@ -81,15 +82,18 @@ def merge_adapter(model: nn.Module, folder: str | Path, *, flag: str) -> int:
         ValueError: no LoRA adapter, one of a kind that cannot be merged here, or one of another model.
     """
     folder = Path(folder)
-    config = PeftConfig.from_pretrained(str(folder))
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+    except Exception as error:  # unknown kinds and values that make no sense raise any of many kinds
+        raise ValueError(f"{flag} {str(folder)!r}: adapter_config.json cannot be used: {error!r}") from error
     _check_kind(config, folder, flag=flag)
     deltas: dict[str, dict[str, torch.Tensor]] = {}
-    with safe_open(folder / WEIGHTS, framework="pt") as file:
+    with readable_weights(str(folder), flag=flag), safe_open(folder / WEIGHTS, framework="pt") as file:
         for key in file.keys():
             layer, _, kind = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
             deltas.setdefault(layer or kind, {})[kind if layer else "whole"] = file.get_tensor(key)
     modules = dict(model.named_modules())
-    strange = sorted(name for name, parts in deltas.items() if name not in modules or not _known(name, parts))
+    strange = sorted(name for name, parts in deltas.items() if not _fits(modules.get(name), name, parts))
     if strange:
         raise ValueError(
             f"{flag} {str(folder)!r}: {type(model).__name__} has no place for {', '.join(strange[:4])} of this adapter. "
@@ -108,8 +112,17 @@ def merge_adapter(model: nn.Module, folder: str | Path, *, flag: str) -> int:
     return len(deltas)
 
 
-def _known(name: str, parts: dict[str, torch.Tensor]) -> bool:
-    return set(parts) == ({"whole"} if name == HEAD else {"lora_A", "lora_B"})
+def _fits(module: nn.Module | None, name: str, parts: dict[str, torch.Tensor]) -> bool:
+    """True where `parts` are the head of `module`, or an adapter for its weight."""
+    if set(parts) != ({"whole"} if name == HEAD else {"lora_A", "lora_B"}) or not hasattr(module, "weight"):
+        return False
+    shape = tuple(getattr(module.weight, "ds_shape", module.weight.shape))  # under ZeRO-3 of the whole weight
+    if name == HEAD:
+        return tuple(parts["whole"].shape) == shape
+    a, b = parts["lora_A"], parts["lora_B"]
+    if a.dim() != 2 or b.dim() != 2 or not 0 < a.shape[0] == b.shape[1]:
+        return False
+    return (b.shape[0], a.shape[1]) == (shape[::-1] if isinstance(module, Conv1D) else shape)
 
 
 def _check_kind(config: PeftConfig, folder: Path, *, flag: str) -> None:

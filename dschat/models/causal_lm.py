@@ -4,7 +4,6 @@ Nothing here may read parameter data unless it says so: under ZeRO-3 a parameter
 """
 
 import contextlib
-import json
 import pickle
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,6 +14,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from dschat.models.folders import check_finite, shards_of
 from dschat.models.structure import decoder_layers, embedding_modules, forward_takes, pretrained
 from dschat.models.tokenizer import adapter_base, hub_error, model_source, refuse_remote_code
 from dschat.models.vocabulary import check_vocabulary, grow_vocabulary
@@ -35,8 +35,7 @@ def check_model_folder(folder: str | Path, *, flag: str) -> None:
     if any((folder / name).is_file() for name in WEIGHT_FILES):
         pass
     elif index is not None:
-        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        missing += [name for name in shards if not (folder / name).is_file()]
+        missing += [name for name in shards_of(index, flag=flag) if not (folder / name).is_file()]
     else:
         missing.append("weights (" + ", ".join(f"{name} or {name}.index.json" for name in WEIGHT_FILES) + ")")
     if missing:
@@ -63,7 +62,7 @@ def load_config(
         check_model_folder(source, flag=flag)
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # values that make no sense raise any of many kinds
         refuse_remote_code(path, flag=flag, error=error)
         if is_local:
             raise ValueError(f"{flag} {path!r}: config.json cannot be used: {error}") from error
@@ -110,6 +109,7 @@ def load_causal_lm(
         )
     require_complete(model, info, path=path, flag=flag)
     merge_if_adapter(model, path, flag=flag)
+    check_finite(model, path=path, flag=flag)
     if tokenizer is not None:
         grow_vocabulary(model, len(tokenizer))
     return model

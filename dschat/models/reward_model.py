@@ -31,6 +31,7 @@ from dschat.models.causal_lm import (
     require_complete,
     takes_position_ids,
 )
+from dschat.models.folders import check_finite
 from dschat.models.tokenizer import as_ids, ensure_unambiguous_pad
 from dschat.models.vocabulary import check_vocabulary, grow_vocabulary
 
@@ -142,7 +143,7 @@ def load_reward_model(
     check_vocabulary(tokenizer, config.get_text_config().vocab_size, path=path, flag=flag)
     with readable_weights(path, flag=flag):
         old_checkpoint = _deepspeed_chat_tensors(source)
-    if old_checkpoint is None and not is_classifier and not fresh_head and not adapter_has_head(path):
+    if old_checkpoint is None and not is_classifier and not fresh_head and not adapter_has_head(path, flag=flag):
         raise ValueError(
             f"{flag} {path!r} is a language model without a reward head, and its scores would be random. Give a "
             "sequence classifier with one label, such as step 2 saves."
@@ -153,6 +154,7 @@ def load_reward_model(
         loading = dict(dtype=dtype, trust_remote_code=trust_remote_code)
         model = _load_classifier(source, loading, config=config, fresh_head=not is_classifier, path=path, flag=flag)
     merge_if_adapter(model, path, flag=flag)
+    check_finite(model, path=path, flag=flag)
     end_ids = as_ids(config.eos_token_id) | _generation_end_ids(source)
     pad_token_id = ensure_unambiguous_pad(tokenizer, end_ids=end_ids)
     grow_vocabulary(model, len(tokenizer))

@@ -1,10 +1,11 @@
 """Tokenizers: loading one from exactly the place the user named, and the ids that end or pad a text."""
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from dschat.models.folders import check_objects, read_object
 
 # Any one of these holds a vocabulary; tokenizer_config.json alone does not.
 VOCABULARY_FILES = (
@@ -25,10 +26,11 @@ def model_source(path: str, *, flag: str) -> tuple[str, bool]:
     """What to hand to transformers for `path`, and whether it is a local folder.
 
     Raises:
-        ValueError: `path` reads like a folder and is none, or is a file.
+        ValueError: `path` reads like a folder and is none, is a file, or holds damaged files.
     """
     local = Path(path).expanduser()
     if local.is_dir():
+        check_objects(local, flag=flag)
         return str(local), True
     if local.exists():
         raise ValueError(f"{flag} {path!r} is a file; give the folder that holds it.")
@@ -46,8 +48,8 @@ def adapter_base(source: str, *, flag: str) -> str | None:
     file = Path(source) / "adapter_config.json"
     if not file.is_file() or (Path(source) / "config.json").is_file():
         return None
-    base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    if not base:
+    base = read_object(file, flag=flag).get("base_model_name_or_path")
+    if not base or not isinstance(base, str):
         raise ValueError(f"{flag} {source!r} is an adapter, and its {file.name} has no base_model_name_or_path.")
     return base
 
@@ -107,7 +109,7 @@ def load_tokenizer(
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # damaged files raise any of many kinds
         refuse_remote_code(path, flag=flag, error=error)
         if is_local:
             raise ValueError(f"{flag} {path!r}: the tokenizer cannot be read: {error}") from error

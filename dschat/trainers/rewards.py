@@ -109,7 +109,7 @@ class FunctionReward:
             columns.setdefault("chosen", [row.chosen for row in known.rows])
         try:
             scores = self.function(known.prompts, known.answers, **columns)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise RewardFailure(self._blame(known, columns, error)) from error
         scores = scores.tolist() if hasattr(scores, "tolist") else scores  # numpy arrays and tensors
         if not hasattr(scores, "__len__") or len(scores) != len(known.answers):
@@ -119,14 +119,14 @@ class FunctionReward:
                 f"to the prompt {known.prompts[0]!r}: return one number for each."
             )
         for score, prompt, answer in zip(scores, known.prompts, known.answers):
-            if not isinstance(score, numbers.Real) or not math.isfinite(score):
+            if not _is_finite(score):
                 raise RewardFailure(
-                    f"--reward_fn {self.name} returned {score!r} for the prompt {prompt!r} and the answer {answer!r}: "
+                    f"--reward_fn {self.name} returned {score!r:.60} for the prompt {prompt!r} and the answer {answer!r}: "
                     "return a finite number."
                 )
         return torch.tensor([float(score) for score in scores], device=answers.input_ids.device)
 
-    def _blame(self, known: AnswerTexts, columns: dict[str, list], error: Exception) -> str:
+    def _blame(self, known: AnswerTexts, columns: dict[str, list], error: BaseException) -> str:
         """The message for `error`, with the first answer on which the function fails alone, where one is soon found."""
         culprit, deadline = "", time.monotonic() + BLAME_S
         for i, (prompt, answer) in enumerate(zip(known.prompts, known.answers)):
@@ -134,7 +134,7 @@ class FunctionReward:
                 break
             try:
                 self.function([prompt], [answer], **{name: [values[i]] for name, values in columns.items()})
-            except Exception:
+            except (Exception, SystemExit):
                 culprit = f" on the prompt {prompt!r} and the answer {answer!r}"
                 break
         culprit = culprit or f" on {len(known.answers)} answers, the first of them to the prompt {known.prompts[0]!r}"
@@ -198,6 +198,13 @@ class WeightedRewards:
         )
 
 
+def _is_finite(score: object) -> bool:
+    try:
+        return isinstance(score, numbers.Real) and math.isfinite(score)
+    except OverflowError:  # a whole number beyond every float
+        return False
+
+
 def load_function(name: str) -> Callable:
     """The function that "file.py:function" names.
 
@@ -212,7 +219,7 @@ def load_function(name: str) -> Callable:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(f"--reward_fn {name}: {path} does not run: {type(error).__name__}: {error}") from error
     found = getattr(module, function, None)
     if not callable(found):

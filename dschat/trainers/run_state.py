@@ -80,7 +80,7 @@ def find_checkpoint(config) -> Checkpoint | None:
 
     Raises:
         ValueError: --resume names no whole checkpoint, or one of a run with other flags; or --output_dir holds
-            checkpoints and --resume is not given.
+            checkpoints, and --resume is not given or names one from elsewhere.
     """
     run = config.run
     if run.output_dir is None:
@@ -104,6 +104,12 @@ def find_checkpoint(config) -> Checkpoint | None:
             checkpoint = open_checkpoint(Path(run.resume).expanduser())
         except ValueError as error:
             raise ValueError(f"--resume {run.resume}: {error} Give latest, or the folder of a whole one.") from error
+        step = last_step(root)
+        if step is not None and checkpoint.path.resolve().parent != root.resolve():
+            raise ValueError(
+                f"--resume {run.resume} is of another folder, and --output_dir {run.output_dir} holds checkpoints of its own, "
+                f"up to step {step}, which would be lost. Give another --output_dir, or --resume latest."
+            )
     _check_flags(config, checkpoint)
     return checkpoint
 

@@ -99,6 +99,12 @@ def prepare_output_dir(output_dir: str | None, *, step: str, below: Iterable[str
             f"--output_dir {output_dir}: this is the folder you are in, and a finished model takes the place of its folder. "
             "Give one below it."
         )
+    try:
+        os.stat(path)
+    except FileNotFoundError:
+        pass
+    except OSError as error:  # a name that is too long, say
+        raise ValueError(f"--output_dir {output_dir}: not writable ({error.strerror}). Give another folder.") from error
     if path.is_mount() or (path.exists() and not os.access(path.parent, os.W_OK)):
         raise ValueError(
             f"--output_dir {output_dir}: a finished model takes its name by a rename, which a mount point or a folder "

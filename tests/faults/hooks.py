@@ -7,27 +7,45 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from dschat.algorithms.types import Experience
+from dschat.tracking import log
 from dschat.trainers import ppo
+from dschat.trainers.dpo import DPOObjective
 from dschat.trainers.ppo import DeepSpeedPPOTrainer
-from dschat.trainers.supervised import SFTObjective
+from dschat.trainers.supervised import RewardObjective, SFTObjective
 
 BAD_STEP = 3
 
 
 def nan_in_sft(rank: int) -> None:
     """The loss of step 3 is NaN on rank 1."""
-    loss_sum, calls = SFTObjective.loss_sum, []
+    nan_in_loss_of(SFTObjective, rank)
+
+
+def nan_in_dpo(rank: int) -> None:
+    """The loss of step 3 is NaN on rank 1."""
+    nan_in_loss_of(DPOObjective, rank)
+
+
+def nan_in_reward(rank: int) -> None:
+    """The loss of step 3 is NaN on rank 1."""
+    nan_in_loss_of(RewardObjective, rank)
+
+
+def nan_in_loss_of(objective: type, rank: int) -> None:
+    log.OTHER_RANKS_WAIT_S = 0.5
+    loss_sum, calls = objective.loss_sum, []
 
     def spoiled(self, engine, batch):
         calls.append(1)
         loss, extra = loss_sum(self, engine, batch)
         return (loss * float("nan") if rank == 1 and len(calls) == BAD_STEP else loss), extra
 
-    SFTObjective.loss_sum = spoiled
+    objective.loss_sum = spoiled
 
 
 def nan_in_ppo(rank: int) -> None:
     """The actor's loss in the first step of rollout 3 is NaN on rank 1."""
+    log.OTHER_RANKS_WAIT_S = 0.5
     actor_loss = DeepSpeedPPOTrainer._actor_loss
 
     def spoiled(self, batch: Experience):

@@ -1,5 +1,6 @@
 """Faults that a run has to survive, or to end from with a message: kills, a full disk, dead ranks, damaged files."""
 
+import contextlib
 import os
 import random
 import re
@@ -19,6 +20,7 @@ SFT = (
     "--model_name_or_path {stock}/base/opt --dropout 0.1 --data_path {stock}/toy --data_split 1,0,0 --dtype fp32 "
     "--max_seq_len 48 --per_device_train_batch_size 4 --learning_rate 1e-2 --zero_stage 2 --per_device_eval_batch_size 16"
 )
+PAIRS = SFT.replace("1,0,0", "0,1,0")
 PPO = (
     "--actor_model_name_or_path {stock}/sft/llama --critic_model_name_or_path {stock}/reward/llama "
     "--data_path {stock}/toy --data_split 0,0,1 --max_prompt_seq_len 24 --max_answer_seq_len 6 --max_train_steps 6 "
@@ -135,7 +137,15 @@ def test_a_rank_that_waits_for_a_dead_one_ends_itself(zygote, tmp_path):
     assert "error (rank 0): the process of rank 1 has ended" in run.log
 
 
-@pytest.mark.parametrize("step, argv, name", [(1, f"{SFT} --max_train_steps 6", "nan_in_sft"), (3, PPO, "nan_in_ppo")])
+@pytest.mark.parametrize(
+    "step, argv, name",
+    [
+        (1, f"{SFT} --max_train_steps 6", "nan_in_sft"),
+        (2, f"{PAIRS} --max_train_steps 6", "nan_in_reward"),
+        ("dpo", f"{PAIRS} --max_train_steps 6", "nan_in_dpo"),
+        (3, PPO, "nan_in_ppo"),
+    ],
+)
 def test_a_nan_on_one_rank_ends_all_with_one_message(step, argv, name, zygote, tmp_path):
     run = zygote.run(step, tmp_path / "out", f"{argv} --save_interval 1", ranks=2, **hook(name))
     assert run.statuses == [1, 1]
@@ -214,6 +224,27 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(
     record(injected=1, survived=1)
 
 
+def test_a_checkpoint_under_the_name_of_another_step_is_none(two_checkpoints, tmp_path):
+    root = tmp_path / "checkpoints"
+    shutil.copytree(two_checkpoints / "checkpoints", root)
+    (root / "step_00000004").rename(root / "step_00000009")
+    with pytest.raises(ValueError, match="step_00000009 is no whole checkpoint: facts.json is of step 4"):
+        open_checkpoint(root / "step_00000009")
+    assert newest_checkpoint(root).step == 2
+
+
+def test_a_checkpoint_from_elsewhere_costs_no_other_runs(zygote, two_checkpoints, tmp_path):
+    for name in ("mine", "theirs"):
+        shutil.copytree(two_checkpoints, tmp_path / name)
+    before = (tmp_path / "mine" / "metrics.jsonl").read_bytes()
+    theirs = tmp_path / "theirs" / "checkpoints" / "step_00000002"
+    run = zygote.run(1, tmp_path / "mine", f"{SFT} --max_train_steps 6 --save_interval 2 --resume {theirs}")
+    assert run.statuses == [1]
+    assert f"--resume {theirs} is of another folder, and --output_dir {tmp_path}/mine holds checkpoints" in run.log
+    assert run.checkpoints() == ["latest", "step_00000002", "step_00000004"]
+    assert (tmp_path / "mine" / "metrics.jsonl").read_bytes() == before
+
+
 def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(zygote, two_checkpoints, tmp_path, record):
     argv = f"{SFT} --max_train_steps 6 --save_interval 2"
     whole = zygote.run(1, tmp_path / "whole", argv)
@@ -287,17 +318,21 @@ def test_under_the_launcher_too_a_killed_rank_ends_the_run(stock, tmp_path):
         process = subprocess.Popen(
             command, stdout=log, stderr=subprocess.STDOUT, env=environment(), cwd=tmp_path, start_new_session=True
         )
-    metrics = tmp_path / "out" / "metrics.jsonl"
-    deadline = time.monotonic() + 90
-    while not metrics.exists() or metrics.read_bytes().count(b"\n") < 3:
-        if time.monotonic() > deadline:
+    try:
+        metrics = tmp_path / "out" / "metrics.jsonl"
+        deadline = time.monotonic() + 90
+        while not metrics.exists() or metrics.read_bytes().count(b"\n") < 3:
+            assert time.monotonic() < deadline, (tmp_path / "log").read_text()[-3000:]
+            time.sleep(0.01)
+        (holder,) = re.findall(r"process (\d+) on", (tmp_path / "out" / ".lock").read_text())
+        os.kill(int(holder), signal.SIGKILL)
+        killed = time.monotonic()
+        assert process.wait(60) != 0 and time.monotonic() - killed < 60
+        assert "rank 1: another process of the run has ended" in (tmp_path / "log").read_text()
+        with pytest.raises(ProcessLookupError):
+            os.killpg(process.pid, 0)
+    finally:
+        # Nothing of the run stays behind a test that fails; behind one that passes the group is gone.
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-            pytest.fail((tmp_path / "log").read_text()[-3000:])
-        time.sleep(0.01)
-    (holder,) = re.findall(r"process (\d+) on", (tmp_path / "out" / ".lock").read_text())
-    os.kill(int(holder), signal.SIGKILL)
-    killed = time.monotonic()
-    assert process.wait(60) != 0 and time.monotonic() - killed < 60
-    assert "rank 1: another process of the run has ended" in (tmp_path / "log").read_text()
-    with pytest.raises(ProcessLookupError):
-        os.killpg(process.pid, 0)
+        process.wait()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_exact_resume import flags
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 HOOKS = Path(__file__).with_name("hooks.py")
 
@@ -35,34 +35,69 @@ def test_resuming_reads_pickles_from_the_checkpoint_alone(zygote, tmp_path):
 
 TRAP = """
 from pathlib import Path
-from transformers import PretrainedConfig
+from transformers import LlamaForCausalLM, PretrainedConfig, PreTrainedTokenizerFast
 
 Path({target!r}).touch()
 
 
 class OwnConfig(PretrainedConfig):
     model_type = "own"
+
+
+class OwnModel(LlamaForCausalLM):
+    pass
+
+
+class OwnTokenizer(PreTrainedTokenizerFast):
+    pass
 """
+# Step, its flag of a model, and the kind of that model.
+PLACES = {
+    "step 1": (1, "--model_name_or_path", "base"),
+    "step 2": (2, "--model_name_or_path", "sft"),
+    "dpo": ("dpo", "--model_name_or_path", "sft"),
+    "actor": (3, "--actor_model_name_or_path", "sft"),
+    "critic": (3, "--critic_model_name_or_path", "reward"),
+}
 
 
-@pytest.mark.parametrize("flag", ["model", "actor", "critic"])
-def test_code_that_comes_with_a_model_does_not_run(flag, zygote, stock, tmp_path):
-    step = 1 if flag == "model" else 3
-    kind = "reward" if flag == "critic" else "sft"
-    folder, target = tmp_path / "own", tmp_path / "was-run"
+def trapped(place: str, stock: Path, folder: Path, target: Path, auto_map: dict, **config) -> tuple[int | str, str]:
+    """The step and the flags of a short run whose model, in `folder`, brings code that makes the file `target`."""
+    step, flag, kind = PLACES[place]
     shutil.copytree(stock / kind / "llama", folder)
     (folder / "own.py").write_text(TRAP.format(target=str(target)))
-    config = json.loads((folder / "config.json").read_text())
-    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig"}}
-    (folder / "config.json").write_text(json.dumps(config))
-    name = "--model_name_or_path" if step == 1 else f"--{flag}_model_name_or_path"
-    argv = flags({"step": step, "zero": 0, "ranks": 1, "lora": False}) + f" {name} {folder}"
+    known = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**known, "auto_map": auto_map, **config}))
+    argv = flags({"step": step, "zero": 0, "ranks": 1, "lora": False}).replace("--save_interval 5", "")
+    return step, f"{argv.replace('_steps 12', '_steps 1')} {flag} {folder}"
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_code_that_comes_with_a_model_does_not_run(place, zygote, stock, tmp_path):
+    folder, target = tmp_path / "own", tmp_path / "was-run"
+    step, argv = trapped(place, stock, folder, target, {"AutoConfig": "own.OwnConfig"}, model_type="own")
     run = zygote.run(step, tmp_path / "out", argv)
     assert run.statuses == [1] and not target.exists()
     (message,) = re.findall(r"error \(rank 0\): .*comes with Python code.*", run.log)
-    assert name in message and str(folder) in message and "--trust_remote_code" in message
+    assert PLACES[place][1] in message and str(folder) in message and "--trust_remote_code" in message
     # The trap is alive.
     AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    assert target.exists()
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_code_beside_a_known_architecture_does_not_run_either(place, zygote, stock, tmp_path):
+    folder, target = tmp_path / "own", tmp_path / "was-run"
+    names = ("AutoModel", "AutoModelForCausalLM", "AutoModelForSequenceClassification")
+    step, argv = trapped(place, stock, folder, target, {name: "own.OwnModel" for name in names})
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings["auto_map"] = {"AutoTokenizer": [None, "own.OwnTokenizer"]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    run = zygote.run(step, tmp_path / "out", argv)
+    assert run.statuses == [0], run.log[-3000:]
+    assert not target.exists()
+    # The trap is alive.
+    AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     assert target.exists()
 
 
@@ -88,6 +123,7 @@ def test_texts_are_no_file_names(zygote, stock, tmp_path):
 def test_the_trap_of_the_malicious_weights_is_alive(stock, tmp_path):
     # Whoever reads them as a plain pickle runs their code; the steps refuse them, see test_bad_input.py.
     target = stock / "was-run"
-    torch.load(stock / "faulty" / "pickled" / "pytorch_model.bin", weights_only=False)
-    assert target.exists()
-    target.unlink()
+    for name in ("pickled/pytorch_model.bin", "pickled-reward/pytorch_model.bin", "pickled-adapter/adapter_model.bin"):
+        torch.load(stock / "faulty" / name, weights_only=False)
+        assert target.exists()
+        target.unlink()

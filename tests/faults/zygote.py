@@ -5,6 +5,7 @@ each, forks a process group with one process a rank, has each run a step's main,
 process ids. A job {"wait": ids} waits for them, and the answer holds their exit statuses.
 """
 
+import contextlib
 import ctypes
 import importlib.util
 import json
@@ -116,16 +117,27 @@ def wait(pids: list[int], timeout_s: float) -> dict:
             if found:
                 statuses[pid] = os.waitstatus_to_exitcode(status)
         if time.monotonic() - started > timeout_s:
-            os.killpg(pids[0], signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # all have just ended
+                os.killpg(pids[0], signal.SIGKILL)
         time.sleep(0.005)
     return {"statuses": [statuses[pid] for pid in pids]}
 
 
 def main() -> None:
+    running = []  # the runs that nobody has waited for yet
     for line in sys.stdin:
         job = json.loads(line)
-        answer = wait(job["wait"], job["timeout_s"]) if "wait" in job else {"pids": start(job)}
+        if "wait" in job:
+            answer = wait(job["wait"], job["timeout_s"])
+            running.remove(job["wait"])
+        else:
+            running.append(start(job))
+            answer = {"pids": running[-1]}
         print(json.dumps(answer), flush=True)
+    # Left by tests that failed before they came to wait.
+    for pids in running:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pids[0], signal.SIGKILL)
 
 
 if __name__ == "__main__":

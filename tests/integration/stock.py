@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 from experience import write_experience
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
 
 from dschat.data.collate import collate_text
 from dschat.data.datasets import SFTDataset
@@ -21,6 +23,7 @@ from dschat.models.tokenizer import load_tokenizer
 MAX_LEN = 48  # tokens; the longest toy text has 27
 PAD_IS_EOS = ("gpt2", "gpt_neox")  # as their published tokenizers, which have no padding token
 SFT_STEPS = 30
+TOKENIZER_AND_CONFIG = ("tokenizer.json", "tokenizer_config.json", "config.json")
 REWARDS = """
 def number(prompts, answers, *, number, **columns):
     # A prompt with another row's number would raise.
@@ -42,7 +45,7 @@ def write_stock(folder: Path, *, matrix_model: str | None = None) -> Path:
     steep/FAMILY has weights of deviation 0.5, whose greedy answers are of many different tokens. base/FAMILY,
     sft/FAMILY (which mostly ends its answers) and reward/FAMILY are models; sft-eot/ and reward-eot/ are those of
     --add_eot_token. matrix/ has actor and critic of test_step3_matrix.py. What is faulty/ is what a user may give by
-    mistake. The rest comes from experience.py.
+    mistake. without/pad-KIND and without/bos-KIND are base and sft models whose tokenizers have no such token. The rest comes from experience.py.
     """
     write_toy_data(folder / "toy", num_train=64, num_eval=16)
     _write_items(folder / "items")
@@ -64,6 +67,8 @@ def write_stock(folder: Path, *, matrix_model: str | None = None) -> Path:
     _write_reward(str(folder / "base" / "llama"), folder / "reward-base" / "llama")
     _write_matrix(folder / "matrix", matrix_model)
     write_experience(folder)
+    for kind in ("base", "sft"):
+        _write_without(("pad", "bos"), folder / kind / "llama", folder / "without")
     _write_faulty(folder)
     return folder
 
@@ -115,6 +120,21 @@ def _write_matrix(folder: Path, model: str | None) -> None:
     _write_reward(str(folder / "actor"), folder / "critic")
 
 
+def _write_without(roles: tuple[str, ...], model: Path, folder: Path) -> None:
+    for role in roles:
+        path = shutil.copytree(model, folder / f"{role}-{model.parent.name}")
+        core, settings, config = (json.loads((path / name).read_text()) for name in TOKENIZER_AND_CONFIG)
+        token = settings.pop(f"{role}_token")
+        # Not even an unused token of that name.
+        core["model"]["vocab"]["<unused>"] = core["model"]["vocab"].pop(token)
+        core["added_tokens"] = [added for added in core["added_tokens"] if added["content"] != token]
+        if role == "bos":
+            core["post_processor"] = None
+        config[f"{role}_token_id"] = None
+        for name, content in zip(TOKENIZER_AND_CONFIG, (core, settings, config)):
+            (path / name).write_text(json.dumps(content))
+
+
 def _write_faulty(folder: Path) -> None:
     faulty = folder / "faulty"
     faulty.mkdir()
@@ -131,7 +151,12 @@ def _write_faulty(folder: Path) -> None:
     many += ['{"prompt": "\\ud800", "chosen": " b"}', "{"]
     (faulty / "many.jsonl").write_text("\n".join(many) + "\n")
     (faulty / "latin.jsonl").write_bytes(good.encode() + b"\n" + '{"prompt": "café", "chosen": " b"}'.encode("latin-1"))
+    for name, prompt in (("unseen", " \u200b\ufeff\u2060"), ("huge", "word " * 2**19)):
+        rows = [good, json.dumps({**json.loads(good), "prompt": prompt}), good, good]
+        (faulty / f"{name}.jsonl").write_text("\n".join(rows) + "\n")
     (faulty / "rewards.py").write_text("def constant(prompts, answers, **columns):\n    return [0.0] * len(answers)\n")
+    (faulty / "ending.py").write_text("raise SystemExit(0)\n")
+    (faulty / "halves.json").write_text('{"fp16": {"enabled": true}, "bf16": {"enabled": true}}')
     (faulty / "broken.py").write_text("f = 1 / 0\n")
     _write_faulty_models(folder)
 
@@ -147,10 +172,17 @@ def _write_faulty_models(folder: Path) -> None:
     config.pop("eos_token")
     (faulty / "no-eos" / "tokenizer_config.json").write_text(json.dumps(config))
     _write_wide_tokenizers(folder)
+    for kind, name in (("sft", "model.norm.weight"), ("reward", "score.weight")):
+        path = shutil.copytree(folder / kind / "llama", faulty / f"nan-{kind}")
+        tensors = load_file(path / "model.safetensors")
+        tensors[name][..., 0] = float("nan")
+        save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     (faulty / "pickled" / "model.safetensors").unlink()
     torch.save({"model.embed_tokens.weight": Malicious(folder / "was-run")}, faulty / "pickled" / "pytorch_model.bin")
     shutil.copytree(faulty / "pickled", faulty / "pickled-reward")
     torch.save({"v_head.weight": Malicious(folder / "was-run")}, faulty / "pickled-reward" / "pytorch_model.bin")
+    LoraConfig(base_model_name_or_path=str(base), task_type="CAUSAL_LM").save_pretrained(faulty / "pickled-adapter")
+    torch.save({"weight": Malicious(folder / "was-run")}, faulty / "pickled-adapter" / "adapter_model.bin")
 
 
 def _write_wide_tokenizers(folder: Path) -> None:

@@ -13,7 +13,13 @@ PPO = (
     "--data_path {stock}/toy --data_split 0,0,1 --dtype fp32 --max_prompt_seq_len 24 --max_answer_seq_len 4"
 )
 OUTSIDE = ["with id 303", "vocabulary ends with id 263", "40 ids are outside", "Copy the tokenizer files"]
-# Step, its flags (the last of a kind counts), and what the message must hold.
+UNSEEN = ["unseen.jsonl, line 2: field \"prompt\" is empty", "at least one word", "--skip_bad_rows"]
+HUGE = ["huge.jsonl, line 2: field \"prompt\" is a text of 2,621,440 bytes", "most is 1,000,000", "split it", "--skip_bad_rows"]
+NOT_FINITE = ["faulty/nan-", "holds values that are no finite numbers in float32", "another model"]
+POSITIONS = ["--max_seq_len 513: --model_name_or_path", "has learned 512 positions. Give 512 or less"]
+# One of the three good rows is held out.
+LEFT_OUT = ["2 training rows are fewer", "x 65 rows"]
+# Step, its flags (the last of a kind counts), what the message must hold, and where it is not one the number of processes.
 MISTAKES = {
     "no-data": (1, f"{SFT} --data_path {{stock}}/none.jsonl", ["--data_path", "none.jsonl", "no such file"]),
     "broken-line": (
@@ -50,6 +56,22 @@ MISTAKES = {
             *("... and 3 more", "--skip_bad_rows"),
         ],
     ),
+    "unseen-prompt-step-1": (1, f"{SFT} --data_path {{stock}}/faulty/unseen.jsonl", UNSEEN),
+    "unseen-prompt-step-3": (3, f"{PPO} --data_path {{stock}}/faulty/unseen.jsonl", UNSEEN),
+    "unseen-prompt-but-skipped": (
+        1,
+        f"{SFT} --data_path {{stock}}/faulty/unseen.jsonl --per_device_train_batch_size 65 --skip_bad_rows",
+        LEFT_OUT,
+    ),
+    "huge-prompt-step-1": (1, f"{SFT} --data_path {{stock}}/faulty/huge.jsonl", HUGE),
+    "huge-prompt-step-2": (2, f"{REWARD} --data_path {{stock}}/faulty/huge.jsonl", HUGE),
+    "huge-prompt-dpo": ("dpo", f"{REWARD} --data_path {{stock}}/faulty/huge.jsonl", HUGE),
+    "huge-prompt-step-3": (3, f"{PPO} --data_path {{stock}}/faulty/huge.jsonl", HUGE),
+    "huge-prompt-but-skipped": (
+        1,
+        f"{SFT} --data_path {{stock}}/faulty/huge.jsonl --per_device_train_batch_size 65 --skip_bad_rows",
+        LEFT_OUT,
+    ),
     "empty-file": (1, f"{SFT} --data_path {{stock}}/faulty/empty.jsonl", ["empty.jsonl: no rows", "--data_path"]),
     "no-utf-8": (1, f"{SFT} --data_path {{stock}}/faulty/latin.jsonl", ["latin.jsonl, line 2: not valid UTF-8", "0xe9"]),
     "few-rows": (
@@ -57,17 +79,29 @@ MISTAKES = {
         f"{SFT} --per_device_train_batch_size 65",
         ["64 training rows", "1 processes x 65 rows", "--per_device_train_batch_size", "--data_path"],
     ),
+    "few-rows-for-two": (
+        1,
+        f"{SFT} --per_device_train_batch_size 33",
+        ["64 training rows", "2 processes x 33 rows", "--per_device_train_batch_size", "--data_path"],
+        2,
+    ),
     "few-prompts": (
         3,
         f"{PPO} --per_device_generation_batch_size 65 --per_device_training_batch_size 65",
         ["64 training rows", "--per_device_generation_batch_size"],
     ),
     "no-shares": (1, f"{SFT} --data_split 0,0,0", ["--data_split 0,0,0", "such as 2,4,4"]),
-    "no-end-token": (
-        1,
-        f"{SFT} --model_name_or_path {{stock}}/faulty/no-eos",
-        ["--model_name_or_path", "no-eos", "end-of-sequence", "--add_eot_token"],
-    ),
+    **{
+        f"no-end-token-{step}": (
+            step,
+            f"{argv} --{flag} {{stock}}/faulty/no-eos",
+            [f"--{flag} '", "no-eos", "end-of-sequence", "--add_eot_token"],
+        )
+        for step, argv, flag in (
+            *((1, SFT, "model_name_or_path"), (2, REWARD, "model_name_or_path"), ("dpo", REWARD, "model_name_or_path")),
+            (3, PPO, "actor_model_name_or_path"),
+        )
+    },
     "no-config": (
         1,
         f"{SFT} --model_name_or_path {{stock}}/faulty/no-config",
@@ -77,6 +111,16 @@ MISTAKES = {
         1,
         f"{SFT} --model_name_or_path {{stock}}/faulty/pickled",
         ["--model_name_or_path", "faulty/pickled'", "a .bin holds more than tensors, which is refused", "safetensors"],
+    ),
+    "pickled-adapter": (
+        1,
+        f"{SFT} --model_name_or_path {{stock}}/faulty/pickled-adapter",
+        ["--model_name_or_path", "faulty/pickled-adapter'", "adapter_model.safetensors is missing", "PEFT"],
+    ),
+    "pickled-adapter-reward": (
+        2,
+        f"{REWARD} --model_name_or_path {{stock}}/faulty/pickled-adapter",
+        ["--model_name_or_path", "faulty/pickled-adapter'", "adapter_model.safetensors is missing", "PEFT"],
     ),
     "pickled-reward": (
         2,
@@ -88,6 +132,32 @@ MISTAKES = {
         f"{SFT} --model_name_or_path {{stock}}/faulty/cut",
         ["--model_name_or_path", "faulty/cut'", "A file is damaged", "whole copy"],
     ),
+    **{
+        f"nan-weights-{name}": (step, f"{argv} --{flag} {{stock}}/faulty/nan-{kind}", [f"--{flag} '", *NOT_FINITE])
+        for name, step, argv, flag, kind in (
+            ("step-1", 1, SFT, "model_name_or_path", "sft"),
+            ("step-2", 2, REWARD, "model_name_or_path", "sft"),
+            ("dpo", "dpo", REWARD, "model_name_or_path", "sft"),
+            ("actor", 3, PPO, "actor_model_name_or_path", "sft"),
+            ("critic", 3, PPO, "critic_model_name_or_path", "reward"),
+        )
+    },
+    "ending-reward": (3, f"{PPO} --reward_fn {{stock}}/faulty/ending.py:score", ["--reward_fn", "does not run: SystemExit"]),
+    "output-is-the-model": (
+        1,
+        f"{SFT} --model_name_or_path {{stock}}/faulty/nan-sft --output_dir {{stock}}/faulty/nan-sft",
+        ["--output_dir", "would take the place of", "another folder"],
+    ),
+    "output-is-above-the-actor": (
+        3,
+        f"{PPO} --actor_model_name_or_path {{stock}}/matrix/actor --output_dir {{stock}}/matrix",
+        ["--output_dir", "would take the place of", "another folder"],
+    ),
+    "positions-step-1": (1, f"{SFT} --model_name_or_path {{stock}}/base/gpt2 --max_seq_len 513", POSITIONS),
+    "positions-step-2": (2, f"{REWARD} --model_name_or_path {{stock}}/base/opt --max_seq_len 513", POSITIONS),
+    "positions-dpo": ("dpo", f"{REWARD} --model_name_or_path {{stock}}/base/opt --max_seq_len 513", POSITIONS),
+    "two-halves": (1, f"{SFT} --deepspeed_config {{stock}}/faulty/halves.json", ["--deepspeed_config", "both enabled"]),
+    "endless-rate": (2, f"{REWARD} --learning_rate inf", ["--learning_rate inf: must be a finite number"]),
     "no-reward-file": (3, f"{PPO} --reward_fn {{stock}}/none.py:f", ["--reward_fn", "there is no file", "none.py"]),
     "no-reward-function": (
         3,
@@ -156,16 +226,16 @@ MISTAKES = {
 
 
 def mistake(name: str):
-    step, argv, words = MISTAKES[name]
-    case = Case(f"mistake-{name}", step=step, argv=argv, fails=True)
+    step, argv, words, *ranks = MISTAKES[name]
+    case = Case(f"mistake-{name}", ranks=ranks[0] if ranks else 1, step=step, argv=argv, fails=True)
     return pytest.param(case, words, id=name, marks=pytest.mark.cases(case))
 
 
 @pytest.mark.parametrize("case, words", [mistake(name) for name in MISTAKES])
 def test_a_mistake_is_a_value_error_that_names_it(case, words, launches):
-    (result,) = launches[case].ranks
-    assert not result["ok"] and result["error_type"] == "ValueError", result
-    assert [word for word in words if word not in result["error"]] == []
+    for result in launches[case].ranks:
+        assert not result["ok"] and result["error_type"] == "ValueError", result
+        assert [word for word in words if word not in result["error"]] == []
     assert not (launches[case].out / "model.safetensors").exists()
     assert not (launches.stock / "was-run").exists(), "code from a file of weights was run"
 

@@ -3,6 +3,7 @@
 import json
 import string
 import time
+from unittest import mock
 
 import pytest
 from data_helpers import CHAT_TEMPLATE, make_tokenizer
@@ -12,8 +13,10 @@ from hypothesis import strategies as st
 from dschat.config.parse import parse_config
 from dschat.config.dpo import DPOConfig
 from dschat.config.steps import PPOConfig, RewardConfig, SFTConfig
+from dschat.data import sources
 from dschat.data.datasets import PairDataset, PromptDataset, SFTDataset
-from dschat.data.rows import Row, row_from_columns
+from dschat.data.row_files import read_rows
+from dschat.data.rows import MAX_TEXT_BYTES, Row, row_from_columns
 from dschat.data.sources import load_source
 from dschat.data.splits import parse_shares, share_sizes, split_indices
 from dschat.data.templates import render
@@ -34,6 +37,26 @@ FIELDS = st.dictionaries(
     st.sampled_from(["prompt", "chosen", "rejected", "response", "messages", "more"]), VALUES | MESSAGES, max_size=5
 )
 GOOD = {"prompt": "a", "chosen": " b", "rejected": " c"}
+# White space, controls, zero-width characters, marks of direction, fillers, a variation selector, and a tag.
+UNSEEN = " \t\r\n\x00\x1f\x7f\x85\xa0\xad\u034f\u061c\u115f\u1160\u180e\u2003\u200b\u200d\u200e\u2028\u202e\u2060\u2800\u3000"
+UNSEEN += "\u3164\ufe0f\ufeff\uffa0\U000e0020\U000e0100"
+# How a text gets into a row, and the name that a message gives its field.
+FIELDS_OF_TEXT = {
+    "prompt": lambda text: {**GOOD, "prompt": text},
+    "chosen": lambda text: {**GOOD, "chosen": text},
+    "rejected": lambda text: {**GOOD, "rejected": text},
+    "response": lambda text: {"prompt": "a", "response": text},
+    "prompt[0].content": lambda text: {**GOOD, "prompt": [{"role": "user", "content": text}]},
+    "messages[0].content": lambda text: conversation(text, "b", "c"),
+    "messages[1].content": lambda text: conversation("a", text, "c"),
+    "messages[2].content": lambda text: conversation("a", "b", text),
+    "messages[3].content": lambda text: conversation("a", "b", "c", text),
+}
+
+
+def conversation(*texts: str) -> dict:
+    """A row of messages, of the user and the assistant by turns."""
+    return {"messages": [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]}
 
 
 @given(raw=FIELDS)
@@ -44,10 +67,10 @@ def test_fields_of_any_kind_make_a_row_or_an_error(raw):
     except ValueError as error:
         assert str(error)
         return
-    texts = [row.prompt] if isinstance(row.prompt, str) else [message["content"] for message in row.prompt]
+    texts = [row.prompt] if isinstance(row.prompt, str) else [message["content"] for message in row.prompt if message["content"]]
     for text in [*texts, *(answer for answer in (row.chosen, row.rejected) if answer is not None)]:
         assert isinstance(text, str) and text.encode("utf-8") is not None
-    assert row.chosen is None or row.chosen.strip()
+        assert not set(text) <= set(UNSEEN)
     assert row.rejected is None or row.rejected != row.chosen
 
 
@@ -96,6 +119,71 @@ def test_the_line_of_a_fault_is_named_exactly(tmp_path_factory, good, more, bad)
     if good + more > 1:
         source = load_source(str(path), eval_fraction=0.5, data_seed=0, skip_bad_rows=True)
         assert len(source.train) + len(source.eval) == good + more
+
+
+def check_that_a_row_is_named_or_left_out(folder, row: dict, *words: str) -> None:
+    """`row` as line 2 of a file ends in one ValueError with `words`, or with --skip_bad_rows is left out and counted."""
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in (GOOD, row, GOOD, GOOD)))
+    with pytest.raises(ValueError) as caught:
+        load_source(str(path), eval_fraction=0.5, data_seed=0)
+    assert [word for word in ("rows.jsonl, line 2: ", *words, "--skip_bad_rows") if word not in str(caught.value)] == []
+    with mock.patch.object(sources.logger, "warning") as warning:
+        source = load_source(str(path), eval_fraction=0.5, data_seed=0, skip_bad_rows=True)
+    assert len(source.train) + len(source.eval) == 3
+    assert (warning.call_args[0][0] % warning.call_args[0][1:]).startswith("left out 1 bad rows of 4; the first: ")
+
+
+@given(text=st.text(alphabet=UNSEEN, max_size=8))
+@pytest.mark.parametrize("name", FIELDS_OF_TEXT)
+@settings(max_examples=15, deadline=None)
+def test_a_text_that_cannot_be_seen_is_named_or_left_out(tmp_path_factory, name, text):
+    words = f'field "{name}" is empty ({" ".join(json.dumps(text).split())})', "it needs at least one word"
+    check_that_a_row_is_named_or_left_out(tmp_path_factory.mktemp("unseen"), FIELDS_OF_TEXT[name](text), *words)
+
+
+@given(unseen=st.text(alphabet=UNSEEN, max_size=4), behind=st.booleans())
+@QUICK
+def test_answers_that_differ_by_what_cannot_be_seen_are_equal(unseen, behind):
+    with pytest.raises(ValueError, match="no preference"):
+        row_from_columns({**GOOD, "rejected": f"b{unseen}" if behind else f"{unseen}b"})
+
+
+def test_an_empty_message_of_the_system_says_that_there_is_none():
+    messages = [{"role": "system", "content": ""}, {"role": "user", "content": "a"}]
+    assert row_from_columns({"prompt": messages}).prompt == messages
+    messages[0]["content"] = "\u200b"
+    with pytest.raises(ValueError, match=r'"prompt\[0\].content" is empty'):
+        row_from_columns({"prompt": messages})
+
+
+@pytest.mark.parametrize("letter", ["x", "é", "文", "\U0001f600"])
+@pytest.mark.parametrize("name", FIELDS_OF_TEXT)
+def test_a_text_of_two_megabytes_is_named_or_left_out(tmp_path, name, letter):
+    text = letter * (2**21 // len(letter.encode()))
+    started = time.monotonic()
+    words = f'field "{name}" is a text of {len(text.encode()):,} bytes', "the most is 1,000,000", "split it into rows"
+    check_that_a_row_is_named_or_left_out(tmp_path, FIELDS_OF_TEXT[name](text), *words)
+    assert time.monotonic() - started < 5
+
+
+def test_the_lines_of_a_file_of_prompts_are_checked_too(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text(f"a\n\n\u200b\u2060\n{'x' * 2**21}\n", encoding="utf-8")
+    with pytest.raises(ValueError) as caught:
+        read_rows(str(path), flag="--prompts_file")
+    first, second = str(caught.value).splitlines()
+    assert first.startswith(f'--prompts_file {path}, line 3: field "prompt" is empty')
+    assert second.startswith(f'--prompts_file {path}, line 4: field "prompt" is a text of 2,097,152 bytes')
+
+
+def test_the_longest_text_is_just_that():
+    longest = "x" * MAX_TEXT_BYTES
+    assert row_from_columns({**GOOD, "prompt": longest}).prompt == longest
+    with pytest.raises(ValueError, match="is a text of 1,000,001 bytes"):
+        row_from_columns({**GOOD, "prompt": longest + "x"})
+    with pytest.raises(ValueError, match='"messages" is a text of 1,000,002 bytes'):
+        row_from_columns(conversation(*["x" * (MAX_TEXT_BYTES // 3 + 1)] * 3))
 
 
 @given(shares=st.text(alphabet="0123456789,.-/e ", max_size=12), rows=st.integers(1, 50))
@@ -157,21 +245,23 @@ def test_any_damage_to_a_checkpoint_shows(tmp_path_factory, data, sizes):
         read_manifest(folder)
 
 
+SIZE = MAX_TEXT_BYTES - 100
 SHAPES = {
-    "one word": "x" * 2**21,
-    "words": "word " * 2**19,
-    "line ends": "\n\nHuman: a" + "\n" * 2**21 + "x\n\nAssistant:",
-    "spaces": "\n\nHuman: a" + " " * 2**21 + "\n\nAssistant:",
-    "turns": "\n\nHuman: a\n\nAssistant: b" * 2**16 + "\n\nHuman: a\n\nAssistant:",
-    "brackets": "[(" * 2**20,
+    "one word": "x" * SIZE,
+    "words": "word " * (SIZE // 5),
+    "line ends": "\n\nHuman: a" + "\n" * (SIZE - 50) + "x\n\nAssistant:",
+    "spaces": "\n\nHuman: a" + " " * (SIZE - 50) + "\n\nAssistant:",
+    "turns": "\n\nHuman: a\n\nAssistant: b" * (SIZE // 30) + "\n\nHuman: a\n\nAssistant:",
+    "brackets": "[(" * (SIZE // 2),
+    "unseen": "\u200b" * (SIZE // 3) + "a",
 }
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_prompt_of_two_megabytes_is_cut_within_seconds(shape):
+def test_the_longest_prompt_is_cut_within_seconds(shape):
     tokenizer = make_tokenizer(chat_template=CHAT_TEMPLATE)
-    row = Row(SHAPES[shape], " yes")
     started = time.monotonic()
+    row = row_from_columns({"prompt": SHAPES[shape], "chosen": " yes"})
     for prompt_format in ("plain", "human_assistant", "chat"):
         prompt, _, _ = render(row, prompt_format=prompt_format, tokenizer=tokenizer)
         assert prompt

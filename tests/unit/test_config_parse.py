@@ -505,6 +505,11 @@ def test_models_beside_above_and_below_the_output_folder_may_be_read(step, flags
     assert parse_config(config_class, words(required) + flags.split()).run.output_dir
 
 
+def test_a_folder_called_tilde_is_nobodys_wish():
+    found = message(SFTConfig, "--model_name_or_path m --output_dir ~/out".split())
+    assert found == "--output_dir ~/out: give the path in full, without ~."
+
+
 @pytest.mark.parametrize("flags", ["--zero_stage two", "--dtype int8", "--learning_rate fast", "--offload maybe"])
 def test_a_value_of_the_wrong_type_is_named_with_its_flag(flags):
     flag, value = flags.split()

@@ -157,6 +157,20 @@ def test_truncation_report():
     )
 
 
+def test_pairs_that_are_equal_once_cut_are_counted_and_all_of_them_refused():
+    far = Row("p", " same but", " same and", place="f.jsonl, line 7")
+    near = Row("p", " but", " and")
+    options = dict(prompt_format="plain", end_token_id=EOS)
+
+    def report(rows, limit):
+        return truncation_report(PairDataset(rows, make_tokenizer(), max_seq_len=limit, **options))
+
+    assert report([far, near], 5).endswith("; 1 pairs of these have no difference left, and teach nothing")
+    assert "difference" not in report([far, near], 8)
+    with pytest.raises(ValueError, match="--max_seq_len 5: f.jsonl, line 7: .* all 1 pairs looked at. Give a larger --max_seq_len"):
+        report([far], 5)
+
+
 def test_collate_text_pads_right_by_length():
     items = [{"input_ids": [5, PAD, 6], "labels": [-100, PAD, 6]}, {"input_ids": [7], "labels": [7]}]
     batch = collate_text(items, PAD)

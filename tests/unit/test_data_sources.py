@@ -1,6 +1,7 @@
 import csv
 import json
 import logging
+import os
 
 import datasets
 import pytest
@@ -28,6 +29,7 @@ BAD_LINES = {
     "a list": ('["p", "c"]', "an object with named fields"),
     "utf-8": (b'{"prompt": "caf\xe9", "chosen": "c"}', "not valid UTF-8: byte 0xe9 at position 15"),
     "surrogate": (r'{"prompt": "p", "chosen": "\ud800"}', '"chosen" is not valid UTF-8'),
+    "digits": ('{"prompt": "p", "chosen": ' + "9" * 5000 + "}", "a number of too many digits"),
     "no prompt": ({"text": "p", "chosen": "c"}, 'no field "prompt" or "messages" among ["chosen", "text"]'),
     "null prompt": ({"prompt": None, "chosen": "c"}, 'no field "prompt"'),
     "prompt number": ({"prompt": 5, "chosen": "c"}, 'field "prompt" is 5, not a text'),
@@ -64,6 +66,18 @@ def test_many_bad_lines_make_one_message(tmp_path):
         load(path)
     assert [f"line {n}:" in str(caught.value) for n in (1, 5, 6)] == [True, True, False]
     assert "... and 3 more." in str(caught.value)
+
+
+def test_a_column_that_is_there_twice_is_named(tmp_path):
+    (tmp_path / "rows.csv").write_text("prompt,chosen,prompt\na,b,c\n")
+    with pytest.raises(ValueError, match=r"rows.csv, line 1: the header has 'prompt' more than once"):
+        load(tmp_path / "rows.csv")
+
+
+def test_what_is_neither_file_nor_folder_is_refused_without_waiting(tmp_path):
+    os.mkfifo(tmp_path / "rows.jsonl")
+    with pytest.raises(ValueError, match=r"--data_path .*rows.jsonl: neither a file nor a folder"):
+        load(tmp_path / "rows.jsonl")
 
 
 @pytest.mark.parametrize("content", ["", "\n\n", "[]"])
@@ -223,6 +237,14 @@ def test_bad_row_of_an_arrow_table(tmp_path, caplog):
         load(tmp_path / "set")
     source = load(tmp_path / "set", skip_bad_rows=True)
     assert len(source.train) + len(source.eval) == 1100
+
+
+@pytest.mark.parametrize("name, text", [("state.json", "{}"), ("state.json", "["), ("dataset_info.json", "{")])
+def test_damaged_folder_of_save_to_disk(tmp_path, name, text):
+    datasets.Dataset.from_list(pairs(4)).save_to_disk(tmp_path / "set")
+    (tmp_path / "set" / name).write_text(text)
+    with pytest.raises(ValueError, match="set: not readable as a folder of datasets.save_to_disk"):
+        load(tmp_path / "set")
 
 
 def test_unreadable_parquet(tmp_path):

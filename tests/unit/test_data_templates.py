@@ -79,3 +79,20 @@ def test_errors_name_the_flag_and_the_row():
     refusing = "{{ raise_exception('system role not supported') }}"
     with pytest.raises(ValueError, match="f.jsonl, line 3: .*system role not supported"):
         texts(Row(DIALOGUE, place="f.jsonl, line 3"), "auto", refusing)
+
+
+@pytest.mark.parametrize(
+    "template, words",
+    [
+        ("{{ 1 / 0 }}", "ZeroDivisionError: division by zero"),
+        ("{{ messages + 1 }}", "TypeError: can only concatenate list"),
+        ("{% for i in range(10 ** 9) %}x{% endfor %}", "OverflowError: Range too big"),
+        ("{{ messages.nothing.more }}", "has no attribute 'nothing'"),
+        ("{% if", "unexpected 'end of template'"),
+        ("{{ ''.__class__.__mro__ }}", "unsafe"),
+    ],
+)
+def test_a_template_that_fails_is_named_with_the_row(template, words):
+    with pytest.raises(ValueError, match="f.jsonl, line 3: the tokenizer's chat template refuses it") as caught:
+        texts(Row("p", "c", place="f.jsonl, line 3"), "chat", template)
+    assert words in str(caught.value)

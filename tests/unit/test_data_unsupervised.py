@@ -24,11 +24,13 @@ def test_texts_of_local_files(tmp_path):
         ("empty.txt", "\n\n", "no text"),
         ("rows.jsonl", '{"text": "a"}\n{"body": "b"}\n', "line 2: no field text"),
         ("broken.jsonl", '{"text": "a"}\n{"text": \n', "line 2"),
+        ("half.jsonl", '{"text": "a"}\n{"text": "\\ud800"}\n', 'line 2: field "text" is not valid UTF-8'),
+        ("latin.txt", b"caf\xe9 au lait", "not valid UTF-8: .* at byte 3"),
     ],
 )
 def test_bad_files_are_named_with_the_flag(tmp_path, name, content, words):
     if content is not None:
-        (tmp_path / name).write_text(content)
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=words) as caught:
         load_texts(str(tmp_path / name))
     assert "--unsupervised_dataset_name" in str(caught.value)

@@ -89,6 +89,9 @@ def test_override_without_a_file_is_the_same_dictionary():
         (None, "No such file"),
         ("{'stage': 2}", "Expecting property name"),
         ([1, 2], "expected a JSON object, found list"),
+        ({"zero_optimization": 7}, "zero_optimization is 7, not an object"),
+        ({"zero_optimization": {"stage": 9}}, "zero_optimization: stage Input should be 0, 1, 2"),
+        ({"fp16": {"enabled": True}, "bf16": {"enabled": True}}, "fp16 and bf16 are both enabled"),
     ],
 )
 def test_override_names_the_flag_the_file_and_the_fault(tmp_path, content, words):

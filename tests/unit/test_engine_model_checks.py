@@ -1,14 +1,15 @@
-"""What step 3 refuses of its models' shapes before any weight is read, and how layers are cut."""
+"""What the steps refuse of their models' shapes before any weight is read, and how layers are cut."""
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, OPTConfig, Qwen3Config
 
 from dschat import plan
+from dschat.config.dpo import DPOConfig
 from dschat.config.parse import parse_config
-from dschat.config.steps import PPOConfig
+from dschat.config.steps import PPOConfig, RewardConfig, SFTConfig
 from dschat.engine.memory_plan import plan_step
-from dschat.engine.model_checks import check_models
+from dschat.engine.model_checks import check_models, checked_plan
 from dschat.engine.tensor_parallel import RowwiseLinear, TensorGroup, split_layers, split_plan, split_problems
 from dschat.models.families import shape_config
 from dschat.models.structure import decoder_layers
@@ -83,6 +84,19 @@ def test_reward_models_that_read_the_same_tokens_have_limits_too_and_computed_po
     with pytest.raises(ValueError, match="--reward_model_name_or_path opt-350m has learned 2048 positions"):
         check("llama-2-7b", flags, critic="llama-2-7b", rewards=["opt-350m"])
     check("llama-2-7b", "--max_prompt_seq_len 6000", critic="bloom-1b1")
+
+
+@pytest.mark.parametrize("step", [SFTConfig, RewardConfig, DPOConfig])
+def test_texts_of_the_other_steps_have_limits_too(step):
+    for name, length in (("opt-1.3b", 2048), ("tiny-gpt2", 512), ("llama-2-7b", None)):
+        words = f"--model_name_or_path {name} --max_seq_len"
+        checked_plan(parse_config(step, f"{words} {length or 100_000}".split()), world_size=1, dtype="bf16")
+        if length is None:
+            continue
+        config = parse_config(step, f"{words} {length + 1}".split())
+        message = f"--max_seq_len {length + 1}: --model_name_or_path {name} has learned {length} positions. Give {length} or less"
+        with pytest.raises(ValueError, match=message):
+            checked_plan(config, world_size=1, dtype="bf16")
 
 
 def test_runs_dry_runs_and_plans_refuse(monkeypatch):

@@ -1,5 +1,6 @@
 """Rewards: functions that fail in every way, weights, and reward models that tokenise again."""
 
+import sys
 import types
 
 import numpy as np
@@ -81,9 +82,15 @@ def failing(prompts, answers, **columns):
     return [0.0] * len(answers)
 
 
+def ending(prompts, answers, **columns):
+    sys.exit(0)
+
+
 @pytest.mark.parametrize(
     "function,words",
     [
+        (ending, ["SystemExit", "'one'"]),
+        (lambda p, a, **c: [1.0, 10**400], ["1000", "'two'", "'c'"]),
         (failing, ["KeyError", "no such key", "'two'", "'c'"]),
         (lambda p, a, **c: [1.0], ["1 scores for 2 answers", "'one'"]),
         (lambda p, a, **c: None, ["NoneType", "'one'"]),
@@ -209,7 +216,10 @@ def test_functions_load_from_a_file_or_say_why_not(tmp_path):
     assert load_function(f"{file}:score")([], ["a"]) == [1.0]
     broken = tmp_path / "broken.py"
     broken.write_text("import nothing_of_this_name\n")
+    ending = tmp_path / "ending.py"
+    ending.write_text("raise SystemExit(0)\n")
     for name, word in [
+        (f"{ending}:score", "does not run: SystemExit"),
         (f"{tmp_path}/none.py:score", "no file"),
         (f"{file}:other", "no function other"),
         (f"{broken}:score", "nothing_of_this_name"),
