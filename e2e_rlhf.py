@@ -271,7 +271,8 @@ def main() -> None:
     set_up_logging()
     on_gpu = torch.cuda.is_available()
     given = {name: getattr(args, name) for name in ("num_processes", "save_interval", "hostfile")}
-    check_arguments(args.output_dir, num_gpus=torch.cuda.device_count(), **given)
+    num_gpus = None if args.deployment_type == "multi_node" else torch.cuda.device_count()
+    check_arguments(args.output_dir, num_gpus=num_gpus, **given)
     started = time.monotonic()
     plan = make_plan(args)
     prepare, build = time.monotonic() - started, build_ops(on_gpu=on_gpu)

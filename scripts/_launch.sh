@@ -239,8 +239,10 @@ several_hosts() {
 }
 
 master_port() {
+    local errors=/dev/stderr
+    [[ -z "${MASTER_PORT:-}" ]] || errors=/dev/null # what is wrong with it is said below
     "$PYTHON" -c 'import sys; from dschat.config.ports import free_port as f; print(f(int(sys.argv[1])))' "${MASTER_PORT:-0}" \
-        2>/dev/null || fail "MASTER_PORT=${MASTER_PORT:-}: in use, or no port. Leave it out."
+        2>"$errors" || fail "MASTER_PORT=${MASTER_PORT:-}: in use, or no port. Leave it out."
 }
 
 # How many processes a dry run plans for.

@@ -86,7 +86,8 @@ def draw(panels: dict[str, dict[str, list[tuple[int, float]]]], figure: Path, *,
         print("matplotlib is not installed: no figure (pip install matplotlib)")
         return
     colors = dict(zip(itertools.product(STAGES, SWITCH), ("tab:blue", "tab:cyan", "tab:red", "tab:orange")))
-    canvas, axes = plt.subplots(1, len(panels), figsize=(2 + 6 * len(panels), 5.5), sharey=True)
+    canvas, grid = plt.subplots(1, len(panels), figsize=(2 + 6 * len(panels), 5.5), sharey=True, squeeze=False)
+    axes = grid[0]
     for axis, (title, curves) in zip(axes, panels.items()):
         for name, curve in curves.items():
             stage, hybrid, offload, _ = name[1:].split("_")[::2]

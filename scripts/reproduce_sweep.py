@@ -4,8 +4,8 @@
 
 Trains the miniature's SFT and reward model on toy remarks, then starts run_single.sh of the sweep for each combination; those
 with LoRA three times: the adapters with a learning rate of their own, and adapters and weights with one shared rate, the
-lower and the higher of the two. sweep.json holds score and KL of every rollout, sweep.png draws the scores (matplotlib). A run that sweep.json
-holds is not run again. Exits 1 where a run fails.
+lower and the higher of the two. sweep.json holds score and KL of every rollout, sweep.png draws the scores (matplotlib). A run that
+sweep.json holds with the same flags is not run again. Exits 1 where a run fails.
 """
 
 import argparse
@@ -55,7 +55,7 @@ def main() -> int:
     args.output.mkdir(parents=True, exist_ok=True)
     file = args.output / "sweep.json"
     known = json.loads(file.read_text())["runs"] if file.exists() else {}
-    todo = [run for run in every_run() if label(*run) not in known]
+    todo = [run for run in every_run() if known.get(label(*run), {}).get("flags") != shown_flags(*run, args)]
     failed = []
     if todo:
         with tempfile.TemporaryDirectory() as work, ThreadPoolExecutor(args.parallel) as pool:
@@ -67,13 +67,12 @@ def main() -> int:
                 run = jobs[job]
                 try:
                     known[label(*run)] = job.result()
-                except RuntimeError as error:
-                    failed.append(str(error))
-                record = {"command": command(args), "flags": FLAGS, "lora_flags": LORA, "runs": known}
-                write_json(file, {**record, "hardware": hardware(), "versions": versions()})
-    report(known, args.output / "sweep.png", args.smooth)
+                except (RuntimeError, OSError, KeyError) as error:
+                    failed.append(f"{label(*run)}: {error}")
+                write_json(file, {"command": command(args), "runs": known})
     for error in failed:
         print(error)
+    report(known, args.output / "sweep.png", args.smooth)
     return int(bool(failed))
 
 
@@ -116,20 +115,23 @@ def train_models(work: Path) -> Path:
     return work / "models"
 
 
+def shown_flags(rates: str, name: str, args: argparse.Namespace) -> str:
+    """A run's flags behind those that its folder's name tells."""
+    weights, adapters = RATES[rates or "separate"]
+    words = f"{FLAGS} --max_train_steps {args.rollouts} --actor_learning_rate {weights}"
+    return f"{words} {LORA} --actor_lora_learning_rate {adapters}" if name.endswith("lora_true") else words
+
+
 def launch(rates: str, name: str, models: Path, work: Path, args: argparse.Namespace) -> dict:
-    """One run; its scores and KLs, a value a rollout, and its seconds.
+    """One run: its flags, seconds, hardware, and scores and KLs, a value a rollout.
 
     Raises:
         RuntimeError: it failed; names the log.
     """
     stage, hybrid, offload, lora = name[1:].split("_")[::2]
     folder = work / label(rates, name)
-    weights, adapters = RATES[rates or "separate"]
     words = [models / "actor-models/opt", models / "reward-models/opt", stage, stage, hybrid, offload, lora, "false", folder]
-    words += ["--data_path", models / "toy-data", *FLAGS.split(), "--max_train_steps", args.rollouts]
-    words += ["--actor_learning_rate", weights]
-    if lora == "true":
-        words += [*LORA.split(), "--actor_lora_learning_rate", adapters]
+    words += ["--data_path", models / "toy-data", *shown_flags(rates, name, args).split()]
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2")}
     started = time.monotonic()
     log = args.output / f"{label(rates, name).replace('/', '_')}.log"
@@ -144,7 +146,14 @@ def launch(rates: str, name: str, models: Path, work: Path, args: argparse.Names
     lines = [line for line in read_jsonl(folder / "metrics.jsonl") if "objective/score" in line]
     print(f"{label(rates, name)}: {seconds:.0f} s, {len(lines)} rollouts", flush=True)
     kept = {"score": "objective/score", "kl": "objective/kl"}
-    return {"seconds": round(seconds, 1), **{key: [round(line[m], 4) for line in lines] for key, m in kept.items()}}
+    machine = hardware()
+    facts = {
+        "flags": shown_flags(rates, name, args),
+        "hardware": machine.get("gpu", f"{machine['cpu']}, {machine['cpu_cores']} cores"),
+        "versions": {name: versions()[name] for name in ("torch", "deepspeed", "transformers")},
+        "seconds": round(seconds, 1),
+    }
+    return {**facts, **{key: [round(line[m], 4) for line in lines] for key, m in kept.items()}}
 
 
 def report(runs: dict[str, dict], figure: Path, window: int) -> None:
@@ -154,6 +163,8 @@ def report(runs: dict[str, dict], figure: Path, window: int) -> None:
         names = [name for found, name in every_run() if found == rates and label(found, name) in runs]
         if names:
             panels[title] = {name: list(enumerate(runs[label(rates, name)]["score"], start=1)) for name in names}
+    if not panels:
+        return
     rows = [[title, name, *summary(curve)] for title, panel in panels.items() for name, curve in panel.items()]
     print(table(rows, header=["", "run", "rollouts", "first", "last", "highest"]))
     draw(panels, figure, metric="objective/score", window=window)

@@ -8,6 +8,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from dschat.config.paths import user_path
+
 logger = logging.getLogger(__name__)
 
 PIP_TIMEOUT_S = 1800
@@ -19,7 +21,7 @@ def cache_dir() -> Path:
     All that lies there can be made or fetched again.
     """
     if os.environ.get("DSCHAT_CACHE"):
-        return Path(os.environ["DSCHAT_CACHE"]).expanduser()
+        return user_path(os.environ["DSCHAT_CACHE"])
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "dschat"
 

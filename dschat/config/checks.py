@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from dschat.config.options import DataOptions, LoraOptions, ScheduleOptions
+from dschat.config.paths import user_path
 from dschat.config.values import above, at_least, in_range, required, seed_value, share, zero_stage
 
 
@@ -42,10 +43,10 @@ def output_problems(output_dir: str | None, models: dict[str, list[str]], *, bel
     written = [folder / more for folder in (output, *(output / name for name in below)) for more in ("", "adapter")]
     written = {folder.resolve() for folder in written}
     return [
-        f"--output_dir {output_dir}: a finished model would take the place of {flag} {path}. Give another folder."
+        f"--output_dir {output_dir}: this run would replace {flag} {path}, or write into it. Give another folder."
         for flag, paths in models.items()
         for path in paths
-        if path and Path(path).expanduser().resolve() in written
+        if path and user_path(path).resolve() in written
     ]
 
 

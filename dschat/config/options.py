@@ -104,7 +104,7 @@ class RunOptions:
         if self.output_dir == "":
             found.append("--output_dir has no value: give a folder, or leave the flag out to save nothing.")
         if self.output_dir and self.output_dir.startswith("~"):
-            # In a file of flags, or behind "=", no shell puts the home folder there; a folder called ~ is nobody's wish.
+            # In a file of flags, or behind "=", no shell puts the home folder there; nobody wants a folder called ~.
             found.append(f"--output_dir {self.output_dir}: give the path in full, without ~.")
         found += seed_value("--seed", self.seed)
         if self.output_dir is None:

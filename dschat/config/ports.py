@@ -12,7 +12,8 @@ def free_port(wanted: int = 0) -> int:
     """`wanted`, or a port drawn at random, so that runs that start at the same time do not choose the same.
 
     Raises:
-        OSError: it is in use, or no such port; or of TRIES ports none is free.
+        OSError: it is in use; or of TRIES ports none is free.
+        OverflowError: there is no such port.
     """
     draw = random.SystemRandom()
     for port in [wanted] if wanted else [draw.randint(FIRST, LAST) for _ in range(TRIES)]:

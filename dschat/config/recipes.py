@@ -52,12 +52,12 @@ REAL = {
 }
 
 
-def check_arguments(output_dir: str, *, num_processes: int, num_gpus: int, save_interval: int, hostfile: str | None) -> None:
+def check_arguments(output_dir: str, *, num_processes: int, num_gpus: int | None, save_interval: int, hostfile: str | None) -> None:
     """Nothing where the run can start; makes the output folder.
 
     Args:
         num_processes: 0: as many as the deployment has.
-        num_gpus: of this machine.
+        num_gpus: of this machine; None where others take part, whose GPUs it does not know.
 
     Raises:
         ValueError: it cannot; names every argument that is in the way.

@@ -205,17 +205,20 @@ class PromptDataset(_TextDataset):
         return ids
 
 
-def truncation_report(dataset: _TextDataset, sample: int = 1000) -> str:
+def truncation_report(dataset: _TextDataset, sample: int = 1000, *, trained: bool = True) -> str:
     """One line: how many of the first `sample` rows are longer than the limit, and the longest of them.
 
+    Args:
+        trained: the rows are trained on, and not for evaluation alone.
+
     Raises:
-        ValueError: all of them are pairs of which the limit leaves no difference.
+        ValueError: rows that are trained on are all pairs of which the limit leaves no difference.
     """
     lengths = [dataset.num_tokens(index) for index in range(min(sample, len(dataset)))]
     cut = [index for index, length in enumerate(lengths) if length > dataset.limit]
     num_ties = sum(dataset.is_tie(index) for index in cut)
     limit = f"{dataset.limit_flag} {dataset.limit}"
-    if num_ties and num_ties == len(lengths):
+    if trained and num_ties and num_ties == len(lengths):
         place = dataset.row(0).place
         raise ValueError(
             f"{limit}: {place or 'row 0'}: its two answers are equal once they are cut to so many tokens, and so are those of all "

@@ -122,12 +122,13 @@ def _read_csv(data: bytes) -> Records:
             return records
         if header is None:
             header = cells
-            twice = sorted({cell for cell in cells if cells.count(cell) > 1})
+            twice = sorted({cell for cell in cells if cell and cells.count(cell) > 1})
             if twice:
                 records.faults.append((first_line, f"the header has {', '.join(map(repr, twice))} more than once"))
                 return records
         elif len(cells) == len(header):
-            records.add(first_line, dict(zip(header, cells)))
+            # Spreadsheets leave columns without a name behind.
+            records.add(first_line, {name: cell for name, cell in zip(header, cells) if name})
         elif cells:
             records.faults.append((first_line, f"{len(cells)} cells under a header of {len(header)}: {cells!r:.60}"))
         first_line = reader.line_num + 1

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Optional
 
+from dschat.config.paths import user_path
 from dschat.data.files import read_records
 from dschat.data.rows import Row, checked_text, row_from_columns
 
@@ -19,7 +20,7 @@ def read_rows(path: str, *, flag: str, needs: Optional[str] = None) -> list[Row]
     Raises:
         ValueError: no such file, nothing in it, or rows that cannot be used; names the flag, the file and the lines.
     """
-    file = Path(path).expanduser()
+    file = user_path(path)
     if not file.is_file():
         raise ValueError(f"{flag} {path}: no such file.")
     rows, faults = (_text_rows if file.suffix == ".txt" else _record_rows)(file)

@@ -46,7 +46,8 @@ def row_from_columns(raw: dict) -> Row:
         used, prompt, chosen = _conversation(raw)
     elif raw.get("prompt") is not None:
         prompt = raw["prompt"]
-        prompt = checked_messages(prompt, "prompt") if isinstance(prompt, list) else checked_text(prompt, "prompt")
+        if prompt != "":  # an answer to nothing can be learned, and steps that need a prompt say so
+            prompt = checked_messages(prompt, "prompt") if isinstance(prompt, list) else checked_text(prompt, "prompt")
         answer_field = next((name for name in ANSWER_FIELDS if raw.get(name) is not None), None)
         chosen = checked_text(raw[answer_field], answer_field) if answer_field else None
         used = {"prompt", answer_field or "chosen"}
@@ -118,8 +119,10 @@ def checked_messages(messages: object, name: str) -> list[dict]:
     for number, message in enumerate(messages):
         if not isinstance(message, dict) or message.get("role") not in ROLES:
             raise ValueError(f'{name}[{number}] is {_short(message)}, not a message with a role of {", ".join(ROLES)}')
-        # An empty message of the system is how one says that there is none: some templates have one of their own.
-        if (message["role"], message.get("content")) != ("system", ""):
+        # An empty message of the system is how one says that there is none, since some templates have one of their own; an
+        # empty turn of the assistant may have called a tool.
+        content = message.get("content")
+        if message["role"] == "user" or not isinstance(content, str) or content.strip():
             checked_text(message.get("content"), f"{name}[{number}].content")
     _check_size(sum(len(message["content"].encode("utf-8")) for message in messages), name)
     if not messages or messages[-1]["role"] != "user":

@@ -13,6 +13,7 @@ from typing import Iterator, Optional, Sequence
 import datasets
 import numpy as np
 
+from dschat.config.paths import user_path
 from dschat.data.files import read_records
 from dschat.data.hub import HUB_SETS, HubSet, local_json_row
 from dschat.data.rows import Row, RowFunction, row_from_columns
@@ -106,7 +107,7 @@ def load_source(
     if path == "local/jsonfile":
         row_of = local_json_row
         tables = _folder(Path("data"), cache_dir, suffixes=(".json",))
-    elif (local := Path(path).expanduser()).exists() and not local.is_file() and not local.is_dir():
+    elif (local := user_path(path)).exists() and not local.is_file() and not local.is_dir():
         raise ValueError(f"--data_path {path}: neither a file nor a folder. Give one of these.")
     elif local.exists():
         tables = _local(local, cache_dir)

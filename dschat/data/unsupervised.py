@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from dschat.algorithms.types import TextBatch
+from dschat.config.paths import user_path
 from dschat.data.files import read_records
 
 FLAG = "--unsupervised_dataset_name"
@@ -19,7 +20,7 @@ def load_texts(name: str, config_name: Optional[str] = None, cache_dir: Optional
     Raises:
         ValueError: no such file or data set, nothing in it, or no field text; names --unsupervised_dataset_name.
     """
-    path = Path(name).expanduser()
+    path = user_path(name)
     if path.suffix in (".txt", ".jsonl", ".json"):
         if not path.is_file():
             raise ValueError(f"{FLAG} {name}: no such file.")

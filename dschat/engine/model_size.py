@@ -239,7 +239,8 @@ def _learned_positions(model: nn.Module, text: PreTrainedConfig) -> int | None:
     most = getattr(text, "max_position_embeddings", None)
     tokens = pretrained(model).get_input_embeddings()
     others = [m for m in embedding_modules(model) if isinstance(m, nn.Embedding) and m is not tokens]
-    return most if most and any(m.num_embeddings >= most for m in others) else None
+    # OPT's table has two rows more. Other tables, such as Gemma's of the tokens for each layer, have many more.
+    return most if most and any(most <= m.num_embeddings <= most + 8 for m in others) else None
 
 
 def _intermediate(layer: nn.Module) -> int:

@@ -17,7 +17,7 @@ from dschat.engine.tensor_parallel import split_problems
 GIB = 2**30
 # Beside tensors: the CUDA context, the libraries' workspaces, communication buffers.
 OVERHEAD = 0.75 * GIB
-PLANNED_FLAGS = 4  # of up to so many flags every set is planned, which takes half a second
+PLANNED_FLAGS = 4  # of up to so many flags every set is planned, which takes about a second
 MOST_GPUS = 1024
 GPUS_OF_A_HOST = 8
 LORA_DIM = 64
@@ -166,7 +166,8 @@ def _without_needless(found: Remedy, kinds: list[list[Change]], planned: Callabl
     for change in sorted(chosen, key=lambda change: -change.cost):
         same_flags = [other.options for kind in kinds for other in kind if other.options.keys() == change.options.keys()]
         for milder in ({}, *same_flags):
-            rest = {key: milder.get(key, value) for key, value in found.options.items() if key in milder or key not in change.options}
+            kept = [key for key in found.options if key in milder or key not in change.options]
+            rest = {key: milder.get(key, found.options[key]) for key in kept}
             less = planned(rest)
             if less and less.missing <= found.missing:
                 found = less

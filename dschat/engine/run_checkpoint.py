@@ -137,9 +137,13 @@ def open_checkpoint(path: Path) -> Checkpoint:
         entries = read_manifest(path)
         fault = content_fault(path, entries, sorted(entries)[dist.rank() :: dist.world_size()])
         facts = json.loads((path / FACTS).read_text(encoding="utf-8"))
-        if facts["step"] != int(name[1]) or type(facts["processes"]) is not int:
+        if facts["step"] != int(name[1]):
             raise ValueError(f"{FACTS} is of step {facts['step']}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if type(facts["processes"]) is not int:
+            raise ValueError(f"{FACTS} has no number of processes")
+    except KeyError as error:
+        fault = fault or f"{FACTS} lacks {error}"
+    except (OSError, ValueError, TypeError) as error:
         fault = fault or str(error)
     fault = dist.first_fault(fault)
     if fault:

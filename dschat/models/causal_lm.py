@@ -66,7 +66,7 @@ def load_config(
         refuse_remote_code(path, flag=flag, error=error)
         if is_local:
             raise ValueError(f"{flag} {path!r}: config.json cannot be used: {error}") from error
-        raise hub_error(path, flag=flag, what="config.json", error=error) from error
+        raise hub_error(source, flag=flag, what="config.json", error=error) from error
     if dropout is not None:
         set_config_dropout(config, dropout)
     return source, config

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import distributed, nn
 
 # What transformers and PEFT read as objects. tokenizer.json has many megabytes, and its reader names its faults.
 OBJECTS = (
@@ -56,17 +56,35 @@ def shards_of(index: Path, *, flag: str) -> list[str]:
 
 
 def check_finite(model: nn.Module, *, path: str, flag: str) -> None:
-    """Nothing where every weight is a number. Reads all of them; under ZeRO-3 those that this process holds.
+    """Nothing where every weight is a number. Reads all of them; under ZeRO-3, where every process must call it, each its own.
 
     Raises:
-        ValueError: names the first that is not.
+        ValueError: names the first that is not; under ZeRO-3 on every process.
     """
+    fault, in_pieces = "", False
     for name, parameter in model.named_parameters():
-        data = getattr(parameter, "ds_tensor", parameter).detach()
+        in_pieces |= hasattr(parameter, "ds_tensor")
         # Both ends are finite where all between them is, and a NaN is both; forty times as fast as isfinite on a CPU.
-        if data.numel() and not torch.stack(torch.aminmax(data)).isfinite().all():
+        data = _own_part(parameter)
+        if data.dtype.itemsize > 1 and data.numel() and not torch.stack(torch.aminmax(data)).isfinite().all():
             dtype = str(parameter.dtype).removeprefix("torch.")
-            raise ValueError(
+            fault = (
                 f"{flag} {path!r}: {name} holds values that are no finite numbers in {dtype}. Its training has diverged, or "
                 "--dtype fp16 is too narrow for it: give another model, or --dtype bf16 or fp32."
             )
+            break
+    faults = [fault]
+    if in_pieces:
+        faults = [""] * distributed.get_world_size()
+        distributed.all_gather_object(faults, fault)
+    if any(faults):
+        raise ValueError(next(filter(None, faults)))
+
+
+def _own_part(parameter: nn.Parameter) -> torch.Tensor:
+    """The values of a parameter that this process holds; without what ZeRO-3 pads its parts with, which is never set."""
+    part = getattr(parameter, "ds_tensor", None)
+    if part is None:
+        return parameter.detach()
+    left = parameter.ds_numel - distributed.get_rank() * part.ds_numel
+    return part.detach().flatten()[: max(0, min(part.ds_numel, left))]

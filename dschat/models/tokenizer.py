@@ -3,8 +3,9 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
+from dschat.config.paths import user_path
 from dschat.models.folders import check_objects, read_object
 
 # Any one of these holds a vocabulary; tokenizer_config.json alone does not.
@@ -28,7 +29,7 @@ def model_source(path: str, *, flag: str) -> tuple[str, bool]:
     Raises:
         ValueError: `path` reads like a folder and is none, is a file, or holds damaged files.
     """
-    local = Path(path).expanduser()
+    local = user_path(path)
     if local.is_dir():
         check_objects(local, flag=flag)
         return str(local), True
@@ -112,7 +113,8 @@ def load_tokenizer(
     except Exception as error:  # damaged files raise any of many kinds
         refuse_remote_code(path, flag=flag, error=error)
         if is_local:
-            raise ValueError(f"{flag} {path!r}: the tokenizer cannot be read: {error}") from error
+            what = "the tokenizer cannot be read" if _reads_config(source) else "config.json cannot be used"
+            raise ValueError(f"{flag} {path!r}: {what}: {error}") from error
         raise hub_error(path, flag=flag, what="tokenizer", error=error) from error
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
         raise ValueError(f"{flag} {path!r}: the tokenizer is empty; give a folder with its vocabulary files.")
@@ -126,6 +128,14 @@ def load_tokenizer(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _reads_config(folder: str) -> bool:
+    """Whether what the tokenizer's loading reads first is in order."""
+    try:
+        return not (Path(folder) / "config.json").is_file() or bool(AutoConfig.from_pretrained(folder))
+    except Exception:  # values that make no sense raise any of many kinds
+        return False
 
 
 def end_token_id(

@@ -1,12 +1,13 @@
 """Before anything loads: what the run needs, and --dry_run, which stops there."""
 
+import contextlib
 import json
 import os
 from collections.abc import Iterable
 
 import psutil
 import torch
-from huggingface_hub import try_to_load_from_cache
+from huggingface_hub import constants, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
 from dschat.config.steps import PPOConfig, SFTConfig
@@ -48,6 +49,11 @@ def dry_run(config) -> None:
         ValueError: a model whose shape is not known here, or what ``checked_plan`` refuses.
     """
     refuse_unknown_shapes(config.model.by_flag)
+    with _without_hub():
+        _show_dry_run(config)
+
+
+def _show_dry_run(config) -> None:
     given = os.environ.get("WORLD_SIZE", "1")
     if not given.isdecimal() or int(given) < 1:
         raise ValueError(f"WORLD_SIZE={given}: expected the number of GPUs to plan for, at least 1.")
@@ -78,6 +84,16 @@ def refuse_unknown_shapes(models: dict[str, list[str]]) -> None:
     ]
     if found:
         raise ValueError("\n".join(found))
+
+
+@contextlib.contextmanager
+def _without_hub():
+    """Inside, what is in the hub's cache is read without asking whether it is the newest, and nothing is fetched."""
+    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def _is_cached(name: str) -> bool:

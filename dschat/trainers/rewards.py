@@ -11,6 +11,7 @@ from typing import Callable, Protocol
 import torch
 
 from dschat.algorithms.masks import pool_last
+from dschat.config.paths import user_path
 from dschat.data.templates import render
 from dschat.tracking import dist
 from dschat.trainers.rollout import Answers
@@ -121,7 +122,7 @@ class FunctionReward:
         for score, prompt, answer in zip(scores, known.prompts, known.answers):
             if not _is_finite(score):
                 raise RewardFailure(
-                    f"--reward_fn {self.name} returned {score!r:.60} for the prompt {prompt!r} and the answer {answer!r}: "
+                    f"--reward_fn {self.name} returned {_shown(score)} for the prompt {prompt!r} and the answer {answer!r}: "
                     "return a finite number."
                 )
         return torch.tensor([float(score) for score in scores], device=answers.input_ids.device)
@@ -205,6 +206,14 @@ def _is_finite(score: object) -> bool:
         return False
 
 
+def _shown(score: object) -> str:
+    """A score in at most 60 characters."""
+    try:
+        return f"{score!r:.60}"
+    except ValueError:  # Python writes no whole numbers of thousands of digits
+        return f"a {type(score).__name__} of too many digits"
+
+
 def load_function(name: str) -> Callable:
     """The function that "file.py:function" names.
 
@@ -212,7 +221,7 @@ def load_function(name: str) -> Callable:
         ValueError: no such file or function, or the file does not run; names --reward_fn.
     """
     file, _, function = name.rpartition(":")
-    path = Path(file).expanduser()
+    path = user_path(file)
     if not path.is_file():
         raise ValueError(f"--reward_fn {name}: there is no file {path}.")
     spec = importlib.util.spec_from_file_location(f"reward_{path.stem}", path)

@@ -12,6 +12,7 @@ from typing import Iterator, Protocol
 import torch
 
 from dschat.config.parse import config_dict
+from dschat.config.paths import user_path
 from dschat.engine.run_checkpoint import (
     Checkpoint,
     delete_newer,
@@ -101,7 +102,7 @@ def find_checkpoint(config) -> Checkpoint | None:
             return None
     else:
         try:
-            checkpoint = open_checkpoint(Path(run.resume).expanduser())
+            checkpoint = open_checkpoint(user_path(run.resume))
         except ValueError as error:
             raise ValueError(f"--resume {run.resume}: {error} Give latest, or the folder of a whole one.") from error
         step = last_step(root)

@@ -131,11 +131,14 @@ def _other_model(path: Path, step: str, below: Iterable[str]) -> str:
             names = files_of_a_model(folder)
             if names:
                 shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-                return f"{folder} holds a model that no run here has written ({shown}), and this run would replace it"
-    elif not below and files_of_a_model(path):
-        other = json.loads((path / RECORD).read_text(encoding="utf-8")).get("step", step)
+                return f"{folder} holds a model that no run here has written ({shown}), and this run would replace it or its files"
+    elif files_of_a_model(path):
+        try:
+            other = json.loads((path / RECORD).read_text(encoding="utf-8")).get("step", step)
+        except (ValueError, AttributeError):  # no JSON, or no object
+            return f"{RECORD} in it is damaged, and tells no longer whose model it holds"
         if other != step:
-            return f'it holds the model of "{other}", and this run would replace it by one of "{step}"'
+            return f'it holds the model of "{other}", and a run of "{step}" would replace it or its {RECORD}'
     return ""
 
 

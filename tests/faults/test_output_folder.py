@@ -127,7 +127,12 @@ def test_the_model_of_another_step_stays(tmp_path):
     with pytest.raises(ValueError, match=f"--output_dir {out}: it holds the model of .Step 1, supervised fine-tuning., and"):
         prepare_output_dir(str(out), step="Step 2, reward model")
     prepare_output_dir(str(out), step="Step 1, supervised fine-tuning")
-    prepare_output_dir(str(out), step="Step 3, PPO", below=MODEL_FOLDERS)  # which saves to folders in it
+    with pytest.raises(ValueError, match="a run of .Step 3, PPO. would replace it or its run.json"):
+        prepare_output_dir(str(out), step="Step 3, PPO", below=MODEL_FOLDERS)  # which saves to folders in it
+    for text in ("{", "[]", "7"):
+        (out / "run.json").write_text(text)
+        with pytest.raises(ValueError, match="run.json in it is damaged"):
+            prepare_output_dir(str(out), step="Step 1, supervised fine-tuning")
     # A run that was stopped before it had a model is in nobody's way.
     prepare_output_dir(str(folder(tmp_path / "stopped", run_json=record)), step="Step 2, reward model")
 

@@ -4,6 +4,7 @@ import os
 import sys
 
 import torch
+from deepspeed.runtime import zero
 from engine_checks import moved, snapshot
 from peft.tuners.lora import LoraLayer
 
@@ -30,6 +31,7 @@ from dschat.engine.quantized import (
 from dschat.engine.shared import AdaptersOff
 from dschat.engine.zero import full_tensors, gathered
 from dschat.models.causal_lm import disable_dropout, forward_logits, load_causal_lm
+from dschat.models.folders import check_finite
 from dschat.models.lora import adapted_layer_names, lora_parameter_names
 from dschat.models.prepare import prepare_for_training
 from dschat.models.tiny import make_tiny_model
@@ -95,15 +97,15 @@ def in_pieces(ds_config: dict) -> None:
         ds_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
 
 
-def batch(micro: int, engine) -> tuple[torch.Tensor, torch.Tensor]:
+def batch(micro: int) -> tuple[torch.Tensor, torch.Tensor]:
     draw = torch.Generator().manual_seed(2 * micro + dist.rank())
     ids = torch.randint(3, 259, (2, 10), generator=draw)
-    ids = ids.to(engine.device)
+    ids = ids.to("cuda" if torch.cuda.is_available() else "cpu")
     return ids, torch.ones_like(ids)
 
 
 def logits_of(engine, micro: int = 0) -> torch.Tensor:
-    ids, mask = batch(micro, engine)
+    ids, mask = batch(micro)
     engine.eval()
     with torch.no_grad():
         return forward_logits(engine, engine.module, input_ids=ids, attention_mask=mask)
@@ -111,7 +113,7 @@ def logits_of(engine, micro: int = 0) -> torch.Tensor:
 
 def train(engine, micro: int) -> float:
     engine.train()
-    ids, mask = batch(micro, engine)
+    ids, mask = batch(micro)
     logits = forward_logits(engine, engine.module, input_ids=ids, attention_mask=mask)
     loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
     engine.backward(loss)
@@ -275,6 +277,26 @@ def idle_memory(stock: str, *, zero: int) -> dict:
     sizes["back"] = torch.cuda.memory_allocated()
     sizes["trained"] = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters() if p.requires_grad)
     return sizes
+
+
+def finite_in_pieces(stock: str) -> dict:
+    """Weights in pieces that do not divide by the processes are numbers, whatever their padding holds; all should be true."""
+    config = inference_config(SystemOptions(zero_stage=3), dtype="fp32", micro_batch_size=1, world_size=dist.world_size())
+    torch.use_deterministic_algorithms(True, warn_only=True)  # memory that is never set is NaN
+    with zero.Init(config_dict_or_path=config):
+        model = torch.nn.Linear(3, 1)
+    torch.use_deterministic_algorithms(False)
+    found = {"in pieces": model.weight.ds_tensor.numel() == 2}
+    if dist.rank() == 1:
+        found["there is NaN in the padding"] = bool(model.weight.ds_tensor.isnan().any())
+    check_finite(model, path="somewhere", flag="--model")
+    if dist.rank() == 1:
+        model.weight.ds_tensor.data[0] = float("inf")
+    try:
+        check_finite(model, path="somewhere", flag="--model")
+    except ValueError as error:
+        found["all name the one that has it"] = str(error).startswith("--model 'somewhere': weight holds values that are no finite")
+    return {"all name the one that has it": False, **found}
 
 
 def adapter_in_pieces(stock: str, *, out: str) -> dict:

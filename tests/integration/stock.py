@@ -41,11 +41,13 @@ def quarter(prompts, answers, **columns):
 def write_stock(folder: Path, *, matrix_model: str | None = None) -> Path:
     """Write models and data, and return `folder`.
 
-    toy/ holds rows, items/ prompts with a column, rewards.py functions of answers, texts.jsonl texts for PTX, fp16.json, sgd.json and pieces.json are each a --deepspeed_config.
+    toy/ holds rows, items/ prompts with a column, rewards.py functions of answers, texts.jsonl texts for PTX; fp16.json,
+    sgd.json and pieces.json are each a --deepspeed_config.
     steep/FAMILY has weights of deviation 0.5, whose greedy answers are of many different tokens. base/FAMILY,
     sft/FAMILY (which mostly ends its answers) and reward/FAMILY are models; sft-eot/ and reward-eot/ are those of
     --add_eot_token. matrix/ has actor and critic of test_step3_matrix.py. What is faulty/ is what a user may give by
-    mistake. without/pad-KIND and without/bos-KIND are base and sft models whose tokenizers have no such token. The rest comes from experience.py.
+    mistake. without/pad-KIND and without/bos-KIND are base and sft models whose tokenizers have no such token. The rest
+    comes from experience.py.
     """
     write_toy_data(folder / "toy", num_train=64, num_eval=16)
     _write_items(folder / "items")

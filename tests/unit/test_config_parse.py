@@ -459,7 +459,7 @@ def float_flags(config_class) -> list[str]:
 @pytest.mark.parametrize("config_class", MODELS, ids=lambda config_class: config_class.__name__)
 def test_no_flag_takes_what_is_no_finite_number(config_class, value):
     flags = float_flags(config_class)
-    assert len(flags) >= {SFTConfig: 6, PPOConfig: 25, ChatConfig: 4, PromptEvalConfig: 1}.get(config_class, 0)
+    assert len(flags) >= {SFTConfig: 6, RewardConfig: 6, DPOConfig: 6, PPOConfig: 25, ChatConfig: 4, PromptEvalConfig: 1}.get(config_class, 0)
     for name in flags:
         more = ["--serve"] if name == "max_wait_s" else []
         lines = message(config_class, [*MODELS[config_class], *more, f"--{name}={value}"]).splitlines()
@@ -486,7 +486,7 @@ def test_no_model_that_is_read_is_written_over(step, flags, named, tmp_path, mon
     (tmp_path / "link").symlink_to("base")
     config_class, _, required = STEPS[step]
     (output,) = flags.partition("--output_dir ")[2].split()
-    line = f"--output_dir {output}: a finished model would take the place of {named}. Give another folder."
+    line = f"--output_dir {output}: this run would replace {named}, or write into it. Give another folder."
     assert message(config_class, words(required) + flags.split()) == line
 
 

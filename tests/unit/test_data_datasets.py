@@ -167,6 +167,8 @@ def test_pairs_that_are_equal_once_cut_are_counted_and_all_of_them_refused():
 
     assert report([far, near], 5).endswith("; 1 pairs of these have no difference left, and teach nothing")
     assert "difference" not in report([far, near], 8)
+    dataset = PairDataset([far], make_tokenizer(), max_seq_len=5, **options)
+    assert "1 pairs of these have no difference left" in truncation_report(dataset, trained=False)
     with pytest.raises(ValueError, match="--max_seq_len 5: f.jsonl, line 7: .* all 1 pairs looked at. Give a larger --max_seq_len"):
         report([far], 5)
 

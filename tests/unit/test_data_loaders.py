@@ -127,6 +127,8 @@ def test_rows_without_the_answer_that_a_step_needs(tmp_path, caplog):
     assert sorted(prompts(train) + prompts(held_out)) == sorted(f"p{i}" for i in range(10))
     with pytest.raises(ValueError, match='no "chosen", which step 1 needs'):
         build(1, data_options(write_lines(tmp_path / "p.jsonl", [{"prompt": f"q{i}"} for i in range(30)])))
+    with pytest.raises(ValueError, match='no "prompt", which step 3 needs'):
+        build(3, data_options(write_lines(tmp_path / "e.jsonl", [{"prompt": "", "chosen": "x"}] * 30)))
 
 
 def test_building_reports_cut_rows(tmp_path, caplog):

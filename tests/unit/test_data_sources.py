@@ -72,6 +72,11 @@ def test_a_column_that_is_there_twice_is_named(tmp_path):
     (tmp_path / "rows.csv").write_text("prompt,chosen,prompt\na,b,c\n")
     with pytest.raises(ValueError, match=r"rows.csv, line 1: the header has 'prompt' more than once"):
         load(tmp_path / "rows.csv")
+    # Spreadsheets write cells that nobody filled.
+    (tmp_path / "rows.csv").write_text("prompt,chosen,,\na,b,,\n\"\",c,,\n")
+    source = load(tmp_path / "rows.csv")
+    rows = sorted((row.prompt, row.chosen, tuple(row.columns)) for part in ("train", "eval") for row in rows_of(source, part))
+    assert rows == [("", "c", ()), ("a", "b", ())]
 
 
 def test_what_is_neither_file_nor_folder_is_refused_without_waiting(tmp_path):

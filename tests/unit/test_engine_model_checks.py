@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, OPTConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, Gemma3nTextConfig, OPTConfig, Qwen3Config
 
 from dschat import plan
 from dschat.config.dpo import DPOConfig
@@ -10,6 +10,7 @@ from dschat.config.parse import parse_config
 from dschat.config.steps import PPOConfig, RewardConfig, SFTConfig
 from dschat.engine.memory_plan import plan_step
 from dschat.engine.model_checks import check_models, checked_plan
+from dschat.engine.model_size import _learned_positions
 from dschat.engine.tensor_parallel import RowwiseLinear, TensorGroup, split_layers, split_plan, split_problems
 from dschat.models.families import shape_config
 from dschat.models.structure import decoder_layers
@@ -97,6 +98,18 @@ def test_texts_of_the_other_steps_have_limits_too(step):
         message = f"--max_seq_len {length + 1}: --model_name_or_path {name} has learned {length} positions. Give {length} or less"
         with pytest.raises(ValueError, match=message):
             checked_plan(config, world_size=1, dtype="bf16")
+
+
+def test_tables_of_tokens_are_no_positions():
+    """Gemma 3n has vectors of the tokens for each layer, more than it may have positions."""
+    config = Gemma3nTextConfig(
+        hidden_size=16, num_hidden_layers=2, vocab_size=200, vocab_size_per_layer_input=200, max_position_embeddings=64,
+        num_attention_heads=2, num_key_value_heads=1, intermediate_size=32, hidden_size_per_layer_input=8,
+        laurel_rank=4, num_kv_shared_layers=0, layer_types=["full_attention"] * 2, activation_sparsity_pattern=[0.0, 0.0],
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert _learned_positions(model, config) is None
 
 
 def test_runs_dry_runs_and_plans_refuse(monkeypatch):

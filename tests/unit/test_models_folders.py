@@ -59,7 +59,7 @@ def test_a_damaged_file_is_named(name, text, copy):
 def test_a_configuration_that_makes_no_sense_is_named(change, copy):
     known = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps({**known, **change}))
-    check_refused(copy)
+    check_refused(copy, "config.json")
 
 
 @pytest.mark.parametrize("text", ["{", "{}", "[]", '{"weight_map": []}', '{"weight_map": {"a": "../model.safetensors"}}'])

@@ -19,10 +19,9 @@ def test_a_port_in_use_is_passed_over_and_refused_where_it_is_asked_for(monkeypa
     with socket.socket() as server:
         taken, free = free_port(), free_port()
         server.bind(("", taken))
+        # Of the ports drawn from now on all but one are in use.
         draws = iter([taken, taken, free])
         monkeypatch.setattr("random.SystemRandom.randint", lambda *_: next(draws, taken))
-        # Of the ports drawn from now on all but one are in use.
-        draws = iter([taken, taken, free, *[taken] * 100])
         assert free_port() == free
         with pytest.raises(OSError):
             free_port()

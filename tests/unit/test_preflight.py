@@ -5,6 +5,7 @@ import socket
 from pathlib import Path
 from types import SimpleNamespace
 
+import huggingface_hub
 import pytest
 import torch
 
@@ -81,6 +82,27 @@ def test_a_dry_run_asks_no_hub(monkeypatch, tmp_path):
         preflight.dry_run(parse_config(SFTConfig, ["--model_name_or_path", "some/where/else"]))
     model = str(make_tiny_model(tmp_path / "model", family="opt"))
     preflight.dry_run(parse_config(SFTConfig, ["--model_name_or_path", model]))
+
+
+def test_a_dry_run_of_what_is_cached_asks_no_hub_either(monkeypatch, tmp_path):
+    def no_network(*args, **kwargs):
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr(socket.socket, "connect", no_network)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    commit = tmp_path / "models--some--model" / "snapshots" / ("0" * 40)
+    make_tiny_model(commit, family="opt")
+    (commit.parents[1] / "refs").mkdir()
+    (commit.parents[1] / "refs" / "main").write_text(commit.name)
+    monkeypatch.setattr(preflight, "try_to_load_from_cache", lambda name, file: str(commit / file))
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "some/base"}))
+    with pytest.raises(ValueError, match="some/base"):
+        preflight.dry_run(parse_config(SFTConfig, ["--model_name_or_path", str(adapter)]))
+    assert not huggingface_hub.constants.HF_HUB_OFFLINE
+    preflight.dry_run(parse_config(SFTConfig, ["--model_name_or_path", "some/model"]))
 
 
 def test_dschat_plan(capsys):
