@@ -146,12 +146,12 @@ MISTAKES = {
     "output-is-the-model": (
         1,
         f"{SFT} --model_name_or_path {{stock}}/faulty/nan-sft --output_dir {{stock}}/faulty/nan-sft",
-        ["--output_dir", "would take the place of", "another folder"],
+        ["--output_dir", "this run would replace", "another folder"],
     ),
     "output-is-above-the-actor": (
         3,
         f"{PPO} --actor_model_name_or_path {{stock}}/matrix/actor --output_dir {{stock}}/matrix",
-        ["--output_dir", "would take the place of", "another folder"],
+        ["--output_dir", "this run would replace", "another folder"],
     ),
     "positions-step-1": (1, f"{SFT} --model_name_or_path {{stock}}/base/gpt2 --max_seq_len 513", POSITIONS),
     "positions-step-2": (2, f"{REWARD} --model_name_or_path {{stock}}/base/opt --max_seq_len 513", POSITIONS),
