@@ -26,6 +26,7 @@ from dschat.tracking.report import hardware, table, versions, write_json  # noqa
 from dschat.tracking.summary import read_jsonl  # noqa: E402
 from scripts.bench_training_memory import compile_cpu_adam  # noqa: E402
 from scripts.plot_sweep import NAME, STAGES, SWITCH, draw, summary  # noqa: E402
+from scripts.reproduce_ppo import has_gpu  # noqa: E402
 
 SINGLE = ROOT / "training/step3_rlhf_finetuning/training_scripts/opt/single_node/sweep/run_single.sh"
 WEIGHTS, ADAPTERS = "1e-3", "5e-3"
@@ -100,12 +101,6 @@ def every_run() -> list[tuple[str, str]]:
 
 def label(rates: str, name: str) -> str:
     return f"{rates}/{name}" if rates else name
-
-
-def has_gpu() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
 
 
 def train_models(work: Path) -> Path:

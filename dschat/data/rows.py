@@ -123,7 +123,7 @@ def checked_messages(messages: object, name: str) -> list[dict]:
         # empty turn of the assistant may have called a tool.
         content = message.get("content")
         if message["role"] == "user" or not isinstance(content, str) or content.strip():
-            checked_text(message.get("content"), f"{name}[{number}].content")
+            checked_text(content, f"{name}[{number}].content")
     _check_size(sum(len(message["content"].encode("utf-8")) for message in messages), name)
     if not messages or messages[-1]["role"] != "user":
         raise ValueError(f'field "{name}" has no message of the user for the assistant to answer: {_short(messages)}')

@@ -98,22 +98,22 @@ def decode_attention(
         *value.stride()[:3],
         KV_HEADS=kv_heads,
         GROUP=group,
-        ROWS=1 if group == 1 else max(16, _power_of_2(group)),
+        ROWS=1 if group == 1 else max(16, next_power_of_2(group)),
         SCALE=scale * 1.4426950408889634,  # exp(x) = exp2(x log2 e), and the GPU has exp2
         WIDTH=width,
-        PADDED=_power_of_2(width),
+        PADDED=next_power_of_2(width),
         BLOCK=BLOCK,
         SPLITS=splits,
         num_warps=1 if width <= 64 else 2,
     )
     if splits > 1:
         _join[(batch * heads,)](
-            parts, sums, out, WIDTH=width, PADDED=_power_of_2(width), SPLITS=splits, num_warps=1
+            parts, sums, out, WIDTH=width, PADDED=next_power_of_2(width), SPLITS=splits, num_warps=1
         )
     return out[:, :, None]
 
 
-def _power_of_2(number: int) -> int:
+def next_power_of_2(number: int) -> int:
     """The next power of two; a function of ours, since torch.compile does not trace Triton's."""
     return 1 << (number - 1).bit_length()
 

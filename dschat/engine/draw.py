@@ -6,6 +6,8 @@ they stand for more than a layer.
 
 import torch
 
+from dschat.engine.decode_attention import next_power_of_2
+
 try:
     import triton
     import triton.language as tl
@@ -34,7 +36,7 @@ def draw(logits: torch.Tensor, noise: torch.Tensor, temperature: float) -> tuple
     _draw_chunk[(rows, chunks)](logits, noise, parts, places, temperature, vocab, CHUNKS=chunks, BLOCK=BLOCK)
     _join_chunks[(rows,)](
         logits, parts, places, tokens, logprobs, temperature, vocab, CHUNKS=chunks,
-        PADDED=1 << (chunks - 1).bit_length(), num_warps=1,
+        PADDED=next_power_of_2(chunks), num_warps=1,
     )  # fmt: skip
     return tokens, logprobs
 

@@ -56,22 +56,22 @@ MISTAKES = {
             *("... and 3 more", "--skip_bad_rows"),
         ],
     ),
-    "unseen-prompt-step-1": (1, f"{SFT} --data_path {{stock}}/faulty/unseen.jsonl", UNSEEN),
-    "unseen-prompt-step-3": (3, f"{PPO} --data_path {{stock}}/faulty/unseen.jsonl", UNSEEN),
-    "unseen-prompt-but-skipped": (
-        1,
-        f"{SFT} --data_path {{stock}}/faulty/unseen.jsonl --per_device_train_batch_size 65 --skip_bad_rows",
-        LEFT_OUT,
-    ),
-    "huge-prompt-step-1": (1, f"{SFT} --data_path {{stock}}/faulty/huge.jsonl", HUGE),
-    "huge-prompt-step-2": (2, f"{REWARD} --data_path {{stock}}/faulty/huge.jsonl", HUGE),
-    "huge-prompt-dpo": ("dpo", f"{REWARD} --data_path {{stock}}/faulty/huge.jsonl", HUGE),
-    "huge-prompt-step-3": (3, f"{PPO} --data_path {{stock}}/faulty/huge.jsonl", HUGE),
-    "huge-prompt-but-skipped": (
-        1,
-        f"{SFT} --data_path {{stock}}/faulty/huge.jsonl --per_device_train_batch_size 65 --skip_bad_rows",
-        LEFT_OUT,
-    ),
+    **{
+        f"{kind}-prompt-{name}": (step, f"{argv} --data_path {{stock}}/faulty/{kind}.jsonl", words)
+        for kind, words, steps in (
+            ("unseen", UNSEEN, {"step-1": (1, SFT), "step-3": (3, PPO)}),
+            ("huge", HUGE, {"step-1": (1, SFT), "step-2": (2, REWARD), "dpo": ("dpo", REWARD), "step-3": (3, PPO)}),
+        )
+        for name, (step, argv) in steps.items()
+    },
+    **{
+        f"{kind}-prompt-but-skipped": (
+            1,
+            f"{SFT} --data_path {{stock}}/faulty/{kind}.jsonl --per_device_train_batch_size 65 --skip_bad_rows",
+            LEFT_OUT,
+        )
+        for kind in ("unseen", "huge")
+    },
     "empty-file": (1, f"{SFT} --data_path {{stock}}/faulty/empty.jsonl", ["empty.jsonl: no rows", "--data_path"]),
     "no-utf-8": (1, f"{SFT} --data_path {{stock}}/faulty/latin.jsonl", ["latin.jsonl, line 2: not valid UTF-8", "0xe9"]),
     "few-rows": (
