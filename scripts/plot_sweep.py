@@ -86,7 +86,8 @@ def draw(panels: dict[str, dict[str, list[tuple[int, float]]]], figure: Path, *,
         print("matplotlib is not installed: no figure (pip install matplotlib)")
         return
     colors = dict(zip(itertools.product(STAGES, SWITCH), ("tab:blue", "tab:cyan", "tab:red", "tab:orange")))
-    canvas, grid = plt.subplots(1, len(panels), figsize=(2 + 6 * len(panels), 5.5), sharey=True, squeeze=False)
+    size = (2 + 6 * len(panels), 5.5)
+    canvas, grid = plt.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False, layout="constrained")
     axes = grid[0]
     for axis, (title, curves) in zip(axes, panels.items()):
         for name, curve in curves.items():
@@ -100,10 +101,11 @@ def draw(panels: dict[str, dict[str, list[tuple[int, float]]]], figure: Path, *,
                 label=f"ZeRO-{stage}{', Hybrid Engine' * (hybrid == 'true')}{', offload' * (offload == 'true')}",
             )
         axis.set(xlabel="rollouts", title=title)
-        if axis.lines:
-            axis.legend(fontsize=8)
     axes[0].set_ylabel(metric)
-    canvas.tight_layout()
+    # One legend below the panels, where it hides no curve.
+    entries = {name: line for axis in axes for line, name in zip(*axis.get_legend_handles_labels())}
+    if entries:
+        canvas.legend(entries.values(), entries, loc="outside lower center", ncols=min(8, len(entries), 3 * len(panels)))
     figure.parent.mkdir(parents=True, exist_ok=True)
     canvas.savefig(figure, dpi=120)
     print(f"wrote {figure}")

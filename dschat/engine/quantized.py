@@ -127,6 +127,8 @@ def quantize_linears(model: nn.Module, names: Iterable[str]) -> int:
         layer = QuantizedLinear(packed, linear.bias, like=linear, dtype=weight.dtype)
         if is_partitioned(weight):
             weight.convert_to_zero_parameters(param_list=[layer.packed])
+            # ZeRO's methods on a parameter keep it, in a cycle, until garbage is collected: its piece goes now.
+            weight.ds_tensor.data = weight.ds_tensor.new_empty(0)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer)
     return len(names)

@@ -1,5 +1,6 @@
 """Functions for the worker: models that two roles share, int8 weights, and optimizer states that go and come back."""
 
+import gc
 import os
 import sys
 
@@ -209,15 +210,29 @@ def round_like_int8(model) -> None:
 
 
 def frozen_memory(stock: str, *, zero: int) -> dict:
-    """The sizes of all parameters with and without int8, and what this rank holds of them."""
+    """The sizes of all parameters with and without int8, and what this rank holds of them; "left" is what it holds, as soon
+    as they are int8, of parameters that the model has no more."""
     path, sizes = f"{stock}/sft/llama", {}
+    gc.disable()  # what only a garbage collection frees would be there while a large model is made int8
     for mixed in (False, True):
-        engine = lora_engine(path, zero=zero, dtype="bf16", mixed=mixed)
+        earlier = {id(p) for p in parameters_alive()}
+
+        def count(model, earlier=earlier) -> None:
+            known = earlier | {id(p) for p in model.parameters()}
+            gone = [piece(p) for p in parameters_alive() if id(p) not in known]
+            sizes["left"] = sum(p.numel() * p.element_size() for p in gone)
+
+        engine = lora_engine(path, zero=zero, dtype="bf16", mixed=mixed, change=count)
         layers = [m.base_layer for m in engine.module.modules() if isinstance(m, LoraLayer)]
         frozen = [layer.packed if mixed else layer.weight for layer in layers]
         sizes[f"held {mixed}"] = sum(piece(p).numel() * p.element_size() for p in frozen)
         sizes[f"whole {mixed}"] = weight_bytes(engine.module)
+    gc.enable()
     return sizes
+
+
+def parameters_alive() -> list[torch.nn.Parameter]:
+    return [found for found in gc.get_objects() if isinstance(found, torch.nn.Parameter)]
 
 
 def idle_states(stock: str, *, zero: int, dtype: str, offload: bool = False) -> dict:

@@ -98,6 +98,7 @@ def test_frozen_weights_shrink(launches):
     for zero, case in MEMORY.items():
         sizes = launches[case].value
         assert sizes["held False"] > 1.6 * sizes["held True"], zero
+        assert sizes["left"] == 0, zero
     whole, partitioned = (launches[case].value for case in MEMORY.values())
     assert partitioned["held True"] == whole["held True"] / 2
 
