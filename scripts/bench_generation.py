@@ -1,15 +1,19 @@
 """Tokens a second of the ways to generate, on random weights of a named shape.
 
     python scripts/bench_generation.py --shape llama-2-7b --batch 16 --paths compiled graph plain zero3
+    python scripts/bench_generation.py --shape llama-2-13b --gpus 2 --paths zero3 zero3-compiled zero3-tp
 
 Each path answers the same random prompts of --prompt tokens with --answer sampled tokens that never end. A row tells the
 milliseconds of a decode step (prefill apart), tokens a second, and the share of the limit: the time to read all weights
-and the mean key-value cache once at the copy bandwidth that is measured first. With --json all rows, hardware and versions
-go to a file; --profile adds the kernels of one decode step.
+and the mean key-value cache once at the copy bandwidth that is measured first. Paths under ZeRO-3 also run on several GPUs,
+each with --batch prompts of its own; their weights are gathered for every rollout, as after an update, and a row tells the
+gather's share of it. With --json all rows, hardware and versions go to a file; --profile adds the kernels of one decode
+step.
 """
 
 import argparse
 import gc
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -26,9 +30,12 @@ from dschat.engine.build import build_inference_engine, start_processes  # noqa:
 from dschat.engine.decoding import SlotCache, prefill_slots  # noqa: E402
 from dschat.engine.ds_config import inference_config  # noqa: E402
 from dschat.engine.hybrid_engine import HybridEngine, PlainGenerator, cache_bytes  # noqa: E402
+from dschat.engine.tensor_parallel import split_problems, tensor_group  # noqa: E402
 from dschat.models.families import shape_config  # noqa: E402
+from dschat.tracking import dist  # noqa: E402
 from dschat.tracking.log import set_up_logging  # noqa: E402
 from dschat.tracking.report import hardware, table, versions, write_json  # noqa: E402
+from scripts.bench_training_memory import launcher  # noqa: E402
 
 PATHS = {
     "compiled": "Hybrid Engine: CUDA graphs, compiled",
@@ -37,6 +44,7 @@ PATHS = {
     "plain": "module.generate",
     "zero3": "module.generate under ZeRO-3",
     "zero3-compiled": "Hybrid Engine under ZeRO-3, compiled",
+    "zero3-tp": "Hybrid Engine under ZeRO-3, tensor parallel",
 }
 SLOW_STEPS = 32  # answer tokens of the paths that would take minutes
 
@@ -52,7 +60,20 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3, help="rollouts that are timed; the fastest counts")
     parser.add_argument("--json", type=Path, help="file for the rows")
     parser.add_argument("--profile", action="store_true", help="print the kernels of the fastest path's decode steps")
-    return parser.parse_args()
+    parser.add_argument("--gpus", type=int, default=1, help="processes, each with its GPU (or, without any, on the CPU)")
+    parser.add_argument("--inference_tp_size", type=int, help="processes of a group of zero3-tp (default: all)")
+    parser.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)  # of the launcher
+    args = parser.parse_args()
+    args.inference_tp_size = args.inference_tp_size or args.gpus
+    alone = [path for path in args.paths if not path.startswith("zero3")]
+    if args.gpus > 1 and alone:
+        parser.error(f"--paths {' '.join(alone)}: on several GPUs only paths under ZeRO-3 tell more than on one.")
+    if "zero3-tp" in args.paths:
+        if args.inference_tp_size == 1:
+            parser.error("--paths zero3-tp needs --gpus 2 or more.")
+        for problem in split_problems(shape_config(args.shape), args.inference_tp_size, world_size=args.gpus):
+            parser.error(problem)
+    return args
 
 
 def copy_bandwidth(device: torch.device) -> float:
@@ -79,11 +100,11 @@ def random_model(args: argparse.Namespace, device: torch.device) -> torch.nn.Mod
         return AutoModelForCausalLM.from_config(shape_config(args.shape), dtype=getattr(torch, args.dtype)).eval()
 
 
-def make_generator(path: str, model: torch.nn.Module, device: torch.device):
+def make_generator(path: str, model: torch.nn.Module, device: torch.device, tp_size: int):
     """The generator of a path, on `model` or on a ZeRO-3 engine around it."""
     if path.startswith("zero3"):
         config = inference_config(
-            SystemOptions(zero_stage=3), dtype=dtype_name(model), micro_batch_size=1, world_size=1
+            SystemOptions(zero_stage=3), dtype=dtype_name(model), micro_batch_size=1, world_size=dist.world_size()
         )
         engine = build_inference_engine(model, ds_config=config)
     else:
@@ -93,7 +114,8 @@ def make_generator(path: str, model: torch.nn.Module, device: torch.device):
         )
     if path in ("plain", "zero3"):
         return PlainGenerator(engine)
-    return HybridEngine(engine, cuda_graph=path != "eager", compiled=path.endswith("compiled"))
+    group = tensor_group(tp_size) if path == "zero3-tp" else None
+    return HybridEngine(engine, cuda_graph=path != "eager", compiled=path.endswith("compiled"), group=group)
 
 
 def dtype_name(model: torch.nn.Module) -> str:
@@ -102,18 +124,27 @@ def dtype_name(model: torch.nn.Module) -> str:
 
 def measure(path: str, model, args: argparse.Namespace, batch: int, device: torch.device, bandwidth: float) -> dict:
     """One row."""
-    num_new = SLOW_STEPS if path == "zero3" else args.answer
+    num_new = min(SLOW_STEPS, args.answer) if path == "zero3" else args.answer
     generation = GenerationConfig(
         do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=num_new, pad_token_id=0, eos_token_id=[]
     )
     generation.num_return_sequences, generation.min_new_tokens = 1, 0
-    torch.manual_seed(0)
+    torch.manual_seed(dist.rank())
     vocab = model.config.vocab_size
     ids = torch.randint(3, vocab, (batch, args.prompt), device=device)
     mask = torch.ones_like(ids)
-    generator = make_generator(path, model, device)
-    warm_s = timed(lambda: generator.decode(ids, mask, generation), device)
-    rollouts = [timed(lambda: generator.decode(ids, mask, generation), device) for _ in range(args.repeats)]
+    generator = make_generator(path, model, device, args.inference_tp_size)
+    gathers = []
+
+    def rollout() -> None:
+        generator.engine.global_steps += 1  # as an update does; what the engine has gathered is old
+        generator.decode(ids, mask, generation)
+        gathers.append(generator.metrics().get("time/gather_s", 0.0))
+
+    warm_s = timed(rollout, device)
+    gathers.clear()
+    rollouts = [timed(rollout, device) for _ in range(args.repeats)]
+    fastest = rollouts.index(min(rollouts))
     prefill_s = min(timed(lambda: run_prefill(model, ids, mask), device) for _ in range(2)) if path[:5] != "zero3" else 0.0
     step_s = (min(rollouts) - prefill_s) / max(num_new - 1, 1)
     weights = sum(p.numel() for p in model.parameters() if p.dim() > 0) * model.dtype.itemsize
@@ -121,20 +152,24 @@ def measure(path: str, model, args: argparse.Namespace, batch: int, device: torc
         weights = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters()) * model.dtype.itemsize
     mean_length = args.prompt + num_new // 2
     cache = cache_bytes(model.config, rows=batch, length=mean_length, itemsize=model.dtype.itemsize)
-    limit_s = (weights + cache) / bandwidth
+    # A group of N holds an Nth of the layers, and the cache of an Nth of the heads for N times the rows.
+    limit_s = (weights / (args.inference_tp_size if path == "zero3-tp" else 1) + cache) / bandwidth
     row = {
         "path": path,
         "shape": args.shape,
         "batch": batch,
         "prompt": args.prompt,
         "answer": num_new,
-        "tokens_per_s": batch / step_s,
+        "gpus": dist.world_size(),
+        "tokens_per_s": dist.world_size() * batch / step_s,
         "ms_per_step": 1e3 * step_s,
         "limit_ms": 1e3 * limit_s,
         "share_of_limit": limit_s / step_s,
         "prefill_ms": 1e3 * prefill_s,
         "rollout_s": min(rollouts),
         "first_rollout_s": warm_s,
+        "gather_s": gathers[fastest],
+        "gather_share": gathers[fastest] / rollouts[fastest],
         "gpu": torch.cuda.get_device_name() if device.type == "cuda" else "none",
     }
     if device.type == "cuda":
@@ -171,12 +206,13 @@ def profile(generator, ids, mask, generation) -> list[dict]:
     return rows
 
 
-def main() -> None:
+def main() -> int:
     args = parse_args()
-    device = start_processes()
+    if args.gpus > 1 and args.local_rank < 0:
+        return subprocess.run([*launcher(args.gpus), __file__, *sys.argv[1:]], check=False).returncode
+    device = start_processes(args.local_rank)
     set_up_logging()
     bandwidth = copy_bandwidth(device)
-    print(f"copy bandwidth {bandwidth / 1e12:.2f} TB/s", flush=True)
     model = random_model(args, device)
     rows = []
     # A model that ZeRO-3 has partitioned is good for nothing else.
@@ -184,13 +220,22 @@ def main() -> None:
         for batch in args.batch:
             rows.append(measure(path, model, args, batch, device, bandwidth))
             gc.collect()
-            print({key: round(v, 3) if isinstance(v, float) else v for key, v in rows[-1].items() if key != "kernels"}, flush=True)
+            if dist.is_main():
+                print({key: round(v, 3) if isinstance(v, float) else v for key, v in rows[-1].items() if key != "kernels"}, flush=True)
+    if dist.is_main():
+        report(rows, args, bandwidth)
+    return 0
+
+
+def report(rows: list[dict], args: argparse.Namespace, bandwidth: float) -> None:
+    """The table, and the file."""
+    print(f"copy bandwidth {bandwidth / 1e12:.2f} TB/s, {args.gpus} process(es)")
     shown = [
         [PATHS[r["path"]], str(r["batch"]), f"{r['ms_per_step']:.2f}", f"{r['tokens_per_s']:.0f}",
-         f"{r['limit_ms']:.2f}", f"{100 * r['share_of_limit']:.0f}%"]
+         f"{r['limit_ms']:.2f}", f"{100 * r['share_of_limit']:.0f}%", f"{100 * r['gather_share']:.1f}%"]
         for r in rows
     ]
-    print(table(shown, header=[args.shape, "batch", "ms a step", "tokens/s", "limit, ms", "of the limit"]))
+    print(table(shown, header=[args.shape, "batch", "ms a step", "tokens/s", "limit, ms", "of the limit", "gather"]))
     if args.json:
         write_json(
             args.json,
@@ -199,4 +244,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

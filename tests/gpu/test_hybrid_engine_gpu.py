@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from transformers import GenerationConfig
 
 from dschat.config.options import SystemOptions, ScheduleOptions
@@ -15,6 +16,7 @@ from dschat.engine.ds_config import training_config
 from dschat.engine.hybrid_engine import HybridEngine, PlainGenerator
 from dschat.engine.optim import step_together
 from dschat.engine.skinny_linear import skinny_linear
+from dschat.engine.tensor_parallel import TensorGroup
 from dschat.models.causal_lm import forward_logits, load_causal_lm
 from dschat.models.families import FAMILIES
 from dschat.models.lora import add_lora, lora_parameter_names
@@ -221,9 +223,23 @@ def second_token_distribution(model, ids, mask) -> torch.Tensor:
     return (first[:, None] * second).sum(0).cpu()
 
 
-@pytest.mark.parametrize("zero, lora, offload", [(1, "", False), (2, "merge", False), (2, "attach", True), (3, "", False), (3, "merge", True)])
-def test_answers_follow_the_weights(zero, lora, offload, device, tmp_path):
-    """Before a step, after it, twice in a row, freed and taken again; and the training weights are not touched."""
+@pytest.mark.parametrize(
+    "zero, lora, offload, grouped",
+    [
+        (1, "", False, False),
+        (2, "merge", False, False),
+        (2, "attach", True, False),
+        (3, "", False, False),
+        (3, "merge", True, False),
+        (3, "", False, True),
+        (3, "merge", False, True),
+    ],
+)
+def test_answers_follow_the_weights(zero, lora, offload, grouped, device, tmp_path):
+    """Before a step, after it, twice in a row, freed and taken again; and the training weights are not touched.
+
+    A tensor-parallel group has one member here: its sums and broadcasts are NCCL's all the same, and are captured.
+    """
     system = SystemOptions(zero_stage=zero, offload=offload)
     config = training_config(
         system, dtype="bf16", micro_batch_size=4, gradient_accumulation_steps=1, world_size=1, on_cpu=device.type == "cpu"
@@ -239,7 +255,8 @@ def test_answers_follow_the_weights(zero, lora, offload, device, tmp_path):
         learning_rate=0.05, weight_decay=0.0, lora_names=lora_parameter_names(model), lora_learning_rate=0.05,
     )
     ids, mask = prompts(device)
-    hybrid = HybridEngine(engine, lora_mode=lora or "auto", compiled=False)
+    group = TensorGroup(1, 0, 0, dist.new_group([0])) if grouped else None
+    hybrid = HybridEngine(engine, lora_mode=lora or "auto", compiled=False, group=group)
     gaps, texts = [], []
     for step in range(3):
         before = {n: getattr(p, "ds_tensor", p).detach().clone() for n, p in engine.module.named_parameters()}
@@ -259,6 +276,7 @@ def test_answers_follow_the_weights(zero, lora, offload, device, tmp_path):
         assert step_together(engine)
     assert texts[0] != texts[1] != texts[2]
     assert max(gaps) < 0.05, gaps
+    assert hybrid._graphs is not None and hybrid._graphs.captures > 0
 
 
 def logprob_gap(engine, ids, mask, decoded) -> float:
