@@ -12,7 +12,7 @@ from torch import nn
 from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
-from dschat.engine.decode_attention import hand_over
+from dschat.engine import decode_attention
 from dschat.engine.sampling import Agree, Sampler, alone
 from dschat.models.causal_lm import position_ids_from_mask, takes_position_ids
 from dschat.models.structure import forward_takes
@@ -21,6 +21,7 @@ GROUP_TOKENS = 64  # prompts whose lengths fall into one stretch of so many toke
 POLL_STEPS = 8  # steps between looks at the device whether all answers have ended
 # Largest difference of logits between two ways to compute them, in standard deviations of the logits.
 TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 0.5, torch.float16: 0.2}
+MISSING = 0.5  # keys and values that were not written differ by 1, as cache_gap counts
 COMPACT_AT = 0.75  # share of unfinished rows at which the eager loop drops the finished ones
 
 
@@ -53,7 +54,7 @@ class SlotLayer(CacheLayerMixin):
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         """Store the new tokens [rows, heads, T, width]; returns what attention reads."""
         if self.captured:
-            hand_over(key_states, value_states)
+            decode_attention.hand_over(key_states, value_states)
             return self.keys, self.values
         keys, values = self.keys[: self.rows], self.values[: self.rows]
         end = self.filled + key_states.shape[2]
@@ -144,6 +145,17 @@ def has_plain_cache(model: nn.Module) -> bool:
     """True where every layer caches all keys and values; not with sliding windows, recurrent states and the like."""
     layers = DynamicCache(config=model.config).layers
     return all(type(layer) is DynamicLayer for layer in layers)
+
+
+def takes_graphs(model: nn.Module) -> str | None:
+    """None where a GraphDecoder can run `model`, else why not."""
+    if decode_attention.triton is None:
+        return "Triton is not installed"
+    if not has_plain_cache(model):
+        return "its cache has sliding windows or other states"
+    if not getattr(model, "_supports_sdpa", False):
+        return "its attention cannot be exchanged"
+    return None
 
 
 def decode_step(model: nn.Module, tokens: torch.Tensor, mask: torch.Tensor, cache: Cache) -> torch.Tensor:
@@ -238,6 +250,16 @@ def eager_decode(
 def logit_gap(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
     """[]: the largest difference of two logits [N, V], in standard deviations of the expected ones; to hold TOLERANCE."""
     return (found.float() - expected.float()).abs().max() / expected.float().std()
+
+
+def cache_gap(found: list[torch.Tensor], expected: list[torch.Tensor]) -> torch.Tensor:
+    """[]: the largest difference of keys or values, layer by layer, as a part of the expected ones' norm; to hold MISSING.
+
+    Where both are zero it is 0: a padding token's are, in the first layer of a model that embeds it as zeros.
+    """
+    tiny = torch.finfo(torch.float32).tiny
+    gaps = [(f.float() - e.float()).norm() / e.float().norm().clamp(min=tiny) for f, e in zip(found, expected)]
+    return torch.stack(gaps).max()
 
 
 def _poll(step: int, device: torch.device) -> bool:

@@ -13,7 +13,7 @@ from transformers import GenerationConfig
 
 from dschat.engine import decode_attention
 from dschat.engine.compiled_layers import CompiledLayers
-from dschat.engine.decoding import TOLERANCE, Decoded, SlotCache, decode_step, has_plain_cache, logit_gap, prefill_slots
+from dschat.engine.decoding import MISSING, TOLERANCE, Decoded, SlotCache, cache_gap, decode_step, logit_gap, prefill_slots
 from dschat.engine.graph_state import State
 from dschat.engine.sampling import Sampler, alone
 from dschat.engine.skinny_linear import plain_products, use_skinny_linears
@@ -25,7 +25,6 @@ from dschat.tracking.log import logger
 AHEAD = 8  # steps that the host may be ahead of the device
 SMALLEST = 8  # the smallest graph holds an eighth of the rows
 LENGTH_STEP = 64  # cache lengths are multiples of it
-MISSING = 0.5  # keys and values that were not written differ by 1, by norm
 
 
 class GraphMismatch(Exception):
@@ -273,7 +272,7 @@ class GraphDecoder:
         """The first replayed step with a plain one: its logits, and whether each layer has cached the token."""
         gap = logit_gap(self.state.logits[:num_rows], logits)
         found = self.cache.newest(rows=num_rows, position=int(self.state.position) - 1)
-        missing = torch.stack([(f.float() - e.float()).norm() / e.float().norm() for f, e in zip(found, cached)]).max()
+        missing = cache_gap(found, cached)
         # Ranks of a group go on together or not at all.
         if self.group is not None:
             gap, missing = (self.group.gather(value).max() for value in (gap, missing))
@@ -282,14 +281,3 @@ class GraphDecoder:
             raise GraphMismatch(f"logits differ by {gap.item():.3g} standard deviations")
         if not missing.item() <= MISSING:
             raise GraphMismatch(f"keys and values in the cache differ by {missing.item():.3g} of their norm")
-
-
-def takes_graphs(model: nn.Module) -> str | None:
-    """None where a GraphDecoder can run `model`, else why not."""
-    if decode_attention.triton is None:
-        return "Triton is not installed"
-    if not has_plain_cache(model):
-        return "its cache has sliding windows or other states"
-    if not getattr(model, "_supports_sdpa", False):
-        return "its attention cannot be exchanged"
-    return None

@@ -10,8 +10,8 @@ import torch
 from deepspeed.runtime.rollout.base import RolloutBatch, RolloutEngine, RolloutRequest, SamplingConfig
 from transformers import GenerationConfig
 
-from dschat.engine.decoding import TOLERANCE, Decoded, eager_decode, logit_gap, prefill
-from dschat.engine.graph_decoding import GraphDecoder, GraphMismatch, takes_graphs
+from dschat.engine.decoding import TOLERANCE, Decoded, eager_decode, logit_gap, prefill, takes_graphs
+from dschat.engine.graph_decoding import GraphDecoder, GraphMismatch
 from dschat.engine.replica import MEMORY_SHARE, LoraMode, Replica, free_memory
 from dschat.engine.sampling import alone, eos_ids
 from dschat.engine.tensor_parallel import TensorGroup, gather_prompts

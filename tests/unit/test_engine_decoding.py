@@ -9,7 +9,7 @@ from models_helpers import tiny
 from transformers import GenerationConfig
 
 from dschat.engine import hybrid_engine
-from dschat.engine.decoding import length_groups
+from dschat.engine.decoding import MISSING, cache_gap, length_groups
 from dschat.engine.hybrid_engine import HybridEngine, PlainGenerator, cache_bytes
 from dschat.engine.sampling import Sampler
 from dschat.models.causal_lm import load_causal_lm
@@ -121,6 +121,16 @@ def test_finished_rows_leave_the_batch(engine):
     # What stands behind an end is padding, with logprob 0.
     for row, length in enumerate(lengths):
         assert not found.tokens[row, length:].any() and not found.logprobs[row, length:].any()
+
+
+def test_what_a_step_has_not_cached_is_seen_and_what_it_caches_as_zeros_is_not():
+    """A padding token's keys and values in the first layer are zeros where it is embedded as zeros."""
+    zeros, some = torch.zeros(3, 2, 4), torch.ones(3, 2, 4)
+    assert cache_gap([zeros, some], [zeros, some]) == 0
+    assert cache_gap([zeros, some], [zeros, 1.01 * some]) < MISSING
+    assert cache_gap([some, zeros], [some, some]) == 1 > MISSING
+    assert cache_gap([some, some], [zeros, some]) > MISSING
+    assert not cache_gap([some * float("nan"), some], [some, some]) <= MISSING
 
 
 def test_deepspeeds_interface(engine):
