@@ -16,6 +16,11 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def has_peers() -> bool:
+    """True where there are other processes, so that a collective has something to do."""
+    return world_size() > 1
+
+
 def ranks_per_node() -> int:
     """Processes on this node, as its launcher says (deepspeed: LOCAL_SIZE, torchrun: LOCAL_WORLD_SIZE); else all."""
     return int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or world_size())
@@ -29,7 +34,7 @@ def is_main() -> bool:
 def all_reduce(tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
     """A copy of `tensor`, reduced over all processes by "sum", "max" or "min"."""
     result = tensor.detach().clone()
-    if world_size() > 1:
+    if has_peers():
         dist.all_reduce(result, op={"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}[op])
     return result
 
@@ -47,7 +52,7 @@ def gather_rows(rows: torch.Tensor, num_rows: int | None = None) -> torch.Tensor
     Returns:
         [N * world_size] or [N * world_size, C], cut to `num_rows`.
     """
-    if world_size() > 1:
+    if has_peers():
         if rows.dim() > 1:
             width = int(all_reduce(torch.tensor(rows.shape[1], device=rows.device), "max"))
             rows = torch.nn.functional.pad(rows, (0, width - rows.shape[1]))
@@ -60,7 +65,7 @@ def gather_rows(rows: torch.Tensor, num_rows: int | None = None) -> torch.Tensor
 
 def gather_texts(text: str) -> list[str]:
     """The texts of all processes, by rank."""
-    if world_size() == 1:
+    if not has_peers():
         return [text]
     # As bytes in a tensor: torch's own gathering of objects goes by pickle.
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
@@ -80,5 +85,5 @@ def first_fault(fault: str) -> str:
 
 def barrier() -> None:
     """Wait for all processes."""
-    if world_size() > 1:
+    if has_peers():
         dist.barrier()

@@ -1,13 +1,13 @@
 """Functions for the worker: models that two roles share, int8 weights, and optimizer states that go and come back."""
 
 import gc
-import os
-import sys
+from unittest import mock
 
 import torch
 from deepspeed.runtime import zero
 from engine_checks import moved, snapshot
 from peft.tuners.lora import LoraLayer
+from worker import run_main
 
 from dschat.config.options import LoraOptions, ScheduleOptions, SystemOptions
 from dschat.engine.build import (
@@ -38,6 +38,7 @@ from dschat.models.prepare import prepare_for_training
 from dschat.models.tiny import make_tiny_model
 from dschat.models.tokenizer import load_tokenizer
 from dschat.tracking import dist
+from dschat.trainers import rlhf_engine
 
 LORA = LoraOptions(lora_dim=4, lora_alpha=16.0, only_optimize_lora=True)
 
@@ -260,17 +261,8 @@ def idle_states(stock: str, *, zero: int, dtype: str, offload: bool = False) -> 
 
 def run_with_travelling_states(*, argv: str, out: str) -> None:
     """Step 3 as on a GPU, where --offload_idle_states has an effect."""
-    from launches import MAINS
-    from worker import load
-
-    from dschat.trainers import rlhf_engine
-
-    sys.argv = [str(MAINS[3]), f"--local_rank={os.environ['LOCAL_RANK']}", "--output_dir", out, *argv.split()]
-    here, rlhf_engine.on_cpu = rlhf_engine.on_cpu, lambda: False
-    try:
-        load(str(MAINS[3])).main()
-    finally:
-        rlhf_engine.on_cpu = here
+    with mock.patch.object(rlhf_engine, "on_cpu", lambda: False):
+        run_main(3, argv=argv, out=out)
 
 
 def master_addresses(engine) -> list[int]:

@@ -18,6 +18,7 @@ from pathlib import Path
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
+from launches import MAINS
 
 from dschat.engine.build import on_cpu, start_processes
 from dschat.tracking import dist
@@ -42,6 +43,12 @@ def run(case: dict):
     sys.argv = [case["file"], f"--local_rank={os.environ['LOCAL_RANK']}", *case["argv"]]
     module.main()
     return None
+
+
+def run_main(step: int | str, *, argv: str, out: str) -> None:
+    """The main of a step, for functions that change something around it."""
+    sys.argv = [str(MAINS[step]), f"--local_rank={os.environ['LOCAL_RANK']}", "--output_dir", out, *argv.split()]
+    load(str(MAINS[step])).main()
 
 
 def attempt(case: dict) -> dict:

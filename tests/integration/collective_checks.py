@@ -1,0 +1,15 @@
+"""Runs whose collectives go through torch.distributed though there is one process."""
+
+from unittest import mock
+
+from worker import run_main
+
+from dschat.tracking import dist
+
+
+def run_as_with_peers(*, step: int | str, argv: str, out: str) -> int:
+    """How many collectives the run has called, in a group of one."""
+    asked = mock.Mock(return_value=True)
+    with mock.patch.object(dist, "has_peers", asked):
+        run_main(step, argv=argv, out=out)
+    return asked.call_count
