@@ -25,6 +25,7 @@ class Row:
     answer: int = 256
     cap_gb: float | None = None  # 10^9 bytes
     min_gpus: int = 1
+    min_host_gib: int = 0
 
 
 ROWS = {
@@ -48,6 +49,15 @@ ROWS = {
     ),
     "ppo-30b-lora-mixz": Row(
         3, "opt-30b", f"{ZERO2} {PPO_LORA} --enable_mixed_precision_lora", critic="opt-13b", answer=128
+    ),
+    # Master weights and Adam's moments of 13B parameters: 143 GiB of the host; loading takes a second copy for a moment.
+    "ppo-13b-full-offload": Row(
+        3,
+        "opt-13b",
+        f"{ZERO2} --offload --actor_gradient_checkpointing --critic_gradient_checkpointing",
+        critic="opt-350m",
+        answer=128,
+        min_host_gib=240,
     ),
     # All weights train, which takes two GPUs; the same rows on four tell how it scales.
     "sft-7b-zero3-full": Row(1, "llama-2-7b", "--zero_stage 3 --gradient_checkpointing", min_gpus=2),

@@ -20,6 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dschat.config.ports import free_port  # noqa: E402
+from dschat.tracking.report import hardware  # noqa: E402
 from scripts._memory_rows import ROWS, run_row  # noqa: E402
 
 
@@ -31,15 +32,25 @@ def main() -> int:
         if int(os.environ["RANK"]) == 0:
             (args.output / f"{args.row}.json").write_text(json.dumps(result, indent=1) + "\n")
         return 0
-    fitting = [name for name, row in ROWS.items() if row.min_gpus <= args.gpus or args.tiny]
-    names = [name for name in fitting if any(name.startswith(start) for start in args.rows)]
-    if not names:
+    asked = [name for name in ROWS if any(name.startswith(start) for start in args.rows)]
+    if not asked:
         raise SystemExit(f"--rows {' '.join(args.rows)}: no such row; there are {', '.join(ROWS)}")
+    names = [name for name in asked if args.tiny or not left_out(name, args.gpus)]
     if not args.tiny and any("--offload " in ROWS[name].flags for name in names):
         compile_cpu_adam()
     results = [attempt(name, args) for name in names]
     print(markdown(results))
-    return int(any("error" in result for result in results))
+    return int(not results or any("error" in result for result in results))
+
+
+def left_out(name: str, gpus: int) -> bool:
+    """Whether a row needs more than there is; says so."""
+    row, host_gib = ROWS[name], hardware()["host_memory_gib"]
+    lacks = [f"{row.min_gpus} GPUs (--gpus)"] * (row.min_gpus > gpus)
+    lacks += [f"{row.min_host_gib} GiB of host memory, of which there are {host_gib:.0f}"] * (row.min_host_gib > host_gib)
+    if lacks:
+        print(f"{name}: left out, needs {' and '.join(lacks)}", flush=True)
+    return bool(lacks)
 
 
 def parse_args() -> argparse.Namespace:

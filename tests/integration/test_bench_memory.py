@@ -36,3 +36,15 @@ def test_a_row_that_takes_too_long_is_a_row_of_the_table(tmp_path):
     assert done.returncode == 1, done.stderr
     assert "| sft-7b-lora-offload-32gb | failed: longer than 0 s |" in done.stdout
     assert json.loads((tmp_path / "sft-7b-lora-offload-32gb.json").read_text())["error"] == "longer than 0 s"
+
+
+def test_rows_that_need_more_than_there_is_are_left_out_by_name(tmp_path):
+    command = [sys.executable, str(ROOT / "scripts" / "bench_training_memory.py"), "--output", str(tmp_path)]
+    rows = ["ppo-13b-full", "sft-7b-zero3"]
+    code = f"import psutil, runpy, sys; sys.argv = {command[1:] + ['--rows', *rows]!r}; "
+    code += "psutil.virtual_memory = lambda: type('Memory', (), {'total': 128 * 2**30}); "
+    code += "runpy.run_path(sys.argv[0], run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    assert "ppo-13b-full-offload: left out, needs 240 GiB of host memory, of which there are 128\n" in done.stdout
+    assert "sft-7b-zero3-full: left out, needs 2 GPUs (--gpus)\n" in done.stdout
