@@ -50,7 +50,7 @@ ROWS = {
     "ppo-30b-lora-mixz": Row(
         3, "opt-30b", f"{ZERO2} {PPO_LORA} --enable_mixed_precision_lora", critic="opt-13b", answer=128
     ),
-    # Master weights and Adam's moments of 13B parameters: 143 GiB of the host; loading takes a second copy for a moment.
+    # In host memory, by the plan: 143 GiB of master weights and moments, 72 of gradients.
     "ppo-13b-full-offload": Row(
         3,
         "opt-13b",

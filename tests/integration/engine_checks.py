@@ -1,6 +1,7 @@
 """Functions for the worker: engines that step together or not at all, and weights in pieces seen whole."""
 
 import torch
+from deepspeed.accelerator import get_accelerator
 from safetensors.torch import load_file
 
 from dschat.config.options import ScheduleOptions, SystemOptions
@@ -94,10 +95,15 @@ def training_engine(path: str, load, stock: str, *, zero: int, dtype: str, offlo
     )
 
 
+def here(tensor: torch.Tensor) -> torch.Tensor:
+    """On this process's device: the same cases run on GPUs, where there are as many as a case has ranks."""
+    return tensor.to(get_accelerator().current_device_name())
+
+
 def window(engines, micro: int) -> bool:
     """One micro-step of both engines on texts of this rank's own."""
     draw = torch.Generator().manual_seed(2 * micro + dist.rank())
-    ids = torch.randint(3, 259, (2, 10), generator=draw)
+    ids = here(torch.randint(3, 259, (2, 10), generator=draw))
     mask = torch.ones_like(ids)
     actor, critic = engines
     logits = forward_logits(actor, actor.module, input_ids=ids, attention_mask=mask)
@@ -156,7 +162,7 @@ def scaled_head(stock: str, *, zero: int) -> dict:
     with partitioned_loading(config):
         model = load_reward_model(path, dtype=torch.float32, tokenizer=load_tokenizer(path))
     engine = build_inference_engine(model, ds_config=config)
-    ids = torch.arange(3, 23).view(2, 10)
+    ids = here(torch.arange(3, 23).view(2, 10))
     with torch.no_grad():
         before = engine(input_ids=ids, attention_mask=torch.ones_like(ids))
         scale_parameter(model.model.score.weight, 0.25)

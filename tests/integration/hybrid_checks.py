@@ -1,7 +1,7 @@
 """Functions for the worker: the Hybrid Engine against transformers' generate on the same engine."""
 
 import torch
-from engine_checks import training_engine
+from engine_checks import here, training_engine
 from transformers import AutoModelForCausalLM, GenerationConfig, PhiConfig, Qwen3Config, Starcoder2Config
 
 from dschat.engine.hybrid_engine import HybridEngine, PlainGenerator
@@ -25,7 +25,7 @@ def greedy_tokens(stock: str, *, family: str, zero: int, lora: str, offload: boo
         lora: "", or how adapters get into the replica: "merge" or "attach".
     """
     engine = steep_engine(stock, family=family, zero=zero, lora=lora, offload=offload)
-    hybrid, plain = HybridEngine(engine, lora_mode=lora or "auto"), PlainGenerator(engine)
+    hybrid, plain = HybridEngine(engine, lora_mode=lora or "auto", compiled=False), PlainGenerator(engine)
     before = held(engine)
     first, again, other = (g.decode(*prompts(), greedy()).tokens for g in (hybrid, hybrid, plain))
     untouched = all(torch.equal(before[name], tensor) for name, tensor in held(engine).items())
@@ -203,7 +203,7 @@ def prompts() -> tuple[torch.Tensor, torch.Tensor]:
     draw = torch.Generator().manual_seed(dist.rank())
     ids = torch.randint(70, 259, (len(LENGTHS), PROMPT), generator=draw)
     mask = (torch.arange(PROMPT) >= PROMPT - torch.tensor(LENGTHS)[:, None]).long()
-    return ids * mask, mask
+    return here(ids * mask), here(mask)
 
 
 def greedy(**other) -> GenerationConfig:

@@ -5,7 +5,7 @@ from unittest import mock
 
 import torch
 from deepspeed.runtime import zero
-from engine_checks import moved, snapshot
+from engine_checks import here, moved, snapshot
 from peft.tuners.lora import LoraLayer
 from worker import run_main
 
@@ -101,8 +101,7 @@ def in_pieces(ds_config: dict) -> None:
 
 def batch(micro: int) -> tuple[torch.Tensor, torch.Tensor]:
     draw = torch.Generator().manual_seed(2 * micro + dist.rank())
-    ids = torch.randint(3, 259, (2, 10), generator=draw)
-    ids = ids.to("cuda" if torch.cuda.is_available() else "cpu")
+    ids = here(torch.randint(3, 259, (2, 10), generator=draw))
     return ids, torch.ones_like(ids)
 
 
