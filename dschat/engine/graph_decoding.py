@@ -71,7 +71,7 @@ class GraphDecoder:
         self._key: tuple = ()
         self._pool = None
         self._compiled = CompiledLayers(layers) if compiled else contextlib.nullcontext()
-        self._counts = torch.zeros(AHEAD, dtype=torch.int64, pin_memory=True)
+        self._counts = torch.zeros(AHEAD, dtype=torch.int64, pin_memory=torch.cuda.is_available())
         self._events = [torch.cuda.Event() for _ in range(AHEAD)]
 
     def decode(

@@ -1,0 +1,81 @@
+"""CUDA graphs and the decode kernel by other means, so that captured decoding can be tested without a GPU.
+
+A graph here remembers the step that it was captured from and runs it at every replay. What is left out is what only a GPU
+can get wrong: addresses that a graph holds, the kernels, and work that is still under way. See tests/gpu for these.
+"""
+
+import contextlib
+from unittest import mock
+
+import torch
+
+from dschat.engine import decode_attention
+from dschat.engine.graph_decoding import GraphDecoder
+from dschat.engine.hybrid_engine import HybridEngine
+
+
+class Graph:
+    """In the place of torch.cuda.CUDAGraph."""
+
+    captured_now: "Graph | None" = None
+
+    def replay(self) -> None:
+        self.step()
+
+
+@contextlib.contextmanager
+def capture(graph: Graph, pool=None):
+    """In the place of torch.cuda.graph: what runs inside is not run, but remembered."""
+    Graph.captured_now = graph
+    try:
+        yield
+    finally:
+        Graph.captured_now = None
+
+
+class StandInDecoder(GraphDecoder):
+    """A GraphDecoder whose graphs are Graphs."""
+
+    def _step(self, rows: int) -> None:
+        if Graph.captured_now is None:
+            super()._step(rows)
+        else:
+            Graph.captured_now.step = lambda: super(StandInDecoder, self)._step(rows)
+
+
+def attend(query, key, value, new_key, new_value, bounds, scale) -> torch.Tensor:
+    """As decode_attention's kernel."""
+    out, group = torch.empty_like(query), query.shape[1] // key.shape[1]
+    for row, (first, end) in enumerate(bounds.view(-1, 2).tolist()):
+        for cache, new in ((key, new_key), (value, new_value)):
+            cache[row, :, end - 1] = new[row, :, 0]
+        k, v = (cache[row, :, first:end].repeat_interleave(group, 0).float() for cache in (key, value))
+        out[row] = ((scale * query[row].float() @ k.transpose(-1, -2)).softmax(-1) @ v).to(query.dtype)
+    return out
+
+
+@contextlib.contextmanager
+def graphs_on_cpu():
+    """Inside, ``with_graphs`` works without a GPU."""
+    names = {
+        "CUDAGraph": Graph,
+        "graph": capture,
+        "graph_pool_handle": object,
+        "Event": mock.Mock,
+        "Stream": mock.Mock,
+        "stream": lambda stream: contextlib.nullcontext(),
+        "current_stream": mock.Mock,
+        "synchronize": lambda: None,
+    }
+    with contextlib.ExitStack() as stack:
+        for name, stand_in in names.items():
+            stack.enter_context(mock.patch.object(torch.cuda, name, stand_in))
+        stack.enter_context(mock.patch.object(decode_attention, "decode_attention", attend))
+        yield
+
+
+def with_graphs(engine, **options) -> HybridEngine:
+    """A Hybrid Engine that decodes by graphs, not compiled; `options` are HybridEngine's."""
+    hybrid = HybridEngine(engine, compiled=False, **options)
+    hybrid._graphs = StandInDecoder(hybrid.replica.model, compiled=False, group=hybrid.group)
+    return hybrid
