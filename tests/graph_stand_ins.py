@@ -1,7 +1,8 @@
 """CUDA graphs and the decode kernel by other means, so that captured decoding can be tested without a GPU.
 
-A graph here remembers the step that it was captured from and runs it at every replay. What is left out is what only a GPU
-can get wrong: addresses that a graph holds, the kernels, and work that is still under way. See tests/gpu for these.
+A graph here remembers the step that it was captured from, and where weights and buffers were; it runs the step at every
+replay, and fails where one of them has moved, since a real graph would go on reading the old place. What is left out is
+what a GPU alone can get wrong: the kernels, and work that is still under way. See tests/gpu for these.
 """
 
 import contextlib
@@ -39,8 +40,18 @@ class StandInDecoder(GraphDecoder):
     def _step(self, rows: int) -> None:
         if Graph.captured_now is None:
             super()._step(rows)
-        else:
-            Graph.captured_now.step = lambda: super(StandInDecoder, self)._step(rows)
+            return
+        held = self._places()
+
+        def step() -> None:
+            assert self._places() == held, "a graph holds weights or buffers that have moved"
+            super(StandInDecoder, self)._step(rows)
+
+        Graph.captured_now.step = step
+
+    def _places(self) -> list[int]:
+        buffers = [tensor for layer in self.cache.layers for tensor in (layer.keys, layer.values)]
+        return [tensor.data_ptr() for tensor in (*self.model.parameters(), *buffers, *vars(self.state).values())]
 
 
 def attend(query, key, value, new_key, new_value, bounds, scale) -> torch.Tensor:

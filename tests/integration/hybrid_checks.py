@@ -53,7 +53,23 @@ def greedy_tokens(stock: str, *, family: str, zero: int, lora: str, offload: boo
         "a hidden position shows": not torch.equal(hidden[1], endless[1]),
         "others do not see it": torch.equal(hidden[2:], endless[2:]),
         "copied or shared as it should be": sharing_is_right(hybrid, zero=zero, lora=lora),
+        "as generate by captured steps": not on_cpu() or captured_steps_follow(engine, lora=lora, expected=expected),
     }
+
+
+def captured_steps_follow(engine, *, lora: str, expected: torch.Tensor) -> bool:
+    """With stand-ins for a GPU's graphs: generate's tokens, again where copies were freed, and after a step."""
+    with graphs_on_cpu():
+        hybrid = with_graphs(engine, lora_mode=lora or "auto", unpin=True)
+        first = hybrid.decode(*prompts(), greedy()).tokens
+        hybrid.end_rollout()
+        # What takes the freed copies' place, so that those made anew lie elsewhere.
+        kept = [torch.empty_like(p) for p in hybrid.replica.model.parameters()]
+        freed = hybrid.decode(*prompts(), greedy()).tokens
+        step(engine)
+        moved, plain = (g.decode(*prompts(), greedy()).tokens for g in (hybrid, PlainGenerator(engine)))
+    same = answers(first) == answers(freed) == answers(expected) and answers(moved) == answers(plain)
+    return same and hybrid._graphs is not None and len(kept) > 0
 
 
 def split_tokens(stock: str, *, family: str, lora: bool, gather_layers: int) -> dict:
