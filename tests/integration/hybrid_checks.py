@@ -68,8 +68,9 @@ def captured_steps_follow(engine, *, lora: str, expected: torch.Tensor) -> bool:
         freed = hybrid.decode(*prompts(), greedy()).tokens
         step(engine)
         moved, plain = (g.decode(*prompts(), greedy()).tokens for g in (hybrid, PlainGenerator(engine)))
+    del kept
     same = answers(first) == answers(freed) == answers(expected) and answers(moved) == answers(plain)
-    return same and hybrid._graphs is not None and len(kept) > 0
+    return same and hybrid._graphs is not None
 
 
 def split_tokens(stock: str, *, family: str, lora: bool, gather_layers: int) -> dict:
@@ -88,8 +89,7 @@ def split_tokens(stock: str, *, family: str, lora: bool, gather_layers: int) -> 
     hybrid.unpin = True
     hybrid.end_rollout()
     freed = hybrid.decode(*reads, greedy()).tokens
-    torch.manual_seed(dist.rank())  # as a run does: ranks would draw differently
-    sampled = hybrid.decode(*reads, greedy(do_sample=True, temperature=2.0, eos_token_id=[], num_return_sequences=2))
+    sampled = drawn_twice(hybrid, reads)
     return {
         "as generate": answers(first) == answers(other),
         "twice in a row": torch.equal(first, again),
@@ -105,13 +105,18 @@ def split_tokens(stock: str, *, family: str, lora: bool, gather_layers: int) -> 
     }
 
 
+def drawn_twice(hybrid: HybridEngine, reads: tuple):
+    """Two sampled answers to each prompt, as ``logprob_gap`` takes them."""
+    torch.manual_seed(dist.rank())  # as a run does: ranks would draw differently
+    return hybrid.decode(*reads, greedy(do_sample=True, temperature=2.0, eos_token_id=[], num_return_sequences=2))
+
+
 def captured_steps_agree(engine, group, reads: tuple, expected: torch.Tensor) -> bool:
     """With stand-ins for a GPU's graphs the group captures, drops rows that have ended, and gives generate's tokens."""
     with graphs_on_cpu():
         hybrid = with_graphs(engine, group=group)
         found = [hybrid.decode(*reads, greedy()).tokens for _ in range(2)]
-        torch.manual_seed(dist.rank())
-        sampled = hybrid.decode(*reads, greedy(do_sample=True, temperature=2.0, eos_token_id=[], num_return_sequences=2))
+        sampled = drawn_twice(hybrid, reads)
     same = all(answers(tokens) == answers(expected) for tokens in found)
     return same and hybrid._graphs is not None and logprob_gap(engine, *reads, sampled) < 1e-4
 

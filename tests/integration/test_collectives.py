@@ -24,11 +24,17 @@ ARGV |= {
 }
 
 
+def step_of(name: int | str) -> int | str:
+    return 3 if str(name).startswith("3-") else name
+
+
+def with_peers(prefix: str, name: int | str) -> Case:
+    kwargs = {"step": step_of(name), "argv": ARGV[name], "out": "{out}"}
+    return Case(f"{prefix}-{name}", function="collective_checks.py:run_as_with_peers", kwargs=kwargs)
+
+
 def pair(name: int | str):
-    step = 3 if str(name).startswith("3-") else name
-    alone = Case(f"alone-{name}", step=step, argv=ARGV[name])
-    kwargs = {"step": step, "argv": ARGV[name], "out": "{out}"}
-    peers = Case(f"peers-{name}", function="collective_checks.py:run_as_with_peers", kwargs=kwargs)
+    peers, alone = with_peers("peers", name), Case(f"alone-{name}", step=step_of(name), argv=ARGV[name])
     return pytest.param(peers, alone, id=str(name), marks=pytest.mark.cases(peers, alone))
 
 
@@ -39,7 +45,7 @@ def test_collectives_of_one_process_change_nothing(peers, alone, launches):
     assert found == expected and len(found) > 2
 
 
-GPU = [Case(f"gpu-{case.name}", function=case.function, kwargs=case.kwargs) for case, _ in (pair(n).values for n in ARGV)]
+GPU = [with_peers("gpu-peers", name) for name in ARGV]
 
 
 @pytest.mark.gpu
