@@ -66,11 +66,13 @@ CASES = {
         "--actor_lora_dim 64 --critic_lora_dim 64 --only_optimize_lora --actor_gradient_checkpointing "
         "--max_answer_seq_len 128 --per_device_generation_batch_size 8 --per_device_training_batch_size 8",
     ),
-    "sft-opt-1.3b-z2-offload": Case(1, ("opt-1.3b",), "--zero_stage 2 --offload --per_device_train_batch_size 8"),
+    "sft-opt-1.3b-z2-offload": Case(
+        1, ("opt-1.3b",), "--zero_stage 2 --offload --no_pin_memory --per_device_train_batch_size 8"
+    ),
     "sft-llama-2-7b-lora-z3-offload": Case(
         1,
         ("llama-2-7b",),
-        "--zero_stage 3 --offload --lora_dim 64 --only_optimize_lora --gradient_checkpointing "
+        "--zero_stage 3 --offload --no_pin_memory --lora_dim 64 --only_optimize_lora --gradient_checkpointing "
         "--per_device_train_batch_size 8",
     ),
 }

@@ -137,6 +137,10 @@ class SystemOptions:
 
     zero_stage: int = flag(0, "ZeRO stage, 0 to 3.")
     offload: bool = flag(False, "Keep optimizer states (ZeRO-3: parameters too) in host memory.")
+    pin_memory: bool = flag(
+        True,
+        "What is offloaded is page-locked, which copies faster; each buffer then takes the next power of two of bytes.",
+    )
     gradient_checkpointing: bool = flag(False, "Recompute activations in backward.")
     dropout: Optional[float] = flag(None, "Set every dropout probability of the model. Default: the model's own.")
     freeze_layers: int = flag(0, "Freeze the embeddings and this many of the lowest decoder layers.")

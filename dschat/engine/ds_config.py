@@ -64,7 +64,8 @@ def inference_config(system: SystemOptions, *, dtype: str, micro_batch_size: int
     Weights that are offloaded need ZeRO-3, which brings them to the device a layer at a time, whatever the stage asked.
     """
     stage = 3 if system.zero_stage == 3 or system.offload else 0
-    config = _common(SystemOptions(zero_stage=stage, offload=system.offload), dtype=dtype, offload_optimizer=False)
+    weights = SystemOptions(zero_stage=stage, offload=system.offload, pin_memory=system.pin_memory)
+    config = _common(weights, dtype=dtype, offload_optimizer=False)
     config.update(
         train_micro_batch_size_per_gpu=micro_batch_size,
         gradient_accumulation_steps=1,
@@ -76,7 +77,7 @@ def inference_config(system: SystemOptions, *, dtype: str, micro_batch_size: int
 def _common(system: SystemOptions, *, dtype: str, offload_optimizer: bool) -> dict:
     config: dict = {"steps_per_print": 10**9, "wall_clock_breakdown": False, "zero_optimization": _zero(system)}
     if offload_optimizer:
-        config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+        config["zero_optimization"]["offload_optimizer"] = _host(system)
     if dtype == "bf16":
         config["bf16"] = {"enabled": True}
     elif dtype == "fp16":
@@ -96,5 +97,9 @@ def _zero(system: SystemOptions) -> dict:
             memory_efficient_linear=False,
         )
         if system.offload:
-            zero["offload_param"] = {"device": "cpu"}
+            zero["offload_param"] = _host(system)
     return zero
+
+
+def _host(system: SystemOptions) -> dict:
+    return {"device": "cpu", "pin_memory": system.pin_memory}

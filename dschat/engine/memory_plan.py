@@ -72,6 +72,7 @@ def _plan_supervised(config, *, world_size: int, dtype: str) -> StepPlan:
             offload=system.offload_reference_model,
             width=width,
             world_size=world_size,
+            pin_memory=system.pin_memory,
         )
     beside = together(*(lying(other) for key, other in models.items() if key != "model"))
     rows = 1 if isinstance(config, SFTConfig) else 2  # a pair is two texts
@@ -190,10 +191,11 @@ def _ppo_models(config: PPOConfig, *, world_size: int, dtype: str) -> tuple[dict
             accumulation=config.schedule.gradient_accumulation_steps,
             average=options.enable_ema and role == "actor",
         )
-        return replace(found, host=found.host + found.idle) if system.offload_idle_states else found
+        return replace(found, host=found.host + found.idle_host) if system.offload_idle_states else found
 
     def frozen(size: ModelSize, stage: int, offload: bool) -> Footprint:
-        return inference_footprint(size, stage=stage, offload=offload, width=width, world_size=world_size)
+        more = dict(pin_memory=system.pin_memory, width=width, world_size=world_size)
+        return inference_footprint(size, stage=stage, offload=offload, **more)
 
     actor, critic = options.actor_model_name_or_path, options.critic_model_name_or_path
     flags = ("--actor_model_name_or_path", "--critic_model_name_or_path")

@@ -41,6 +41,7 @@ class ModelSize:
     lora_width: int = 0  # columns of all A x of one layer
     adapters: int = 0
     merged: int = 0  # weights that adapters stand beside
+    rounding: float = 1.0  # what parameters take in powers of two, one by one, over what they have
     dropout: float = 0.0
     int8: int = 0  # weights that MixZ++ keeps in int8
     scales: int = 0  # and their fp32 scales
@@ -170,16 +171,24 @@ def _parameter_counts(model: nn.Module, *, last: str, repeats: int) -> dict:
     """Fields of ModelSize that are sums over parameters; those below `last` count `repeats` times."""
     adapters = lora_parameter_names(model)
     groups: dict[tuple, int] = {}
+    rounded = 0
     counts = dict.fromkeys(("parameters", "adapters", "merged"), 0)
     for name, p in model.named_parameters():
-        numel = p.numel() * (repeats if name.startswith(last) else 1)
+        times = repeats if name.startswith(last) else 1
+        numel = p.numel() * times
+        rounded += power_of_two(p.numel()) * times
         counts["parameters"] += numel
         counts["adapters"] += numel * (name in adapters)
         counts["merged"] += numel * name.endswith("base_layer.weight")
         if p.requires_grad:
             key = (name in adapters, p.dim() > 1)
             groups[key] = groups.get(key, 0) + numel
-    return {"groups": tuple(groups.values()), **counts}
+    return {"groups": tuple(groups.values()), "rounding": rounded / counts["parameters"], **counts}
+
+
+def power_of_two(count: int) -> int:
+    """The smallest power of two that is not below `count`, which is at least 1."""
+    return 1 << (count - 1).bit_length()
 
 
 def _enough_layers(config: PreTrainedConfig, lora: LoraOptions, system: SystemOptions | None) -> int:

@@ -7,20 +7,20 @@ from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum as State
 from deepspeed.runtime.zero.offload_states import offload_optimizer_states, reload_optimizer_states
 
 
-def offload_idle_states(engine) -> None:
-    """Move the optimizer's states of `engine` to pinned host memory; nothing where --offload keeps them there anyway."""
+def offload_idle_states(engine, *, pin_memory: bool = True) -> None:
+    """Move the optimizer's states of `engine` to host memory; nothing where --offload keeps them there anyway."""
     if engine.zero_use_cpu_optimizer():
         return
     stage = engine.zero_optimization_stage()
     if stage in (1, 2):
-        engine.offload_states(include=[State.optim_states, State.hp_params])
+        engine.offload_states(include=[State.optim_states, State.hp_params], pin_memory=pin_memory)
         return
     if stage == 3:
-        engine.offload_states(include=[State.contiguous_grad_buffer])
+        engine.offload_states(include=[State.contiguous_grad_buffer], pin_memory=pin_memory)
         # DeepSpeed (0.19.8) itself moves no other optimizer's states than FusedAdam's, which has to be compiled.
         for master in engine.optimizer.fp32_partitioned_groups_flat:
-            master.data = _pinned_copy(master.data)
-    offload_optimizer_states(_torch_optimizer(engine), "cpu", pin_memory=True)
+            master.data = _copy(master.data, pin_memory)
+    offload_optimizer_states(_torch_optimizer(engine), "cpu", pin_memory=pin_memory)
     get_accelerator().empty_cache()
 
 
@@ -43,6 +43,6 @@ def _torch_optimizer(engine):
     return getattr(engine.optimizer, "optimizer", engine.optimizer)
 
 
-def _pinned_copy(tensor):
-    host = get_accelerator().pin_memory(tensor.new_empty(tensor.shape, device="cpu"))
-    return host.copy_(tensor)
+def _copy(tensor, pin_memory: bool):
+    host = tensor.new_empty(tensor.shape, device="cpu")
+    return (get_accelerator().pin_memory(host) if pin_memory else host).copy_(tensor)

@@ -58,7 +58,10 @@ class Remedy:
     @property
     def flags(self) -> list[str]:
         """Each flag with its value."""
-        return [f"--{key}" if value is True else f"--{key} {value}" for key, value in self.options.items()]
+        return [
+            f"--{'' if value else 'no_'}{key}" if isinstance(value, bool) else f"--{key} {value}"
+            for key, value in self.options.items()
+        ]
 
 
 def needed_bytes(plan: StepPlan) -> float:
@@ -200,7 +203,7 @@ def _supervised_kinds(config) -> list[list[Change]]:
         [Change({"share_reference": True}, 1), Change({"offload_reference_model": True}, 2)],  # of DPO
         [Change({"lora_dim": config.lora.lora_dim or LORA_DIM}, 2), Change({"only_optimize_lora": True}, 3)],
         [Change({"enable_mixed_precision_lora": True}, 3)],
-        [Change({"offload": True}, 4)],
+        [Change({"offload": True}, 4), Change({"pin_memory": False}, 1)],
     ]
 
 
@@ -224,7 +227,7 @@ def _ppo_kinds(config: PPOConfig, *, world_size: int) -> list[list[Change]]:
             Change({"only_optimize_lora": True}, 3),
         ],
         [Change({"enable_mixed_precision_lora": True}, 3)],
-        [Change({"offload": True}, 4)],
+        [Change({"offload": True}, 4), Change({"pin_memory": False}, 1)],
     ]
 
 

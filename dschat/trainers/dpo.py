@@ -1,10 +1,11 @@
 """Direct preference optimisation (Rafailov et al. 2023): the objective and its reference policy."""
 
+from dataclasses import replace
+
 import torch
 
 from dschat.algorithms.losses import dpo_loss, implicit_rewards
 from dschat.algorithms.types import PairBatch
-from dschat.config.options import SystemOptions
 from dschat.engine.build import build_inference_engine
 from dschat.engine.ds_config import inference_config
 from dschat.engine.shared import AdaptersOff
@@ -21,8 +22,9 @@ def build_reference(stage: Stage):
     config = stage.config
     if config.shares_reference:
         return None
+    system = replace(config.system, offload=config.system.offload_reference_model)
     ds_config = inference_config(
-        SystemOptions(zero_stage=config.system.zero_stage, offload=config.system.offload_reference_model),
+        system,
         dtype=stage.dtype,
         micro_batch_size=config.batch.per_device_train_batch_size,
         world_size=dist.world_size(),

@@ -92,7 +92,7 @@ class DeepSpeedRLHFEngine:
         """Switch all engines to evaluation; with --offload_idle_states, what only updates need leaves the device."""
         if self._config.system.offload_idle_states and not on_cpu():
             for engine in [engine for engine in self.trained if engine not in self._without_states]:
-                offload_idle_states(engine)
+                offload_idle_states(engine, pin_memory=self._config.system.pin_memory)
                 self._without_states.append(engine)
         for engine in (*self.trained, self.ref, *self.rewards):
             engine.eval()
@@ -185,7 +185,7 @@ class DeepSpeedRLHFEngine:
     def _inference_engine(self, source: tuple, *, stage: int, offload: bool):
         config = self._config
         ds_config = inference_config(
-            SystemOptions(zero_stage=stage, offload=offload),
+            SystemOptions(zero_stage=stage, offload=offload, pin_memory=config.system.pin_memory),
             dtype=self._dtype,
             micro_batch_size=config.batch.per_device_training_batch_size,
             world_size=dist.world_size(),

@@ -68,6 +68,8 @@ def _announce_memory(config, given: dict) -> None:
         logger.info("--offload_reward_model has no effect on the critic's model, which the critic stands in for")
     if given.get("offload_idle_states") and given["offload"]:
         logger.info("--offload_idle_states has no effect: with --offload the states are in host memory anyway")
+    if not given["pin_memory"] and not any(value for name, value in given.items() if name.startswith("offload")):
+        logger.info("--no_pin_memory has no effect: nothing is offloaded")
     if given.get("enable_mixed_precision_lora"):
         logger.info("--enable_mixed_precision_lora: adapted weights are rounded to int8, and are saved as rounded")
 

@@ -20,7 +20,7 @@ STAGE_3 = {
     "stage3_prefetch_bucket_size": 30_000_000,
     "memory_efficient_linear": False,
 }
-HOST = {"device": "cpu"}
+HOST = {"device": "cpu", "pin_memory": True}
 
 
 def training(zero_stage: int, *, offload: bool = False, dtype: str = "fp32", **more) -> dict:
@@ -99,6 +99,15 @@ def test_tensorboard_and_clipping():
     events = {"enabled": True, "output_path": "/logs/run 1/ds_tensorboard_logs/", "job_name": "step3_actor_tensorboard"}
     assert found == {**training(1), "tensorboard": events, "gradient_clipping": 0.5}
     assert "tensorboard" not in training(1, tensorboard_path=None, tensorboard_name="step3_actor")
+
+
+def test_host_memory_is_page_locked_unless_that_is_off():
+    system = SystemOptions(zero_stage=3, offload=True, pin_memory=False)
+    options = dict(dtype="bf16", micro_batch_size=1, world_size=1)
+    trained = training_config(system, gradient_accumulation_steps=1, on_cpu=False, **options)["zero_optimization"]
+    held = inference_config(system, **options)["zero_optimization"]
+    assert trained["offload_optimizer"] == trained["offload_param"] == {"device": "cpu", "pin_memory": False}
+    assert held["offload_param"] == {"device": "cpu", "pin_memory": False}
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

@@ -1,5 +1,7 @@
 """The memory planner against numbers worked out by hand."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -37,9 +39,11 @@ SIZE = ModelSize(
 BUCKET = 100_000_000
 
 
-def training(stage: int, *, offload: bool = False, dtype: str = "bf16", world_size: int = 4, **more):
-    system = SystemOptions(zero_stage=stage, offload=offload)
-    return training_footprint(SIZE, system, dtype=dtype, world_size=world_size, **more)
+def training(
+    stage: int, *, offload: bool = False, pin: bool = False, dtype: str = "bf16", world_size: int = 4, size=SIZE, **more
+):
+    system = SystemOptions(zero_stage=stage, offload=offload, pin_memory=pin)
+    return training_footprint(size, system, dtype=dtype, world_size=world_size, **more)
 
 
 def test_plain_fp32_holds_weights_gradients_and_two_moments():
@@ -88,8 +92,32 @@ def test_offload_leaves_weights_on_the_gpu(stage):
 def test_offload_of_stage_3_leaves_nothing_but_what_is_in_use():
     found = training(3, offload=True)
     assert (found.weights, found.buffers) == (0, 2 * 500_000_000 + 2000)
-    assert found.host == 500 + 18 * 175
+    # The trained weights are page-locked in any case: 2 x 150 and 2 x 25 bytes, the next powers of two.
+    assert found.host == 500 + (512 - 300) + (64 - 50) + 18 * 175
     assert training(3, offload=True, world_size=1).buffers == 2 * 500_000_000 + 2000  # a copy on the GPU even then
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_page_locked_buffers_take_powers_of_two(stage):
+    # Of groups of 150 and 25: fp32 weights and gradients, bf16 weights; the moments are not page-locked.
+    assert training(stage, offload=True, pin=True).host == 2 * (1024 + 128) + (512 + 64) + 8 * 175
+    # Four times as many parameters in the same two groups, of 512 and 128: powers of two already.
+    exact = replace(SIZE, groups=(512, 128))
+    assert training(stage, offload=True, pin=True, size=exact, world_size=1).host == 18 * 640
+    several = dict(offload=True, world_size=1, accumulation=2, size=replace(exact, rounding=1.5))
+    more = training(stage, pin=True, **several).host - training(stage, **several).host
+    assert more == pytest.approx(0.5 * 2 * 640)  # gradients that accumulate lie one by one
+
+
+def test_page_locked_buffers_of_stage_3():
+    # Frozen weights one by one; trained ones, their gradients and the steps' gradients flat.
+    pinned = training(3, offload=True, pin=True, size=replace(SIZE, rounding=1.5))
+    assert pinned.host_weights == 1.5 * (500 - 350) + 512 + 64
+    assert pinned.host - pinned.host_weights == 12 * 175 + 512 + (1024 + 128)
+    # Steps of 10^9 elements, of which 4 x 10^9 bytes round up to 2^32; what is left over rounds up by itself.
+    large = replace(SIZE, parameters=2_500_000_000, groups=(2_500_000_000,))
+    found = training(3, offload=True, pin=True, size=large, world_size=1)
+    assert found.host - found.host_weights == 12 * 2_500_000_000 + 2**33 + 2 * 2**32 + 2**31
 
 
 def test_accumulation_and_averages():
@@ -99,12 +127,15 @@ def test_accumulation_and_averages():
 
 
 def test_models_that_only_evaluate():
-    def footprint(stage, offload=False, world_size=4):
-        return inference_footprint(SIZE, stage=stage, offload=offload, width=2, world_size=world_size)
+    def footprint(stage, offload=False, world_size=4, size=SIZE, **more):
+        return inference_footprint(size, stage=stage, offload=offload, width=2, world_size=world_size, **more)
 
     assert footprint(0).resident == footprint(2).resident == 2000
     assert (footprint(3).weights, footprint(3).buffers, footprint(3).host) == (500, 2000, 0)
     assert (footprint(3, offload=True).weights, footprint(3, offload=True).host) == (0, 500)
+    uneven = replace(SIZE, rounding=1.5)
+    assert footprint(3, offload=True, size=uneven).host == footprint(3, offload=True, size=uneven).host_weights == 750
+    assert footprint(3, offload=True, size=uneven, pin_memory=False).host == 500
 
 
 def test_activations_of_a_llama_layer():
@@ -252,9 +283,12 @@ def test_a_shared_reference_and_a_shared_reward_are_no_copies():
 def test_idle_states_are_on_the_host_but_for_updates():
     # fp32 weights and two moments of 700 trained parameters on 4 processes; under ZeRO-3 the gradients' buffer too.
     assert (training(2).idle, training(3).idle, training(0, dtype="fp32").idle) == (12 * 175, 14 * 175, 8 * 700)
+    assert (training(2).idle_host, training(3).idle_host, training(0, dtype="fp32").idle_host) == (2100, 2450, 5600)
+    pinned = [training(stage, pin=True).idle_host for stage in (2, 3)]
+    assert pinned == [3 * (1024 + 128), 3 * (1024 + 128) + 512]
     assert training(2, offload=True).idle == training(3, offload=True).idle == 0
     flags = "--actor_zero_stage 2 --critic_zero_stage 2"
-    there, away = ppo(flags, world_size=4), ppo(f"{flags} --offload_idle_states", world_size=4)
+    there, away = (ppo(flags + more, world_size=4) for more in ("", " --offload_idle_states --no_pin_memory"))
     trained = 2 * 6_738_415_616 - 32000 * 4096 + 4096  # actor and critic
     for phase in ("generate", "score", "evaluate"):
         assert there.phases[phase] - away.phases[phase] == 12 * trained / 4
@@ -342,7 +376,7 @@ def test_each_phase_is_parted_by_what_lies_there():
 def test_the_rows_of_the_plan_are_those_of_a_gpu_and_of_a_host():
     flags = "--enable_hybrid_engine --actor_zero_stage 3 --critic_zero_stage 3 --offload --unpin_actor_parameters "
     flags += "--per_device_generation_batch_size 4 --per_device_training_batch_size 4 --eval_prompts 4"
-    plan = ppo(flags, world_size=8)
+    plan = ppo(f"{flags} --no_pin_memory", world_size=8)
     text = plan_text(plan, processes=8)
     header, _, *rows = text.partition("\n\n")[2].splitlines()
     kinds = header.split("  ")
@@ -354,9 +388,10 @@ def test_the_rows_of_the_plan_are_those_of_a_gpu_and_of_a_host():
     assert cells["actor backward"][-3:-1] == ["1.0", "0.0"]
     for cell in cells.values():
         assert float(cell[-1]) == pytest.approx(sum(map(float, cell[:-1])), abs=0.3)
-    # Actor and critic in bf16, and fp32 weights, gradients, moments and a bf16 copy of an eighth for each process.
+    # Actor and critic in bf16, of which each process has 1.57 GiB a model, page-locked 2; and fp32 weights, gradients,
+    # moments and a bf16 copy of an eighth for each process.
     trained = 2 * 6_738_415_616 - 32000 * 4096 + 4096
-    assert cells["a host of 8"][:2] == [f"{2 * trained / GIB:.1f}", f"{18 * trained / GIB:.1f}"]
+    assert cells["a host of 8"][:2] == [f"{8 * 2 * 2:.1f}", f"{18 * trained / GIB:.1f}"]
     assert set(plan.phases) | {"a host of 8"} == set(cells)
 
 

@@ -171,6 +171,23 @@ def test_split_flags_without_effect_are_told(flags, said, monkeypatch):
     assert found == ([said] if said else [])
 
 
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        ("--no_pin_memory", ["--no_pin_memory has no effect: nothing is offloaded"]),
+        ("--no_pin_memory --offload_reference_model", []),
+        ("--no_pin_memory --offload", []),
+        ("", []),
+    ],
+)
+def test_ordinary_host_memory_of_nothing_is_told(flags, said, monkeypatch):
+    lines: list[str] = []
+    monkeypatch.setattr(setup.logger, "info", lines.append)
+    words = f"--actor_model_name_or_path opt-1.3b --critic_model_name_or_path opt-350m {flags}"
+    setup.announce(parse_config(PPOConfig, words.split()))
+    assert [line for line in lines if "pin_memory" in line] == said
+
+
 @pytest.mark.parametrize("name", ["inference_tp_size", "tp_gather_partition_size"])
 def test_sizes_below_one_are_refused(name):
     with pytest.raises(ValueError, match=f"--{name} 0: must be at least 1"):

@@ -122,6 +122,15 @@ def test_the_memory_of_the_host_counts_and_may_be_what_is_missing():
     assert "Up to 1024 GPUs are not enough either: take a smaller model, or hosts with more memory." in message
 
 
+def test_ordinary_host_memory_is_found_where_page_locked_does_not_fit():
+    flags = "--actor_zero_stage 2 --critic_zero_stage 2 --offload --actor_gradient_checkpointing "
+    flags += "--critic_gradient_checkpointing --per_device_generation_batch_size 4 --per_device_training_batch_size 4"
+    config = configured("3", "opt-13b opt-350m", flags)
+    # fp32 weights and gradients of 48 GiB each take 64, bf16 weights of 24 take 32.
+    assert "263.3 GiB of 250.0 GiB host memory. It fits with --no_pin_memory (" in refusal(config, machine(80, 250))
+    assert not machine(80, 264).missing(plan_step(config, world_size=1, dtype="bf16"))
+
+
 def test_where_no_flags_help_the_nearest_miss_and_the_number_of_gpus_are_named():
     models, flags = "llama-2-70b opt-350m", "--enable_hybrid_engine --critic_gradient_checkpointing"
     config, on = configured("3", models, flags), machine(48, 1000)
