@@ -330,9 +330,11 @@ def int8_memory(stock: str, *, zero: int, out: str) -> list[dict]:
     path = make_tiny_model(out, family="llama", hidden=1024, heads=8, kv_heads=8, layers=4)
     found = []
     for mixed in (False, True):
+        gc.collect()  # what earlier cases left, and below what loading leaves, can be in reference cycles
         before = torch.cuda.memory_allocated()
         engine = lora_engine(str(path), zero=zero, dtype="bf16", mixed=mixed, rate=2e-4)
         layers = [m.base_layer for m in engine.module.modules() if isinstance(m, LoraLayer)]
+        gc.collect()
         held = torch.cuda.memory_allocated() - before
         frozen = sum(2 * layer.in_features * layer.out_features for layer in layers)
         found.append({"allocated": held, "frozen": frozen, "losses": [train(engine, 0) for _ in range(6)]})
