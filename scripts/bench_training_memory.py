@@ -45,8 +45,9 @@ def main() -> int:
 
 def left_out(name: str, gpus: int) -> bool:
     """Whether a row needs more than there is; says so."""
-    row, host_gib = ROWS[name], hardware()["host_memory_gib"]
-    lacks = [f"{row.min_gpus} GPUs (--gpus)"] * (row.min_gpus > gpus)
+    row, found = ROWS[name], hardware()
+    host_gib, gpus_gib = found["host_memory_gib"], gpus * found.get("gpu_memory_gib", 0)
+    lacks = [f"{row.min_gpus_gib} GiB on all GPUs, of which there are {gpus_gib:.0f}"] * (row.min_gpus_gib > gpus_gib)
     lacks += [f"{row.min_host_gib} GiB of host memory, of which there are {host_gib:.0f}"] * (row.min_host_gib > host_gib)
     if lacks:
         print(f"{name}: left out, needs {' and '.join(lacks)}", flush=True)
@@ -100,6 +101,8 @@ def attempt(name: str, args: argparse.Namespace) -> dict:
         result = json.loads(file.read_text())
     else:
         lines = [line for line in log.read_text(errors="replace").splitlines() if "Error" in line]
+        if process.returncode < 0 and not error:
+            error = f"ended by {signal.Signals(-process.returncode).name}"  # SIGKILL: host memory ran out, as a rule
         result = {"row": name, "error": error or (lines or ["ended without a result"])[-1][-300:]}
     result["process_s"] = round(time.monotonic() - started, 1)
     print(json.dumps({key: value for key, value in result.items() if key not in ("hardware", "versions")}), flush=True)

@@ -3,9 +3,12 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from launches import ROOT, Case, environment
+
+from scripts import bench_training_memory
 
 
 def row_case(name: str):
@@ -38,6 +41,13 @@ def test_a_row_that_takes_too_long_is_a_row_of_the_table(tmp_path):
     assert json.loads((tmp_path / "sft-7b-lora-offload-32gb.json").read_text())["error"] == "longer than 0 s"
 
 
+def test_a_row_that_is_killed_says_by_which_signal(tmp_path, monkeypatch):
+    killed = [sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"]
+    monkeypatch.setattr(bench_training_memory, "launcher", lambda processes: killed)
+    args = SimpleNamespace(output=tmp_path, gpus=1, rollouts=1, ppo_flags="", tiny=True, timeout_s=60)
+    assert bench_training_memory.attempt("sft-7b-zero3-full", args)["error"] == "ended by SIGKILL"
+
+
 def test_rows_that_need_more_than_there_is_are_left_out_by_name(tmp_path):
     command = [sys.executable, str(ROOT / "scripts" / "bench_training_memory.py"), "--output", str(tmp_path)]
     rows = ["ppo-13b-full", "sft-7b-zero3"]
@@ -47,4 +57,4 @@ def test_rows_that_need_more_than_there_is_are_left_out_by_name(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True)
     assert done.returncode == 1, done.stderr
     assert "ppo-13b-full-offload: left out, needs 240 GiB of host memory, of which there are 128\n" in done.stdout
-    assert "sft-7b-zero3-full: left out, needs 2 GPUs (--gpus)\n" in done.stdout
+    assert "sft-7b-zero3-full: left out, needs 110 GiB on all GPUs, of which there are 0\n" in done.stdout
