@@ -3,12 +3,12 @@
 import logging
 import sys
 import unicodedata
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from dschat.chat_server import ChatServer, Limits, opened_warning
 from dschat.config.chat import ChatConfig
 from dschat.config.parse import parse_config
 from dschat.data.conversation import chat_format, fit_conversation, read_request, stop_text
@@ -16,6 +16,7 @@ from dschat.models.causal_lm import load_causal_lm
 from dschat.models.chat_model import Answer, ChatModel
 from dschat.models.placement import inference_placement
 from dschat.models.tokenizer import load_tokenizer
+from dschat.serving.server import ChatServer, Limits, opened_warning
 from dschat.tracking.log import run_main
 
 PAGE = Path(__file__).with_name("page.html")
@@ -48,9 +49,9 @@ class Chat:
         """See ``fit_conversation``."""
         return fit_conversation(messages, self.tokenizer, prompt_format=self.format, max_tokens=self.room)
 
-    def answer(self, ids: list[int], *, max_new_tokens: int, show=lambda text: None) -> Answer:
+    def answer(self, ids: list[int], *, max_new_tokens: int, **callbacks) -> Answer:
         """See ``ChatModel.answer``."""
-        return self.model.answer(ids, max_new_tokens=max_new_tokens, stop_text=stop_text(self.format), show=show)
+        return self.model.answer(ids, max_new_tokens=max_new_tokens, stop_text=stop_text(self.format), **callbacks)
 
     def as_turn(self, text: str) -> str:
         """An answer as it stands in the conversation that goes on: as the steps read answers."""
@@ -116,9 +117,9 @@ def make_server(chat: Chat, config: ChatConfig) -> ChatServer:
         messages, number = read_request(body, max_turns=config.answers.max_turns, max_new_tokens=chat.max_new_tokens)
         return *chat.fit(messages), number
 
-    def answer(request: tuple[list[int], int, int]) -> dict:
+    def answer(request: tuple[list[int], int, int], stop: Callable[[], bool]) -> dict:
         ids, left_out, number = request
-        found = chat.answer(ids, max_new_tokens=number)
+        found = chat.answer(ids, max_new_tokens=number, stop=stop)
         return {**asdict(found), "text": chat.as_turn(found.text), "left_out": left_out}
 
     page = PAGE.read_text(encoding="utf-8")

@@ -18,6 +18,7 @@ ARROWS = {
     "data": ("algorithms.types", "tracking", "config"),
     "models": ("config",),
     "algorithms": (),
+    "serving": (),
     "tracking": (),
     "config": (),
     "": ("engine", "models", "tracking", "config"),

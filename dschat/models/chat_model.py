@@ -83,6 +83,7 @@ class ChatModel:
         max_new_tokens: int,
         stop_text: str | None = None,
         show: Callable[[str], None] = lambda text: None,
+        stop: Callable[[], bool] = lambda: False,
     ) -> Answer:
         """The answer to a conversation.
 
@@ -90,6 +91,7 @@ class ChatModel:
             ids: of the conversation, from its beginning to where the answer begins.
             stop_text: a text that ends the answer as an end token does, and is no part of it.
             show: gets the pieces of the answer's text, as they come.
+            stop: asked at each token whether the answer is to be cut short there.
         """
         shown = ShownText(self.tokenizer, stop_text=stop_text, show=show)
         input_ids = torch.tensor([ids], device=self.model.device)
@@ -99,7 +101,7 @@ class ChatModel:
                 attention_mask=torch.ones_like(input_ids),
                 generation_config=GenerationConfig(max_new_tokens=max_new_tokens, **self.settings),
                 streamer=shown,
-                stopping_criteria=StoppingCriteriaList([_Stopped(shown)]),
+                stopping_criteria=StoppingCriteriaList([_Stopped(lambda: shown.stopped or stop())]),
             )[0]
         new = sequence[len(ids) :].tolist()
         return Answer(shown.text, len(new), shown.stopped or (bool(new) and new[-1] in self.end_ids))
@@ -152,10 +154,10 @@ class ShownText(BaseStreamer):
 
 
 class _Stopped(StoppingCriteria):
-    """Ends generation once the stop text was seen."""
+    """Ends generation at the first token behind which `stopped` returns True."""
 
-    def __init__(self, shown: ShownText):
-        self.shown = shown
+    def __init__(self, stopped: Callable[[], bool]):
+        self.stopped = stopped
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
-        return torch.full(input_ids.shape[:1], self.shown.stopped, dtype=torch.bool, device=input_ids.device)
+        return torch.full(input_ids.shape[:1], self.stopped(), dtype=torch.bool, device=input_ids.device)

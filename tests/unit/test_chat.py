@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import pytest
@@ -292,10 +293,17 @@ def test_the_served_program_says_where_it_is_and_ends_by_a_signal(model_folder):
         try:
             line = process.stdout.readline()
             port = int(re.fullmatch(r"http://127\.0\.0\.1:(\d+)/ \(Ctrl-C ends\)\n", line)[1])
-            status, answer = ask(("127.0.0.1", port), {"messages": MESSAGES, "max_new_tokens": 2})
+            address, request = ("127.0.0.1", port), {"messages": MESSAGES}
+            status, answer = ask(address, {**request, "max_new_tokens": 2})
             assert (status, answer["num_tokens"]) == (200, 2)
-            process.send_signal(signal.SIGINT)
-            assert process.wait(30) == 0
+            with ThreadPoolExecutor(5) as pool:
+                # One is answered, the next is being answered, and the others wait for their turn.
+                asked = [pool.submit(ask, address, request) for _ in range(5)]
+                wait(asked, return_when=FIRST_COMPLETED)
+                process.send_signal(signal.SIGINT)
+                assert process.wait(30) == 0, process.stderr.read()
+                found = sorted(future.result()[0] for future in asked)
+            assert (found[0], found[-1]) == (200, 503)
         finally:
             process.kill()
 

@@ -5,13 +5,16 @@ import json
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
 
-from dschat import chat_server
-from dschat.chat_server import ChatServer, Limits, RateLimit, host_allowed, opened_warning
 from dschat.data.conversation import read_request
+from dschat.serving import rate_limit
+from dschat.serving import server as chat_server
+from dschat.serving.rate_limit import RateLimit
+from dschat.serving.server import ChatServer, Limits, host_allowed, opened_warning
 
 LIMITS = dict(max_request_bytes=2000, requests_per_minute=1000, max_wait_s=0.2)
 PAGE = "<style>p {}</style><script>ask()</script>"
@@ -19,7 +22,7 @@ HELLO = {"messages": [{"role": "user", "content": "hello"}]}
 
 
 @contextmanager
-def serving(*, host: str = "127.0.0.1", answer=lambda request: {"text": request[0][-1]["content"][::-1]}, **limits):
+def serving(*, host: str = "127.0.0.1", answer=lambda request, stop: {"text": request[0][-1]["content"][::-1]}, **limits):
     """A server that answers with the message backwards, on a free port."""
     server = ChatServer(
         host,
@@ -171,7 +174,7 @@ def test_the_rate_is_that_of_a_minute_and_an_address(monkeypatch):
     assert rate.wait_s("a") == 50 and rate.wait_s("b") == 0
     now[0] = 60.0
     assert rate.wait_s("a") == 0
-    monkeypatch.setattr(chat_server, "MAX_ADDRESSES", 2)
+    monkeypatch.setattr(rate_limit, "MAX_ADDRESSES", 2)
     assert rate.wait_s("c") == 60  # both are still counted
     now[0] = 71.0
     assert rate.wait_s("c") == 0  # b is not any more
@@ -181,7 +184,7 @@ def test_the_rate_is_that_of_a_minute_and_an_address(monkeypatch):
 def test_one_answer_at_a_time_and_a_bounded_wait():
     begun, go_on, together = threading.Event(), threading.Event(), []
 
-    def slow(request) -> dict:
+    def slow(request, stop) -> dict:
         together.append("in")
         assert together.count("in") - together.count("out") == 1
         begun.set()
@@ -205,10 +208,37 @@ def test_one_answer_at_a_time_and_a_bounded_wait():
         assert first[0][0] == 200
 
 
+def test_the_end_cuts_an_answer_short_refuses_who_waits_and_ends_all_threads():
+    begun = threading.Event()
+
+    def answer(request, stop) -> dict:
+        begun.set()
+        deadline = time.monotonic() + 20
+        while not stop():
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        return {}
+
+    started = time.monotonic()
+    with ThreadPoolExecutor(2) as pool, socket.socket() as silent:
+        with serving(answer=answer, max_wait_s=20) as server:
+            silent.connect(server.server_address)  # and it sends nothing
+            asked = [pool.submit(request, server) for _ in range(2)]
+            assert begun.wait(10)
+            while len(server._open) < 3:
+                assert time.monotonic() < started + 10
+                time.sleep(0.001)
+        assert not [thread for thread in threading.enumerate() if "process_request_thread" in thread.name]
+        assert time.monotonic() - started < min(chat_server.SOCKET_TIMEOUT_S, 20)
+        for future in asked:
+            found = future.result()
+            assert found[0] == 503 and "ending" in error(found)
+
+
 def test_a_model_that_fails_tells_nothing_and_the_next_is_answered():
     answers = iter([RuntimeError("a secret"), {}])
 
-    def answer(request) -> dict:
+    def answer(request, stop) -> dict:
         found = next(answers)
         if isinstance(found, Exception):
             raise found

@@ -5,6 +5,7 @@ elsewhere belongs behind a server that has both.
 """
 
 import base64
+import contextlib
 import hashlib
 import ipaddress
 import json
@@ -13,19 +14,17 @@ import math
 import re
 import socket
 import threading
-import time
-from collections import defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
+from dschat.serving.rate_limit import RateLimit
+
 logger = logging.getLogger(__name__)
 
 SOCKET_TIMEOUT_S = 10.0  # for each read and write
 MAX_CONNECTIONS = 32  # threads
-MAX_ADDRESSES = 1024  # whose requests are counted
-WINDOW_S = 60.0
 DRAINED_BYTES = 1 << 20
 
 
@@ -47,40 +46,14 @@ class Refused(Exception):
         self.retry_after_s = retry_after_s
 
 
-class RateLimit:
-    """At most `number` events of a key within WINDOW_S seconds."""
-
-    def __init__(self, number: int, *, clock: Callable[[], float] = time.monotonic):
-        self.number = number
-        self.clock = clock
-        self._times: dict[str, deque[float]] = defaultdict(deque)
-        self._lock = threading.Lock()
-
-    def wait_s(self, key: str) -> float:
-        """0 where an event of `key` is allowed, which then counts; else the seconds until one is."""
-        with self._lock:
-            now = self.clock()
-            if key not in self._times and len(self._times) >= MAX_ADDRESSES:
-                self._forget(now)
-                if len(self._times) >= MAX_ADDRESSES:
-                    return WINDOW_S
-            times = self._times[key]
-            while times and times[0] <= now - WINDOW_S:
-                times.popleft()
-            if len(times) >= self.number:
-                return times[0] + WINDOW_S - now
-            times.append(now)
-            return 0.0
-
-    def _forget(self, now: float) -> None:
-        for key in [key for key, times in self._times.items() if times[-1] <= now - WINDOW_S]:
-            del self._times[key]
-
-
 class ChatServer(ThreadingHTTPServer):
-    """Serves the page and the answers until it is shut down."""
+    """Serves the page and the answers until it is shut down.
 
-    daemon_threads = True
+    ``server_close`` ends what is under way and waits for it: a process that ends while a thread is inside the model's
+    C++ code is aborted.
+    """
+
+    daemon_threads = False
 
     def __init__(
         self,
@@ -89,7 +62,7 @@ class ChatServer(ThreadingHTTPServer):
         *,
         page: str,
         read: Callable[[bytes], object],
-        answer: Callable[[object], dict],
+        answer: Callable[[object, Callable[[], bool]], dict],
         limits: Limits,
     ):
         """
@@ -98,7 +71,8 @@ class ChatServer(ThreadingHTTPServer):
             port: 0: any that is free; ``server_address`` tells it.
             page: the HTML of GET /, with at most one script and one style of its own and nothing from elsewhere.
             read: the body of POST /chat to what is to be answered; its ValueErrors are the client's to mend.
-            answer: that to the JSON of the answer; it is called by one thread at a time.
+            answer: that to the JSON of the answer; it is called by one thread at a time, and is to return early once
+                its second argument returns True.
 
         Raises:
             ValueError: the address cannot be listened on.
@@ -108,6 +82,8 @@ class ChatServer(ThreadingHTTPServer):
         self.read, self.answer, self.limits = read, answer, limits
         self.host = host.lower()
         self.turn = threading.Lock()
+        self.closing = threading.Event()
+        self._open: set[socket.socket] = set()
         self.rate = RateLimit(limits.requests_per_minute)
         self._connections = threading.BoundedSemaphore(MAX_CONNECTIONS)
         if ":" in host:
@@ -122,6 +98,7 @@ class ChatServer(ThreadingHTTPServer):
         if not self._connections.acquire(blocking=False):
             self.shutdown_request(request)
             return
+        self._open.add(request)
         super().process_request(request, client_address)
 
     def process_request_thread(self, request, client_address) -> None:
@@ -129,7 +106,16 @@ class ChatServer(ThreadingHTTPServer):
         try:
             super().process_request_thread(request, client_address)
         finally:
+            self._open.discard(request)
             self._connections.release()
+
+    def server_close(self) -> None:
+        """Stop listening, cut short the answer that is being made, refuse those that wait, and end all threads."""
+        self.closing.set()
+        for connection in tuple(self._open):
+            with contextlib.suppress(OSError):  # it ended by itself
+                connection.shutdown(socket.SHUT_RD)  # what is still to be sent is sent
+        super().server_close()
 
     def handle_error(self, request, client_address) -> None:
         """A client that went away is no error of ours, and nothing of it belongs on the screen."""
@@ -186,12 +172,14 @@ class _Handler(BaseHTTPRequestHandler):
             message = f"the model was busy for {limits.max_wait_s:g} s (--max_wait_s)"
             raise Refused(503, message, retry_after_s=max(1.0, limits.max_wait_s))
         try:
-            answer = server.answer(request)
+            answer = {} if server.closing.is_set() else server.answer(request, server.closing.is_set)
         except Exception as error:
             logger.exception("an answer failed")
             raise Refused(500, "the model failed; the server's log has the cause") from error
         finally:
             server.turn.release()
+        if server.closing.is_set():
+            raise Refused(503, "the server is ending")
         self._send_json(200, answer)
 
     def _body(self) -> bytes:
