@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+from datetime import timedelta
 from pathlib import Path
 
 import deepspeed
@@ -18,6 +19,8 @@ from dschat.engine.processes import process_variables, shared_buffers
 from dschat.tracking import dist
 from dschat.tracking.log import logger
 
+# Where the environment has no DEEPSPEED_TIMEOUT (minutes): time to write 180 GB at 100 MB/s.
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 TORCH_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -43,7 +46,9 @@ def start_processes(local_rank: int = -1) -> torch.device:
     elif place == 0:
         _warn_of_stale_locks()
     try:
-        deepspeed.init_distributed()
+        # The others wait in a collective while the first process writes a model.
+        timeout = {} if os.environ.get("DEEPSPEED_TIMEOUT") else dict(timeout=COLLECTIVE_TIMEOUT)
+        deepspeed.init_distributed(**timeout)
     except torch.distributed.DistNetworkError as error:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise ValueError(f"MASTER_ADDR:MASTER_PORT {address}: {error}. Give a free port of the first host.") from error

@@ -38,7 +38,12 @@ class MovingAverage:
         """Become what ``state`` was taken of, whatever the number of processes; `saved` has ``of_rank`` and
         ``checkpoint.processes``."""
         parameters = dict(self.engine.module.named_parameters())
-        for rank in range(saved.checkpoint.processes):
+        ranks = range(saved.checkpoint.processes)
+        if self.engine.zero_optimization_stage() == 0:
+            ranks = ranks[:1]
+        elif len(ranks) == dist.world_size():
+            ranks = ranks[dist.rank() :][:1]  # the pieces are the same
+        for rank in ranks:
             tensors, values = saved.of_rank(rank)
             for name in tensors.keys() & self._pieces.keys():
                 own, first = self._pieces[name].view(-1), self._start(parameters[name], self._pieces[name])

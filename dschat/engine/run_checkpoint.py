@@ -7,6 +7,7 @@ goes when the newest is whole. `latest` names the newest.
 import json
 import re
 import shutil
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,13 +98,16 @@ def save_checkpoint(
     if not fault and dist.is_main():
         fault = _tried(_finish, temporary, path, {k: v for text in gathered for k, v in json.loads(text).items()})
     fault = dist.first_fault(fault)
-    if dist.is_main():
-        if fault:
-            shutil.rmtree(temporary, ignore_errors=True)
-            logger.warning(f"no checkpoint of step {step}: {fault}. Those from before are untouched; the run goes on.")
-        elif keep:
-            for old in _folders(root)[:-keep]:
-                _delete(old)
+    if fault:
+        # By everyone: where hosts share no folder, each has its own half.
+        shutil.rmtree(temporary, ignore_errors=True)
+    if fault and dist.is_main():
+        logger.warning(f"no checkpoint of step {step}: {fault}. Those from before are untouched; the run goes on.")
+    elif keep and dist.is_main():
+        # Newer folders are damaged ones, which this run began anew without; they are no reason to delete what it saves.
+        for old in [folder for folder in _folders(root) if _step(folder) <= step][:-keep]:
+            if problem := _tried(_delete, old):
+                logger.warning(f"{old} could not be deleted: {problem}")
     dist.barrier()
     return not fault
 
@@ -158,19 +162,36 @@ def delete_newer(root: Path, step: int) -> None:
     for path in root.glob(".step_*"):
         shutil.rmtree(path, ignore_errors=True)
     for path in _folders(root):
-        if int(NAME.fullmatch(path.name)[1]) > step:
+        if _step(path) > step:
             _delete(path)
 
 
+def is_shared(folder: Path) -> bool:
+    """Whether `folder`, which is there, is the same one for all processes. Every process must call it."""
+    mark = folder / dist.gather_texts(f".shared.{uuid.uuid4().hex}")[0]
+    fault = dist.first_fault(_tried(mark.touch) if dist.is_main() else "")
+    hidden = dist.first_fault("" if fault or mark.exists() else "not there")
+    if dist.is_main():
+        mark.unlink(missing_ok=True)
+    return not (fault or hidden)
+
+
 def last_step(root: Path) -> int | None:
-    """The step of the newest folder in `root`, whole or not; None where there is none."""
+    """The step of the newest folder in `root`, whole or not; None where there is none. Every process must call it: what
+    the first one sees counts.
+    """
     folders = _folders(root)
-    return int(NAME.fullmatch(folders[-1].name)[1]) if folders else None
+    found = dist.gather_texts(str(_step(folders[-1])) if folders else "")[0]
+    return int(found) if found else None
 
 
 def _folders(root: Path) -> list[Path]:
     """The checkpoints in `root`, the oldest first."""
     return sorted(path for path in root.glob("step_*") if NAME.fullmatch(path.name)) if root.is_dir() else []
+
+
+def _step(folder: Path) -> int:
+    return int(NAME.fullmatch(folder.name)[1])
 
 
 def _rank_file(rank: int) -> str:
@@ -195,6 +216,10 @@ def _write_own(temporary: Path, facts: dict, tensors: dict, state: dict, entries
 
 def _finish(temporary: Path, path: Path, entries: dict[str, dict]) -> None:
     write_manifest(temporary, entries)
+    try:
+        read_manifest(temporary)
+    except ValueError as error:
+        raise OSError(f"{error}. All processes must see the same folder {path.parent}: is it shared by all hosts?") from error
     _delete(path)
     temporary.rename(path)
     fsync(path.parent)

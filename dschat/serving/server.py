@@ -53,8 +53,6 @@ class ChatServer(ThreadingHTTPServer):
     C++ code is aborted.
     """
 
-    daemon_threads = False
-
     def __init__(
         self,
         host: str,
@@ -83,7 +81,7 @@ class ChatServer(ThreadingHTTPServer):
         self.host = host.lower()
         self.turn = threading.Lock()
         self.closing = threading.Event()
-        self._open: set[socket.socket] = set()
+        self._open: dict[socket.socket, threading.Thread] = {}
         self.rate = RateLimit(limits.requests_per_minute)
         self._connections = threading.BoundedSemaphore(MAX_CONNECTIONS)
         if ":" in host:
@@ -98,24 +96,34 @@ class ChatServer(ThreadingHTTPServer):
         if not self._connections.acquire(blocking=False):
             self.shutdown_request(request)
             return
-        self._open.add(request)
-        super().process_request(request, client_address)
+        # Not a daemon: the interpreter, too, waits for it.
+        thread = threading.Thread(target=self.process_request_thread, args=(request, client_address), daemon=False)
+        self._open[request] = thread
+        try:
+            thread.start()
+        except RuntimeError:  # the system has no thread left
+            del self._open[request]
+            self._connections.release()
+            self.shutdown_request(request)
 
     def process_request_thread(self, request, client_address) -> None:
         """The thread."""
         try:
             super().process_request_thread(request, client_address)
         finally:
-            self._open.discard(request)
+            del self._open[request]
             self._connections.release()
 
     def server_close(self) -> None:
         """Stop listening, cut short the answer that is being made, refuse those that wait, and end all threads."""
         self.closing.set()
-        for connection in tuple(self._open):
+        under_way = tuple(self._open.items())
+        for connection, _ in under_way:
             with contextlib.suppress(OSError):  # it ended by itself
                 connection.shutdown(socket.SHUT_RD)  # what is still to be sent is sent
         super().server_close()
+        for _, thread in under_way:
+            thread.join()
 
     def handle_error(self, request, client_address) -> None:
         """A client that went away is no error of ours, and nothing of it belongs on the screen."""

@@ -20,20 +20,38 @@ WATCH_INTERVAL_S = 2.0
 GRACE_S = 15.0
 
 
+_kept: "Interruption | None" = None  # the last one whose signals were taken
+
+
 class Interruption:
-    """Inside the context a first signal is noted, and a second SIGINT, a moment later, interrupts at once."""
+    """Inside the context a first signal is noted, and a second SIGINT, a moment later, interrupts at once.
+
+    Behind it, too, where no error ended it, until ``release``: what is left then is to save the model, and that is not
+    to be lost either.
+    """
 
     def __init__(self):
-        self._signal, self._when, self._before = 0, 0.0, {}
+        self._signal, self._when, self._before, self._over = 0, 0.0, {}, False
 
     def __enter__(self) -> "Interruption":
+        global _kept
         if threading.current_thread() is threading.main_thread():
+            if _kept is not None:
+                _kept.release()
+            _kept = self
             self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, kind, *_) -> None:
+        self._over = True
+        if kind is not None:
+            self.release()
+
+    def release(self) -> None:
+        """Signals act again as they did before the context."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        self._before = {}
 
     def agreed(self) -> int:
         """The number of the signal that any process got, 0 where none did. Every process must call it."""
@@ -46,7 +64,8 @@ class Interruption:
             self._signal, self._when = number, now
             name = signal.Signals(number).name
             # Not through logging: a handler may come in the middle of another message.
-            _say(f"\n{name}: will stop behind this step (rank {dist.rank()})\n")
+            what = "the model is being saved, and the run ends behind that" if self._over else "will stop behind this step"
+            _say(f"\n{name}: {what} (rank {dist.rank()})\n")
         elif number == signal.SIGINT and now - self._when > REPEATED_WITHIN_S:
             raise KeyboardInterrupt
 

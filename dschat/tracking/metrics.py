@@ -1,18 +1,24 @@
 """Metrics: one JSON line a step, and the same numbers in TensorBoard."""
 
+import contextlib
 import json
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from dschat.tracking import dist
+from dschat.tracking.log import logger
 from dschat.tracking.report import write_text
+
+NEWLINE = b"\n"
 
 
 class MetricsWriter:
     """Writes metrics on rank 0; on other ranks, and without an output folder, it does nothing.
 
-    A number that is not finite becomes null in the file: JSON has no word for it.
+    A number that is not finite becomes null in the file: JSON has no word for it. Lines that cannot be written (a full
+    disk) are kept and tried again with the next, and the run goes on.
     """
 
     def __init__(
@@ -27,6 +33,7 @@ class MetricsWriter:
             resume_from: go on with the file that is there, behind this step: later lines are cut off.
         """
         self._file = self._tensorboard = None
+        self._unwritten = b""
         if not dist.is_main():
             return
         if output_dir is not None:
@@ -34,7 +41,7 @@ class MetricsWriter:
             path = Path(output_dir) / "metrics.jsonl"
             if resume_from is not None:
                 _cut(path, resume_from)
-            self._file = open(path, "w" if resume_from is None else "a", encoding="utf-8")
+            self._file = open(path, "wb" if resume_from is None else "ab", buffering=0)
         if tensorboard_dir is not None:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -49,23 +56,47 @@ class MetricsWriter:
         """
         if self._file is not None:
             clean = {key: value if math.isfinite(value) else None for key, value in values.items()}
-            self._file.write(json.dumps({"step": step, **clean}) + "\n")
-            self._file.flush()
-        if self._tensorboard is not None:
-            for key, value in values.items():
-                self._tensorboard.add_scalar(key, value, global_step=step)
-            self._tensorboard.flush()
+            self._write_lines(json.dumps({"step": step, **clean}) + "\n")
+        self._try_tensorboard(lambda writer: _add_scalars(writer, step, values))
 
     def sync(self) -> None:
-        """Have all lines so far on disk."""
+        """Have all lines so far on disk, if it takes them."""
         if self._file is not None:
-            os.fsync(self._file.fileno())
+            self._write_lines("")
+            with contextlib.suppress(OSError):  # a disk that is full has been said
+                os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close both files."""
-        for sink in (self._file, self._tensorboard):
-            if sink is not None:
-                sink.close()
+        if self._file is not None:
+            self._write_lines("")
+            if self._unwritten:
+                logger.warning(f"{self._file.name} lacks its last {self._unwritten.count(NEWLINE)} lines")
+            self._file.close()
+        self._try_tensorboard(lambda writer: writer.close())
+
+    def _write_lines(self, text: str) -> None:
+        before, self._unwritten = self._unwritten, self._unwritten + text.encode()
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+        except OSError as error:
+            if not before:
+                logger.warning(f"{self._file.name}: {error.strerror}; its lines are kept in memory meanwhile")
+
+    def _try_tensorboard(self, action: Callable) -> None:
+        if self._tensorboard is not None:
+            try:
+                action(self._tensorboard)
+            except OSError as error:
+                logger.warning(f"no more TensorBoard events: {error}")
+                self._tensorboard = None
+
+
+def _add_scalars(writer, step: int, values: dict[str, float]) -> None:
+    for key, value in values.items():
+        writer.add_scalar(key, value, global_step=step)
+    writer.flush()
 
 
 def _cut(path: Path, step: int) -> None:

@@ -4,7 +4,6 @@ The main finds the checkpoint before any model loads (``find_checkpoint``), buil
 hands it to ``RunState``; the loop takes its batches from there and reports every step.
 """
 
-import random
 import signal
 from pathlib import Path
 from typing import Iterator, Protocol
@@ -16,6 +15,7 @@ from dschat.config.paths import user_path
 from dschat.engine.run_checkpoint import (
     Checkpoint,
     delete_newer,
+    is_shared,
     last_step,
     newest_checkpoint,
     open_checkpoint,
@@ -25,13 +25,13 @@ from dschat.tracking import dist
 from dschat.tracking.interrupt import Interruption, PeerWatch
 from dschat.tracking.log import Stopped, logger
 from dschat.tracking.metrics import MetricsWriter
-from dschat.trainers.setup import seed_everything
+from dschat.trainers.setup import random_state, seed_everything, set_random_state
 
 # Flags that may differ between a run and its resumption: they change neither the numbers nor the model.
 FREE = {
     *("output_dir", "resume", "save_interval", "save_total_limit", "log_interval_s", "local_rank", "data_output_path"),
     *("print_loss", "print_answers", "print_answers_interval", "enable_tensorboard", "tensorboard_path"),
-    *("deepspeed", "deepscale", "trust_remote_code"),
+    *("deepspeed", "deepscale", "trust_remote_code", "ignore_memory_plan"),
 }
 # With another number of processes these have to change, such that a step's rows stay as many; see ``_check_rows``.
 FREE_WITH_PROCESSES = {
@@ -81,11 +81,17 @@ def find_checkpoint(config) -> Checkpoint | None:
 
     Raises:
         ValueError: --resume names no whole checkpoint, or one of a run with other flags; or --output_dir holds
-            checkpoints, and --resume is not given or names one from elsewhere.
+            checkpoints, and --resume is not given or names one from elsewhere; or processes see different folders.
     """
     run = config.run
     if run.output_dir is None:
         return None
+    if (run.save_interval or run.resume) and not is_shared(Path(run.output_dir)):
+        raise ValueError(
+            f"--output_dir {run.output_dir} is not the same folder for all processes, and a checkpoint is written by all of "
+            "them. Give one on a file system that all hosts share, or leave --save_interval and --resume out: the finished "
+            "model is written by the first process alone."
+        )
     root = checkpoint_root(run.output_dir)
     if run.resume is None:
         step = last_step(root)
@@ -130,6 +136,7 @@ class RunState:
         self.parts: dict[str, Stateful] = {}
         self.facts: dict = {}
         self.step = 0  # steps that are done
+        self._saved_step = 0  # of them, how many a checkpoint holds
         self._restored: Checkpoint | None = None
         self._interruption = Interruption()
         self._peers = PeerWatch()
@@ -151,7 +158,8 @@ class RunState:
         checkpoint.load_engines(self.engines)
         for name, part in self.parts.items():
             part.restore(Saved(checkpoint, name))
-        self.step, self._restored = checkpoint.step, checkpoint
+        self.step = self._saved_step = checkpoint.step
+        self._restored = checkpoint
         if self.config.run.output_dir is not None:
             delete_newer(checkpoint_root(self.config.run.output_dir), checkpoint.step)
         dist.barrier()
@@ -209,10 +217,10 @@ class RunState:
         """Save the whole steps of a run that cannot go on; every process must call it. False where it was not possible."""
         if self.config.run.output_dir is None:
             return False
-        return last_step(checkpoint_root(self.config.run.output_dir)) == self.step or self._save()
+        return 0 < self._saved_step == self.step or self._save()
 
     def _save(self) -> bool:
-        tensors, state = _random_state()
+        tensors, state = random_state()
         tensors = {f"random/{key}": value for key, value in tensors.items()}
         values = {"random": state}
         for name, part in self.parts.items():
@@ -227,7 +235,7 @@ class RunState:
             **self.facts,
         }
         self.metrics.sync()
-        return save_checkpoint(
+        saved = save_checkpoint(
             checkpoint_root(self.config.run.output_dir),
             self.step,
             engines=self.engines,
@@ -236,6 +244,8 @@ class RunState:
             state=values,
             keep=self.config.run.save_total_limit,
         )
+        self._saved_step = self.step if saved else self._saved_step
+        return saved
 
     def _restore_random(self) -> None:
         if self._restored is None:
@@ -243,7 +253,7 @@ class RunState:
         saved = Saved(self._restored, "random")
         self._restored = None
         if saved.same_processes:
-            _set_random_state(*saved.of_rank())
+            set_random_state(*saved.of_rank())
         else:
             # Nobody's numbers to go on with: others than at the start, and others on each process.
             seed_everything(self.config.run.seed + 1_000_003 * self.step + dist.rank())
@@ -281,18 +291,3 @@ def _check_flags(config, checkpoint: Checkpoint) -> None:
             f"--resume {config.run.resume}: {checkpoint.path} is of a run with other flags: {'; '.join(changed)}. "
             "Give the flags of that run (its run.json holds them), or start a new one in another --output_dir."
         )
-
-
-def _random_state() -> tuple[dict[str, torch.Tensor], dict]:
-    tensors = {"torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        tensors["cuda"] = torch.cuda.get_rng_state()
-    return tensors, {"python": random.getstate()}
-
-
-def _set_random_state(tensors: dict[str, torch.Tensor], state: dict) -> None:
-    torch.set_rng_state(tensors["torch"])
-    if "cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["cuda"])
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))

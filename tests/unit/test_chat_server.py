@@ -228,7 +228,7 @@ def test_the_end_cuts_an_answer_short_refuses_who_waits_and_ends_all_threads():
             while len(server._open) < 3:
                 assert time.monotonic() < started + 10
                 time.sleep(0.001)
-        assert not [thread for thread in threading.enumerate() if "process_request_thread" in thread.name]
+        assert not [thread for thread in threading.enumerate() if "(process_request_thread)" in thread.name]
         assert time.monotonic() - started < min(chat_server.SOCKET_TIMEOUT_S, 20)
         for future in asked:
             found = future.result()
@@ -283,6 +283,19 @@ def test_it_listens_where_it_was_told_and_nowhere_else():
             socket.create_connection(("127.0.0.2", port), timeout=5)  # the same machine, another address
         with pytest.raises(ValueError, match=f"--host 127.0.0.1 --port {port}: cannot be listened on .*give another"):
             ChatServer(host, port, page="", read=None, answer=None, limits=Limits(**LIMITS))
+
+
+def test_a_system_without_threads_costs_a_connection_and_no_more(monkeypatch):
+    def none_left(self):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(chat_server, "MAX_CONNECTIONS", 1)
+    with serving() as server:
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", none_left)
+            with socket.create_connection(server.server_address, timeout=10) as client:
+                assert client.recv(100) == b""
+        assert request(server)[0] == 200
 
 
 def test_too_many_connections_are_closed(monkeypatch):

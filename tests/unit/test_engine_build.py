@@ -2,6 +2,7 @@
 
 import json
 import socket
+from datetime import timedelta
 
 import pytest
 import torch
@@ -45,6 +46,25 @@ def test_a_port_in_use_is_named(monkeypatch):
             monkeypatch.setenv(name, value)
         with pytest.raises(ValueError, match=f"MASTER_ADDR:MASTER_PORT 127.0.0.1:{port}: .*in use.*Give a free port"):
             build.start_processes()
+
+
+@pytest.mark.parametrize("minutes, timeout", [(None, {"timeout": timedelta(minutes=30)}), ("45", {})])
+def test_others_wait_while_the_first_process_writes_a_large_model(minutes, timeout, monkeypatch):
+    given = []
+
+    def group(**options):
+        given.append(options)
+        raise torch.distributed.DistNetworkError("far enough")
+
+    monkeypatch.setattr(build.deepspeed, "init_distributed", group)
+    for name, value in {**PLACE, "RANK": "1", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("DEEPSPEED_TIMEOUT", raising=False)
+    if minutes:
+        monkeypatch.setenv("DEEPSPEED_TIMEOUT", minutes)
+    with pytest.raises(ValueError, match="far enough"):
+        build.start_processes()
+    assert given == [timeout]
 
 
 def test_a_lock_that_a_killed_build_left_is_told_of(tmp_path, monkeypatch, caplog):

@@ -155,6 +155,45 @@ def test_metrics_are_json_lines_with_null_for_what_is_not_finite(tmp_path):
     assert json.loads(lines[1]) == {"step": 1, "a": None, "b": None, "c": None, "d": 2} and len(lines) == 2
 
 
+def test_metrics_wait_for_a_disk_that_is_full(tmp_path, shown):
+    writer = MetricsWriter(tmp_path)
+    disk = writer._file
+    with open("/dev/full", "wb", buffering=0) as writer._file:
+        writer.write(1, {"a": 1.0})
+        writer.write(2, {"a": 2.0})
+        writer.sync()
+    assert [("No space left on device" in line) for line in shown] == [True]
+    writer._file = disk
+    writer.write(3, {"a": 3.0})
+    writer.close()
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
+
+
+def test_metrics_that_found_no_room_are_counted_at_the_end(tmp_path, shown):
+    writer = MetricsWriter(tmp_path)
+    writer._file.close()
+    writer._file = open("/dev/full", "wb", buffering=0)
+    for step in (1, 2):
+        writer.write(step, {})
+    writer.close()
+    assert "lacks its last 2 lines" in shown[-1]
+
+
+def test_events_that_cannot_be_written_end_no_run(tmp_path, shown, monkeypatch):
+    writer = MetricsWriter(tmp_path, tensorboard_dir=tmp_path / "events")
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(writer._tensorboard, "flush", full)
+    writer.write(1, {"a": 1.0})
+    writer.write(2, {"a": 2.0})
+    writer.close()
+    assert len(shown) == 1 and "no more TensorBoard events" in shown[0] and "No space left" in shown[0]
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+
+
 def test_metrics_go_to_tensorboard_under_the_same_names(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
