@@ -11,6 +11,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from dschat.engine import triton_limits
+
 try:
     import triton
     import triton.language as tl
@@ -18,7 +20,6 @@ except ImportError:  # builds of torch for CPUs come without
     triton = None
 
 NAME = "dschat_decode"
-BLOCK = 64  # cache positions that a program reads at a time
 PROGRAMS = 512  # programs to aim for: four on each multiprocessor of an H100
 MAX_SPLITS = 16
 # Keys and values [B, K, 1, D] of the token that a decode step is at: from the cache's update, which gets them but sees no
@@ -28,6 +29,7 @@ _handed_over: list[tuple[torch.Tensor, torch.Tensor]] = []
 
 def register() -> None:
     """Make the attention known to transformers under NAME. With anything but bounds it is transformers' sdpa."""
+    triton_limits.look()
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, sdpa_mask)
 
@@ -79,7 +81,11 @@ def decode_attention(
     batch, heads, _, width = query.shape
     kv_heads = key.shape[1]
     group = heads // kv_heads
-    splits = max(1, min(MAX_SPLITS, PROGRAMS // (batch * kv_heads), key.shape[2] // BLOCK))
+    rows = 1 if group == 1 else max(16, next_power_of_2(group))
+    block, num_stages = triton_limits.attention_block(
+        rows=rows, width=next_power_of_2(width), itemsize=query.element_size(), shared=triton_limits.shared_bytes
+    )
+    splits = max(1, min(MAX_SPLITS, PROGRAMS // (batch * kv_heads), key.shape[2] // block))
     query = query.reshape(batch, heads, width).contiguous()
     out = torch.empty_like(query)
     parts = torch.empty(batch, heads, splits, width, dtype=torch.float32, device=query.device)
@@ -98,13 +104,14 @@ def decode_attention(
         *value.stride()[:3],
         KV_HEADS=kv_heads,
         GROUP=group,
-        ROWS=1 if group == 1 else max(16, next_power_of_2(group)),
+        ROWS=rows,
         SCALE=scale * 1.4426950408889634,  # exp(x) = exp2(x log2 e), and the GPU has exp2
         WIDTH=width,
         PADDED=next_power_of_2(width),
-        BLOCK=BLOCK,
+        BLOCK=block,
         SPLITS=splits,
         num_warps=1 if width <= 64 else 2,
+        num_stages=num_stages,
     )
     if splits > 1:
         _join[(batch * heads,)](

@@ -121,6 +121,10 @@ class SlotCache(Cache):
             slot_layer.values[slots, :, start:end] = layer.values.repeat_interleave(copies, dim=0)
 
 
+class GraphMismatch(Exception):
+    """A step cannot be captured, or computes something else than a plain one."""
+
+
 def length_groups(attention_mask: torch.Tensor) -> Iterator[torch.Tensor]:
     """Row indices [n] of prompts of like length, so that short ones are not prefilled as long as the longest."""
     stretch = (attention_mask.sum(-1) - 1).clamp(min=0) // GROUP_TOKENS
@@ -155,7 +159,16 @@ def takes_graphs(model: nn.Module) -> str | None:
         return "its cache has sliding windows or other states"
     if not getattr(model, "_supports_sdpa", False):
         return "its attention cannot be exchanged"
+    if has_length_dependent_rope(model):
+        return "its rotary embedding depends on the longest text"
     return None
+
+
+def has_length_dependent_rope(model: nn.Module) -> bool:
+    """True where positions are embedded otherwise once a text is long (rope types dynamic and longrope)."""
+    kinds = [getattr(module, "rope_type", None) for module in model.modules()]
+    names = [name for kind in kinds for name in (kind.values() if isinstance(kind, dict) else [kind])]
+    return any("dynamic" in name or name == "longrope" for name in names if isinstance(name, str))
 
 
 def decode_step(model: nn.Module, tokens: torch.Tensor, mask: torch.Tensor, cache: Cache) -> torch.Tensor:
@@ -178,7 +191,10 @@ def prefill_slots(
         Logits [B * copies, V] behind the prompts, and the cache, whose positions [0, P) are filled.
     """
     cache, logits = None, None
-    for rows in length_groups(attention_mask):
+    # Embeddings that look at the longest text of a batch have to see all of it, as the training module does.
+    whole = has_length_dependent_rope(model)
+    everyone = torch.arange(len(input_ids), device=input_ids.device)
+    for rows in [everyone] if whole else length_groups(attention_mask):
         found, group = prefill(model, input_ids[rows], attention_mask[rows])
         if cache is None:
             cache = make_cache([(layer.keys, layer.values) for layer in group.layers])

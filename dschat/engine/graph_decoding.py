@@ -13,10 +13,11 @@ from transformers import GenerationConfig
 
 from dschat.engine import decode_attention
 from dschat.engine.compiled_layers import CompiledLayers
-from dschat.engine.decoding import MISSING, TOLERANCE, Decoded, SlotCache, cache_gap, decode_step, logit_gap, prefill_slots
+from dschat.engine.decoding import MISSING, TOLERANCE, Decoded, GraphMismatch, SlotCache
+from dschat.engine.decoding import cache_gap, decode_step, logit_gap, prefill_slots
 from dschat.engine.graph_state import State
 from dschat.engine.sampling import Sampler, alone
-from dschat.engine.skinny_linear import plain_products, use_skinny_linears
+from dschat.engine.skinny_linear import plain_products, use_plain_linears, use_skinny_linears
 from dschat.engine.tensor_parallel import TensorGroup
 from dschat.models.causal_lm import takes_position_ids
 from dschat.models.structure import decoder_layers
@@ -25,10 +26,6 @@ from dschat.tracking.log import logger
 AHEAD = 8  # steps that the host may be ahead of the device
 SMALLEST = 8  # the smallest graph holds an eighth of the rows
 LENGTH_STEP = 64  # cache lengths are multiples of it
-
-
-class GraphMismatch(Exception):
-    """A captured step computes something else than a plain one."""
 
 
 class GraphDecoder:
@@ -57,6 +54,7 @@ class GraphDecoder:
         """
         decode_attention.register()
         self.model, self.compiled, self.group = model, compiled, group
+        self._own_attention = model.config._attn_implementation
         model.config._attn_implementation = decode_attention.NAME
         _, layers = decoder_layers(model)
         use_skinny_linears(layers)
@@ -87,7 +85,7 @@ class GraphDecoder:
             addresses: of the replica's weights now.
 
         Raises:
-            GraphMismatch: the first replayed step does not give a plain step's logits.
+            GraphMismatch: a step fails, or the first replayed one does not give a plain step's logits.
         """
         copies, num_new = generation.num_return_sequences or 1, generation.max_new_tokens
         num_rows = len(input_ids) * copies
@@ -125,6 +123,12 @@ class GraphDecoder:
         self.cache = self.state = self.sampler = self._pool = None
         self._key = ()
 
+    def undo(self) -> None:
+        """Free everything, and leave the model's layers as they were."""
+        self.release()
+        self.model.config._attn_implementation = self._own_attention
+        use_plain_linears(decoder_layers(self.model)[1])
+
     def _allocate(self, shapes, num_rows: int, length: int, num_new: int) -> None:
         """Cache and buffers for `num_rows` answers; kept, with their graphs, where they are large enough."""
         if self.cache is not None:
@@ -157,7 +161,8 @@ class GraphDecoder:
         self.cache.start(rows=rows, filled=0, captured=True)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream), self._compiled:
+        # The draws of these steps must not count: a run that captures anew, behind a checkpoint say, samples the same.
+        with torch.random.fork_rng([s.step.device] if s.step.is_cuda else []), torch.cuda.stream(stream), self._compiled:
             for _ in range(2):  # compiles and allocates outside of the capture, and writes the cache's last position
                 s.position.fill_(last)
                 s.step.zero_()
@@ -180,6 +185,17 @@ class GraphDecoder:
             f"torch.compile in {seconds:.1f} s; KV cache {self.cache.nbytes / 2**30:.2f} GiB"
         )
         return graph
+
+    def _graph_or_mismatch(self, rows: int) -> torch.cuda.CUDAGraph:
+        """``_graph``, whose errors mean that this model or GPU takes no graphs: attention of its own, say."""
+        try:
+            return self._graph(rows)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            if self.group is not None:
+                raise  # the other ranks of the group may have none, and would wait
+            raise GraphMismatch(f"{type(error).__name__}: {error}") from error
 
     def _step(self, rows: int) -> None:
         """One token for the first `rows` slots; all that changes stays in the buffers."""
@@ -255,7 +271,7 @@ class GraphDecoder:
                 if fitting < rows:
                     self._compact(rows, fitting)
                     rows = fitting
-            self._graph(rows).replay()
+            self._graph_or_mismatch(rows).replay()
             self._counts[place].copy_(self.state.remaining, non_blocking=True)
             self._events[place].record()
             if step == 1 and expected is not None:

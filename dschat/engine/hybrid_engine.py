@@ -10,8 +10,8 @@ import torch
 from deepspeed.runtime.rollout.base import RolloutBatch, RolloutEngine, RolloutRequest, SamplingConfig
 from transformers import GenerationConfig
 
-from dschat.engine.decoding import TOLERANCE, Decoded, eager_decode, logit_gap, prefill, takes_graphs
-from dschat.engine.graph_decoding import GraphDecoder, GraphMismatch
+from dschat.engine.decoding import TOLERANCE, Decoded, GraphMismatch, eager_decode, logit_gap, prefill, takes_graphs
+from dschat.engine.graph_decoding import GraphDecoder
 from dschat.engine.replica import MEMORY_SHARE, LoraMode, Replica, free_memory
 from dschat.engine.sampling import alone, eos_ids
 from dschat.engine.tensor_parallel import TensorGroup, gather_prompts
@@ -55,7 +55,7 @@ class Generator(RolloutEngine):
             max_new_tokens=sampling.max_new_tokens,
             num_return_sequences=copies,
             eos_token_id=eos,
-            pad_token_id=eos[0] if own.pad_token_id is None else own.pad_token_id,
+            pad_token_id=next(iter(eos), 0) if own.pad_token_id is None else own.pad_token_id,
         )
         prompts, mask = request.prompt_ids, request.prompt_attention_mask
         tokens = self.decode(prompts, mask, generation).tokens.repeat_interleave(samples // copies, dim=0)
@@ -171,7 +171,7 @@ class HybridEngine(Generator):
             except GraphMismatch as mismatch:
                 logger.warning(
                     f"Hybrid Engine: CUDA graphs are off for {type(self.engine.module).__name__}, whose captured "
-                    f"steps compute something else ({mismatch})"
+                    f"steps fail or compute something else ({mismatch})"
                 )
                 self._drop_graphs()
         agree = alone if self.group is None else self.group.agree
@@ -225,7 +225,7 @@ class HybridEngine(Generator):
 
     def _drop_graphs(self) -> None:
         if self._graphs is not None:
-            self._graphs.release()
+            self._graphs.undo()
         self._graphs = None
 
     def _description(self) -> str:

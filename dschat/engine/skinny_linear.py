@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from dschat.engine import triton_limits
 from dschat.models.families import SHARED_INPUT_NAMES
 
 try:
@@ -69,6 +70,7 @@ def plain_products():
 
 def use_skinny_linears(layers: nn.ModuleList) -> None:
     """Make every nn.Linear inside the decoder layers a SkinnyLinear; the same objects, so that weights stay in place."""
+    triton_limits.look()
     for parent in layers.modules():
         members = {name: m for name, m in parent.named_children() if type(m) is nn.Linear}
         names = {name: (name,) for name in members}
@@ -81,6 +83,14 @@ def use_skinny_linears(layers: nn.ModuleList) -> None:
             linear.__class__ = SkinnyLinear
             linear.group = tuple(members[other] for other in names[name])
             linear.waiting = waiting[names[name]]
+
+
+def use_plain_linears(layers: nn.ModuleList) -> None:
+    """Make every SkinnyLinear inside the decoder layers an nn.Linear again."""
+    for linear in layers.modules():
+        if type(linear) is SkinnyLinear:
+            linear.__class__ = nn.Linear
+            del linear.group, linear.waiting
 
 
 def skinny_linear(
@@ -96,7 +106,15 @@ def skinny_linear(
     m, k = x.shape
     widths = [weight.shape[0] for weight in weights]
     outs = [torch.empty(m, n, dtype=x.dtype, device=x.device) for n in widths]
-    settings = SETTINGS[6144 if sum(widths) >= 6144 else 4096 if sum(widths) >= 4096 else 0]
+    settings = dict(SETTINGS[6144 if sum(widths) >= 6144 else 4096 if sum(widths) >= 4096 else 0])
+    settings["num_stages"] = triton_limits.product_stages(
+        settings["num_stages"],
+        rows=MAX_ROWS,
+        block_n=settings["BLOCK_N"],
+        block_k=settings["BLOCK_K"],
+        itemsize=x.element_size(),
+        shared=triton_limits.shared_bytes,
+    )
     programs = sum((n + settings["BLOCK_N"] - 1) // settings["BLOCK_N"] for n in widths)
     pick = [min(i, len(weights) - 1) for i in range(3)]
     biased = biases[0] is not None

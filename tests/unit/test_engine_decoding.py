@@ -146,6 +146,15 @@ def test_deepspeeds_interface(engine):
     assert batch.attention_mask[:, 80:].sum(-1).tolist() == [len(row) for row in answers(found)]
 
 
+def test_a_model_without_end_or_padding_answers_deepspeeds_interface(engine, monkeypatch):
+    monkeypatch.setattr(engine.module, "generation_config", config(eos_token_id=None, pad_token_id=None))
+    ids, mask = prompts(5, 70)
+    batch = HybridEngine(engine).generate(
+        RolloutRequest(ids, mask), SamplingConfig(max_new_tokens=4, temperature=0.0, n_samples_per_prompt=1)
+    )
+    assert batch.input_ids.shape == (2, 84) and batch.attention_mask[:, 80:].all()
+
+
 def test_what_does_not_fit_is_refused_with_the_flag_that_frees_it(engine, monkeypatch):
     monkeypatch.setattr(hybrid_engine, "free_memory", lambda device: 2**20)
     with pytest.raises(ValueError, match=r"key-value cache of 4096 answers.*--per_device_generation_batch_size"):

@@ -4,9 +4,12 @@ import pytest
 import torch
 from models_helpers import FAMILIES, tiny
 from test_engine_decoding import config, prompts, stand_in
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from dschat.engine import decode_attention
-from dschat.engine.hybrid_engine import PlainGenerator
+from dschat.engine.decoding import takes_graphs
+from dschat.engine.hybrid_engine import HybridEngine, PlainGenerator
+from dschat.engine.skinny_linear import SkinnyLinear
 from dschat.models.causal_lm import load_causal_lm
 from tests.graph_stand_ins import attend, graphs_on_cpu, with_graphs
 
@@ -109,3 +112,75 @@ def test_a_step_that_computes_something_else_is_noticed(fault, monkeypatch):
     hybrid = with_graphs(engine)
     same(hybrid.decode(*reads, config()), PlainGenerator(engine).decode(*reads, config()))
     assert hybrid._graphs is None, "graphs should be off"
+
+
+def made(kind: str, **more):
+    """A miniature model of transformers that is none of FAMILIES, whose greedy answers are of many tokens."""
+    sizes = dict(vocab_size=264, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, bos_token_id=1, eos_token_id=2)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes, **more)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.5)
+    return stand_in(model)
+
+
+def test_a_model_whose_steps_fail_answers_without_graphs():
+    engine, reads = made("falcon"), prompts(3, 80, 20, 66)
+    expected = PlainGenerator(engine).decode(*reads, config())
+    hybrid = with_graphs(engine)
+    same(hybrid.decode(*reads, config()), expected)
+    assert hybrid._graphs is None, "its attention takes no bounds"
+
+
+def test_without_graphs_the_layers_are_as_they_were():
+    hybrid = with_graphs(engine_of("llama"))
+    model, reads = hybrid.replica.model, prompts(3, 80)
+    hybrid.decode(*reads, config())
+    assert any(isinstance(module, SkinnyLinear) for module in model.modules())
+    hybrid._drop_graphs()
+    assert not any(isinstance(module, SkinnyLinear) for module in model.modules())
+    assert model.config._attn_implementation == "sdpa"
+    same(hybrid.decode(*reads, config()), PlainGenerator(hybrid.engine).decode(*reads, config()))
+
+
+def test_captures_draw_no_random_numbers():
+    hybrid, reads, found = with_graphs(engine_of("llama")), prompts(3, 80, 20, 66), []
+    for _ in range(3):
+        torch.manual_seed(5)
+        found.append(hybrid.decode(*reads, config(do_sample=True, top_k=0, eos_token_id=[])).tokens)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[1], found[2])
+
+
+ROPES = {
+    "dynamic": dict(rope_type="dynamic", factor=2.0),
+    "longrope": dict(
+        rope_type="longrope",
+        factor=8.0,
+        original_max_position_embeddings=64,
+        long_factor=[2.0] * 8,
+        short_factor=[1.0] * 8,
+    ),
+}
+
+
+@pytest.mark.parametrize("rope", [None, *ROPES])
+def test_embeddings_that_depend_on_the_longest_text_take_no_graphs(rope, monkeypatch):
+    monkeypatch.setattr(decode_attention, "triton", object())
+    parameters = dict(rope_theta=10000.0, **ROPES[rope]) if rope else dict(rope_theta=10000.0, rope_type="default")
+    engine = made("llama", max_position_embeddings=512, rope_parameters=parameters)
+    reason = takes_graphs(engine.module)
+    assert reason is None if rope is None else "the longest text" in reason
+
+
+def test_prompts_of_unlike_length_are_embedded_as_by_the_training_module():
+    engine, (ids, mask) = made("llama", rope_parameters=dict(rope_theta=10000.0, **ROPES["longrope"])), prompts(9, 80, 20)
+    found = HybridEngine(engine).decode(ids, mask, config(eos_token_id=[]))
+    same(found, PlainGenerator(engine).decode(ids, mask, config(eos_token_id=[])))
+    texts, masks = torch.cat([ids, found.tokens], -1), torch.cat([mask, torch.ones_like(found.tokens)], -1)
+    with torch.no_grad():
+        positions = (masks.cumsum(-1) - 1).clamp(min=0)
+        logits = engine.module(input_ids=texts, attention_mask=masks, position_ids=positions).logits[:, 79:-1]
+    expected = logits.log_softmax(-1).gather(-1, found.tokens[..., None])[..., 0]
+    assert torch.allclose(found.logprobs, expected, atol=1e-3)
