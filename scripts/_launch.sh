@@ -166,11 +166,12 @@ check_output() {
     [[ -n "$1" ]] || fail "--output_dir has no value. Give a folder."
     mkdir -p -- "$1" 2>/dev/null && [[ -d "$1" && -w "$1" ]] ||
         fail "--output_dir $1: no folder that can be written. Give another as OUTPUT, or by --output_dir."
-    # Before its log is touched; dschat/tracking/lock.py holds this file while a run lasts.
+    # Before its log is touched; dschat/tracking/lock.py holds this file while a run lasts. The tasks of one run look at the
+    # same time: a shared lock meets a run's own, but not another task's.
     "$PYTHON" - "$1/.lock" <<'PYTHON' || fail "--output_dir $1: another run writes to it. Give another, or wait for its end."
 import fcntl, os, sys
 try:
-    fcntl.lockf(os.open(sys.argv[1], os.O_RDWR), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    fcntl.lockf(os.open(sys.argv[1], os.O_RDWR), fcntl.LOCK_SH | fcntl.LOCK_NB)
 except (BlockingIOError, PermissionError):
     sys.exit(1)
 except OSError:

@@ -354,6 +354,29 @@ def test_the_log_of_a_run_that_lasts_is_not_touched(bench):
     assert bench.run(SINGLE_NODE, STUB_SAYS="one").returncode == 0
 
 
+# Each look at the folder's lock lasts, so that those of several tasks meet.
+LOOKING = """#!/usr/bin/env bash
+if [[ "$1" == - ]]; then exec "$STUB_PYTHON" -c "$(cat)"$'\\nimport time\\ntime.sleep(1)' "${@:2}"; fi
+if [[ "$1" == -c ]]; then exec "$STUB_PYTHON" "$@"; fi
+"""
+
+
+def test_the_tasks_of_one_run_do_not_refuse_each_other(tmp_path):
+    stub = tmp_path / "python"
+    stub.write_text(LOOKING)
+    stub.chmod(0o755)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".lock").write_text("process 1 of an earlier run\n")
+    command = ["bash", str(SCRIPTS[MULTI_NODE]), "out", "--resume", "latest"]
+    tasks = []
+    for rank in range(4):
+        variables = {"PYTHON": str(stub), "STUB_PYTHON": sys.executable, "RANK": str(rank), "WORLD_SIZE": "4"}
+        options = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        tasks.append(subprocess.Popen(command, cwd=tmp_path, env={**os.environ, **variables}, **options))
+    said = [task.communicate(timeout=60)[0] for task in tasks]
+    assert [task.returncode for task in tasks] == [0] * 4, said
+
+
 # A launcher that ends at once when asked to, and a process below it that saves first, as DeepSpeed's.
 SAVING = """#!/usr/bin/env bash
 if [[ "$1" == - || "$1" == -c ]]; then exec "$STUB_PYTHON" "$@"; fi
