@@ -7,6 +7,7 @@ main.py. A program that starts several steps pays for the first two once, when i
 import base64
 import json
 import os
+import signal
 import sys
 from typing import TextIO
 
@@ -34,6 +35,9 @@ def start_launcher(
         status = 1
         try:
             os.setsid()  # a terminal's Ctrl-C goes to the caller, which hands it on
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                if callable(signal.getsignal(number)):  # the caller's, who would hand it on to itself
+                    signal.signal(number, signal.SIG_DFL)
             os.dup2(writable, 1)
             os.dup2(writable, 2)
             os.environ.update(environment)
