@@ -14,9 +14,7 @@ from its latest checkpoint where it has one.
 """
 
 import argparse
-import json
 import os
-import shutil
 import sys
 import time
 from dataclasses import dataclass
@@ -33,6 +31,7 @@ from dschat.tracking.child import run_logged, start_process  # noqa: E402
 from dschat.tracking.log import set_up_logging  # noqa: E402
 from dschat.tracking.progress import clock  # noqa: E402
 from dschat.tracking.report import cpu_cores, hardware, op_build_name, versions, write_json  # noqa: E402
+from dschat.tracking.steps import begin, finish, finished_seconds  # noqa: E402
 from dschat.tracking.summary import ppo_section, read_jsonl, summary_text, supervised_section  # noqa: E402
 
 MAINS = {
@@ -42,7 +41,7 @@ MAINS = {
 }
 TITLES = {1: "Step 1: supervised fine-tuning", 2: "Step 2: reward model", 3: "Step 3: PPO"}
 STAGES = {1: "sft", 2: "reward", 3: "ppo"}
-DEPENDENTS = {1: (1, 3), 2: (2, 3), 3: (3,)}  # what a new run of a step makes stale
+DEPENDENTS = {1: (3,), 2: (3,), 3: ()}  # the steps that start from the model of a step
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument("--num-processes", type=int, default=0, help="processes on this machine; default: by deployment")
     parser.add_argument("--hostfile", help="DeepSpeed hostfile, for multi_node")
     parser.add_argument("--save-interval", type=int, default=0, help="checkpoint every so many steps; 0: when stopped")
-    parser.add_argument("--fresh", action="store_true", help="run every step again, finished or not")
+    parser.add_argument("--fresh", action="store_true", help="run every step (with --step: those) from its start, whatever is there")
     return parser.parse_args(argv)
 
 
@@ -140,17 +139,6 @@ def step_command(step: int, plan: Plan, args: argparse.Namespace, *, on_gpu: boo
     return [str(MAINS[step]), *models[step], *plan.data[step], *flags, "--output_dir", str(plan.outputs[step])]
 
 
-def resumption(output: Path, command: list[str], *, fresh: bool) -> list[str]:
-    """The flags with which a step goes on that `command` began and did not finish; what others left is deleted."""
-    begun = output / "started.json"
-    same = begun.exists() and json.loads(begun.read_text()) == command
-    if not same or fresh:
-        shutil.rmtree(output / "checkpoints", ignore_errors=True)
-        write_json(begun, command)
-        return []
-    return ["--resume", "latest"] if (output / "checkpoints").is_dir() else []
-
-
 def num_processes(args: argparse.Namespace, *, on_gpu: bool) -> int:
     """Processes on this machine; 0: as many as DeepSpeed's command finds devices, or hosts."""
     one = args.deployment_type == "single_gpu" or not on_gpu
@@ -204,21 +192,18 @@ def run_steps(args: argparse.Namespace, plan: Plan, *, on_gpu: bool) -> dict[str
     seconds = {}
     for step in args.step or (1, 2, 3):
         command = step_command(step, plan, args, on_gpu=on_gpu)
-        done = plan.outputs[step] / "finished.json"
-        record = json.loads(done.read_text()) if done.exists() else {}
-        if record.get("command") == command and not args.fresh and not args.step:
-            print(f"\n{TITLES[step]}: finished before, {clock(record['seconds'])} (--fresh runs it again)")
-            seconds[STAGES[step]] = record["seconds"]
+        folder, later = plan.outputs[step], [plan.outputs[other] for other in DEPENDENTS[step]]
+        known = finished_seconds(folder, command)
+        if known is not None and not args.fresh and not args.step:
+            print(f"\n{TITLES[step]}: finished before, {clock(known)} (--fresh runs it again)")
+            seconds[STAGES[step]] = known
             continue
-        for later in DEPENDENTS[step]:
-            (plan.outputs[later] / "finished.json").unlink(missing_ok=True)
-        print(f"\n{TITLES[step]}  ->  {plan.outputs[step]}", flush=True)
+        print(f"\n{TITLES[step]}  ->  {folder}", flush=True)
         started = time.monotonic()
-        # A step that has finished is not gone on with: its checkpoints are of a model that is there.
-        flags = resumption(plan.outputs[step], command, fresh=args.fresh or bool(record))
-        run_step(command + flags, plan.outputs[step] / "training.log", args, on_gpu=on_gpu)
+        flags = begin(folder, command, later=later, fresh=args.fresh)
+        run_step(command + flags, folder / "training.log", args, on_gpu=on_gpu)
         seconds[STAGES[step]] = time.monotonic() - started
-        write_json(done, {"command": command, "seconds": seconds[STAGES[step]]})
+        finish(folder, command, seconds[STAGES[step]])
     return seconds
 
 

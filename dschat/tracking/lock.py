@@ -1,5 +1,6 @@
 """One run a folder: a lock that the system takes back when its process ends, however it ends."""
 
+import contextlib
 import fcntl
 import os
 import socket
@@ -18,8 +19,22 @@ def lock_folder(folder: Path) -> None:
         BlockingIOError: another process holds it; the message names it.
     """
     folder = folder.resolve()
-    if folder in _held:
-        return
+    if folder not in _held:
+        _held[folder] = _lock(folder)
+
+
+@contextlib.contextmanager
+def locked(folder: Path):
+    """Hold `folder` inside, in a process that does not hold it otherwise; raises as ``lock_folder`` does."""
+    descriptor = _lock(folder)
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _lock(folder: Path) -> int:
+    """The open file with which `folder` is held."""
     descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -31,4 +46,4 @@ def lock_folder(folder: Path) -> None:
         logger.warning(f"{folder}: cannot be locked ({error.strerror}): see yourself that no other run writes to it")
     os.ftruncate(descriptor, 0)
     os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-    _held[folder] = descriptor
+    return descriptor
