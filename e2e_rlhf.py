@@ -203,7 +203,7 @@ def run_steps(args: argparse.Namespace, plan: Plan, *, on_gpu: bool) -> dict[str
         flags = begin(folder, command, later=later, fresh=args.fresh)
         run_step(command + flags, folder / "training.log", args, on_gpu=on_gpu)
         seconds[STAGES[step]] = time.monotonic() - started
-        finish(folder, command, seconds[STAGES[step]])
+        finish(folder, command, seconds[STAGES[step]], later=later)
     return seconds
 
 

@@ -49,8 +49,8 @@ def begin(folder: Path, command: list[str], *, later: list[Path], fresh: bool) -
                 )
             if own and not before:
                 raise ValueError(
-                    f"{own} is of a run that cannot be gone on with: it was begun in another way. Give --fresh to begin anew, "
-                    "or another --output-dir."
+                    f"{own} is of a run that cannot be gone on with: it was begun in another way, or a step before it has "
+                    "run since. Give --fresh to begin anew, or another --output-dir."
                 )
             if changed:
                 print(f"  begins anew with other settings: {'; '.join(changed)}", flush=True)
@@ -61,12 +61,23 @@ def begin(folder: Path, command: list[str], *, later: list[Path], fresh: bool) -
         write_json(folder / STARTED, command)
         for stale in (folder, *later):
             (stale / FINISHED).unlink(missing_ok=True)
+        for stale in later:
+            (stale / STARTED).unlink(missing_ok=True)
     return ["--resume", "latest"] if own else []
 
 
-def finish(folder: Path, command: list[str], seconds: float) -> None:
-    """Record that `command` has finished the step."""
+def finish(folder: Path, command: list[str], seconds: float, *, later: list[Path]) -> None:
+    """Record that `command` has finished the step, and delete the checkpoints that `later` steps have of its old model.
+
+    Raises:
+        ValueError: another run writes to one of the later folders.
+    """
     write_json(folder / FINISHED, {"command": command, "seconds": seconds})
+    with _all_locked(later):
+        for stale in later:
+            if _last_checkpoint(stale):
+                print(f"  {stale / 'checkpoints'}: deleted, as it began from a model that has been trained anew", flush=True)
+                shutil.rmtree(stale / "checkpoints", ignore_errors=True)
 
 
 def differences(before: list[str], now: list[str]) -> list[str]:

@@ -70,6 +70,26 @@ def test_a_step_that_was_stopped_goes_on_and_finished_ones_do_not_run(chain):
     assert chain("--fresh") == [(1, ANEW), (2, ANEW), (3, ANEW)] and chain.checkpoints() == []
 
 
+@pytest.mark.parametrize("earlier", [1, 2])
+def test_behind_a_step_that_has_run_anew_nothing_goes_on(earlier, chain):
+    chain(stop=3)
+    assert chain(f"--step {earlier}") == [(earlier, ANEW)]
+    assert not (chain.folder(3) / "started.json").exists()
+    assert chain() == [(3, ANEW)]
+    (chain.folder(3) / "finished.json").unlink()
+    (chain.folder(3) / "checkpoints" / "step_00000005").mkdir(parents=True)
+    assert chain(f"--step {earlier} 3") == [(earlier, ANEW), (3, ANEW)]
+
+
+def test_checkpoints_behind_a_step_stay_until_it_has_finished(chain):
+    chain(stop=3)
+    chain("--step 1", stop=1)
+    assert chain.checkpoints() == [1, 3]
+    with pytest.raises(ValueError, match="step_00000005 is of a run that cannot be gone on with.* --fresh"):
+        chain("--step 3")
+    assert chain() == [(1, RESUMED), (3, ANEW)]
+
+
 def test_what_may_differ_freely_changes_nothing(chain, monkeypatch, tmp_path):
     chain("--save-interval 5", stop=3)
     moved = {step: Path("/elsewhere") / main.relative_to(ROOT) for step, main in chain.e2e.MAINS.items()}
