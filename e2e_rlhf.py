@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 from dschat.config.cache import cache_dir  # noqa: E402
 from dschat.config.ports import free_port  # noqa: E402
-from dschat.config.recipes import check_arguments, resolve_model, size_name, step_flags  # noqa: E402
+from dschat.config.recipes import check_arguments, default_reward_model, resolve_model, size_name, step_flags  # noqa: E402
 from dschat.tracking.child import run_logged, start_process  # noqa: E402
 from dschat.tracking.log import set_up_logging  # noqa: E402
 from dschat.tracking.progress import clock  # noqa: E402
@@ -59,7 +59,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--step", type=int, nargs="+", choices=(1, 2, 3), help="run these, finished or not")
     parser.add_argument("--actor-model", default="", help="size (1.3b), name, folder or hub id; default: embedded")
-    parser.add_argument("--reward-model", default="", help="likewise; default: 350m beside a real actor")
+    parser.add_argument("--reward-model", default="", help="likewise; default: 350m beside OPT, else the actor's own model")
     parser.add_argument("--actor-zero-stage", default="", choices=("", "0", "1", "2", "3"))
     parser.add_argument("--reward-zero-stage", default="", choices=("", "0", "1", "2", "3"))
     parser.add_argument("--output-dir", type=lambda path: os.path.abspath(os.path.expanduser(path)), default="./output")
@@ -81,7 +81,8 @@ def make_plan(args: argparse.Namespace) -> Plan:
         ValueError: a name that is nothing, or models that do not go together.
     """
     kind, actor = resolve_model(args.actor_model)
-    reward_kind, reward = resolve_model(args.reward_model or ("350m" if kind == "real" else args.actor_model))
+    default = default_reward_model(actor) if kind == "real" else args.actor_model
+    reward_kind, reward = resolve_model(args.reward_model or default)
     if kind != reward_kind:
         raise ValueError(
             f"--actor-model {args.actor_model or 'default'} and --reward-model {args.reward_model or 'default'} do not "
@@ -114,6 +115,19 @@ def make_plan(args: argparse.Namespace) -> Plan:
         for step, path in paths.items()
     }
     return Plan(kind, actor, reward, data, outputs)
+
+
+def check_pair(args: argparse.Namespace, plan: Plan) -> None:
+    """Raise a ValueError where the critic of step 3 will not know the actor's tokens; print it where step 3 does not run."""
+    if plan.kind != "real":
+        return
+    from dschat.trainers.reward_setup import unlike_tokens
+
+    fault = unlike_tokens(plan.actor, plan.reward)
+    if fault and 3 in (args.step or MAINS):
+        raise ValueError(fault)
+    if fault:
+        print(fault, flush=True)
 
 
 def step_command(step: int, plan: Plan, args: argparse.Namespace, *, on_gpu: bool) -> list[str]:
@@ -260,6 +274,7 @@ def main() -> None:
     check_arguments(args.output_dir, num_gpus=num_gpus, **given)
     started = time.monotonic()
     plan = make_plan(args)
+    check_pair(args, plan)
     prepare, build = time.monotonic() - started, build_ops(on_gpu=on_gpu)
     seconds = run_steps(args, plan, on_gpu=on_gpu)
     if not all((plan.outputs[step] / "finished.json").exists() for step in MAINS):

@@ -1,5 +1,6 @@
 """What e2e_rlhf.py runs: the flags of the three steps for the embedded default, the tiny models and the real sizes."""
 
+import json
 import os
 import re
 from pathlib import Path
@@ -102,6 +103,24 @@ def resolve_model(name: str) -> tuple[str, str]:
         f"{name!r} is no known model: give one of {', '.join((*OPT_SIZES, *LLAMA2, *TINY))}, an existing folder or a hub "
         "id (owner/name)."
     )
+
+
+def default_reward_model(actor: str) -> str:
+    """What step 2 starts from where nothing is said: opt-350m beside an OPT actor, as in DeepSpeed-Chat, else the actor's own.
+
+    In step 3 the critic starts from the reward model, and reads the actor's tokens.
+
+    Args:
+        actor: a hub id or a folder.
+    """
+    folder = Path(actor).expanduser()
+    is_opt = re.search(r"(^|[-_/])opt-", actor.lower()) is not None
+    if folder.is_dir():
+        try:
+            is_opt = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"] == "opt"
+        except (OSError, ValueError, LookupError, TypeError):  # step 1 says what is wrong with it
+            is_opt = False
+    return "facebook/opt-350m" if is_opt else actor
 
 
 def size_name(name: str) -> str:

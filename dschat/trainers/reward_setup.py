@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Callable
 
 from dschat.config.steps import PPOConfig
-from dschat.models.tokenizer import load_tokenizer
+from dschat.models.tokenizer import ensure_unambiguous_pad, load_tokenizer
 from dschat.tracking.log import logger
 from dschat.trainers.rewards import (
     FunctionReward,
@@ -95,3 +95,24 @@ def plan_rewards(config: PPOConfig, tokenizer) -> RewardPlan:
     models = {path: load(path, "--reward_model_name_or_path") for path in config.reward_models}
     functions = {name: load_function(name) for name in options.reward_fn}
     return RewardPlan(config, tokenizer, critic_tokenizer, models, functions)
+
+
+def unlike_tokens(actor: str, reward: str) -> str:
+    """Why step 3 will refuse a critic that has been trained from the model `reward`, beside an actor from `actor`.
+
+    "" where it will not, or where a tokenizer cannot be loaded: the steps say why.
+    """
+    if actor == reward:
+        return ""
+    try:
+        tokenizer, other = load_tokenizer(actor), load_tokenizer(reward)
+    except ValueError:
+        return ""
+    ensure_unambiguous_pad(other)  # as step 2 does
+    if same_tokens(tokenizer, other):
+        return ""
+    return (
+        f"--reward-model {reward}: its tokenizer ({len(other)} tokens) is not that of --actor-model {actor} ({len(tokenizer)} "
+        "tokens), and in step 3 the critic starts from the reward model and reads the actor's tokens. Give a reward model of "
+        "the actor's family, or the actor's own model."
+    )

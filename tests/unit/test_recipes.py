@@ -9,6 +9,7 @@ import pytest
 from dschat.config.parse import parse_config
 from dschat.config.recipes import check_arguments, resolve_model, size_name, step_flags
 from dschat.config.steps import PPOConfig, RewardConfig, SFTConfig
+from dschat.models.tiny import byte_tokenizer, make_tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = {1: SFTConfig, 2: RewardConfig, 3: PPOConfig}
@@ -102,6 +103,56 @@ def test_the_launcher_counts_processes_by_deployment(e2e):
 def test_models_that_do_not_go_together_are_refused(e2e):
     with pytest.raises(ValueError, match="--actor-model 1.3b and --reward-model tiny-opt"):
         e2e.make_plan(e2e.parse_args("--actor-model 1.3b --reward-model tiny-opt".split()))
+
+
+@pytest.mark.parametrize(
+    "actor, expected",
+    [
+        ("1.3b", "facebook/opt-350m"),
+        ("AdamG012/chat-opt-1.3b-sft-deepspeed", "facebook/opt-350m"),
+        ("an opt folder", "facebook/opt-350m"),
+        ("llama-2-7b", "meta-llama/Llama-2-7b-hf"),
+        ("owner/adopt-1b", "owner/adopt-1b"),
+        ("an opt-125m that is a llama", "an opt-125m that is a llama"),
+        ("no model", "no model"),
+    ],
+)
+def test_beside_an_actor_that_is_no_opt_the_reward_model_starts_from_it_too(actor, expected, e2e, tmp_path, monkeypatch):
+    for name, kind in (("an opt folder", "opt"), ("an opt-125m that is a llama", "llama"), ("no model", "")):
+        (tmp_path / name).mkdir()
+        if kind:
+            (tmp_path / name / "config.json").write_text(f'{{"model_type": "{kind}"}}')
+    monkeypatch.chdir(tmp_path)
+    plan = e2e.make_plan(e2e.parse_args(["--actor-model", actor]))
+    assert plan.reward == expected and plan.outputs[2].name == size_name(expected)
+    assert e2e.make_plan(e2e.parse_args(["--actor-model", actor, "--reward-model", "125m"])).reward == "facebook/opt-125m"
+
+
+def test_a_critic_that_cannot_read_the_actors_tokens_is_refused_before_step_1(e2e, tmp_path, monkeypatch, capsys):
+    actor = make_tiny_model(tmp_path / "actor", family="opt")
+    other = make_tiny_model(tmp_path / "other", family="opt", pad_is_eos=True)
+    ran = []
+    monkeypatch.setattr(e2e, "build_ops", lambda **_: 0.0)
+    monkeypatch.setattr(e2e, "set_up_logging", lambda: None)
+    monkeypatch.setattr(e2e, "run_steps", lambda args, plan, **_: ran.append(plan.reward) or {})
+
+    def main(*words):
+        monkeypatch.setattr(sys, "argv", ["e2e_rlhf.py", "--output-dir", str(tmp_path / "out"), *words])
+        e2e.main()
+
+    pair = ("--actor-model", str(actor), "--reward-model", str(other))
+    with pytest.raises(ValueError, match=r"--reward-model .*/other: .*\(260 tokens\) .* --actor-model .*/actor \(259 tokens\)"):
+        main(*pair)
+    assert ran == []
+    main(*pair, "--step", "1", "2")  # whose models may go other ways
+    assert ran == [str(other)] and f"--reward-model {other}" in capsys.readouterr().out
+    main("--actor-model", str(actor), "--reward-model", str(tmp_path))  # no tokenizer: step 2 says so
+    # A padding token that step 2 gives its model is no difference.
+    tokenizer = byte_tokenizer(pad_is_eos=True)
+    tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+    tokenizer.save_pretrained(actor)
+    main(*pair)
+    assert ran == [str(other), str(tmp_path), str(other)] and capsys.readouterr().out == ""
 
 
 def test_what_is_in_the_way_of_a_run_is_named_at_once(tmp_path):
