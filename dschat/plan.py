@@ -21,7 +21,9 @@ from dschat.tracking.report import table
 
 CONFIGS = {"1": SFTConfig, "2": RewardConfig, "dpo": DPOConfig, "3": PPOConfig}
 SIZES = ("opt-1.3b", "opt-6.7b", "opt-13b", "opt-30b", "opt-66b", "opt-175b", "llama-2-7b", "llama-2-13b", "llama-2-70b")
-CARDS_GIB = (16, 24, 32, 40, 48, 80, 141)
+# Common cards by the name of their size, and the GiB that torch sees on the smallest so named (T4, A10, V100, A100, L40S,
+# A100, H200).
+CARDS_GIB = {16: 14.6, 24: 22.0, 32: 31.7, 40: 39.4, 48: 44.4, 80: 79.1, 141: 139.8}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -75,7 +77,7 @@ def sizes_table(args: argparse.Namespace, flags: list[str]) -> str:
     for name in SIZES:
         _, plan, _ = planned(args, flags, name)
         need = needed_bytes(plan)
-        card = next((f"{size} GB" for size in CARDS_GIB if need <= size * GIB), "none")
+        card = next((f"{size} GB" for size, gib in CARDS_GIB.items() if need <= gib * GIB), "none")
         host = plan.host_bytes(processes=min(args.gpus, args.gpus_per_node))
         rows.append([name, f"{need / GIB:.1f}", plan.peak[0], f"{host / GIB:.1f}", card, "planned"])
     header = ["step " + args.step, "GiB a GPU", "worst phase", "GiB a host", "smallest card", "shown by"]

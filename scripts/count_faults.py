@@ -3,6 +3,8 @@
     python scripts/count_faults.py --output docs/results/faults.json
     python scripts/count_faults.py --slow    # the whole product of exact resume too
 
+It needs what the tests need: bash scripts/test.sh once, or pip install -e .[test].
+
 A fault is survived where the run goes on, or the same command with --resume latest does, and ends with the weights and
 metrics of an unbroken run. Bytes are compared one by one, of the saved models and of metrics.jsonl without its times. A
 test that fails records nothing, so that its faults are missing from the first two numbers, and the exit status is 1.
@@ -17,9 +19,11 @@ import tempfile
 import time
 from pathlib import Path
 
-from dschat.tracking.report import hardware, versions, write_json
-
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from dschat.tracking.report import hardware, versions, write_json  # noqa: E402
+
 SUMS = ("injected", "survived", "bytes_compared", "bytes_lost")
 
 

@@ -40,7 +40,7 @@ TINY_RUN = {
     "--per_device_training_batch_size 8 --max_prompt_seq_len 32 --max_answer_seq_len 16 --num_warmup_steps 0 "
     "--eval_prompts 32 --max_train_steps 8 --dtype fp32 --enable_hybrid_engine",
 }
-# DeepSpeed-Chat's published settings: learning rates, epochs and batches of its OPT and Llama-2 scripts.
+# One set for every published size. The launch scripts have DeepSpeed-Chat's own for each.
 REAL = {
     1: "--learning_rate 9.65e-6 --num_train_epochs 1 --max_seq_len 512 --per_device_train_batch_size 4 "
     "--gradient_checkpointing --gradient_accumulation_steps 4",

@@ -117,6 +117,14 @@ def test_dschat_plan(capsys):
     assert [row.split()[0] for row in table[-9:]] == list(plan.SIZES) and all("planned" in row for row in table[-9:])
 
 
+def test_a_card_holds_less_than_its_name_says(capsys, monkeypatch):
+    monkeypatch.setattr(plan, "SIZES", ("opt-1.3b",))
+    for need, card in ((21.9, "24 GB"), (23.9, "32 GB"), (31.8, "40 GB"), (79.5, "141 GB"), (140.0, "none")):
+        monkeypatch.setattr(plan, "needed_bytes", lambda found: need * 2**30)
+        plan.main("--step 1 --sizes --gpus 1".split())
+        assert capsys.readouterr().out.splitlines()[-1].split("  ")[-2].strip() == card
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
