@@ -11,6 +11,7 @@ HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 IN_FORM = re.compile(r"\s*Human:.*Assistant:\s*", re.DOTALL)
 # White space without line ends, each of which may begin a turn itself: with them the time grows with their square.
 TURN = re.compile(r"(?:^|\n)[^\S\n]*(Human|Assistant):")
+OTHER_ANSWER = "\ue000"  # of Unicode's private use: no template has it
 
 
 def render(row: Row, *, prompt_format: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str | None, str | None]:
@@ -96,9 +97,12 @@ def _chat(row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str | None
 
 def _chat_answer(messages: list[dict], answer: str, prompt: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """What the template writes between the generation prompt and the end of the answer, such as Llama-2's space."""
-    text = tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": answer}], tokenize=False)
-    end = text.rfind(answer) + len(answer)
-    # Some templates write a finished turn otherwise than they open one: then the answer as it stands.
-    if not text.startswith(prompt) or end < len(prompt) + len(answer):
-        return answer
-    return text[len(prompt) : end]
+    text, other = (
+        tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": content}], tokenize=False)
+        for content in (answer, OTHER_ANSWER)
+    )
+    # The answer's words may stand in the template's own, as "end" does in "<|im_end|>": another answer tells them apart.
+    head, found, _ = other.removeprefix(prompt).partition(OTHER_ANSWER)
+    # Some templates write a finished turn otherwise than they open one, or leave out or change what is in it: then the
+    # answer as it stands.
+    return head + answer if found and text.startswith(prompt + head + answer) else answer

@@ -63,6 +63,38 @@ def test_chat_answer_is_as_the_template_writes_it():
     assert texts(Row("p", "c"), "chat", numbered) == ("<turn 1>p<turn>", "c", None)
 
 
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# As Qwen3's: the last answer begins with an empty block of thoughts, which the generation prompt has not.
+NO_THOUGHTS = "<think>\n\n</think>\n\n"
+THINKING = CHATML.replace("\n{{", "\n{% if loop.last and m['role'] == 'assistant' %}" + NO_THOUGHTS + "{% endif %}{{", 1)
+SPACED = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]"
+    "{% else %} {{ m['content'] }} </s>{% endif %}{% endfor %}"
+)
+GENERATION = "{% if add_generation_prompt %}<assistant>{% endif %}"
+DROPPING = "{% for m in messages %}<{{ m['role'] }}>{% if loop.first %}{{ m['content'] }}{% endif %}<end>{% endfor %}" + GENERATION
+SHOUTING = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] | upper }}<end>{% endfor %}" + GENERATION
+
+
+@pytest.mark.parametrize("answer", ["d", "", "|", "s", "s>", "think", "end", "</think>", "\n", "aa", "<|im_end|>", "d d", "no"])
+@pytest.mark.parametrize(
+    "template, head",
+    [(CHAT_TEMPLATE, ""), (CHATML, ""), (THINKING, NO_THOUGHTS), (SPACED, " ")],
+    ids=["plain", "chatml", "thinking", "spaced"],
+)
+def test_chat_answer_ends_where_it_ends_though_the_template_writes_its_words_too(template, head, answer):
+    assert texts(Row("d", answer, answer + "d"), "chat", template)[1:] == (head + answer.strip(), head + answer.strip() + "d")
+
+
+@pytest.mark.parametrize("template", [DROPPING, SHOUTING], ids=["dropping", "shouting"])
+@pytest.mark.parametrize("answer", ["d", "", "end", "no"])
+def test_an_answer_that_the_template_leaves_out_or_changes_stays_as_it_stands(template, answer):
+    assert texts(Row("p", answer), "chat", template)[1] == answer
+
+
 def test_parse_turns():
     assert parse_turns("Human: in prose") == [{"role": "user", "content": "Human: in prose"}]
     turns = parse_turns("\n\nHuman: a: b\n\nAssistant: c\nd\n\nHuman: e\n\nAssistant:")
