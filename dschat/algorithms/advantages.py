@@ -72,7 +72,9 @@ def group_advantages(
     Returns:
         [B, R], 0 outside the mask.
     """
-    totals = rewards.sum(-1).view(-1, num_samples)
+    # Equal rewards differ from their mean in fp32 by a rounding error, which the division of grpo would make an advantage.
+    exact = rewards.double()
+    totals = exact.sum(-1).view(-1, num_samples)
     mean = totals.mean(-1, keepdim=True)
     if estimator == "rloo":
         # R_i - mean of the others = (R_i - mean of all) * n / (n - 1)
@@ -80,9 +82,8 @@ def group_advantages(
     elif estimator == "grpo":
         advantages = ((totals - mean) / (totals.std(-1, keepdim=True) + 1e-6)).view(-1, 1).expand_as(rewards)
     elif estimator == "reinforce_baseline":
-        zeros = torch.zeros_like(rewards)
-        reward_to_go, _ = gae(rewards, zeros, mask, gamma=gamma, lam=1.0)
+        reward_to_go, _ = gae(exact, torch.zeros_like(exact), mask, gamma=gamma, lam=1.0)
         advantages = reward_to_go - mean.expand_as(totals).reshape(-1, 1)
     else:
         raise ValueError(f"advantage estimator {estimator!r}: rloo, grpo and reinforce_baseline need no critic.")
-    return torch.where(mask.bool(), advantages, torch.zeros_like(rewards))
+    return torch.where(mask.bool(), advantages, torch.zeros_like(exact)).to(rewards.dtype)

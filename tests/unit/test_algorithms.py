@@ -284,6 +284,16 @@ def test_group_advantages_by_hand():
         estimate("gae")
 
 
+@pytest.mark.parametrize("num_samples", [3, 8, 16])
+@pytest.mark.parametrize("estimator", ["rloo", "grpo", "reinforce_baseline"])
+def test_equal_rewards_have_no_advantage_at_all(estimator, num_samples):
+    groups = 10 * torch.randn(1000, generator=torch.Generator().manual_seed(num_samples))
+    rewards = groups.repeat_interleave(num_samples)[:, None]
+    mask = torch.ones_like(rewards, dtype=torch.bool)
+    found = group_advantages(rewards, mask, estimator=estimator, num_samples=num_samples, gamma=1.0)
+    assert found.dtype == torch.float32 and not found.any()
+
+
 @pytest.mark.parametrize("gamma", [1.0, 0.9])
 @pytest.mark.parametrize("estimator", ["grpo", "reinforce_baseline"])
 def test_grpo_and_reinforce_baseline_equal_a_plain_loop(estimator, gamma):
