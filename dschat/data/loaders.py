@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from dschat.config.options import DataOptions
 from dschat.data.datasets import PairDataset, PromptDataset, SFTDataset, truncation_report
 from dschat.data.sources import Part, Source, load_source
-from dschat.data.splits import Blend, parse_shares, split_indices
+from dschat.data.splits import Blend, first_of_each, parse_shares, split_indices
 from dschat.tracking import dist
 
 logger = logging.getLogger(__name__)
@@ -243,8 +243,16 @@ def make_loaders(
 
 
 def first_rows(dataset: Dataset, most: int) -> Dataset:
-    """`dataset`, cut to its first `most` rows where it has more, which the log then says."""
+    """`dataset`, cut to `most` rows where it has more, which the log then says: the first of each source, in proportion."""
     if len(dataset) > most:
-        logger.info("evaluating on the first %d of %d held-out rows", most, len(dataset))
-        dataset.rows = Subset(dataset.rows, range(most))
+        kept = first_of_each(dataset.rows, most)
+        from_one = kept == list(range(most))
+        logger.info(
+            "evaluating on %s%d of %d held-out rows%s",
+            "the first " if from_one else "",
+            most,
+            len(dataset),
+            "" if from_one else ", the first of each source in proportion to its rows",
+        )
+        dataset.rows = Subset(dataset.rows, kept)
     return dataset

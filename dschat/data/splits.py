@@ -66,10 +66,15 @@ class Blend(Sequence):
 
     def __init__(self, pieces: Sequence[tuple[Source, Part]]):
         self.pieces = list(pieces)
-        self._ends = np.cumsum([len(part) for _, part in self.pieces]).tolist()
+        self._ends = np.cumsum(self.sizes).tolist()
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
+
+    @property
+    def sizes(self) -> list[int]:
+        """Rows of each piece."""
+        return [len(part) for _, part in self.pieces]
 
     def locate(self, position: int) -> tuple[int, int]:
         """The number of the piece and the row in it that stand at `position`."""
@@ -82,3 +87,19 @@ class Blend(Sequence):
         piece, at = self.locate(position)
         source, part = self.pieces[piece]
         return source.row(part[at], place=part.place(at))
+
+
+def first_of_each(rows: Sequence[Row], most: int, *, least: int = 1) -> list[int]:
+    """Where the first rows of each source of `rows` stand, at most `most` in all, in proportion to the sources' sizes.
+
+    Largest remainder, but no source gives fewer than `least` rows, as far as it has them and `most` allows as many for all.
+    """
+    sizes = [size for size in (rows.sizes if isinstance(rows, Blend) else [len(rows)]) if size]
+    counts = share_sizes(min(most, sum(sizes)), [Fraction(size) for size in sizes]) if sizes else []
+    floors = [min(size, least, most // len(sizes)) for size in sizes]
+    while any(count < floor for count, floor in zip(counts, floors)):
+        spare = [count - floor for count, floor in zip(counts, floors)]
+        counts[spare.index(max(spare))] -= 1
+        counts[spare.index(min(spare))] += 1
+    begins = [sum(sizes[:i]) for i in range(len(sizes))]
+    return [begin + position for begin, count in zip(begins, counts) for position in range(count)]

@@ -7,7 +7,14 @@ from data_helpers import CHAT_TEMPLATE, EOS, PAD, ids_of, make_tokenizer, pairs,
 from dschat.config.options import DataOptions
 from dschat.data import inspect
 from dschat.data.collate import collate_prompts
-from dschat.data.loaders import ShardedSampler, build_pair_data, build_prompt_data, build_sft_data, make_loader
+from dschat.data.loaders import (
+    ShardedSampler,
+    build_pair_data,
+    build_prompt_data,
+    build_sft_data,
+    first_rows,
+    make_loader,
+)
 
 
 def order(num_rows, *, epoch=0, **options):
@@ -137,6 +144,24 @@ def test_building_reports_cut_rows(tmp_path, caplog):
     # p0 to p9 have two tokens, p10 to p29 three.
     assert "training data: 20 rows; 10 of the first 20 rows are longer than --max_prompt_seq_len 2" in caplog.text
     assert "evaluation data: 10 rows; 10 of the first 10 rows" in caplog.text
+
+
+def test_evaluation_takes_the_first_rows_of_every_source_in_proportion(tmp_path, caplog):
+    data = data_options(
+        folder(tmp_path, num_eval=30), folder(tmp_path, "other", 20, 10, begin=100), data_split="0,0,1"
+    )
+    held_out = build(3, data)[1]
+    everything = prompts(held_out)
+    with caplog.at_level(logging.INFO):
+        assert prompts(first_rows(held_out, 40)) == everything
+        assert "evaluating" not in caplog.text
+        assert prompts(first_rows(held_out, 8)) == [*everything[:6], *everything[30:32]]
+    assert "evaluating on 8 of 40 held-out rows, the first of each source in proportion" in caplog.text
+    assert held_out[7]["input_ids"] == ids_of(everything[31])
+    alone = build(3, data_options(folder(tmp_path, num_eval=30), data_split="0,0,1"))[1]
+    with caplog.at_level(logging.INFO):
+        assert prompts(first_rows(alone, 8)) == everything[:8]
+    assert "evaluating on the first 8 of 30 held-out rows" in caplog.text
 
 
 def test_format_that_rows_do_not_fit_shows_when_built(tmp_path):

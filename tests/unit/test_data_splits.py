@@ -1,6 +1,6 @@
 import pytest
 
-from dschat.data.splits import parse_shares, share_sizes, split_indices
+from dschat.data.splits import Blend, first_of_each, parse_shares, share_sizes, split_indices
 
 
 @pytest.mark.parametrize(
@@ -41,3 +41,26 @@ def test_split_depends_on_size_and_seed_alone():
 def test_bad_split_names_the_flag_and_a_remedy(data_split):
     with pytest.raises(ValueError, match=r"--data_split .*such as 2,4,4"):
         split_indices(10, data_split, stage=1, data_seed=0)
+
+
+@pytest.mark.parametrize(
+    "sizes, most, least, counts",
+    [
+        ([10], 4, 1, [4]),
+        ([10], 20, 1, [10]),
+        ([90, 10], 50, 1, [45, 5]),
+        ([990, 10], 20, 1, [19, 1]),  # due 19.8 and 0.2
+        ([990, 0, 5, 5], 3, 1, [1, 0, 1, 1]),
+        ([990, 5, 5], 2, 1, [2, 0, 0]),  # too few for one of each
+        ([900, 100], 20, 8, [12, 8]),
+        ([900, 3], 20, 8, [17, 3]),
+        ([900, 100], 20, 50, [10, 10]),  # half of them is all that each can have
+        ([], 5, 1, []),
+    ],
+)
+def test_first_rows_of_each_source_are_in_proportion(sizes, most, least, counts):
+    blend = Blend([(None, range(size)) for size in sizes])
+    begins = [sum(sizes[:i]) for i in range(len(sizes))]
+    expected = [begin + i for begin, count in zip(begins, counts) for i in range(count)]
+    assert first_of_each(blend, most, least=least) == expected
+    assert first_of_each(["row"] * 7, most) == list(range(min(7, most)))
