@@ -12,10 +12,12 @@ from transformers import PreTrainedTokenizerBase
 
 from dschat.data.encoding import encode_answer, encode_prompt, leading_ids, trim_prompt
 from dschat.data.rows import Row
+from dschat.data.splits import first_of_each
 from dschat.data.templates import render
 
 IGNORED = -100
 MIN_CUT_ANSWER = 2
+LEAST_SAMPLED = 50  # rows of each source that truncation_report looks at, if there is room for as many of all
 
 
 class _TextDataset(Dataset):
@@ -206,16 +208,19 @@ class PromptDataset(_TextDataset):
 
 
 def truncation_report(dataset: _TextDataset, sample: int = 1000, *, trained: bool = True) -> str:
-    """One line: how many of the first `sample` rows are longer than the limit, and the longest of them.
+    """One line: how many of the first rows of each source are longer than the limit, and the longest of them.
 
     Args:
+        sample: the most rows to look at.
         trained: the rows are trained on, and not for evaluation alone.
 
     Raises:
-        ValueError: rows that are trained on are all pairs of which the limit leaves no difference.
+        ValueError: a row that the prompt format cannot show, or rows that are trained on are all pairs of which the limit
+            leaves no difference.
     """
-    lengths = [dataset.num_tokens(index) for index in range(min(sample, len(dataset)))]
-    cut = [index for index, length in enumerate(lengths) if length > dataset.limit]
+    sampled = first_of_each(dataset.rows, sample, least=LEAST_SAMPLED)
+    lengths = [dataset.num_tokens(index) for index in sampled]
+    cut = [index for index, length in zip(sampled, lengths) if length > dataset.limit]
     num_ties = sum(dataset.is_tie(index) for index in cut)
     limit = f"{dataset.limit_flag} {dataset.limit}"
     if trained and num_ties and num_ties == len(lengths):
@@ -224,8 +229,10 @@ def truncation_report(dataset: _TextDataset, sample: int = 1000, *, trained: boo
             f"{limit}: {place or 'row 0'}: its two answers are equal once they are cut to so many tokens, and so are those of all "
             f"{num_ties} pairs looked at. Give a larger {dataset.limit_flag}, or pairs that differ sooner."
         )
+    from_one = sampled == list(range(len(sampled)))
+    rows = f"the first {len(lengths)} rows" if from_one else f"{len(lengths)} rows, the first of each source,"
     return (
-        f"{len(cut)} of the first {len(lengths)} rows are longer than {limit} and are cut "
+        f"{len(cut)} of {rows} are longer than {limit} and are cut "
         f"(longest: {max(lengths, default=0)} tokens)"
         + (f"; {num_ties} pairs of these have no difference left, and teach nothing" if num_ties else "")
     )

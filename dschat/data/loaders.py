@@ -201,7 +201,7 @@ def _having(part: Part, needs: str, *, stage: int, skip: bool) -> Part:
 
 def _reported(datasets) -> tuple:
     train, held_out = datasets
-    # Also renders rows of both parts, so that a format they do not fit shows before any model loads.
+    # Also renders rows of every source in both parts, so that a format they do not fit shows before any model loads.
     for name, dataset in (("training", train), ("evaluation", held_out)):
         logger.info("%s data: %d rows; %s", name, len(dataset), truncation_report(dataset, trained=dataset is train))
     return train, held_out

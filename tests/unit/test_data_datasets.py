@@ -5,6 +5,7 @@ from dschat.data.collate import collate_pairs, collate_prompts, collate_text
 from dschat.data.datasets import PairDataset, PromptDataset, SFTDataset, truncation_report
 from dschat.data.encoding import encode_answer, leading_ids
 from dschat.data.rows import Row
+from dschat.data.splits import Blend
 
 SPACE_A = 259  # the one token of two bytes, " a"
 
@@ -155,6 +156,30 @@ def test_truncation_report():
     assert truncation_report(prompt_data(rows, max_prompt_len=4)).startswith(
         "1 of the first 5 rows are longer than --max_prompt_seq_len 4"
     )
+
+
+def test_truncation_report_looks_at_a_part_of_every_source():
+    short, long = [Row("p", "a")] * 5000, [Row("p" * 9, "a")] * 5000
+    read = []
+
+    class Rows:
+        def row(self, raw, *, place):
+            read.append(raw)
+            return raw
+
+    class Pieces(list):
+        def place(self, at):
+            return ""
+
+    def report(*pieces):
+        read.clear()
+        return truncation_report(prompt_data(Blend([(Rows(), Pieces(piece)) for piece in pieces]), max_prompt_len=4))
+
+    assert report(short, long).startswith("500 of 1000 rows, the first of each source, are longer than")
+    assert report(short * 100, long).startswith("50 of 1000 rows, the first of each source, are longer than")
+    assert report(short * 100, long[:3]).startswith("3 of 1000 rows")
+    assert report(*[short] * 40, long).startswith("24 of 1000 rows") and len(read) == 1000
+    assert report(short).startswith("0 of the first 1000 rows")
 
 
 def test_pairs_that_are_equal_once_cut_are_counted_and_all_of_them_refused():

@@ -169,6 +169,17 @@ def test_format_that_rows_do_not_fit_shows_when_built(tmp_path):
         build(3, data_options(folder(tmp_path), prompt_format="chat"))
 
 
+@pytest.mark.parametrize("part", ["train", "eval"])
+def test_format_that_a_later_source_does_not_fit_shows_when_built(tmp_path, part):
+    texts = folder(tmp_path, num_train=1500, num_eval=1500)
+    for name in ("train", "eval"):
+        messages = [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}]
+        write_lines(tmp_path / "late" / f"{name}.jsonl", messages * 3 if name == part else pairs(3))
+    data = data_options(texts, tmp_path / "late", data_split="0,0,1", prompt_format="plain")
+    with pytest.raises(ValueError, match=rf"{part}.jsonl, line \d: --prompt_format plain cannot show messages"):
+        build(3, data)
+
+
 def test_loader_gives_each_rank_its_batches(tmp_path):
     train, _ = build(3, data_options(folder(tmp_path), data_split="0,0,1"))
     seen = []
