@@ -69,16 +69,23 @@ class RetokenisedReward:
         self.max_tokens = max_tokens
 
     def __call__(self, answers: Answers, texts) -> torch.Tensor:
-        known = texts()
-        ids = [
-            self._ids(row, answer, ended) for row, answer, ended in zip(known.rows, known.answers, known.ended)
-        ]
+        known, ids, failure = texts(), [], None
+        for row, answer, ended in zip(known.rows, known.answers, known.ended):
+            try:
+                ids.append(self._ids(row, answer, ended))
+            except RewardFailure as error:
+                failure = failure or error
+                ids.append([self.tokenizer.eos_token_id])
         longest = max(len(row) for row in ids)
         device = answers.input_ids.device
         mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in ids], device=device)
         pad = self.tokenizer.pad_token_id
         tokens = torch.tensor([row + [pad] * (longest - len(row)) for row in ids], device=device)
-        return pool_last(self.engine(input_ids=tokens, attention_mask=mask), mask)
+        # Also where an answer cannot be shown: under ZeRO-3 the others gather weights in this forward, and would wait there.
+        values = self.engine(input_ids=tokens, attention_mask=mask)
+        if failure is not None:
+            raise failure
+        return pool_last(values, mask)
 
     def _ids(self, row, answer: str, ended: bool) -> list[int]:
         row = replace(row, chosen=answer or " ", rejected=None)

@@ -4,7 +4,9 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from safetensors.torch import load_file
 
+from dschat.algorithms.types import PromptBatch
 from dschat.config.options import ScheduleOptions, SystemOptions
+from dschat.data.rows import Row
 from dschat.engine.build import (
     TORCH_DTYPES,
     build_inference_engine,
@@ -20,6 +22,8 @@ from dschat.models.causal_lm import forward_logits, load_causal_lm
 from dschat.models.reward_model import load_reward_model
 from dschat.models.tokenizer import load_tokenizer
 from dschat.tracking import dist
+from dschat.trainers.rewards import RetokenisedReward, RewardFailure, WeightedRewards
+from dschat.trainers.rollout import Answers
 
 
 def planted(stock: str, *, zero: int, dtype: str, offload: bool, accumulation: int, value: str) -> dict:
@@ -173,3 +177,35 @@ def scaled_head(stock: str, *, zero: int) -> dict:
         "without gradient, in eval mode": not any(p.requires_grad for p in model.parameters()) and not model.training,
         "partitioned where it should be": (zero == 3) == any(hasattr(p, "ds_id") for p in model.parameters()),
     }
+
+
+class OnePrompt:
+    """A data set of one prompt."""
+
+    def prompt_text(self, index: int) -> str:
+        return "p"
+
+    def row(self, index: int) -> Row:
+        return Row("p")
+
+
+def refused_prompt(stock: str, *, zero: int) -> str:
+    """What a reward raises where its model's chat template refuses a prompt on rank 1 alone."""
+    path = f"{stock}/reward/llama"
+    tokenizer = load_tokenizer(path)
+    config = inference_config(
+        SystemOptions(zero_stage=zero), dtype="fp32", micro_batch_size=1, world_size=dist.world_size()
+    )
+    with partitioned_loading(config):
+        model = load_reward_model(path, dtype=torch.float32, tokenizer=tokenizer)
+    tokenizer.chat_template = "{{ raise_exception('not this one') }}" if dist.rank() == 1 else "{{ messages[0]['content'] }}"
+    reward = RetokenisedReward(build_inference_engine(model, ds_config=config), "m", tokenizer, prompt_format="chat")
+    ids = here(torch.tensor([[5, 6]]))
+    ones = torch.ones_like(ids)
+    prompts = PromptBatch(ids[:, :1], ones[:, :1], torch.zeros_like(ids[0, :1]))
+    answers = Answers(prompts, ids, ones, response_mask=ones[:, 1:].bool(), ended=ones[:, 0].bool())
+    try:
+        WeightedRewards([reward], [], OnePrompt(), tokenizer)(answers)
+    except RewardFailure as error:
+        return str(error)
+    return ""

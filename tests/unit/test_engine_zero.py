@@ -27,6 +27,8 @@ WHOLE = [
 ]
 SCALED = [check_case(f"scaled-{zero}", "scaled_head", zero=zero) for zero in (0, 3)]
 
+REFUSED = [check_case(f"refused-{zero}", "refused_prompt", zero=zero) for zero in (0, 3)]
+
 
 def failing(launches, case) -> list[str]:
     """What did not hold, and on which rank."""
@@ -47,3 +49,10 @@ def test_partitioned_weights_are_seen_whole(case, launches):
 @pytest.mark.parametrize("case", SCALED)
 def test_a_scaled_head_scales_the_values(case, launches):
     assert failing(launches, case) == []
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_prompt_that_one_rank_cannot_show_ends_all(case, launches):
+    """Under ZeRO-3 the weights are gathered in the forward, in which both have to be."""
+    said = [result["value"] for result in launches[case].ranks]
+    assert said[0] == "a reward failed on another process, which says why" and "not this one" in said[1]

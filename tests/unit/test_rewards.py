@@ -161,9 +161,24 @@ def test_messages_are_shown_in_the_reward_models_own_format(prompt_format, text)
 def test_a_template_that_refuses_a_prompt_is_a_failure_of_the_reward_that_names_it():
     other = byte_tokenizer()
     other.chat_template = "{{ raise_exception('no system here') }}"
-    reward = RetokenisedReward(None, "m", other, prompt_format="chat")
+    reward = RetokenisedReward(lambda input_ids, attention_mask: input_ids.float(), "m", other, prompt_format="chat")
     with pytest.raises(RewardFailure, match="m cannot be shown the prompt 'one'.*no system here.*--reward_prompt_format"):
         weighted(reward)(make_answers())
+
+
+def test_a_prompt_that_cannot_be_shown_keeps_no_process_from_the_forward():
+    """Under ZeRO-3 the other processes' forwards wait for this one's."""
+    other = byte_tokenizer()
+    other.chat_template = "{% if messages[0]['content'] == 'two' %}{{ raise_exception('not two') }}{% endif %}" + TEMPLATE
+    seen = []
+
+    def engine(input_ids, attention_mask):
+        seen.append([other.decode(row[mask.bool()]) for row, mask in zip(input_ids, attention_mask)])
+        return torch.zeros(input_ids.shape)
+
+    with pytest.raises(RewardFailure, match="m cannot be shown the prompt 'two'.*not two"):
+        weighted(RetokenisedReward(engine, "m", other, prompt_format="chat"))(make_answers())
+    assert seen == [["[user]one[assistant]ab</s>", "</s>"]]
 
 
 @pytest.mark.parametrize("change", ["nothing", "tokens", "eos", "template", "format"])
