@@ -89,11 +89,13 @@ class RewardModel(nn.Module):
         """The values [B, T] in fp32; those at padding mean nothing.
 
         Args:
-            input_ids: [B, T] int64, padded on either side.
+            input_ids: [B, T] int64, padded on either side. An id behind the end of the embedding is read as the last: an
+                actor's vocabulary may be padded to more rows than this one's, and with rows of no token be sampled from.
             attention_mask: [B, T], 1 where a token counts.
             position_ids: [B, T] int64; by default they count the attended tokens.
         """
-        inputs = dict(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        known = input_ids.clamp(max=self.model.get_input_embeddings().num_embeddings - 1)
+        inputs = dict(input_ids=known, attention_mask=attention_mask, use_cache=False)
         if self._takes_position_ids:
             inputs["position_ids"] = position_ids_from_mask(attention_mask) if position_ids is None else position_ids
         hidden = self.model.base_model(**inputs).last_hidden_state

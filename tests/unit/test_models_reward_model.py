@@ -57,6 +57,16 @@ def test_plain_transformers_gives_our_score(family, pad_is_eos, overrides, tmp_p
         assert close(score(again, texts, side=side, pad_id=some_id), ours, 1e-5)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ids_that_only_a_larger_padded_vocabulary_has_are_read_as_the_last(family):
+    model, tokenizer = load(tiny(family))
+    last = model.model.get_input_embeddings().num_embeddings - 1
+    assert last >= len(tokenizer) - 1
+    ids, mask = torch.tensor([[5, last, 7, last, last]]), torch.ones(1, 5, dtype=torch.long)
+    beyond = torch.tensor([[5, last + 1, 7, last, last + 1000]])
+    assert torch.equal(model(beyond, mask), model(ids, mask))
+
+
 def test_values_are_those_of_the_head_at_every_token():
     model, _ = load(tiny("llama"))
     ids, mask = pad(random_texts(), side="right", pad_id=0)
