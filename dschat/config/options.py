@@ -40,7 +40,7 @@ class DataOptions:
         "How rows become text: plain (prompt + answer as they stand), human_assistant, chat (the tokenizer's chat "
         "template), or auto (messages: the chat template where there is one, else human_assistant; other rows: plain).",
     )
-    skip_bad_rows: bool = flag(False, "Skip and count malformed rows instead of stopping at the first.")
+    skip_bad_rows: bool = flag(False, "Skip and count malformed rows instead of stopping with an error.")
 
 
 @dataclass(frozen=True)

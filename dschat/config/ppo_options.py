@@ -37,7 +37,9 @@ class PPOData(DataOptions):
 class PPOModels(ModelOptions):
     actor_model_name_or_path: str = flag("", "The SFT model, folder or hub id. Required.")
     critic_model_name_or_path: str = flag(
-        "", "What the critic starts from, and the reward unless one is named below: the model of step 2. Required."
+        "",
+        "What the critic starts from, and the reward unless one is named below: the model of step 2. Required with "
+        "--advantage_estimator gae, and where no other reward is named.",
     )
     reward_model_name_or_path: list[str] = flag(
         [],
