@@ -6,24 +6,31 @@ from dschat.algorithms.masks import last_index
 
 
 def shape_rewards(
-    scores: torch.Tensor, kl: torch.Tensor, mask: torch.Tensor, *, kl_coef: float, reward_clip: float
+    scores: torch.Tensor,
+    kl: torch.Tensor,
+    mask: torch.Tensor,
+    *,
+    kl_coef: float,
+    reward_clip: float,
+    penalties: torch.Tensor | float = 0.0,
 ) -> torch.Tensor:
-    """r_t = -kl_coef * KL_t on every answer token, plus the clipped score on the last one.
+    """r_t = -kl_coef * KL_t on every answer token, plus the clipped score less the penalty on the last one.
 
     Ouyang et al. 2022 (InstructGPT), equation 2, with the KL per token as in Ziegler et al. 2019; the clip of the
-    score is DeepSpeed-Chat's. The KL part is not clipped.
+    score is DeepSpeed-Chat's. KL and penalties are not clipped.
 
     Args:
         scores: [B], already normalised.
         kl: [B, R], per-token estimate, nats.
         mask: [B, R], True on answer tokens; each row has at least one.
+        penalties: [B], or one for all.
 
     Returns:
         [B, R], 0 outside the mask.
     """
     rewards = torch.where(mask.bool(), -kl_coef * kl, torch.zeros_like(kl))
-    clipped = scores.to(rewards.dtype).clamp(-reward_clip, reward_clip)
-    return rewards.scatter_add(-1, last_index(mask)[:, None], clipped[:, None])
+    last = scores.to(rewards.dtype).clamp(-reward_clip, reward_clip) - penalties
+    return rewards.scatter_add(-1, last_index(mask)[:, None], last[:, None])
 
 
 def gae(

@@ -199,7 +199,9 @@ class PPOAlgorithm:
     normalize_reward: bool = flag(
         True, "Divide scores by their standard deviation over the SFT model's answers to held-out prompts."
     )
-    missing_eos_penalty: float = flag(0.0, "Subtracted from the divided score of an answer that did not end by itself.")
+    missing_eos_penalty: float = flag(
+        0.0, "Subtracted from the divided and clipped score of an answer that did not end by itself."
+    )
     cliprange: float = flag(0.2, "Clip range of the probability ratio.")
     cliprange_value: float = flag(0.2, "Clip range of the value update, in normalised reward units.")
     gamma: float = flag(1.0, "Discount per token.")

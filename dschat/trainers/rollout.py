@@ -131,8 +131,14 @@ def make_experience(
         zeros = torch.zeros_like(logprobs)
         values = answer_values(engines.critic, *inputs) if config.has_critic else zeros
         kl = kl_estimate(logprobs, ref_logprobs, ppo.kl_estimator)
-        penalised = scores / score_std - ppo.missing_eos_penalty * (~answers.ended)
-        rewards = shape_rewards(penalised, kl, mask, kl_coef=kl_coef, reward_clip=ppo.reward_clip)
+        rewards = shape_rewards(
+            scores / score_std,
+            kl,
+            mask,
+            kl_coef=kl_coef,
+            reward_clip=ppo.reward_clip,
+            penalties=ppo.missing_eos_penalty * (~answers.ended).to(kl.dtype),
+        )
         if config.has_critic:
             advantages, returns = gae(rewards, values, mask, gamma=ppo.gamma, lam=ppo.lam)
         else:

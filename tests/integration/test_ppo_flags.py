@@ -40,8 +40,9 @@ ALL_EPOCHS = case("all-epochs", *EPOCHS)
 ONE_EPOCH = case("one-epoch", *EPOCHS, "--target_kl 1e-9")
 SAMPLED = case(
     "sampled",
-    f"{TOY} {CRITIC} {ROWS} --temperature 0.7 --top_k 0 --missing_eos_penalty 3 --min_answer_len 4 --kl_estimator k3",
-    "--no_whiten_advantages --enable_hybrid_engine --no_compile --gradient_accumulation_steps 2 --reward_fn {stock}/rewards.py:quarter",
+    f"{TOY} {CRITIC} {ROWS} --temperature 0.7 --top_k 0 --missing_eos_penalty 3 --reward_clip 2 --min_answer_len 4",
+    "--kl_estimator k3 --no_whiten_advantages --enable_hybrid_engine --no_compile",
+    "--gradient_accumulation_steps 2 --reward_fn {stock}/rewards.py:quarter",
     length=5,
 )
 FUNCTION = case("function", TOY, CRITIC, ROWS, "--reward_fn {stock}/rewards.py:vowels", rollouts=1)
@@ -177,7 +178,7 @@ def test_temperature_shortest_answer_and_penalties_do_what_they_say(launches):
     assert lines[0]["eval/length"] < 5
     assert all(line["response/length_mean"] == line["response/length_max"] == 5 for line in lines[1:])
     assert 0 < first["response/eos_rate"] < 1
-    # Equal scores are not divided.
+    # Equal scores are not divided, and the penalty is larger than their bound.
     assert first["objective/score"] == 0.25
     scores = [0.25 - 3 * (1 - line["response/eos_rate"]) for line in lines[1:]]
     assert first["objective/reward"] == pytest.approx(scores[0], abs=1e-5)

@@ -79,6 +79,14 @@ def test_shape_rewards_by_hand():
     torch.testing.assert_close(rewards, torch.tensor([[-0.05, 5.05, 0.0], [-0.1, -0.2, -1.3]]))
 
 
+def test_no_penalty_is_hidden_by_the_clip_of_the_score():
+    kl, mask = torch.zeros(4, 2), torch.ones(4, 2, dtype=torch.bool)
+    penalties = torch.tensor([1.0, 0.0, 1.0, 3.0])
+    options = dict(kl_coef=0.1, reward_clip=5.0)
+    rewards = shape_rewards(torch.tensor([9.0, 9.0, -9.0, 2.0]), kl, mask, penalties=penalties, **options)
+    assert rewards.tolist() == [[0.0, 4.0], [0.0, 5.0], [0.0, -6.0], [0.0, -1.0]]
+
+
 def test_gae_by_hand():
     # gamma 0.5, lam 0.5: delta = (0 + 0.5*2 - 1, 1 + 0.5*4 - 2, 3 - 4) = (0, 1, -1); A2 = -1, A1 = 1 - 0.25, A0 = 0.1875
     rewards, values = torch.tensor([[0.0, 1.0, 3.0, 50.0]]), torch.tensor([[1.0, 2.0, 4.0, 70.0]])
