@@ -192,7 +192,7 @@ class PPOAlgorithm:
     _argument_group_name = "PPO"
 
     kl_coef: float = flag(0.1, "Weight of the KL penalty in the reward.")
-    kl_target: Optional[float] = flag(None, "KL per answer to steer to: makes --kl_coef adaptive.")
+    kl_target: Optional[float] = flag(None, "KL per answer to steer to: makes --kl_coef, which must not be 0, adaptive.")
     kl_horizon: int = flag(10000, "Answers over which an adaptive coefficient reacts.")
     kl_estimator: Literal["k1", "k2", "k3"] = flag("k1", "KL estimator of the penalty.")
     reward_clip: float = flag(5.0, "Scores are clipped to +- this, in units after normalisation.")
@@ -214,7 +214,7 @@ class PPOAlgorithm:
     )
     entropy_coef: float = flag(0.0, "Weight of the entropy bonus.")
     target_kl: Optional[float] = flag(
-        None, "End the updates on a rollout when the approximate KL to its policy exceeds this."
+        None, "End the updates on a rollout, if it has several, when the approximate KL to its policy exceeds this."
     )
     critic_warmup_steps: int = flag(0, "Rollouts in which only the critic learns.")
 

@@ -54,6 +54,10 @@ def announce(config) -> None:
         )
     if given.get("critic_warmup_steps") and given.get("advantage_estimator") != "gae":
         logger.warning("--critic_warmup_steps has no effect: this --advantage_estimator has no critic")
+    if given.get("target_kl") is not None and config.updates_per_rollout == 1:
+        logger.warning("--target_kl has no effect: each rollout has one update, and no others that could be left out")
+    if given.get("kl_target") is not None and not given["kl_coef"]:
+        logger.warning("--kl_target has no effect: it multiplies --kl_coef, which is 0 and stays so")
     if given.get("enable_test_mode") and not given.get("test_stop_step"):
         logger.warning("--enable_test_mode has no effect without --test_stop_step")
     if given["output_dir"] is None:

@@ -174,6 +174,26 @@ def test_split_flags_without_effect_are_told(flags, said, monkeypatch):
 @pytest.mark.parametrize(
     "flags, said",
     [
+        ("--target_kl 0.1", ["--target_kl has no effect: each rollout has one update, and no others that could be left out"]),
+        ("--target_kl 0.1 --ppo_epochs 2", []),
+        ("--target_kl 0.1 --per_device_training_batch_size 8", []),
+        ("--target_kl 0.1 --per_device_training_batch_size 8 --gradient_accumulation_steps 2", ["--target_kl has no effect"]),
+        ("--kl_coef 0 --kl_target 6", ["--kl_target has no effect: it multiplies --kl_coef, which is 0 and stays so"]),
+        ("--kl_target 6", []),
+        ("--kl_coef 0", []),
+    ],
+)
+def test_targets_that_nothing_approaches_are_told(flags, said, monkeypatch):
+    lines: list[str] = []
+    monkeypatch.setattr(setup.logger, "warning", lines.append)
+    words = f"--actor_model_name_or_path opt-1.3b --critic_model_name_or_path opt-350m {flags}"
+    setup.announce(parse_config(PPOConfig, words.split()))
+    assert len(lines) == len(said) and all(line.startswith(start) for line, start in zip(lines, said))
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
         ("--no_pin_memory", ["--no_pin_memory has no effect: nothing is offloaded"]),
         ("--no_pin_memory --offload_reference_model", []),
         ("--no_pin_memory --offload", []),
