@@ -109,7 +109,11 @@ class PPOLora:
     critic_lora_module_name: Optional[str] = flag(None, "As --lora_module_name of step 1, for the critic.")
     critic_lora_alpha: float = flag(1.0, "LoRA scale of the critic: lora_alpha / lora_dim.")
     critic_lora_learning_rate: float = flag(5e-4, "Learning rate of the critic's adapters.")
-    only_optimize_lora: bool = flag(False, "Train the adapters and the critic's head only.")
+    only_optimize_lora: bool = flag(
+        False,
+        "Of the actor and the critic, as far as they have adapters, train these and the critic's head only; one without "
+        "adapters (--critic_lora_dim 0, say) trains whole.",
+    )
 
 
 @dataclass(frozen=True)
