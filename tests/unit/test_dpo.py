@@ -126,7 +126,9 @@ def test_the_objective_is_a_plain_loop_in_float64(model):
     for key, values in columns.items():
         assert logged[key].item() == pytest.approx(sum(values).item(), rel=1e-4, abs=1e-4), key
     for name, p in policy.named_parameters():
-        torch.testing.assert_close(p.grad.double(), exact.get_parameter(name).grad, rtol=1e-3, atol=1e-4)
+        right = exact.get_parameter(name).grad
+        # Rounding in fp32, which kernels of other processors do otherwise, is relative to the largest summands.
+        assert (p.grad.double() - right).norm() <= 2e-4 * right.norm(), name
     assert all(p.grad is None for p in reference.parameters())
 
 

@@ -58,6 +58,7 @@ def test_a_reward_models_adapter_brings_its_head(tmp_path, start):
         save_model(load_reward_model(base, dtype=FP32, tokenizer=tokenizer).model, tokenizer, tmp_path / "base")
         base = str(tmp_path / "base")
     model = stirred(load_reward_model(base, dtype=FP32, tokenizer=tokenizer))
+    torch.manual_seed(0)
     torch.nn.init.normal_(model.model.score.weight)
     save_model(model.model, tokenizer, tmp_path / "out")
     adapter = tmp_path / "out" / ADAPTER_FOLDER
