@@ -176,6 +176,10 @@ class PPOConfig:
         window = self.batch.per_device_training_batch_size * self.schedule.gradient_accumulation_steps
         return self.rollout_rows // window * self.batch.ppo_epochs
 
+    def updates_left_out(self, role: str) -> int:
+        """Optimizer steps of the run that a model sits out: the actor while the critic warms up."""
+        return self.ppo.critic_warmup_steps * self.updates_per_rollout if role == "actor" and self.has_critic else 0
+
     def num_rollouts(self, rollouts_per_epoch: int) -> int:
         """Rollouts of the run."""
         total = self.schedule.max_train_steps or rollouts_per_epoch * self.schedule.num_train_epochs

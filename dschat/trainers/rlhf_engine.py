@@ -43,7 +43,7 @@ class DeepSpeedRLHFEngine:
         Args:
             tokenizer: the actor's.
             dtype: "fp16", "bf16" or "fp32".
-            total_steps: optimizer steps of the run, the schedules' length.
+            total_steps: optimizer steps of the run; the schedules' length, less what a model sits out.
         """
         self._config, self._dtype, self._total_steps = config, dtype, total_steps
         path = config.model.actor_model_name_or_path
@@ -167,7 +167,7 @@ class DeepSpeedRLHFEngine:
             model,
             ds_config=ds_config,
             schedule=config.schedule,
-            total_steps=self._total_steps,
+            total_steps=max(self._total_steps - config.updates_left_out(role), 1),
             learning_rate=getattr(config.optim, f"{role}_learning_rate"),
             weight_decay=getattr(config.optim, f"{role}_weight_decay"),
             lora_names=lora_names,

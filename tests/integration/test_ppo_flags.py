@@ -104,6 +104,9 @@ def test_the_actor_rests_while_the_critic_warms_up(launches, stock):
     assert [line["policy/micro_batches"] for line in lines[2:]] == [4] * 2
     assert all(line["objective/kl"] == pytest.approx(0, abs=1e-6) for line in lines[:3])
     assert abs(lines[3]["objective/kl"]) > 1e-4
+    # Linear schedules, each as long as its model learns: the rates at the last rollout's beginning.
+    rates = [lines[3][f"lr/{name}"] for name in ("actor", "critic")]
+    assert rates == pytest.approx([RATE * 1 / 2, RATE * 1 / 4])
     outcome = launches[WARMUP_ALONE]
     before, after = (load_plainly(path).state_dict() for path in (stock / "sft" / "llama", outcome.out / "actor"))
     assert all(torch.equal(after[name], before[name]) for name in before)
