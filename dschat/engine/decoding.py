@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 from dschat.engine import decode_attention
 from dschat.engine.sampling import Agree, Sampler, alone
 from dschat.models.causal_lm import position_ids_from_mask, takes_position_ids
-from dschat.models.structure import forward_takes
+from dschat.models.structure import cache_argument, forward_takes
 
 GROUP_TOKENS = 64  # prompts whose lengths fall into one stretch of so many tokens share a prefill
 POLL_STEPS = 8  # steps between looks at the device whether all answers have ended
@@ -142,7 +142,7 @@ def prefill(model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Ten
     if forward_takes(model, "logits_to_keep"):
         inputs["logits_to_keep"] = 1
     cache = DynamicCache(config=model.config)
-    return model(**inputs, past_key_values=cache).logits[:, -1], cache
+    return model(**inputs, **{cache_argument(model): cache}).logits[:, -1], cache
 
 
 def has_plain_cache(model: nn.Module) -> bool:
@@ -176,7 +176,7 @@ def decode_step(model: nn.Module, tokens: torch.Tensor, mask: torch.Tensor, cach
     inputs = dict(input_ids=tokens[:, None], attention_mask=mask, use_cache=True)
     if takes_position_ids(model):
         inputs["position_ids"] = (mask.sum(-1, keepdim=True) - 1).clamp(min=0)
-    return model(**inputs, past_key_values=cache).logits[:, -1]
+    return model(**inputs, **{cache_argument(model): cache}).logits[:, -1]
 
 
 def prefill_slots(

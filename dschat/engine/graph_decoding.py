@@ -20,7 +20,7 @@ from dschat.engine.sampling import Sampler, alone
 from dschat.engine.skinny_linear import plain_products, use_plain_linears, use_skinny_linears
 from dschat.engine.tensor_parallel import TensorGroup
 from dschat.models.causal_lm import takes_position_ids
-from dschat.models.structure import decoder_layers
+from dschat.models.structure import cache_argument, decoder_layers
 from dschat.tracking.log import logger
 
 AHEAD = 8  # steps that the host may be ahead of the device
@@ -203,7 +203,7 @@ class GraphDecoder:
         inputs = dict(input_ids=s.token[:rows], attention_mask=s.bounds[:rows], use_cache=True)
         if takes_position_ids(self.model):
             inputs["position_ids"] = s.positions[:rows]
-        logits = self.model(**inputs, past_key_values=self.cache).logits[:, -1]
+        logits = self.model(**inputs, **{cache_argument(self.model): self.cache}).logits[:, -1]
         s.logits[:rows] = logits
         new, logprobs = self.sampler(logits, s.texts[:rows], s.step)
         new = torch.where(s.finished[:rows], self.pad_token_id, new)

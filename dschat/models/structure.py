@@ -1,5 +1,6 @@
 """Where the parts of a transformers model are, found by structure instead of by name."""
 
+import functools
 import inspect
 from typing import Iterator
 
@@ -56,4 +57,14 @@ def embedding_modules(model: nn.Module) -> Iterator[nn.Module]:
 
 def forward_takes(model: nn.Module, argument: str) -> bool:
     """True where the class of `model` names `argument` in its forward; **kwargs does not count."""
-    return argument in inspect.signature(type(model).forward).parameters
+    return argument in _arguments(type(model))
+
+
+@functools.cache  # asked at each token
+def _arguments(kind: type) -> frozenset[str]:
+    return frozenset(inspect.signature(kind.forward).parameters)
+
+
+def cache_argument(model: nn.Module) -> str:
+    """What the forward of `model` calls its key-value cache: "cache", in older versions of transformers "past_key_values"."""
+    return "cache" if forward_takes(model, "cache") else "past_key_values"

@@ -1,5 +1,6 @@
 """Decoding by the replica on a CPU: what is sampled, how often a prompt is read, and DeepSpeed's interface."""
 
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -144,6 +145,13 @@ def test_deepspeeds_interface(engine):
     assert batch.response_start_idx.tolist() == [80] * 4
     assert answers(found) == [row for row in answers(expected) for _ in range(2)]
     assert batch.attention_mask[:, 80:].sum(-1).tolist() == [len(row) for row in answers(found)]
+
+
+def test_nothing_is_asked_of_transformers_that_it_will_drop(engine):
+    ids, mask = prompts(5, 70)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        HybridEngine(engine).decode(ids, mask, config())
 
 
 def test_a_model_without_end_or_padding_answers_deepspeeds_interface(engine, monkeypatch):
