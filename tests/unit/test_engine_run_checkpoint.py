@@ -105,13 +105,19 @@ def test_an_average_reads_the_files_that_hold_its_pieces(stage, processes, read,
     assert asked == read
 
 
-def test_a_signal_waits_for_the_model_to_be_saved(monkeypatch):
-    said, before = [], signal.getsignal(signal.SIGTERM)
+def test_a_signal_waits_for_the_model_to_be_saved(monkeypatch, request):
+    said, original = [], signal.getsignal(signal.SIGTERM)
+
+    def before(number, frame):
+        said.append("the run has ended")
+
+    signal.signal(signal.SIGTERM, before)  # the default would end the tests where this one fails
+    request.addfinalizer(lambda: signal.signal(signal.SIGTERM, original))
     monkeypatch.setattr(interrupt, "_say", said.append)
     interruption = Interruption()
     with interruption:
         pass
-    signal.raise_signal(signal.SIGTERM)  # the default would end this process
+    signal.raise_signal(signal.SIGTERM)
     assert len(said) == 1 and "the model is being saved" in said[0]
     with Interruption() as following:
         signal.raise_signal(signal.SIGTERM)
