@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))
 
 from dschat.config.cache import cache_dir  # noqa: E402
+from dschat.config.launcher import launcher_command  # noqa: E402
 from dschat.config.ports import free_port  # noqa: E402
 from dschat.config.recipes import check_arguments, default_reward_model, resolve_model, size_name, step_flags  # noqa: E402
 from dschat.tracking.child import run_logged, start_process  # noqa: E402
@@ -161,10 +162,8 @@ def num_processes(args: argparse.Namespace, *, on_gpu: bool) -> int:
 
 def launcher(args: argparse.Namespace, *, on_gpu: bool, port: int) -> list[str]:
     """The deepspeed command in front of a main."""
-    words = [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", str(port)]
-    words += ["--hostfile", args.hostfile] if args.deployment_type == "multi_node" and args.hostfile else []
-    count = num_processes(args, on_gpu=on_gpu)
-    return words + (["--num_gpus" if on_gpu else "--num_accelerators", str(count)] if count else [])
+    several, count = args.deployment_type == "multi_node", num_processes(args, on_gpu=on_gpu)
+    return launcher_command(port=port, processes=count, on_gpu=on_gpu, several_hosts=several, hostfile=args.hostfile)
 
 
 def run_step(command: list[str], log: Path, args: argparse.Namespace, *, on_gpu: bool) -> None:
@@ -270,8 +269,8 @@ def main() -> None:
     set_up_logging()
     on_gpu = torch.cuda.is_available()
     given = {name: getattr(args, name) for name in ("num_processes", "save_interval", "hostfile")}
-    num_gpus = None if args.deployment_type == "multi_node" else torch.cuda.device_count()
-    check_arguments(args.output_dir, num_gpus=num_gpus, **given)
+    several = args.deployment_type == "multi_node"
+    check_arguments(args.output_dir, num_gpus=None if several else torch.cuda.device_count(), several_hosts=several, **given)
     started = time.monotonic()
     plan = make_plan(args)
     check_pair(args, plan)
@@ -293,7 +292,7 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, OSError) as error:
         sys.exit(f"\n{error}")
     except KeyboardInterrupt:
         sys.exit("\ninterrupted; the same command goes on with the step that was running")

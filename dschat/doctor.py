@@ -4,7 +4,9 @@
     python -m dschat.doctor --build_ops      # also compile DeepSpeed's operators now, and clear locks of killed builds
 """
 
-# Only the standard library at the top: what is not installed is for this program to say.
+# Only the standard library at the top, and nothing that an old Python cannot read: that is for this program to say.
+from __future__ import annotations
+
 import argparse
 import importlib.metadata
 import os
@@ -64,8 +66,10 @@ def build_all() -> list[Finding]:
 
 def check_versions() -> list[Finding]:
     """Python and each package of requirements.txt, against the versions it allows."""
-    from packaging.requirements import Requirement
-
+    try:
+        from packaging.requirements import Requirement
+    except ImportError:  # an environment without anything in it
+        return [Finding("packages: not even packaging is there", "pip install -r requirements.txt", stops=True)]
     python = sys.version.split()[0]
     old = sys.version_info < (3, 10)
     findings = [Finding(f"Python {python}", "install 3.10 or later" if old else "", stops=old)]
@@ -114,12 +118,12 @@ def check_compiler() -> list[Finding]:
     """What DeepSpeed compiles its operators with."""
     import torch
 
-    compiler = os.environ.get("CXX", "c++")
+    compiler = os.environ.get("CXX", "").strip() or "c++"
     header = Path(sysconfig.get_path("include")) / "Python.h"
     # On a GPU only --offload compiles.
     stops = not torch.cuda.is_available()
     wanted = [
-        (f"C++ compiler {compiler}", shutil.which(compiler), "install one (Debian, Ubuntu: build-essential)"),
+        (f"C++ compiler {compiler}", shutil.which(compiler.split()[0]), "install one (Debian, Ubuntu: build-essential)"),
         ("ninja", shutil.which("ninja"), "pip install ninja, or put the environment's bin folder on PATH"),
         ("Python's headers", header.exists(), f"no {header}: install them (Debian, Ubuntu: python3-dev)"),
     ]

@@ -132,8 +132,15 @@ sweep_end() {
 has_word() {
     local wanted="$1" word
     shift
-    for word in "$@"; do [[ "$word" != "$wanted" ]] || return 0; done
+    for word in "$@"; do [[ "$(flag_name "$word")" != "$wanted" ]] || return 0; done
     return 1
+}
+
+# The mains take --zero-stage for --zero_stage, too.
+flag_name() {
+    local name="${1%%=*}"
+    if [[ "$name" == --* ]]; then name="--$(tr - _ <<<"${name#--}")"; fi
+    printf '%s' "$name"
 }
 
 # The value of the last "FLAG value" or "FLAG=value".
@@ -142,8 +149,9 @@ flag_value() {
     shift
     for word in "$@"; do
         if [[ "$before" == "$flag" ]]; then value="$word"; fi
-        if [[ "$word" == "$flag="* ]]; then value="${word#*=}"; fi
-        before="$word"
+        if [[ "$word" == *=* && "$(flag_name "$word")" == "$flag" ]]; then value="${word#*=}"; fi
+        before=""
+        if [[ "$word" != *=* ]]; then before="$(flag_name "$word")"; fi
     done
     printf '%s' "$value"
 }
@@ -183,7 +191,8 @@ num_visible_gpus() {
     if ! has_gpu; then
         echo 0
     elif [[ -n "${CUDA_VISIBLE_DEVICES+set}" ]]; then
-        awk -F, '{ print NF }' <<<"$CUDA_VISIBLE_DEVICES"
+        # CUDA stops at the first number that is none of a GPU.
+        awk -F, '{ for (n = 0; n < NF && $(n + 1) !~ /^-/; n++); print n }' <<<"$CUDA_VISIBLE_DEVICES"
     else
         nvidia-smi -L | grep -c '^GPU '
     fi
@@ -208,6 +217,7 @@ launcher() {
         LAUNCHER+=(--hostfile "$(several_hosts)")
         return
     fi
+    LAUNCHER+=(--hostfile "") # else it takes /job/hostfile, where there is one, and with it other machines
     visible="$(num_visible_gpus)"
     wanted="${NUM_GPUS:-$([[ "$where" == one ]] && echo 1 || echo "$visible")}"
     check_num_gpus
@@ -215,7 +225,11 @@ launcher() {
         ((wanted >= 1 && wanted <= visible)) ||
             fail "NUM_GPUS=$wanted: $visible GPU(s) to be seen here. Give as many at most, or look at CUDA_VISIBLE_DEVICES."
         if [[ -n "${CUDA_VISIBLE_DEVICES:-}" ]]; then # with --num_gpus the launcher would take others
-            LAUNCHER+=(--include "localhost:$(cut -d, -f "1-$wanted" <<<"$CUDA_VISIBLE_DEVICES")")
+            wanted="$(cut -d, -f "1-$wanted" <<<"$CUDA_VISIBLE_DEVICES")"
+            [[ "$wanted" =~ ^[0-9]+(,[0-9]+)*$ ]] ||
+                fail "CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES: DeepSpeed's launcher knows GPUs by their numbers alone. Give" \
+                    "numbers, or start by torchrun."
+            LAUNCHER+=(--include "localhost:$wanted")
         else
             LAUNCHER+=(--num_gpus "$wanted")
         fi

@@ -5,7 +5,7 @@
 #   DSCHAT_CACHE  the folder for what can be made again (default: ~/.cache/dschat)
 
 ROOT="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)"
-CACHE="${DSCHAT_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/dschat}"
+CACHE="${DSCHAT_CACHE:-${XDG_CACHE_HOME:-${HOME:-$ROOT/.venv}/.cache}/dschat}"
 VENV="$ROOT/.venv"
 if [[ "$ROOT" == *[[:space:]]* ]]; then
     # torch hands the path of its libraries to the linker unquoted. .venv is then a link.
@@ -121,11 +121,12 @@ install_torch() {
 
 # DeepSpeed compiles a part of itself when it first starts without a GPU: better to learn now what is missing.
 check_compiler() {
-    local reason="DeepSpeed compiles a part of itself on a machine without a GPU" header
+    local reason="DeepSpeed compiles a part of itself on a machine without a GPU" header compiler
+    read -r compiler _ <<<"${CXX:-c++}" # CXX="ccache g++" is two words
     if has_gpu; then
         return
     fi
-    command -v -- "${CXX:-c++}" >/dev/null ||
+    command -v -- "$compiler" >/dev/null ||
         fail "no C++ compiler (${CXX:-c++}): $reason. Install one (on Debian and Ubuntu, build-essential)."
     header="$("$VENV_PYTHON" -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h"
     [[ -f "$header" ]] || fail "no $header: $reason. Install Python's headers (on Debian and Ubuntu, python3-dev)."

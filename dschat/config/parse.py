@@ -96,9 +96,9 @@ def _from_file(parser: _Parser, path: Path, title: str):
     if not path.is_file():
         raise ValueError(f"{path}: no such configuration file.")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (json.JSONDecodeError, yaml.YAMLError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:  # of YAML too, where a date is none
         raise ValueError(f"{path}: not readable as {path.suffix[1:].upper()}: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected flag names and values, found {type(values).__name__}.")

@@ -53,12 +53,21 @@ REAL = {
 }
 
 
-def check_arguments(output_dir: str, *, num_processes: int, num_gpus: int | None, save_interval: int, hostfile: str | None) -> None:
+def check_arguments(
+    output_dir: str,
+    *,
+    num_processes: int,
+    num_gpus: int | None,
+    save_interval: int,
+    hostfile: str | None,
+    several_hosts: bool = False,
+) -> None:
     """Nothing where the run can start; makes the output folder.
 
     Args:
         num_processes: 0: as many as the deployment has.
         num_gpus: of this machine; None where others take part, whose GPUs it does not know.
+        several_hosts: the deployment is multi_node.
 
     Raises:
         ValueError: it cannot; names every argument that is in the way.
@@ -66,6 +75,10 @@ def check_arguments(output_dir: str, *, num_processes: int, num_gpus: int | None
     found = at_least("--num-processes", num_processes, 0) + at_least("--save-interval", save_interval, 0)
     if num_gpus and num_processes > num_gpus:
         found.append(f"--num-processes {num_processes}: this machine shows {num_gpus} GPU(s). Give as many at most.")
+    if several_hosts and num_processes > 0:
+        found.append(f"--num-processes {num_processes}: with multi_node the hostfile says how many. Leave it out.")
+    if hostfile and Path(hostfile).is_file() and not several_hosts:
+        found.append(f"--hostfile {hostfile}: hosts are for --deployment-type multi_node. Give that, or leave it out.")
     if hostfile and not Path(hostfile).is_file():
         found.append(f"--hostfile {hostfile}: no such file. Give DeepSpeed's, with a line \"HOST slots=8\" for each node.")
     try:

@@ -131,6 +131,8 @@ def _check_kind(config: PeftConfig, folder: Path, *, flag: str) -> None:
         faults.append(f"its kind is {config.peft_type}, not LoRA")
     elif config.use_dora or config.bias != "none":
         faults.append("it has DoRA or biases")
+    elif str(config.init_lora_weights).startswith(("pissa", "olora", "corda", "loftq")):
+        faults.append(f"its start ({config.init_lora_weights}) changes the weights of the base, which merging would have to repeat")
     if not (folder / WEIGHTS).is_file():
         faults.append(f"{WEIGHTS} is missing")
     if faults:

@@ -5,6 +5,7 @@ Nothing here may read parameter data unless it says so: under ZeRO-3 a parameter
 
 import contextlib
 import pickle
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Optional
@@ -124,7 +125,9 @@ def readable_weights(path: str, *, flag: str):
     """
     try:
         yield
-    except (pickle.UnpicklingError, SafetensorError, EOFError) as error:
+    except (pickle.UnpicklingError, SafetensorError, EOFError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not re.search("PytorchStreamReader|zip archive", str(error)):
+            raise
         reason = f"{type(error).__name__}: " + str(error).split("\n")[0].split(". ")[0]
         raise ValueError(
             f"{flag} {path!r}: its weights cannot be read ({reason}). A file is damaged, or a .bin holds more than tensors, "

@@ -206,3 +206,19 @@ def test_rw_eval_names_the_bad_rows_before_any_model_loads(monkeypatch, capsys, 
     lines = str(error.value).splitlines()
     assert len(lines) == 2 and all(line.startswith(f"--pairs_file {pairs}, line") for line in lines)
     assert 'line 2: no field "prompt"' in lines[0] and 'line 1: no field "rejected"' in lines[1]
+
+
+def test_texts_longer_than_the_learned_positions_are_refused(models, tmp_path, monkeypatch, capsys):
+    learned = models["finetune"]  # GPT-2, with 512
+    both = ["--model_name_or_path_baseline", models["baseline"], "--model_name_or_path_finetune", learned]
+    with pytest.raises(ValueError, match=f"--max_new_tokens 512: --model_name_or_path_finetune {learned} has learned 512"):
+        run(PROMPT_EVAL, [*both, "--max_new_tokens", "512"], monkeypatch, capsys)
+    (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "a long way " * 100}) + "\n")
+    words = [*both, "--max_new_tokens", "300", "--prompts_file", str(tmp_path / "long.jsonl")]
+    assert "[fine-tuned, greedy]" in run(PROMPT_EVAL, words, monkeypatch, capsys)  # of a prompt that was cut
+    reward = tmp_path / "reward"
+    tokenizer = load_tokenizer(learned)
+    load_reward_model(learned, dtype=torch.float32, tokenizer=tokenizer).model.save_pretrained(reward)
+    tokenizer.save_pretrained(reward)
+    with pytest.raises(ValueError, match="--max_seq_len 1024: .* has learned 512 positions. Give 512 or less"):
+        run(RW_EVAL, ["--model_name_or_path", str(reward), "--max_seq_len", "1024"], monkeypatch, capsys)

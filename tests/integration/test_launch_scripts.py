@@ -268,7 +268,30 @@ def test_the_launcher_follows_the_machine(script, variables, command, bench):
     assert bench.run(script, **variables).returncode == 0
     ((_, _, *words),) = bench.notes()
     assert words[:3] == ["-m", "deepspeed.launcher.runner", "--master_port"]
-    assert " ".join(words[4 : words.index(str(ROOT / "training" / script.partition("/")[0] / "main.py"))]) == command
+    words = words[4 : words.index(str(ROOT / "training" / script.partition("/")[0] / "main.py"))]
+    if script != MULTI_NODE:
+        assert words[:2] == ["--hostfile", ""], "not DeepSpeed's default of other machines"
+        words = words[2:]
+    assert " ".join(words) == command
+
+
+@pytest.mark.parametrize(
+    "visible, message",
+    [("-1", "no GPU here"), ("1,-1,2", "--include localhost:1"), ("GPU-8932f937", "knows GPUs by their numbers alone")],
+)
+def test_the_gpus_that_are_seen_are_those_that_cuda_sees(visible, message, bench):
+    done = bench.run(SINGLE_NODE, gpus=4, CUDA_VISIBLE_DEVICES=visible)
+    assert message in done.stdout + " ".join(" ".join(note) for note in bench.notes())
+
+
+def test_flags_may_have_dashes_within(bench):
+    done = bench.run(SINGLE_NODE, "--output-dir", "elsewhere", STUB_SAYS="words")
+    assert done.returncode == 0 and (bench.folder / "elsewhere" / "training.log").read_text() == "words\n"
+    assert not (bench.folder / "output").exists()
+    bench.run(SINGLE_NODE, "--output-dir=third", STUB_SAYS="words")
+    assert (bench.folder / "third" / "training.log").exists()
+    bench.run(SINGLE_NODE, "--dry-run")
+    assert "deepspeed.launcher.runner" not in bench.notes()[-1]
 
 
 @pytest.mark.parametrize(

@@ -283,6 +283,7 @@ BAD_FILES = {
     "missing": ("run.yaml", None, "run.yaml: no such configuration file"),
     "no yaml": ("run.yaml", "a: [", "run.yaml: not readable as YAML"),
     "no json": ("run.json", "{", "run.json: not readable as JSON"),
+    "no date": ("run.yaml", "seed: 2024-13-45", "run.yaml: not readable as YAML"),
     "a list": ("run.json", "[1]", "run.json: expected flag names and values, found list"),
     "unknown": ("run.yaml", "learnin_rate: 1", "--learnin_rate: no flag of that name (Step 1, supervised fine-tuning)"),
     "wrong type": ("run.yaml", "zero_stage: two", "run.yaml: argument --zero_stage/--zero-stage: invalid int value: 'two'"),
@@ -297,6 +298,12 @@ def test_a_bad_file_is_named_with_its_fault(case, tmp_path):
         (tmp_path / name).write_text(text)
     found = message(SFTConfig, [str(tmp_path / name)])
     assert words_of_message in found and found.startswith(str(tmp_path / name))
+
+
+def test_a_file_may_begin_with_a_byte_order_mark(tmp_path):
+    for name, text in (("run.json", '{"model_name_or_path": "m"}'), ("run.yaml", "model_name_or_path: m")):
+        (tmp_path / name).write_text(text, encoding="utf-8-sig")
+        assert parse_config(SFTConfig, [str(tmp_path / name)]).model.model_name_or_path == "m"
 
 
 def test_an_empty_list_in_a_file_is_an_empty_list(tmp_path):

@@ -36,15 +36,17 @@ def test_every_line_is_good_or_says_what_to_do_and_a_stale_lock_stops(tmp_path):
         assert any(word in line for line in found), word
 
 
-def test_a_missing_package_is_named_without_a_traceback(tmp_path):
-    # An environment in which nothing is installed but this interpreter's own library and packaging.
+@pytest.mark.parametrize("there, line", [(True, "torch is not installed: pip install 'torch"), (False, "packages: not even")])
+def test_a_missing_package_is_named_without_a_traceback(there, line, tmp_path):
+    # An environment in which nothing is installed but this interpreter's own library, and packaging or not even that.
     code = (
         "import sys; sys.path = [p for p in sys.path if 'site-packages' not in p] + [sys.argv[1]]\n"
         "from dschat import doctor\ndoctor.main([])"
     )
     import packaging
 
-    (tmp_path / "packaging").symlink_to(Path(packaging.__file__).parent)
+    if there:
+        (tmp_path / "packaging").symlink_to(Path(packaging.__file__).parent)
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path)],
         cwd=ROOT,
@@ -53,7 +55,12 @@ def test_a_missing_package_is_named_without_a_traceback(tmp_path):
         text=True,
     )
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert any(line.startswith("BAD   torch is not installed: pip install 'torch") for line in done.stdout.splitlines())
+    assert any(said.startswith(f"BAD   {line}") for said in done.stdout.splitlines())
+
+
+def test_an_old_python_reaches_the_line_that_names_it():
+    # 3.9 has no "str | None" for annotations that are evaluated.
+    assert isinstance(doctor.main.__annotations__["argv"], str)
 
 
 def test_versions_outside_the_range_are_a_note(monkeypatch):
@@ -99,6 +106,8 @@ def test_the_compiler_is_missed(monkeypatch):
     monkeypatch.setenv("CXX", "no-compiler")
     found = doctor.check_compiler()[0]
     assert found.stops and "build-essential" in found.remedy
+    monkeypatch.setenv("CXX", f"{sys.executable} c++")  # as of ccache
+    assert not doctor.check_compiler()[0].stops
 
 
 def test_a_build_that_fails_is_a_finding_among_the_others(monkeypatch, capsys):

@@ -95,6 +95,8 @@ def test_what_peft_wrote_is_merged(tmp_path, options):
     [
         ({"use_dora": True}, "DoRA"),
         ({"bias": "all"}, "biases"),
+        ({"init_lora_weights": "pissa"}, "its start \\(pissa\\) changes the weights of the base"),
+        ({"init_lora_weights": "olora"}, "its start \\(olora\\) changes the weights of the base"),
         ({"modules_to_save": ["lm_head"]}, "no place for lm_head"),
     ],
 )

@@ -117,6 +117,16 @@ ADAPTERS = {
 }
 
 
+def test_a_bin_of_weights_that_was_cut_short_is_named(llama, copy):
+    for file in copy.glob("*.safetensors"):
+        tensors = load_file(file)
+        file.unlink()
+    torch.save(tensors, copy / "pytorch_model.bin")
+    whole = (copy / "pytorch_model.bin").read_bytes()
+    (copy / "pytorch_model.bin").write_bytes(whole[: len(whole) // 2])
+    check_refused(copy, "its weights cannot be read", "Give a whole copy")
+
+
 @pytest.mark.parametrize("case", ADAPTERS)
 def test_an_adapter_that_does_not_fit_is_named(case, llama, tmp_path):
     tensors, config, words = ADAPTERS[case]

@@ -89,15 +89,25 @@ def test_commands_of_real_sizes(e2e):
     assert launch[1:3] == ["-m", "deepspeed.launcher.runner"] and launch[-2:] == ["--hostfile", "hosts"]
 
 
-def test_the_launcher_counts_processes_by_deployment(e2e):
+def test_the_launcher_counts_processes_by_deployment(e2e, monkeypatch):
     def words(text, on_gpu):
         return e2e.launcher(e2e.parse_args(text.split()), on_gpu=on_gpu, port=29500)[5:]
 
-    assert words("", True) == ["--num_gpus", "1"]
-    assert words("--deployment-type single_node", True) == []
-    assert words("--deployment-type single_node --num-processes 4", True) == ["--num_gpus", "4"]
-    assert words("", False) == ["--num_accelerators", "1"]
-    assert words("--num-processes 2", False) == ["--num_accelerators", "2"]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    here = ["--hostfile", ""]  # not DeepSpeed's default of other machines
+    assert words("", True) == [*here, "--num_gpus", "1"]
+    assert words("--deployment-type single_node", True) == here
+    assert words("--deployment-type single_node --num-processes 4", True) == [*here, "--num_gpus", "4"]
+    assert words("", False) == [*here, "--num_accelerators", "1"]
+    assert words("--num-processes 2", False) == [*here, "--num_accelerators", "2"]
+    assert words("--deployment-type multi_node", True) == []
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    assert words("", True) == [*here, "--include", "localhost:3"]
+    assert words("--deployment-type single_node --num-processes 2", True) == [*here, "--include", "localhost:3,5"]
+    assert words("--deployment-type single_node", True) == here
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-8932f937")
+    with pytest.raises(ValueError, match="CUDA_VISIBLE_DEVICES=GPU-8932f937: .*numbers"):
+        words("", True)
 
 
 def test_models_that_do_not_go_together_are_refused(e2e):
@@ -166,6 +176,13 @@ def test_what_is_in_the_way_of_a_run_is_named_at_once(tmp_path):
     with pytest.raises(ValueError, match=r"--num-processes 3: this machine shows 2 GPU\(s\)"):
         check_arguments(str(tmp_path / "out"), num_processes=3, num_gpus=2, save_interval=0, hostfile=None)
     check_arguments(str(tmp_path / "out"), num_processes=3, num_gpus=0, save_interval=0, hostfile=None)
+    hosts = tmp_path / "hosts"
+    hosts.touch()
+    options = dict(num_gpus=None, save_interval=0, hostfile=str(hosts))
+    check_arguments(str(tmp_path / "out"), num_processes=0, several_hosts=True, **options)
+    for several, number, message in ((False, 0, "--deployment-type multi_node"), (True, 2, "--num-processes 2: with multi_node")):
+        with pytest.raises(ValueError, match=message):
+            check_arguments(str(tmp_path / "out"), num_processes=number, several_hosts=several, **options)
     assert (tmp_path / "out").is_dir()
 
 

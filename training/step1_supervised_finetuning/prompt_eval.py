@@ -13,6 +13,7 @@ from dschat.data.collate import collate_prompts
 from dschat.data.datasets import PromptDataset
 from dschat.data.row_files import read_rows
 from dschat.data.rows import Row
+from dschat.engine.model_size import named_size
 from dschat.models.causal_lm import load_causal_lm
 from dschat.models.placement import inference_placement
 from dschat.models.tokenizer import eos_token_ids, load_tokenizer
@@ -57,10 +58,26 @@ def decodings(answering: Answering, **ids) -> dict[str, GenerationConfig]:
     return kinds
 
 
+def prompt_room(path: str, config: PromptEvalConfig, *, flag: str) -> int:
+    """The most tokens of a prompt: --max_prompt_seq_len, or what positions that the model has learned leave beside an answer.
+
+    Raises:
+        ValueError: they leave none.
+    """
+    most = named_size(path, flag=flag, trust_remote_code=config.model.trust_remote_code).positions
+    limit, new = config.prompts.max_prompt_seq_len, config.answering.max_new_tokens
+    if most is None:
+        return limit
+    if new >= most:
+        raise ValueError(f"--max_new_tokens {new}: {flag} {path} has learned {most} positions for prompt and answer; give less.")
+    return min(limit, most - new)
+
+
 def answer(rows: list[Row], path: str, *, flag: str, config: PromptEvalConfig) -> list[dict[str, list[str]]]:
     """For each row the answers of the model at `path`, by kind."""
     device, dtype = inference_placement(config.model.dtype)
     options = dict(trust_remote_code=config.model.trust_remote_code, flag=flag)
+    room = prompt_room(path, config, flag=flag)
     tokenizer = load_tokenizer(
         path, add_eot_token=config.model.add_eot_token, eot_token=config.model.eot_token, **options
     )
@@ -69,9 +86,7 @@ def answer(rows: list[Row], path: str, *, flag: str, config: PromptEvalConfig) -
     kinds = decodings(config.answering, eos_token_id=eos, pad_token_id=tokenizer.pad_token_id)
     # transformers fills what these leave open from the model's own settings, which may ban or force tokens.
     model.generation_config = GenerationConfig()
-    prompts = PromptDataset(
-        rows, tokenizer, max_prompt_len=config.prompts.max_prompt_seq_len, prompt_format=config.prompts.prompt_format
-    )
+    prompts = PromptDataset(rows, tokenizer, max_prompt_len=room, prompt_format=config.prompts.prompt_format)
     pad = partial(collate_prompts, pad_id=tokenizer.pad_token_id)
     answers: list[dict[str, list[str]]] = []
     torch.manual_seed(config.answering.seed)
