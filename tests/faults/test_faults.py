@@ -85,6 +85,7 @@ def kill_in_save(run, out: Path, saves: int, delay_s: float) -> bool:
     while len(seen) < saves and time.monotonic() < deadline:
         seen |= {path.name for path in (out / "checkpoints").glob(".step_*.tmp")}
         time.sleep(0.001)
+    assert len(seen) >= saves, f"no save {saves} within a minute: {run.log.read_text()[-3000:]}"
     time.sleep(delay_s)
     run.kill()
     return any((out / "checkpoints").glob(".step_*.tmp"))

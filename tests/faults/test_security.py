@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import uuid
 from pathlib import Path
 
 import pytest
@@ -104,7 +105,8 @@ def test_code_beside_a_known_architecture_does_not_run_either(place, zygote, sto
 def test_texts_are_no_file_names(zygote, stock, tmp_path):
     data = tmp_path / "data"
     data.mkdir()
-    names = ["../../up", "/tmp/absolute", "a/b", "..", "nul\0", "con:", "$(touch run)", "`touch run`", "x" * 300]
+    absolute = Path("/tmp") / f"absolute-{uuid.uuid4().hex}"
+    names = ["../../up", str(absolute), "a/b", "..", "nul\0", "con:", "$(touch run)", "`touch run`", "x" * 300]
     rows = [{"prompt": name, "chosen": f" {name}", "rejected": " no"} for name in names]
     for part in ("train", "eval"):
         (data / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -117,7 +119,7 @@ def test_texts_are_no_file_names(zygote, stock, tmp_path):
     assert new == {"out", "out.log"}
     known = {"evaluation", "metrics.jsonl", "run.json", "actor", "critic", "actor_ema", ".lock"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == known
-    assert not Path("/tmp/absolute").exists() and not (tmp_path.parent / "up").exists()
+    assert not absolute.exists() and not (tmp_path.parent / "up").exists()
 
 
 def test_the_trap_of_the_malicious_weights_is_alive(stock, tmp_path):

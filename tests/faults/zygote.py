@@ -12,7 +12,6 @@ import json
 import os
 import resource
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -28,14 +27,9 @@ import dschat.data.loaders  # noqa: F401
 import dschat.trainers.ppo_run  # noqa: F401
 import dschat.trainers.reward_setup  # noqa: F401
 import dschat.trainers.stage  # noqa: F401
+from dschat.config.ports import free_port
 from dschat.tracking.log import run_main
 from dschat.tracking.metrics import MetricsWriter
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def start(job: dict) -> list[int]:

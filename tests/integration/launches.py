@@ -3,11 +3,12 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from dschat.config.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKER = Path(__file__).with_name("worker.py")
@@ -143,11 +144,8 @@ def launch(command: list[str], *, ranks: int, log: Path, timeout_s: float) -> in
 
 def launcher(ranks: int) -> list[str]:
     """The deepspeed command in front of a script, on a port that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     words = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(ranks)]
-    return words + ["--master_port", str(port)]
+    return words + ["--master_port", str(free_port())]
 
 
 def environment() -> dict[str, str]:

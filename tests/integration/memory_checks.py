@@ -179,7 +179,6 @@ def quantised_training(
         "in pieces": (zero == 3) == all(hasattr(layer.packed, "ds_id") for layer in layers),
         "before the engine is built": (zero == 3) == all(at_once),
         "equal losses": all(abs(a - b) <= tolerance * b for a, b in losses),
-        "losses fall": losses[-1] != losses[0],
     }
     if dist.is_main():
         saved = dequantized_state_dict(quantised.module, found)
@@ -239,7 +238,7 @@ def idle_states(stock: str, *, zero: int, dtype: str, offload: bool = False) -> 
     """Steps with states that went and came back between them, against steps without; all should be true."""
     path = f"{stock}/sft/llama"
     travelled, stayed = (lora_engine(path, zero=zero, dtype=dtype, offload=offload) for _ in range(2))
-    went, shared = [], []
+    went, shared, same = [], [], []
     pins = (True, False, True)
     for step, pin in enumerate(pins):
         masters = master_addresses(travelled)
@@ -247,7 +246,7 @@ def idle_states(stock: str, *, zero: int, dtype: str, offload: bool = False) -> 
         offload_idle_states(travelled, pin_memory=pin)
         went.append(all(a != b for a, b in zip(masters, master_addresses(travelled))))
         shared.append(weights == [piece(p).data_ptr() for p in travelled.module.parameters()])
-        same = torch.equal(logits_of(travelled, step), logits_of(stayed, step))
+        same.append(torch.equal(logits_of(travelled, step), logits_of(stayed, step)))
         reload_idle_states(travelled)
         train(travelled, step)
         train(stayed, step)
@@ -256,7 +255,7 @@ def idle_states(stock: str, *, zero: int, dtype: str, offload: bool = False) -> 
     return {
         "masters went, and none that --offload keeps on the host": went == expected or zero == 0,
         "weights stayed where they are": all(shared),
-        "generation reads the same": same,
+        "generation reads the same": all(same),
         "the same to the bit": moved([snapshot(travelled)], [snapshot(stayed)]) == [False],
     }
 

@@ -22,7 +22,7 @@ from dschat.data.splits import parse_shares, share_sizes, split_indices
 from dschat.data.templates import render
 from dschat.tracking.manifest import content_fault, file_entry, read_manifest, write_manifest
 
-QUICK = settings(max_examples=60, deadline=None)
+QUICK = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 TEXTS = st.text(max_size=20)
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | TEXTS,
@@ -136,7 +136,7 @@ def check_that_a_row_is_named_or_left_out(folder, row: dict, *words: str) -> Non
 
 @given(text=st.text(alphabet=UNSEEN, max_size=8))
 @pytest.mark.parametrize("name", FIELDS_OF_TEXT)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15, deadline=None, derandomize=True, database=None)
 def test_a_text_that_cannot_be_seen_is_named_or_left_out(tmp_path_factory, name, text):
     # An answer to nothing can be learned, and turns of the assistant may have called a tool.
     assume(not (name == "prompt" and text == "") and not (name == "messages[1].content" and not text.strip()))

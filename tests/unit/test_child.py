@@ -110,7 +110,7 @@ def test_whatever_is_raised_ends_the_run(below, tmp_path, monkeypatch):
             raise MemoryError
 
     monkeypatch.setattr(child, "NOISE", Broken())
-    monkeypatch.setattr(child, "END_S", 2.0, raising=False)
+    monkeypatch.setattr(child, "END_S", 2.0)
     words = ["bash", "-c", below.format(pid=tmp_path / "pid")]
     with pytest.raises(MemoryError):
         child.run_logged(partial(child.start_process, words, dict(os.environ)), tmp_path / "log")

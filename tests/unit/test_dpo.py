@@ -113,7 +113,7 @@ def test_the_objective_is_a_plain_loop_in_float64(model):
     expected = sum(pair["loss"] for pair in pairs)
     expected.backward()
     assert objective.weight(batch) == len(ITEMS)
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)  # Llama's norms are in fp32 even of a float64 model
     columns = {
         "rewards/chosen": [pair["rewards"][0] for pair in pairs],
         "rewards/rejected": [pair["rewards"][1] for pair in pairs],
@@ -141,8 +141,8 @@ def test_the_evaluation_is_over_all_batches_and_rows_that_wrap_around_are_left_o
     with torch.no_grad():
         pairs = plain_pairs(copy.deepcopy(policy).double(), copy.deepcopy(model).double())
     margins = [float(pair["rewards"][0] - pair["rewards"][1]) for pair in pairs]
-    assert found["eval/loss"] == pytest.approx(sum(float(pair["loss"]) for pair in pairs) / 3, rel=1e-5)
-    assert found["eval/margin"] == pytest.approx(sum(margins) / 3, rel=1e-4)
+    assert found["eval/loss"] == pytest.approx(sum(float(pair["loss"]) for pair in pairs) / 3, rel=1e-4)
+    assert found["eval/margin"] == pytest.approx(sum(margins) / 3, rel=5e-4)
     assert found["eval/accuracy"] == sum(margin > 0 for margin in margins) / 3
     assert found["eval/rejected_logprob"] == pytest.approx(sum(float(pair["logprobs"][1]) for pair in pairs) / 3, rel=1e-5)
     assert found["eval/chosen_reward"] == pytest.approx(sum(float(pair["rewards"][0]) for pair in pairs) / 3, rel=1e-4)

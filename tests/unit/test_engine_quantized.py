@@ -69,7 +69,11 @@ def test_outputs_and_gradients_are_those_of_a_dense_layer_of_the_same_values(kin
     other_bias = None if bias is None else bias.detach().clone().requires_grad_(True)
     F.linear(x, dense.t() if kind == "conv1d" else dense, other_bias).square().sum().backward()
     expected = [x.grad, None if bias is None else other_bias.grad]
-    assert all(torch.equal(a, b) if b is not None else a is None for a, b in zip(found, expected))
+    for a, b in zip(found, expected):
+        if kind == "conv1d" and b is not None:  # of another layout, which another kernel may multiply
+            torch.testing.assert_close(a, b, rtol=1e-5 if dtype == torch.float32 else 2e-2, atol=1e-5 if dtype == torch.float32 else 1e-2)
+        else:
+            assert torch.equal(a, b) if b is not None else a is None
     assert layer.packed.grad is None and not layer.packed.requires_grad and found[0].abs().max() > 0
 
 
