@@ -10,6 +10,7 @@ import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Optional
 
 SPACE = re.compile(r"[ \t\r\n]*")
 
@@ -21,6 +22,7 @@ class Records:
     rows: list[dict] = field(default_factory=list)
     lines: list[int] = field(default_factory=list)
     faults: list[tuple[int, str]] = field(default_factory=list)
+    lost_behind: Optional[int] = None  # the line behind which rows cannot be told from one another
 
     def add(self, line: int, value: object) -> None:
         if isinstance(value, dict):
@@ -28,6 +30,12 @@ class Records:
             self.lines.append(line)
         else:
             self.faults.append((line, f"an object with named fields is expected, not {json.dumps(value)[:60]}"))
+
+    def end(self, line: int, message: str) -> "Records":
+        """These records, ended by a fault behind which nothing can be found again."""
+        self.faults.append((line, message))
+        self.lost_behind = line
+        return self
 
 
 def read_records(path: Path) -> Records:
@@ -72,8 +80,7 @@ def _read_json_list(data: bytes) -> Records:
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
-        records.faults.append((data[: error.start].count(b"\n") + 1, _not_utf8(error)))
-        return records
+        return records.end(data[: error.start].count(b"\n") + 1, _not_utf8(error))
     newlines = [match.start() for match in re.finditer("\n", text)]
     decoder = json.JSONDecoder()
     position = _behind_space(text, text.index("[") + 1)
@@ -84,8 +91,7 @@ def _read_json_list(data: bytes) -> Records:
             value, position = decoder.raw_decode(text, position)
         except (ValueError, RecursionError) as error:
             line = getattr(error, "lineno", line)
-            records.faults.append((line, _not_json(error, text[position : position + 60].encode())))
-            return records
+            return records.end(line, _not_json(error, text[position : position + 60].encode()))
         records.add(line, value)
         position = _behind_space(text, position)
         more = text[position : position + 1] == ","
@@ -97,7 +103,7 @@ def _read_json_list(data: bytes) -> Records:
     if not closed or position < len(text):
         line = bisect.bisect(newlines, position) + 1
         wanted = "nothing more behind the list" if closed else "a comma or the end of the list"
-        records.faults.append((line, f"not readable as JSON ({wanted} expected): {text[position : position + 40]!r}"))
+        return records.end(line, f"not readable as JSON ({wanted} expected): {text[position : position + 40]!r}")
     return records
 
 
@@ -106,21 +112,29 @@ def _behind_space(text: str, position: int) -> int:
 
 
 def _read_csv(data: bytes) -> Records:
+    """The rows of a table. Behind a bad quote the next line begins a row, unless the bad one may go on there."""
     records = Records()
     # Bytes that are no UTF-8 become surrogates, which the check of each field finds: a single row is faulty then.
-    text = io.StringIO(data.decode("utf-8", errors="surrogateescape"), newline="")
+    text = list(io.StringIO(data.decode("utf-8", errors="surrogateescape"), newline=""))
     csv.field_size_limit(2**31 - 1)
     reader = csv.reader(text, strict=True)
     header, first_line = None, 1
+    torn = None  # the first line that may have left a quote open
     while True:
-        try:
-            cells = next(reader, None)
-        except csv.Error as error:
-            records.faults.append((first_line, f"not readable as CSV: {error}"))
+        cells, message = _next_cells(reader)
+        if cells is None and not message:
             return records
-        if cells is None:
-            return records
-        if header is None:
+        # A whole row has an even number of quotes.
+        odd = sum(line.count('"') for line in text[first_line - 1 : reader.line_num]) % 2 == 1
+        if message:
+            swallowed = odd and reader.line_num > first_line
+            if header is None or swallowed or "unexpected end" in message:
+                return records.end(first_line, message)
+            records.faults.append((first_line, message))
+            torn = first_line if odd and torn is None else torn
+        elif odd and torn is not None:
+            return records.end(torn, f"not readable as CSV: its row may end in line {first_line}, at another quote")
+        elif header is None:
             header = cells
             twice = sorted({cell for cell in cells if cell and cells.count(cell) > 1})
             if twice:
@@ -132,6 +146,14 @@ def _read_csv(data: bytes) -> Records:
         elif cells:
             records.faults.append((first_line, f"{len(cells)} cells under a header of {len(header)}: {cells!r:.60}"))
         first_line = reader.line_num + 1
+
+
+def _next_cells(reader) -> tuple[Optional[list[str]], str]:
+    """The cells of the next row, None at the end and for a faulty one; and what is wrong with that."""
+    try:
+        return next(reader, None), ""
+    except csv.Error as error:
+        return None, f"not readable as CSV: {error}"
 
 
 def _not_utf8(error: UnicodeDecodeError) -> str:

@@ -80,6 +80,7 @@ class _Table:
     title: str
     lines: Optional[Sequence[int]] = None
     faults: tuple = ()  # (line, message) of what could not be read at all
+    lost_behind: Optional[int] = None  # the line behind which rows cannot be told from one another
 
 
 def load_source(
@@ -165,7 +166,7 @@ def _folder(folder: Path, cache_dir: Optional[str], suffixes: tuple[str, ...] = 
 def _file(path: Path, cache_dir: Optional[str]) -> _Table:
     if path.suffix != ".parquet":
         records = read_records(path)
-        return _Table(records.rows, str(path), records.lines, tuple(records.faults))
+        return _Table(records.rows, str(path), records.lines, tuple(records.faults), records.lost_behind)
     try:
         return _Table(datasets.Dataset.from_parquet(str(path), cache_dir=cache_dir), str(path))
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
@@ -219,7 +220,7 @@ def _checked(table: _Table, row_of: RowFunction, *, skip: bool) -> Part:
         good.append(number)
         for name in has:
             has[name].append(bool(getattr(row, name)))
-    if faults and (not skip or not good):
+    if faults and (not skip or not good or table.lost_behind is not None):
         raise ValueError(_report(table, sorted(faults), all_bad=not good))
     if faults:
         num_all = len(faults) + len(good)
@@ -244,9 +245,13 @@ def _report(table: _Table, faults: list[tuple[int, str]], *, all_bad: bool) -> s
     shown = [_at(table, number, message) for number, message in faults[:FAULTS_SHOWN]]
     if len(faults) > FAULTS_SHOWN:
         shown.append(f"... and {len(faults) - FAULTS_SHOWN} more.")
+    if table.lost_behind is not None:
+        remedy = f"How many rows follow line {table.lost_behind} cannot be told, so --skip_bad_rows cannot leave it out. Mend it."
+    else:
+        remedy = "No row here is usable." if all_bad else "Mend the rows, or leave them out with --skip_bad_rows."
     shown.append(
-        'A row needs "prompt" (text or messages) with "chosen" or "response", or "messages"; pairs need "rejected" too.'
-        + (" No row here is usable." if all_bad else " Mend the rows, or leave them out with --skip_bad_rows.")
+        'A row needs "prompt" (text or messages) with "chosen" or "response", or "messages"; pairs need "rejected" too. '
+        + remedy
     )
     return "\n".join(shown)
 

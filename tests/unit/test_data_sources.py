@@ -143,6 +143,53 @@ def test_csv_with_quoted_newlines_and_faults(tmp_path):
     assert 'rows.csv, line 6: field "chosen" is not valid UTF-8' in str(caught.value)
 
 
+# A bad row between good ones, and how many rows of ten it takes along.
+CSV_FAULTS = {
+    "behind a quote": '"p"x,c',
+    "open": '"5" pipe,c',
+    "both": 'p,"says "hi" there"',
+    "over lines": '"one\nsays "hi" and bye",c',
+}
+
+
+@pytest.mark.parametrize("line", CSV_FAULTS.values(), ids=CSV_FAULTS)
+def test_a_bad_quote_costs_its_row_alone(tmp_path, caplog, line):
+    lines = ["prompt,chosen", *(f"p{i},c{i}" for i in range(3)), line, *(f'"p{i}","c\n{i}"' for i in range(3, 9))]
+    (tmp_path / "rows.csv").write_text("\n".join(lines) + "\n")
+    with pytest.raises(ValueError, match=r"rows.csv, line 5: not readable as CSV: .*\n.*--skip_bad_rows"):
+        load(tmp_path / "rows.csv")
+    with caplog.at_level(logging.WARNING):
+        source = load(tmp_path / "rows.csv", skip_bad_rows=True)
+    rows = [row.prompt for part in ("train", "eval") for row in rows_of(source, part)]
+    assert sorted(rows) == [f"p{i}" for i in range(9)]
+    assert "left out 1 bad rows of 10" in caplog.text
+
+
+# What takes an unknown number of rows along, and the line behind which they stand.
+LOSSES = {
+    "unclosed quote": ("csv", 'prompt,chosen\na,b\nc,"d\ne,f\ng,h\n', 3),
+    "closed by another row": ("csv", 'prompt,chosen\na,b\nc,"d\ne,f\n"g","h"\ni,j\n', 3),
+    "rest of a row": ("csv", 'prompt,chosen\na,b\n"says "hi" to\nme",d\ne,f\n', 3),
+    "header": ("csv", '"prompt"x,chosen\na,b\nc,d\n', 1),
+    "list": ("json", '[{"prompt": "a", "chosen": "b"},\n{"prompt": "c" "chosen": "d"},\n{"prompt": "e", "chosen": "f"}]', 2),
+    "comma": ("json", '[{"prompt": "a", "chosen": "b"}\n{"prompt": "c", "chosen": "d"}]', 2),
+    "two lists": ("json", '[{"prompt": "a", "chosen": "b"}]\n[{"prompt": "c", "chosen": "d"}]', 2),
+    "utf-8": ("json", b'[{"prompt": "a", "chosen": "b"},\n{"prompt": "\xff", "chosen": "d"}]', 2),
+}
+
+
+@pytest.mark.parametrize("suffix, text, line", LOSSES.values(), ids=LOSSES)
+@pytest.mark.parametrize("skip", [False, True])
+def test_rows_that_cannot_be_told_apart_are_never_left_out(tmp_path, suffix, text, line, skip):
+    path = tmp_path / f"rows.{suffix}"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError) as caught:
+        load(path, skip_bad_rows=skip)
+    message = str(caught.value)
+    assert f"{path}, line {line}: " in message
+    assert f"How many rows follow line {line} cannot be told, so --skip_bad_rows cannot leave it out. Mend it." in message
+
+
 def test_columns_and_places(tmp_path):
     rows = [{"prompt": f"p{i}", "response": f"r{i}", "gold": i} for i in range(4)]
     source = load(write_lines(tmp_path / "rows.jsonl", rows))
