@@ -4,6 +4,7 @@ Every row is checked once, when the data set is opened, so that a bad one stops 
 so that the rows left out do not depend on the step: all steps split the same rows.
 """
 
+import glob
 import logging
 import re
 from dataclasses import dataclass, replace
@@ -12,6 +13,7 @@ from typing import Iterator, Optional, Sequence
 
 import datasets
 import numpy as np
+import pyarrow.parquet
 
 from dschat.config.paths import user_path
 from dschat.data.files import read_records
@@ -168,7 +170,10 @@ def _file(path: Path, cache_dir: Optional[str]) -> _Table:
         records = read_records(path)
         return _Table(records.rows, str(path), records.lines, tuple(records.faults), records.lost_behind)
     try:
-        return _Table(datasets.Dataset.from_parquet(str(path), cache_dir=cache_dir), str(path))
+        if not pyarrow.parquet.read_metadata(path).num_rows:  # of which the library makes no table
+            return _Table([], str(path))
+        # The library takes the path for a pattern.
+        return _Table(datasets.Dataset.from_parquet(glob.escape(str(path)), cache_dir=cache_dir), str(path))
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(f"{path}: not readable as Parquet: {_words(error.__cause__ or error)}") from error
 

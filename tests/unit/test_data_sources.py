@@ -305,6 +305,27 @@ def test_unreadable_parquet(tmp_path):
         load(tmp_path / "x.parquet", cache_dir=str(tmp_path / "cache"))
 
 
+@pytest.mark.parametrize("name", ["rows*.parquet", "x[1]/rows.parquet", "x[1]/r?ws.parquet", "{a,b}.parquet"])
+def test_a_parquet_path_is_no_pattern(tmp_path, name):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    (tmp_path / "x1").mkdir()
+    for other, begin in (("rows2.parquet", 10), ("x1/rows.parquet", 20), ("x[1]/rows.parquet", 30), ("a.parquet", 40)):
+        if (tmp_path / other).parent.is_dir():
+            datasets.Dataset.from_list(pairs(4, begin)).to_parquet(tmp_path / other)
+    datasets.Dataset.from_list(pairs(4)).to_parquet(path)
+    source = load(path, cache_dir=str(tmp_path / "cache"))
+    rows = [row.prompt for part in ("train", "eval") for row in rows_of(source, part)]
+    assert sorted(rows) == ["p0", "p1", "p2", "p3"]
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_parquet_without_rows(tmp_path, skip):
+    datasets.Dataset.from_list(pairs(1)).select([]).to_parquet(tmp_path / "none.parquet")
+    with pytest.raises(ValueError, match="none.parquet: no rows in it"):
+        load(tmp_path / "none.parquet", skip_bad_rows=skip, cache_dir=str(tmp_path / "cache"))
+
+
 @pytest.mark.parametrize("path", ["./nowhere", "/no/such/rows.jsonl", "rows.jsonl", "a/b/c"])
 def test_missing_path(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
