@@ -201,6 +201,7 @@ def _hub(name: str, known: HubSet, cache_dir: Optional[str]) -> dict[str, _Table
 
 
 def _named_parts(stored: datasets.Dataset | datasets.DatasetDict, title: str) -> dict[str, _Table]:
+    stored = stored.with_format(None)  # save_to_disk keeps a format, in which rows are no dictionaries of plain values
     if isinstance(stored, datasets.Dataset):
         return {"train": _Table(stored, title)}
     found = {"train": "train" if "train" in stored or len(stored) != 1 else next(iter(stored))}

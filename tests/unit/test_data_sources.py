@@ -283,6 +283,30 @@ def test_arrow_tables_are_checked_and_named_by_row(tmp_path, kind):
     assert len(source.eval) == (375 if kind == "dataset" else 2)
 
 
+# What set_format leaves behind in a folder: another kind of table, or columns that are out of sight.
+FORMATS = {
+    "pandas": {"type": "pandas"},
+    "arrow": {"type": "arrow"},
+    "numpy": {"type": "numpy"},
+    "torch": {"type": "torch", "columns": ["gold"]},
+    "some columns": {"columns": ["prompt"]},
+}
+
+
+@pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("parts", [False, True])
+def test_the_format_of_a_stored_table_does_not_matter(tmp_path, form, parts):
+    rows = [{**row, "gold": number} for number, row in enumerate(pairs(4))]
+    stored = datasets.Dataset.from_list(rows).with_format(**form)
+    (datasets.DatasetDict({"train": stored, "test": stored}) if parts else stored).save_to_disk(tmp_path / "set")
+    source = load(tmp_path / "set")
+    found = rows_of(source) + ([] if parts else rows_of(source, "eval"))
+    assert sorted((row.prompt, row.chosen, row.rejected, row.columns["gold"]) for row in found) == [
+        (*row.values(), number) for number, row in enumerate(pairs(4))
+    ]
+    assert all(type(row.columns["gold"]) is int for row in found)
+
+
 def test_bad_row_of_an_arrow_table(tmp_path, caplog):
     datasets.Dataset.from_list([*pairs(1100), {**GOOD, "rejected": ""}]).save_to_disk(tmp_path / "set")
     with pytest.raises(ValueError, match=r'set, row 1101: field "rejected" is empty'):
