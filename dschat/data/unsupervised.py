@@ -1,5 +1,6 @@
 """General text for the PTX loss of step 3: an endless stream of blocks of equal length."""
 
+import logging
 import random
 from pathlib import Path
 from typing import Iterator, Optional, Sequence
@@ -11,14 +12,17 @@ from dschat.algorithms.types import TextBatch
 from dschat.config.paths import user_path
 from dschat.data.files import read_records
 
+logger = logging.getLogger(__name__)
+
 FLAG = "--unsupervised_dataset_name"
+TEXT_TYPES = ("string", "large_string", "string_view", "null")  # the last of sets without any text
 
 
 def load_texts(name: str, config_name: Optional[str] = None, cache_dir: Optional[str] = None) -> Sequence[str]:
     """The texts of a local .txt file (its paragraphs), a .jsonl or .json file or a hub data set (the field text).
 
     Raises:
-        ValueError: no such file or data set, nothing in it, or no field text; names --unsupervised_dataset_name.
+        ValueError: no such file or data set, nothing in it, or no field text of strings; names the flag.
     """
     path = user_path(name)
     if path.suffix in (".txt", ".jsonl", ".json"):
@@ -121,4 +125,12 @@ def _hub_texts(name: str, config_name: Optional[str], cache_dir: Optional[str]) 
         ) from error
     if "text" not in data.column_names:
         raise ValueError(f"{FLAG} {name}: no field text among {', '.join(data.column_names)}.")
+    kind = getattr(data.features["text"], "dtype", data.features["text"])
+    if kind not in TEXT_TYPES:
+        raise ValueError(f"{FLAG} {name}: its field text holds {kind}, not texts. Give a set whose field text is a string.")
+    there = data.data.column("text").is_valid().to_numpy()
+    if not there.all():
+        num_null = len(there) - int(there.sum())
+        logger.warning("%s %s: left out %d rows of %d: their field text is null", FLAG, name, num_null, len(there))
+        data = data.select(there.nonzero()[0])
     return data["text"]

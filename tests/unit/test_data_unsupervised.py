@@ -2,7 +2,9 @@
 
 import itertools
 import json
+import logging
 
+import datasets
 import pytest
 
 from dschat.data.unsupervised import PTXBatches, load_texts
@@ -34,6 +36,42 @@ def test_bad_files_are_named_with_the_flag(tmp_path, name, content, words):
     with pytest.raises(ValueError, match=words) as caught:
         load_texts(str(tmp_path / name))
     assert "--unsupervised_dataset_name" in str(caught.value)
+
+
+def write_set(folder, texts, kind=None):
+    folder.mkdir()
+    table = datasets.Dataset.from_dict({"text": texts}, features=kind and datasets.Features({"text": datasets.Value(kind)}))
+    table.to_parquet(folder / "train.parquet")
+    return str(folder)
+
+
+def test_nulls_of_a_set_are_left_out_and_counted(tmp_path, caplog):
+    name = write_set(tmp_path / "set", ["one", None, "two", None, "", "three"])
+    with caplog.at_level(logging.WARNING):
+        texts = load_texts(name, cache_dir=str(tmp_path / "cache"))
+    assert [texts[number] for number in range(len(texts))] == ["one", "two", "", "three"]
+    assert f"{name}: left out 2 rows of 6: their field text is null" in caplog.text
+
+
+def test_large_strings_are_texts(tmp_path, caplog):
+    texts = load_texts(write_set(tmp_path / "set", ["one", "two"], "large_string"), cache_dir=str(tmp_path / "cache"))
+    assert list(texts) == ["one", "two"] and "left out" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    "texts, words",
+    [
+        ([1, 2], "its field text holds int64, not texts"),
+        ([["a"], ["b"]], "its field text holds .*string.*, not texts"),
+        ([{"a": "b"}], "its field text holds .*string.*, not texts"),
+        ([b"a"], "its field text holds binary, not texts"),
+        ([None, None], "no text in it"),
+    ],
+)
+def test_a_set_without_texts_is_refused_at_the_start(tmp_path, texts, words):
+    name = write_set(tmp_path / "set", texts)
+    with pytest.raises(ValueError, match=f"--unsupervised_dataset_name {name}: {words}"):
+        load_texts(name, cache_dir=str(tmp_path / "cache"))
 
 
 def test_blocks_are_full_and_every_text_is_read_once_a_pass():
