@@ -21,7 +21,7 @@ ARROWS = {
     "serving": (),
     "tracking": (),
     "config": (),
-    "": ("engine", "models", "tracking", "config"),
+    "": ("engine", "models", "data", "tracking", "config"),
 }
 MAX_FILE_LINES = 300
 MAX_FUNCTION_LINES = 60

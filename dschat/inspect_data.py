@@ -1,15 +1,16 @@
-"""Show what the steps would read: ``python -m dschat.data.inspect --data_path rows.jsonl --model folder``."""
+"""Show what the steps would read: ``python -m dschat.inspect_data --data_path rows.jsonl --model folder``."""
 
 from dataclasses import dataclass, field
 from typing import Optional
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from dschat.config.options import DataOptions, flag
 from dschat.config.parse import parse_config
 from dschat.data.datasets import PairDataset, PromptDataset, SFTDataset
 from dschat.data.loaders import open_blends
 from dschat.data.splits import Blend
+from dschat.models.tokenizer import load_tokenizer
 from dschat.tracking.log import run_main
 
 STAGES = {1: ("supervised fine-tuning", "chosen"), 2: ("reward model", "rejected"), 3: ("PPO", "prompt")}
@@ -20,6 +21,9 @@ class InspectOptions:
     model: str = field(metadata={"help": "Folder or hub name of the tokenizer."})
     max_seq_len: int = flag(512, "Longest text in tokens, and longest prompt.")
     num_shown: int = flag(2, "Rows shown of each step.")
+    add_eot_token: bool = flag(False, "Add --eot_token as a special token and end every answer with it.")
+    eot_token: str = flag("<|endoftext|>", "The end-of-text token that --add_eot_token adds.")
+    trust_remote_code: bool = flag(False, "Run code that a tokenizer's folder or hub repository brings along.")
 
 
 @dataclass(frozen=True)
@@ -38,9 +42,13 @@ def main(argv: Optional[list[str]] = None) -> None:
     """Print the number of rows of each step, and some of them as text with their token counts."""
     config = parse_config(InspectConfig, argv)
     data, options = config.data, config.options
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
-    if tokenizer.eos_token_id is None:
-        raise ValueError(f"--model {options.model}: its tokenizer has no end token; set eos_token in it.")
+    tokenizer = load_tokenizer(
+        options.model,
+        add_eot_token=options.add_eot_token,
+        eot_token=options.eot_token,
+        trust_remote_code=options.trust_remote_code,
+        flag="--model",
+    )
     failures = []
     for stage, (title, needs) in STAGES.items():
         try:
