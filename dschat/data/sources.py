@@ -110,9 +110,9 @@ def load_source(
     if path == "local/jsonfile":
         row_of = local_json_row
         tables = _folder(Path("data"), cache_dir, suffixes=(".json",))
-    elif (local := user_path(path)).exists() and not local.is_file() and not local.is_dir():
+    elif _exists(local := user_path(path), path) and not local.is_file() and not local.is_dir():
         raise ValueError(f"--data_path {path}: neither a file nor a folder. Give one of these.")
-    elif local.exists():
+    elif _exists(local, path):
         tables = _local(local, cache_dir)
     elif path.startswith((".", "/", "~")) or path.endswith(SUFFIXES) or not HUB_NAME.fullmatch(path):
         raise ValueError(
@@ -133,6 +133,15 @@ def _known_set(path: str) -> Optional[HubSet]:
     parts = Path(path).parts
     names = (path, "/".join(parts[-2:]), "".join(parts[-1:]))
     return next((HUB_SETS[name] for name in names if name in HUB_SETS), None)
+
+
+def _exists(local: Path, path: str) -> bool:
+    try:
+        return local.exists()
+    except OSError as error:  # names that are too long, folders that may not be looked into
+        raise ValueError(
+            f"--data_path {path}: {error.strerror}. Give a path that exists, or a name such as owner/name."
+        ) from error
 
 
 def _local(path: Path, cache_dir: Optional[str]) -> dict[str, _Table]:

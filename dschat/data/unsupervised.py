@@ -26,7 +26,11 @@ def load_texts(name: str, config_name: Optional[str] = None, cache_dir: Optional
     """
     path = user_path(name)
     if path.suffix in (".txt", ".jsonl", ".json"):
-        if not path.is_file():
+        try:
+            there = path.is_file()
+        except OSError as error:  # names that are too long, folders that may not be looked into
+            raise ValueError(f"{FLAG} {name}: {error.strerror}. Give a path that exists.") from error
+        if not there:
             raise ValueError(f"{FLAG} {name}: no such file.")
         texts = _local_texts(path)
     else:

@@ -357,6 +357,13 @@ def test_missing_path(path, tmp_path, monkeypatch):
         load(path)
 
 
+@pytest.mark.parametrize("path", ["x" * 256, "/tmp/" + "x" * 256 + "/rows.jsonl", "a/" * 2500 + "b"])
+def test_a_name_that_no_file_can_have_is_refused(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"^--data_path .*: File name too long\. Give a path that exists, or a name such as"):
+        load(path)
+
+
 def test_hub_that_cannot_be_reached(tmp_path, monkeypatch):
     def unreachable(*args, **options):
         raise ConnectionError("Couldn't reach it")

@@ -74,6 +74,12 @@ def test_a_set_without_texts_is_refused_at_the_start(tmp_path, texts, words):
         load_texts(name, cache_dir=str(tmp_path / "cache"))
 
 
+@pytest.mark.parametrize("name", ["x" * 256 + ".txt", "x" * 256])
+def test_a_name_that_no_file_can_have_is_refused(tmp_path, name):
+    with pytest.raises(ValueError, match="^--unsupervised_dataset_name x*(.txt)?: "):
+        load_texts(name, cache_dir=str(tmp_path / "cache"))
+
+
 def test_blocks_are_full_and_every_text_is_read_once_a_pass():
     tokenizer = byte_tokenizer(add_bos=False)
     texts = ["aaa", "bbb", "ccc", "ddd"]  # 4 tokens each with their EOS
