@@ -15,13 +15,13 @@ ROOT = Path(__file__).resolve().parents[1]
 ARROWS = {
     "trainers": ("engine", "algorithms", "models", "data.templates", "tracking", "config"),
     "engine": ("models", "tracking", "config"),
-    "data": ("algorithms.types", "tracking", "config"),
+    "data": ("algorithms.types", "models.tokenizer", "tracking", "config"),
     "models": ("config",),
     "algorithms": (),
     "serving": (),
     "tracking": (),
     "config": (),
-    "": ("engine", "models", "data", "tracking", "config"),
+    "": ("engine", "models", "tracking", "config"),
 }
 MAX_FILE_LINES = 300
 MAX_FUNCTION_LINES = 60

@@ -5,8 +5,8 @@ from functools import partial
 import pytest
 from data_helpers import CHAT_TEMPLATE, EOS, PAD, ids_of, make_tokenizer, pairs, write_lines
 
-from dschat import inspect_data
 from dschat.config.options import DataOptions
+from dschat.data import inspect
 from dschat.data.collate import collate_prompts
 from dschat.data.loaders import (
     ShardedSampler,
@@ -201,15 +201,15 @@ def test_loader_gives_each_rank_its_batches(tmp_path):
 def test_inspect_shows_every_step(tmp_path, capsys):
     make_tokenizer(chat_template=CHAT_TEMPLATE).save_pretrained(tmp_path / "model")
     words = ["--data_path", str(folder(tmp_path)), "--model", str(tmp_path / "model"), "--num_shown", "1"]
-    inspect_data.main([*words, "--prompt_format", "chat"])
+    inspect.main([*words, "--prompt_format", "chat"])
     shown = capsys.readouterr().out
     assert "step 1, supervised fine-tuning: 4 rows to train on, 2 held out" in shown
     assert "step 2, reward model: 8" in shown and "step 3, PPO: 8" in shown
     assert "train.jsonl, line " in shown and "<user>p" in shown and "tokens: " in shown
-    inspect_data.main([*words, "--data_split", "1,0,0"])
+    inspect.main([*words, "--data_split", "1,0,0"])
     assert "step 3, PPO: nothing to read: --data_split 1,0,0" in capsys.readouterr().out
     with pytest.raises(ValueError, match="--data_path /no/file.jsonl"):
-        inspect_data.main(["--data_path", "/no/file.jsonl", *words[2:]])
+        inspect.main(["--data_path", "/no/file.jsonl", *words[2:]])
 
 
 def test_inspect_takes_the_tokenizers_that_the_steps_take(tmp_path, capsys):
@@ -218,12 +218,12 @@ def test_inspect_takes_the_tokenizers_that_the_steps_take(tmp_path, capsys):
     (tmp_path / "adapter").mkdir()
     config = {"peft_type": "LORA", "base_model_name_or_path": str(tmp_path / "base")}
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
-    inspect_data.main([*words, str(tmp_path / "adapter")])
+    inspect.main([*words, str(tmp_path / "adapter")])
     assert "step 3, PPO: 8" in capsys.readouterr().out
-    inspect_data.main([*words, str(tmp_path / "base"), "--add_eot_token", "--eot_token", "<end>"])
+    inspect.main([*words, str(tmp_path / "base"), "--add_eot_token", "--eot_token", "<end>"])
     assert "<end>" in capsys.readouterr().out
     with pytest.raises(ValueError, match="^--model '/nonexistent' does not exist"):
-        inspect_data.main([*words, "/nonexistent"])
+        inspect.main([*words, "/nonexistent"])
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="^--model '.*empty' holds no tokenizer"):
-        inspect_data.main([*words, str(tmp_path / "empty")])
+        inspect.main([*words, str(tmp_path / "empty")])

@@ -1,4 +1,4 @@
-"""Show what the steps would read: ``python -m dschat.inspect_data --data_path rows.jsonl --model folder``."""
+"""Show what the steps would read: ``python -m dschat.data.inspect --data_path rows.jsonl --model folder``."""
 
 from dataclasses import dataclass, field
 from typing import Optional
