@@ -181,8 +181,9 @@ def _file(path: Path, cache_dir: Optional[str]) -> _Table:
     try:
         if not pyarrow.parquet.read_metadata(path).num_rows:  # of which the library makes no table
             return _Table([], str(path))
-        # The library takes the path for a pattern.
-        return _Table(datasets.Dataset.from_parquet(glob.escape(str(path)), cache_dir=cache_dir), str(path))
+        # The library takes the path for a pattern, and the size of the first group, which may be 0, for its step.
+        pattern = glob.escape(str(path))
+        return _Table(datasets.Dataset.from_parquet(pattern, cache_dir=cache_dir, batch_size=1000), str(path))
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(f"{path}: not readable as Parquet: {_words(error.__cause__ or error)}") from error
 

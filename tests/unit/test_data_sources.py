@@ -4,6 +4,7 @@ import logging
 import os
 
 import datasets
+import pyarrow.parquet
 import pytest
 from data_helpers import pairs, write_lines
 
@@ -348,6 +349,15 @@ def test_parquet_without_rows(tmp_path, skip):
     datasets.Dataset.from_list(pairs(1)).select([]).to_parquet(tmp_path / "none.parquet")
     with pytest.raises(ValueError, match="none.parquet: no rows in it"):
         load(tmp_path / "none.parquet", skip_bad_rows=skip, cache_dir=str(tmp_path / "cache"))
+
+
+def test_parquet_whose_first_group_is_empty(tmp_path):
+    table = datasets.Dataset.from_list(pairs(4)).data.table
+    with pyarrow.parquet.ParquetWriter(tmp_path / "rows.parquet", table.schema) as file:
+        file.write_table(table.slice(0, 0))
+        file.write_table(table)
+    source = load(tmp_path / "rows.parquet", cache_dir=str(tmp_path / "cache"))
+    assert len(source.train) + len(source.eval) == 4
 
 
 @pytest.mark.parametrize("path", ["./nowhere", "/no/such/rows.jsonl", "rows.jsonl", "a/b/c"])
