@@ -132,15 +132,19 @@ sweep_end() {
 has_word() {
     local wanted="$1" word
     shift
-    for word in "$@"; do [[ "$(flag_name "$word")" != "$wanted" ]] || return 0; done
+    for word in "$@"; do [[ "$(spelled "$word")" != "$wanted" ]] || return 0; done
     return 1
 }
 
-# The mains take --zero-stage for --zero_stage, too.
-flag_name() {
-    local name="${1%%=*}"
-    if [[ "$name" == --* ]]; then name="--$(tr - _ <<<"${name#--}")"; fi
-    printf '%s' "$name"
+# A word as flags are written here: the mains take --zero-stage for --zero_stage, too.
+spelled() {
+    local name="${1%%=*}" words
+    if [[ "$name" != --* ]]; then
+        printf '%s' "$1"
+        return
+    fi
+    words="${name#--}"
+    printf '%s' "--${words//-/_}${1#"$name"}"
 }
 
 # The value of the last "FLAG value" or "FLAG=value".
@@ -149,9 +153,9 @@ flag_value() {
     shift
     for word in "$@"; do
         if [[ "$before" == "$flag" ]]; then value="$word"; fi
-        if [[ "$word" == *=* && "$(flag_name "$word")" == "$flag" ]]; then value="${word#*=}"; fi
-        before=""
-        if [[ "$word" != *=* ]]; then before="$(flag_name "$word")"; fi
+        word="$(spelled "$word")"
+        if [[ "$word" == "$flag="* ]]; then value="${word#*=}"; fi
+        before="$word"
     done
     printf '%s' "$value"
 }

@@ -290,8 +290,9 @@ def test_flags_may_have_dashes_within(bench):
     assert not (bench.folder / "output").exists()
     bench.run(SINGLE_NODE, "--output-dir=third", STUB_SAYS="words")
     assert (bench.folder / "third" / "training.log").exists()
-    bench.run(SINGLE_NODE, "--dry-run")
-    assert "deepspeed.launcher.runner" not in bench.notes()[-1]
+    for words, is_dry in ((["--dry-run"], True), (["--dry_run"], True), (["--dry-run=false"], False)):
+        bench.run(SINGLE_NODE, *words)
+        assert ("deepspeed.launcher.runner" not in bench.notes()[-1]) == is_dry, words
 
 
 @pytest.mark.parametrize(
