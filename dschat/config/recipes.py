@@ -77,10 +77,10 @@ def check_arguments(
         found.append(f"--num-processes {num_processes}: this machine shows {num_gpus} GPU(s). Give as many at most.")
     if several_hosts and num_processes > 0:
         found.append(f"--num-processes {num_processes}: with multi_node the hostfile says how many. Leave it out.")
-    if hostfile and Path(hostfile).is_file() and not several_hosts:
-        found.append(f"--hostfile {hostfile}: hosts are for --deployment-type multi_node. Give that, or leave it out.")
     if hostfile and not Path(hostfile).is_file():
         found.append(f"--hostfile {hostfile}: no such file. Give DeepSpeed's, with a line \"HOST slots=8\" for each node.")
+    elif hostfile and not several_hosts:
+        found.append(f"--hostfile {hostfile}: hosts are for --deployment-type multi_node. Give that, or leave it out.")
     try:
         Path(output_dir).mkdir(parents=True, exist_ok=True)
         fault = "" if os.access(output_dir, os.W_OK) else "Permission denied"

@@ -191,10 +191,10 @@ def prefill_slots(
         Logits [B * copies, V] behind the prompts, and the cache, whose positions [0, P) are filled.
     """
     cache, logits = None, None
-    # Embeddings that look at the longest text of a batch have to see all of it, as the training module does.
-    whole = has_length_dependent_rope(model)
-    everyone = torch.arange(len(input_ids), device=input_ids.device)
-    for rows in [everyone] if whole else length_groups(attention_mask):
+    groups = length_groups(attention_mask)
+    if has_length_dependent_rope(model):  # which has to see the longest text of the batch, as in the training module
+        groups = [torch.arange(len(input_ids), device=input_ids.device)]
+    for rows in groups:
         found, group = prefill(model, input_ids[rows], attention_mask[rows])
         if cache is None:
             cache = make_cache([(layer.keys, layer.values) for layer in group.layers])

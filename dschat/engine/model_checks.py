@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from dschat.config.steps import PPOConfig
 from dschat.engine.memory_plan import StepPlan, plan_step
-from dschat.engine.model_size import find_config, named_size
+from dschat.engine.model_size import ModelSize, find_config, named_size
 from dschat.engine.tensor_parallel import split_problems
 
 
@@ -22,13 +22,21 @@ def checked_plan(config, *, world_size: int, dtype: str, rewards: Iterable[str] 
     if isinstance(config, PPOConfig):
         check_models(config, plan, world_size=world_size, rewards=rewards)
         return plan
-    length, most = config.data.max_seq_len, plan.sizes["model"].positions
-    if most is not None and length > most:
-        raise ValueError(
-            f"--max_seq_len {length}: --model_name_or_path {config.model.model_name_or_path} has learned {most} positions. "
-            f"Give {most} or less; longer texts are cut."
-        )
+    check_length(config.data.max_seq_len, plan.sizes["model"], config.model.model_name_or_path)
     return plan
+
+
+def check_length(length: int, size: ModelSize, path: str) -> None:
+    """Nothing where the model of --model_name_or_path `path` has positions for texts of --max_seq_len `length`.
+
+    Raises:
+        ValueError: it has not; names both flags.
+    """
+    if size.positions is not None and length > size.positions:
+        raise ValueError(
+            f"--max_seq_len {length}: --model_name_or_path {path} has learned {size.positions} positions. "
+            f"Give {size.positions} or less; longer texts are cut."
+        )
 
 
 def check_models(config: PPOConfig, plan: StepPlan, *, world_size: int, rewards: Iterable[str] = ()) -> None:

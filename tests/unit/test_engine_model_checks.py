@@ -153,6 +153,16 @@ def is_colwise_bias(name: str) -> bool:
     return name.endswith(ends)
 
 
+def announced(flags: str, monkeypatch, *levels: str) -> list[str]:
+    """What is said of such a step 3 at its start, on these levels of the log."""
+    lines: list[str] = []
+    for level in levels:
+        monkeypatch.setattr(setup.logger, level, lines.append)
+    words = f"--actor_model_name_or_path opt-1.3b --critic_model_name_or_path opt-350m {flags}"
+    setup.announce(parse_config(PPOConfig, words.split()))
+    return lines
+
+
 @pytest.mark.parametrize(
     "flags, said",
     [
@@ -162,11 +172,7 @@ def is_colwise_bias(name: str) -> bool:
     ],
 )
 def test_split_flags_without_effect_are_told(flags, said, monkeypatch):
-    lines: list[str] = []
-    for level in ("info", "warning"):
-        monkeypatch.setattr(setup.logger, level, lines.append)
-    words = f"--actor_model_name_or_path opt-1.3b --critic_model_name_or_path opt-350m {flags}"
-    setup.announce(parse_config(PPOConfig, words.split()))
+    lines = announced(flags, monkeypatch, "info", "warning")
     found = [line for line in lines if "_tp_size" in line or "tp_gather" in line]
     assert found == ([said] if said else [])
 
@@ -184,10 +190,7 @@ def test_split_flags_without_effect_are_told(flags, said, monkeypatch):
     ],
 )
 def test_targets_that_nothing_approaches_are_told(flags, said, monkeypatch):
-    lines: list[str] = []
-    monkeypatch.setattr(setup.logger, "warning", lines.append)
-    words = f"--actor_model_name_or_path opt-1.3b --critic_model_name_or_path opt-350m {flags}"
-    setup.announce(parse_config(PPOConfig, words.split()))
+    lines = announced(flags, monkeypatch, "warning")
     assert len(lines) == len(said) and all(line.startswith(start) for line, start in zip(lines, said))
 
 
@@ -201,10 +204,7 @@ def test_targets_that_nothing_approaches_are_told(flags, said, monkeypatch):
     ],
 )
 def test_ordinary_host_memory_of_nothing_is_told(flags, said, monkeypatch):
-    lines: list[str] = []
-    monkeypatch.setattr(setup.logger, "info", lines.append)
-    words = f"--actor_model_name_or_path opt-1.3b --critic_model_name_or_path opt-350m {flags}"
-    setup.announce(parse_config(PPOConfig, words.split()))
+    lines = announced(flags, monkeypatch, "info")
     assert [line for line in lines if "pin_memory" in line] == said
 
 

@@ -1,6 +1,5 @@
 """What e2e_rlhf.py makes of names: models, folders and the flags of each step, which the mains must accept."""
 
-import importlib.util
 import sys
 from pathlib import Path
 
@@ -11,16 +10,7 @@ from dschat.config.recipes import check_arguments, resolve_model, size_name, ste
 from dschat.config.steps import PPOConfig, RewardConfig, SFTConfig
 from dschat.models.tiny import byte_tokenizer, make_tiny_model
 
-ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = {1: SFTConfig, 2: RewardConfig, 3: PPOConfig}
-
-
-@pytest.fixture(scope="module")
-def e2e():
-    spec = importlib.util.spec_from_file_location("e2e_rlhf", ROOT / "e2e_rlhf.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """What e2e_rlhf.py goes on with, and what it begins anew: its records of steps, and the checkpoints in their folders."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -9,14 +8,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module")
-def e2e():
-    spec = importlib.util.spec_from_file_location("e2e_rlhf", ROOT / "e2e_rlhf.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 class Chain:

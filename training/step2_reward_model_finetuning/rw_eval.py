@@ -12,6 +12,7 @@ from dschat.data.collate import collate_pairs
 from dschat.data.datasets import PairDataset, truncation_report
 from dschat.data.row_files import read_rows
 from dschat.data.rows import Row
+from dschat.engine.model_checks import check_length
 from dschat.engine.model_size import named_size
 from dschat.models.placement import inference_placement
 from dschat.models.reward_model import RewardModel, load_reward_model
@@ -64,11 +65,7 @@ def main() -> None:
     device, dtype = inference_placement(options.dtype)
     ending = dict(add_eot_token=options.add_eot_token, eot_token=options.eot_token)
     path, remote = options.model_name_or_path, dict(trust_remote_code=options.trust_remote_code)
-    most = named_size(path, flag="--model_name_or_path", reward=True, **remote).positions
-    if most is not None and pairs.max_seq_len > most:
-        raise ValueError(
-            f"--max_seq_len {pairs.max_seq_len}: --model_name_or_path {path} has learned {most} positions. Give {most} or less."
-        )
+    check_length(pairs.max_seq_len, named_size(path, flag="--model_name_or_path", reward=True, **remote), path)
     tokenizer = load_tokenizer(path, **ending, **remote)
     model = load_reward_model(path, dtype=dtype, tokenizer=tokenizer, **remote).to(device).eval()
     encode = partial(
