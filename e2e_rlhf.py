@@ -24,16 +24,23 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))
 
-from dschat.config.cache import cache_dir  # noqa: E402
-from dschat.config.launcher import launcher_command  # noqa: E402
-from dschat.config.ports import free_port  # noqa: E402
-from dschat.config.recipes import check_arguments, default_reward_model, resolve_model, size_name, step_flags  # noqa: E402
-from dschat.tracking.child import run_logged, start_process  # noqa: E402
-from dschat.tracking.log import set_up_logging  # noqa: E402
+from dschat.pipeline.arguments import (
+    check_arguments,
+    default_reward_model,
+    resolve_model,
+    size_name,
+)
+from dschat.pipeline.child import run_logged, start_process  # noqa: E402
+from dschat.pipeline.launcher import launcher_command  # noqa: E402
+from dschat.pipeline.recipes import step_flags  # noqa: E402
+from dschat.pipeline.records import begin, finish, finished_seconds  # noqa: E402
+from dschat.pipeline.summary import ppo_section, read_jsonl, summary_text, supervised_section  # noqa: E402
+from dschat.runtime.files import write_json  # noqa: E402
+from dschat.runtime.hardware import cpu_cores, hardware, op_build_name, versions
+from dschat.runtime.log import set_up_logging  # noqa: E402
+from dschat.runtime.paths import cache_dir  # noqa: E402
+from dschat.runtime.ports import free_port  # noqa: E402
 from dschat.tracking.progress import clock  # noqa: E402
-from dschat.tracking.report import cpu_cores, hardware, op_build_name, versions, write_json  # noqa: E402
-from dschat.tracking.steps import begin, finish, finished_seconds  # noqa: E402
-from dschat.tracking.summary import ppo_section, read_jsonl, summary_text, supervised_section  # noqa: E402
 
 MAINS = {
     1: ROOT / "training" / "step1_supervised_finetuning" / "main.py",
@@ -97,16 +104,16 @@ def make_plan(args: argparse.Namespace) -> Plan:
         return Plan(kind, actor, reward, data, outputs)
     shares = {1: "1,0,0", 2: "0,1,0", 3: "0,0,1"}
     if kind == "tiny":
-        from dschat.data.toy import write_toy_data
-        from dschat.models.tiny import make_tiny_model
+        from dschat.demo.tiny_models import make_tiny_model
+        from dschat.demo.toy import write_toy_data
 
         paths = {step: write_toy_data(output / "toy-data") for step in MAINS}
         actor, reward = (
             str(make_tiny_model(output / "tiny-models" / family, family=family)) for family in (actor, reward)
         )
     else:
-        from dschat.data.reviews import build_reviews
-        from dschat.models.smollm2 import smollm2_folder
+        from dschat.demo.reviews import build_reviews
+        from dschat.demo.smollm2 import smollm2_folder
 
         actor = reward = str(smollm2_folder())
         folder = build_reviews()
@@ -122,7 +129,7 @@ def check_pair(args: argparse.Namespace, plan: Plan) -> None:
     """Raise a ValueError where the critic of step 3 will not know the actor's tokens; print it where step 3 does not run."""
     if plan.kind != "real":
         return
-    from dschat.trainers.reward_setup import unlike_tokens
+    from dschat.trainers.reward_plan import unlike_tokens
 
     fault = unlike_tokens(plan.actor, plan.reward)
     if fault and 3 in (args.step or MAINS):
@@ -172,7 +179,7 @@ def run_step(command: list[str], log: Path, args: argparse.Namespace, *, on_gpu:
     count = num_processes(args, on_gpu=on_gpu)
     environment = child_environment({} if on_gpu else {"OMP_NUM_THREADS": str(max(1, cpu_cores() // max(count, 1)))})
     if count and "CUDA_VISIBLE_DEVICES" not in os.environ:
-        from dschat.engine.launch import start_launcher
+        from dschat.engine.fork_launcher import start_launcher
 
         start = partial(start_launcher, command, num_processes=count, master_port=port, environment=environment)
     else:
@@ -224,12 +231,12 @@ def summarise(plan: Plan, seconds: dict[str, float]) -> dict:
     """The summary of the three finished steps, with three prompts answered by the base, SFT and RLHF models."""
     import torch
 
-    from dschat.models.answers import greedy_answers
+    from dschat.demo.sample_answers import greedy_answers
 
     started = time.monotonic()
     judge = None
     if plan.kind == "demo":
-        from dschat.data.reviews import sentiment_judge
+        from dschat.demo.reviews import sentiment_judge
 
         judge = sentiment_judge()
     models = {"base": plan.actor, "sft": str(plan.outputs[1]), "rlhf": str(plan.outputs[3] / "actor")}

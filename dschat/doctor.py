@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def build_all() -> list[Finding]:
     """Compile what is not compiled yet; each operator that was, or why one could not be."""
-    from dschat.engine.ops import build_ops
+    from dschat.engine.compiled_ops import build_ops
 
     try:
         return [Finding(f"built {name} in {seconds:.0f} s") for name, seconds in build_ops().items()]
@@ -98,7 +98,7 @@ def check_accelerator() -> list[Finding]:
     import psutil
     import torch
 
-    from dschat.tracking.report import cpu_cores
+    from dschat.runtime.hardware import cpu_cores
 
     host = f"{cpu_cores()} cores, {psutil.virtual_memory().total / GIB:.0f} GiB of host memory"
     if torch.cuda.is_available():
@@ -135,7 +135,7 @@ def check_compiler() -> list[Finding]:
 
 def check_ops() -> list[Finding]:
     """DeepSpeed's operators: built, or still to build; locks of killed builds."""
-    from dschat.engine.ops import needed_ops
+    from dschat.engine.compiled_ops import needed_ops
 
     findings = []
     for op in needed_ops():
@@ -152,7 +152,7 @@ def check_ops() -> list[Finding]:
 
 def check_room() -> list[Finding]:
     """Free space for models and data, and shared memory for the talk between processes."""
-    from dschat.config.cache import cache_dir
+    from dschat.runtime.paths import cache_dir
 
     findings = []
     for name, path in {"cache": cache_dir(), "working": Path.cwd()}.items():

@@ -11,13 +11,15 @@ from pathlib import Path
 
 from dschat.config.dpo import DPOConfig
 from dschat.config.parse import parse_config
-from dschat.config.steps import PPOConfig, RewardConfig, SFTConfig
-from dschat.engine.memory_report import check_fit, plan_text
-from dschat.engine.remedies import GIB, needed_bytes
-from dschat.engine.model_checks import checked_plan
+from dschat.config.ppo import PPOConfig
+from dschat.config.reward import RewardConfig
+from dschat.config.sft import SFTConfig
+from dschat.memory.advice import GIB, needed_bytes
+from dschat.memory.checks import checked_plan
+from dschat.memory.report import check_fit, plan_text
 from dschat.models.families import shape_config
-from dschat.tracking.log import run_main
-from dschat.tracking.report import table
+from dschat.runtime.log import run_main
+from dschat.tracking.table import table
 
 CONFIGS = {"1": SFTConfig, "2": RewardConfig, "dpo": DPOConfig, "3": PPOConfig}
 SIZES = ("opt-1.3b", "opt-6.7b", "opt-13b", "opt-30b", "opt-66b", "opt-175b", "llama-2-7b", "llama-2-13b", "llama-2-70b")

@@ -11,13 +11,14 @@ import torch
 
 from dschat.config.chat import ChatConfig
 from dschat.config.parse import parse_config
-from dschat.data.conversation import chat_format, fit_conversation, read_request, stop_text
 from dschat.models.causal_lm import load_causal_lm
-from dschat.models.chat_model import Answer, ChatModel
-from dschat.models.placement import inference_placement
+from dschat.models.inference_device import inference_placement
 from dschat.models.tokenizer import load_tokenizer
+from dschat.runtime.log import run_main
+from dschat.serving.chat_model import Answer, ChatModel
+from dschat.serving.conversation import chat_format, fit_conversation, stop_text
+from dschat.serving.requests import read_request
 from dschat.serving.server import ChatServer, Limits, opened_warning
-from dschat.tracking.log import run_main
 
 PAGE = Path(__file__).with_name("page.html")
 HELP = "clear: begin a new conversation; quit: end; Ctrl-C: stop an answer"

@@ -178,7 +178,7 @@ check_output() {
     [[ -n "$1" ]] || fail "--output_dir has no value. Give a folder."
     mkdir -p -- "$1" 2>/dev/null && [[ -d "$1" && -w "$1" ]] ||
         fail "--output_dir $1: no folder that can be written. Give another as OUTPUT, or by --output_dir."
-    # Before its log is touched; dschat/tracking/lock.py holds this file while a run lasts. The tasks of one run look at the
+    # Before its log is touched; dschat/runtime/lock.py holds this file while a run lasts. The tasks of one run look at the
     # same time: a shared lock meets a run's own, but not another task's.
     "$PYTHON" - "$1/.lock" <<'PYTHON' || fail "--output_dir $1: another run writes to it. Give another, or wait for its end."
 import fcntl, os, sys
@@ -260,7 +260,7 @@ several_hosts() {
 master_port() {
     local errors=/dev/stderr
     [[ -z "${MASTER_PORT:-}" ]] || errors=/dev/null # what is wrong with it is said below
-    "$PYTHON" -c 'import sys; from dschat.config.ports import free_port as f; print(f(int(sys.argv[1])))' "${MASTER_PORT:-0}" \
+    "$PYTHON" -c 'import sys; from dschat.runtime.ports import free_port as f; print(f(int(sys.argv[1])))' "${MASTER_PORT:-0}" \
         2>"$errors" || fail "MASTER_PORT=${MASTER_PORT:-}: in use, or no port. Leave it out."
 }
 

@@ -113,9 +113,9 @@ def run_row(name: str, *, tiny: bool, rollouts: int, ppo_flags: str = "") -> dic
     import torch
 
     from dschat.engine.build import start_processes
-    from dschat.tracking import dist
-    from dschat.tracking.log import set_up_logging
-    from dschat.tracking.report import hardware, versions
+    from dschat.runtime import dist
+    from dschat.runtime.hardware import hardware, versions
+    from dschat.runtime.log import set_up_logging
 
     row = ROWS[name]
     if row.step == 3 and ppo_flags:
@@ -183,11 +183,12 @@ def measure_supervised(row: Row, meter: Meter, *, sizes: tuple[int, int, int], t
 
     from dschat.algorithms.types import PairBatch, TextBatch
     from dschat.config.parse import parse_config
-    from dschat.config.steps import RewardConfig, SFTConfig
+    from dschat.config.reward import RewardConfig
+    from dschat.config.sft import SFTConfig
     from dschat.engine.optim import step_together
-    from dschat.tracking import dist
-    from dschat.trainers.stage import Stage, build_engine
+    from dschat.runtime import dist
     from dschat.trainers.supervised import RewardObjective, SFTObjective
+    from dschat.trainers.supervised_run import Stage, build_engine
 
     rows, prompt, answer = sizes
     texts = rows if row.step == 1 else 2 * rows
@@ -223,10 +224,11 @@ def measure_ppo(row: Row, meter: Meter, *, sizes: tuple[int, int, int], tiny: bo
 
     from dschat.algorithms.types import PromptBatch
     from dschat.config.parse import parse_config
-    from dschat.config.steps import PPOConfig
-    from dschat.engine.build import TORCH_DTYPES, partitioned_loading
-    from dschat.models.causal_lm import disable_dropout
-    from dschat.tracking import dist
+    from dschat.config.ppo import PPOConfig
+    from dschat.engine.build import partitioned_loading
+    from dschat.engine.device import TORCH_DTYPES
+    from dschat.models.dropout import disable_dropout
+    from dschat.runtime import dist
     from dschat.trainers.ppo import DeepSpeedPPOTrainer
     from dschat.trainers.rewards import ModelReward
     from dschat.trainers.rlhf_engine import DeepSpeedRLHFEngine

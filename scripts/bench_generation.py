@@ -27,14 +27,16 @@ sys.path.insert(0, str(ROOT))
 
 from dschat.config.options import SystemOptions  # noqa: E402
 from dschat.engine.build import build_inference_engine, start_processes  # noqa: E402
-from dschat.engine.decoding import SlotCache, prefill_slots  # noqa: E402
 from dschat.engine.ds_config import inference_config  # noqa: E402
 from dschat.engine.hybrid_engine import HybridEngine, PlainGenerator, cache_bytes  # noqa: E402
-from dschat.engine.tensor_parallel import split_problems, tensor_group  # noqa: E402
+from dschat.generation.decoding import SlotCache, prefill_slots  # noqa: E402
+from dschat.generation.tensor_parallel import split_problems, tensor_group  # noqa: E402
 from dschat.models.families import shape_config  # noqa: E402
-from dschat.tracking import dist  # noqa: E402
-from dschat.tracking.log import set_up_logging  # noqa: E402
-from dschat.tracking.report import hardware, table, versions, write_json  # noqa: E402
+from dschat.runtime import dist  # noqa: E402
+from dschat.runtime.files import write_json  # noqa: E402
+from dschat.runtime.hardware import hardware, versions
+from dschat.runtime.log import set_up_logging  # noqa: E402
+from dschat.tracking.table import table
 from scripts.bench_training_memory import launcher  # noqa: E402
 
 PATHS = {

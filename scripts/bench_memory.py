@@ -5,7 +5,7 @@
     python scripts/bench_memory.py --tiny                          # miniature shapes, on a CPU too
 
 Each case runs the main of its step in a process of its own, on random weights of a published shape and on texts that
-fill every row, for two optimizer steps (step 3: two rollouts). The prediction is that of dschat/engine/memory_plan.py
+fill every row, for two optimizer steps (step 3: two rollouts). The prediction is that of dschat/memory/plan.py
 for the same flags. A case that fails is reported, and the others go on.
 """
 
@@ -23,7 +23,8 @@ sys.path.insert(0, str(ROOT))
 
 from bench_memory_case import measure  # noqa: E402
 
-from dschat.tracking.report import hardware, versions, write_json  # noqa: E402
+from dschat.runtime.files import write_json  # noqa: E402
+from dschat.runtime.hardware import hardware, versions
 
 GIB = 2**30
 TAIL_LINES = 40

@@ -132,8 +132,8 @@ def step_argv(step: int, paths: list[str], folder: str) -> list[str]:
 
 def write_model(folder: Path, name: str, *, tiny: bool) -> str:
     """A model folder without weights: a shape's configuration, and a tokenizer of bytes."""
+    from dschat.demo.tiny_models import byte_tokenizer
     from dschat.models.families import SHAPES, tiny_shape
-    from dschat.models.tiny import byte_tokenizer
 
     shape = SHAPES[name]
     if tiny:
@@ -160,8 +160,10 @@ def write_rows(path: Path) -> None:
 def predict(step: int, argv: list[str]):
     """The planner's answer to the same words."""
     from dschat.config.parse import parse_config
-    from dschat.config.steps import PPOConfig, RewardConfig, SFTConfig
-    from dschat.engine.memory_plan import plan_step
+    from dschat.config.ppo import PPOConfig
+    from dschat.config.reward import RewardConfig
+    from dschat.config.sft import SFTConfig
+    from dschat.memory.plan import plan_step
 
     config = parse_config({1: SFTConfig, 2: RewardConfig, 3: PPOConfig}[step], argv)
     return plan_step(config, world_size=1, dtype=config.model.dtype)
@@ -173,7 +175,7 @@ def random_weights(step: int):
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    from dschat.models.causal_lm import set_config_dropout
+    from dschat.models.dropout import set_config_dropout
     from dschat.models.reward_model import RewardModel
 
     def load(path, *, dtype, dropout=None, **_):
@@ -247,7 +249,7 @@ def load_main(step: int):
 
 
 def run_main(step: int, argv: list[str]) -> None:
-    from dschat.tracking.log import set_up_logging
+    from dschat.runtime.log import set_up_logging
 
     set_up_logging()
     with mock.patch.object(sys, "argv", ["main.py", *argv]):

@@ -19,8 +19,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dschat.config.ports import free_port  # noqa: E402
-from dschat.tracking.report import hardware  # noqa: E402
+from dschat.runtime.hardware import hardware  # noqa: E402
+from dschat.runtime.ports import free_port  # noqa: E402
 from scripts._memory_rows import ROWS, run_row  # noqa: E402
 
 

@@ -22,7 +22,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from dschat.tracking.report import hardware, versions, write_json  # noqa: E402
+from dschat.runtime.files import write_json  # noqa: E402
+from dschat.runtime.hardware import hardware, versions
 
 SUMS = ("injected", "survived", "bytes_compared", "bytes_lost")
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from dschat.demo.tiny_models import make_tiny_model
 from dschat.models.families import FAMILIES, TINY_VOCAB
-from dschat.models.tiny import make_tiny_model
 
 
 def main() -> None:

@@ -14,8 +14,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dschat.tracking.report import table  # noqa: E402
-from dschat.tracking.summary import read_jsonl  # noqa: E402
+from dschat.pipeline.summary import read_jsonl  # noqa: E402
+from dschat.tracking.table import table  # noqa: E402
 
 NAME = "z{}_he_{}_offload_{}_lora_{}"
 STAGES, SWITCH = ("2", "3"), ("false", "true")

@@ -23,10 +23,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from dschat.config.ports import free_port  # noqa: E402
-from dschat.tracking.manifest import file_entry  # noqa: E402
-from dschat.tracking.report import hardware, table, versions, write_json  # noqa: E402
-from dschat.tracking.summary import ppo_section, read_jsonl  # noqa: E402
+from dschat.pipeline.summary import ppo_section, read_jsonl  # noqa: E402
+from dschat.runtime.files import write_json  # noqa: E402
+from dschat.runtime.hardware import hardware, versions
+from dschat.runtime.manifest import file_entry  # noqa: E402
+from dschat.runtime.ports import free_port  # noqa: E402
+from dschat.tracking.table import table
 
 MAIN = ROOT / "training" / "step3_rlhf_finetuning" / "main.py"
 DEMO = (
@@ -73,8 +75,8 @@ def tiny_runs(work: Path) -> dict[str, list[str]]:
 
     A critic can know that behind the first byte, and not before: half of the variance is there to be explained.
     """
-    from dschat.data.toy import write_toy_data
-    from dschat.models.tiny import make_tiny_model
+    from dschat.demo.tiny_models import make_tiny_model
+    from dschat.demo.toy import write_toy_data
 
     model = make_tiny_model(work / "tiny", family="llama")
     function = work / "letters.py"
@@ -94,8 +96,8 @@ def demo_runs(args: argparse.Namespace, work: Path) -> dict[str, list[str]]:
     """The four kinds of runs on the embedded default; trains its SFT and reward models where none are given."""
     from addition_reward import write_data
 
-    from dschat.data.reviews import build_reviews
-    from dschat.models.smollm2 import smollm2_folder
+    from dschat.demo.reviews import build_reviews
+    from dschat.demo.smollm2 import smollm2_folder
 
     models = args.models
     if models is None:
@@ -146,7 +148,7 @@ def launch(name: str, flags: list[str], seed: int, output: Path, work: Path) -> 
     shutil.copy(folder / "metrics.jsonl", target)
     judge = None
     if name in ("epochs1", "epochs4", "control") and "--reward_fn" not in flags:
-        from dschat.data.reviews import sentiment_judge
+        from dschat.demo.reviews import sentiment_judge
 
         judge = sentiment_judge()
     section = ppo_section(folder, judge=judge)

@@ -22,8 +22,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from dschat.tracking.report import hardware, table, versions, write_json  # noqa: E402
-from dschat.tracking.summary import read_jsonl  # noqa: E402
+from dschat.pipeline.summary import read_jsonl  # noqa: E402
+from dschat.runtime.files import write_json  # noqa: E402
+from dschat.runtime.hardware import hardware, versions
+from dschat.tracking.table import table
 from scripts.bench_training_memory import compile_cpu_adam  # noqa: E402
 from scripts.plot_sweep import NAME, STAGES, SWITCH, draw, summary  # noqa: E402
 from scripts.reproduce_ppo import has_gpu  # noqa: E402

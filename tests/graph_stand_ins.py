@@ -10,9 +10,9 @@ from unittest import mock
 
 import torch
 
-from dschat.engine import decode_attention
-from dschat.engine.graph_decoding import GraphDecoder
 from dschat.engine.hybrid_engine import HybridEngine
+from dschat.generation.cuda_graphs import GraphDecoder
+from dschat.generation.kernels import attention
 
 
 class Graph:
@@ -81,7 +81,7 @@ def graphs_on_cpu():
     with contextlib.ExitStack() as stack:
         for name, stand_in in names.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, stand_in))
-        stack.enter_context(mock.patch.object(decode_attention, "decode_attention", attend))
+        stack.enter_context(mock.patch.object(attention, "decode_attention", attend))
         yield
 
 

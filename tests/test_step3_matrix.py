@@ -15,7 +15,7 @@ from launches import Case
 from outputs import load_plainly
 from transformers import AutoTokenizer
 
-from dschat.data.row_files import read_rows
+from dschat.data.prompt_files import read_rows
 
 ROLLOUTS = 5
 ANSWER_TOKENS = 16

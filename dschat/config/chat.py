@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass, fields
 
+from dschat.config.eval_tools import InferenceModel
 from dschat.config.options import PromptFormat, flag
-from dschat.config.tools import InferenceModel
-from dschat.config.values import above, at_least, in_range, required, seed_value, share
+from dschat.config.value_checks import above, at_least, in_range, required, seed_value, share
 
 
 @dataclass(frozen=True)

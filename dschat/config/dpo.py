@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Optional
 
-from dschat.config.checks import single_model_problems
+from dschat.config.group_checks import single_model_problems
 from dschat.config.options import (
     BatchOptions,
     LoraOptions,
@@ -15,7 +15,7 @@ from dschat.config.options import (
     TextOptions,
     flag,
 )
-from dschat.config.values import above, at_least, in_range
+from dschat.config.value_checks import above, at_least, in_range
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ docs/differences_from_deepspeed_chat.md says why.
 from dataclasses import dataclass, field
 from typing import Literal, Optional
 
-from dschat.config.values import at_least, seed_value
+from dschat.config.value_checks import at_least, seed_value
 
 Dtype = Literal["auto", "fp16", "bf16", "fp32"]
 Scheduler = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]

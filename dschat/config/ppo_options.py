@@ -14,7 +14,6 @@ from dschat.config.options import (
     flag,
 )
 
-
 # What step 3 saves below its output folder.
 MODEL_FOLDERS = ("actor", "critic", "actor_ema")
 

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from dschat.data.encoding import encode_answer, encode_prompt, leading_ids, trim_prompt
-from dschat.data.rows import Row
+from dschat.data.row import Row
 from dschat.data.splits import first_of_each
 from dschat.data.templates import render
 

@@ -11,7 +11,7 @@ from dschat.data.datasets import PairDataset, PromptDataset, SFTDataset
 from dschat.data.loaders import open_blends
 from dschat.data.splits import Blend
 from dschat.models.tokenizer import load_tokenizer
-from dschat.tracking.log import run_main
+from dschat.runtime.log import run_main
 
 STAGES = {1: ("supervised fine-tuning", "chosen"), 2: ("reward model", "rejected"), 3: ("PPO", "prompt")}
 

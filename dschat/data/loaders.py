@@ -12,7 +12,7 @@ from dschat.config.options import DataOptions
 from dschat.data.datasets import PairDataset, PromptDataset, SFTDataset, truncation_report
 from dschat.data.sources import Part, Source, load_source
 from dschat.data.splits import Blend, first_of_each, parse_shares, split_indices
-from dschat.tracking import dist
+from dschat.runtime import dist
 
 logger = logging.getLogger(__name__)
 

@@ -15,10 +15,10 @@ import datasets
 import numpy as np
 import pyarrow.parquet
 
-from dschat.config.paths import user_path
-from dschat.data.files import read_records
-from dschat.data.hub import HUB_SETS, HubSet, local_json_row
-from dschat.data.rows import Row, RowFunction, row_from_columns
+from dschat.data.hub_sets import HUB_SETS, HubSet, local_json_row
+from dschat.data.readers import read_records
+from dschat.data.row import Row, RowFunction, row_from_columns
+from dschat.runtime.paths import user_path
 
 logger = logging.getLogger(__name__)
 

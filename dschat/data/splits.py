@@ -6,7 +6,7 @@ from typing import Sequence
 
 import numpy as np
 
-from dschat.data.rows import Row
+from dschat.data.row import Row
 from dschat.data.sources import Part, Source
 
 SPLIT_SALT = 2

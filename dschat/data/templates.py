@@ -5,7 +5,7 @@ import re
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
-from dschat.data.rows import Row
+from dschat.data.row import Row
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 IN_FORM = re.compile(r"\s*Human:.*Assistant:\s*", re.DOTALL)

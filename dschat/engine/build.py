@@ -14,14 +14,15 @@ from transformers import get_scheduler
 from transformers.integrations import HfDeepSpeedConfig
 
 from dschat.config.options import ScheduleOptions
+from dschat.engine.compiled_ops import needed_ops
+from dschat.engine.device import on_cpu
+from dschat.engine.launch_env import process_variables, shared_buffers
 from dschat.engine.optim import adamw
-from dschat.engine.processes import process_variables, shared_buffers
-from dschat.tracking import dist
-from dschat.tracking.log import logger
+from dschat.runtime import dist
+from dschat.runtime.log import logger
 
 # Where the environment has no DEEPSPEED_TIMEOUT (minutes): time to write 180 GB at 100 MB/s.
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
-TORCH_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def start_processes(local_rank: int = -1) -> torch.device:
@@ -61,8 +62,6 @@ def start_processes(local_rank: int = -1) -> torch.device:
 
 
 def _warn_of_stale_locks() -> None:
-    from dschat.engine.ops import needed_ops  # which imports this module
-
     for op in needed_ops():
         if op.lock is not None:
             logger.warning(
@@ -71,25 +70,8 @@ def _warn_of_stale_locks() -> None:
             )
 
 
-def on_cpu() -> bool:
-    """True where DeepSpeed runs without an accelerator."""
-    return get_accelerator().device_name() == "cpu"
 
 
-def resolve_dtype(dtype: str) -> str:
-    """"auto" to what this device does best: bf16, else fp16. The others stay.
-
-    Raises:
-        ValueError: the device cannot do it; names --dtype.
-    """
-    accelerator = get_accelerator()
-    if dtype == "auto":
-        return "bf16" if accelerator.is_bf16_supported() else "fp16"
-    supported = {"bf16": accelerator.is_bf16_supported, "fp16": accelerator.is_fp16_supported}
-    if dtype in supported and not supported[dtype]():
-        others = [name for name, is_supported in supported.items() if is_supported()] + ["fp32"]
-        raise ValueError(f"--dtype {dtype}: this {accelerator.device_name()} has none. Give {' or '.join(others)}.")
-    return dtype
 
 
 @contextlib.contextmanager

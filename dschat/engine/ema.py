@@ -4,7 +4,7 @@ import torch
 from deepspeed.utils import safe_get_local_fp32_param
 
 from dschat.engine.zero import full_tensors, is_partitioned
-from dschat.tracking import dist
+from dschat.runtime import dist
 
 
 class MovingAverage:

@@ -7,17 +7,30 @@ nothing of a model but that it is a causal language model of transformers: see r
 import contextlib
 
 import torch
-from deepspeed.runtime.rollout.base import RolloutBatch, RolloutEngine, RolloutRequest, SamplingConfig
+from deepspeed.runtime.rollout.base import (
+    RolloutBatch,
+    RolloutEngine,
+    RolloutRequest,
+    SamplingConfig,
+)
 from transformers import GenerationConfig
 
-from dschat.engine.decoding import TOLERANCE, Decoded, GraphMismatch, eager_decode, logit_gap, prefill, takes_graphs
-from dschat.engine.graph_decoding import GraphDecoder
 from dschat.engine.replica import MEMORY_SHARE, LoraMode, Replica, free_memory
-from dschat.engine.sampling import alone, eos_ids
-from dschat.engine.tensor_parallel import TensorGroup, gather_prompts
-from dschat.models.causal_lm import forward_logits
-from dschat.tracking import dist
-from dschat.tracking.log import logger
+from dschat.generation.cuda_graphs import GraphDecoder
+from dschat.generation.decoding import (
+    TOLERANCE,
+    Decoded,
+    GraphMismatch,
+    eager_decode,
+    logit_gap,
+    prefill,
+    takes_graphs,
+)
+from dschat.generation.sampling import alone, eos_ids
+from dschat.generation.tensor_parallel import TensorGroup, gather_prompts
+from dschat.models.forward import forward_logits
+from dschat.runtime import dist
+from dschat.runtime.log import logger
 
 GIB = 2**30
 CHECKED_ROWS = 2  # prompts of each rank in the comparison of the split model with the whole one

@@ -2,7 +2,7 @@
 
 import torch
 
-from dschat.tracking import dist
+from dschat.runtime import dist
 
 BETAS = (0.9, 0.95)
 

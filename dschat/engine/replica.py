@@ -19,11 +19,11 @@ import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from dschat.engine.tensor_parallel import TensorGroup, split_layers
 from dschat.engine.zero import gathered, is_partitioned
+from dschat.generation.tensor_parallel import TensorGroup, split_layers
 from dschat.models.lora import ADAPTER
 from dschat.models.structure import decoder_layers
-from dschat.tracking.log import logger
+from dschat.runtime.log import logger
 
 LoraMode = Literal["merge", "attach", "auto"]
 MEMORY_SHARE = 0.9  # of the free memory, which copies and KV cache may take

@@ -5,7 +5,7 @@ import contextlib
 import deepspeed
 import torch
 
-from dschat.tracking import dist
+from dschat.runtime import dist
 
 
 def is_partitioned(parameter: torch.Tensor) -> bool:

@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from dschat.models.causal_lm import readable_weights
 from dschat.models.lora import ADAPTER, lora_parameter_names
 from dschat.models.structure import pretrained
+from dschat.models.weights import readable_weights
 
 ADAPTER_FOLDER = "adapter"  # in the folder of the merged model
 WEIGHTS = "adapter_model.safetensors"

@@ -14,9 +14,9 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from dschat.models.causal_lm import first_names
 from dschat.models.structure import pretrained
 from dschat.models.tokenizer import VOCABULARY_FILES, eos_token_ids
+from dschat.models.weights import first_names
 
 MAX_SHARD_SIZE = "5GB"
 # What belongs to a saved model, and goes when another takes its place; the rest of a folder (metrics, logs) stays.

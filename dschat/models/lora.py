@@ -14,8 +14,8 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from dschat.models.causal_lm import first_names
 from dschat.models.structure import linear_names, pretrained
+from dschat.models.weights import first_names
 
 ADAPTER = "default"
 

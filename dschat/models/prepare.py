@@ -1,10 +1,11 @@
 """From a loaded model to one that is ready to train: frozen layers, adapters, checkpointing."""
 
 import torch
+from torch import nn
 
 from dschat.config.options import LoraOptions, SystemOptions
-from dschat.models.causal_lm import enable_checkpointing, freeze_lower_layers
 from dschat.models.lora import add_lora, lora_parameter_names
+from dschat.models.structure import decoder_layers, embedding_modules, pretrained
 
 
 def prepare_for_training(
@@ -36,3 +37,40 @@ def prepare_for_training(
     if system.gradient_checkpointing:
         enable_checkpointing(model)
     return lora_parameter_names(model)
+
+
+def freeze_lower_layers(model: nn.Module, num_layers: int, *, flag: str = "--freeze_layers") -> None:
+    """Freeze the token and position embeddings and the lowest `num_layers` decoder layers; 0 freezes nothing.
+
+    Where the head is tied to the embedding it is the same matrix, and is frozen with it. Call it after add_lora,
+    so that adapters in the frozen layers are frozen as well.
+
+    Args:
+        flag: the command-line flag that `num_layers` came from, for messages.
+
+    Raises:
+        ValueError: the model has fewer layers, or the number is negative.
+    """
+    _, layers = decoder_layers(model)
+    if not 0 <= num_layers <= len(layers):
+        raise ValueError(
+            f"{flag} {num_layers} does not fit a model of {len(layers)} layers; give 0 to {len(layers)}."
+        )
+    if num_layers == 0:
+        return
+    for module in [*embedding_modules(model), *layers[:num_layers]]:
+        module.requires_grad_(False)
+
+
+def enable_checkpointing(model: nn.Module, *, use_reentrant: bool = False) -> None:
+    """Recompute activations in backward. Training forwards then pass use_cache=False; generation keeps its cache,
+    since checkpointing only acts in train mode.
+    """
+    inner = pretrained(model)
+    # The older of the two names is deprecated by transformers 5.23, and the only one that 5.17 has.
+    enable = getattr(inner, "activation_checkpointing_enable", None) or inner.gradient_checkpointing_enable
+    enable({"use_reentrant": use_reentrant})
+    if not use_reentrant:
+        # transformers makes the embedding's output need a gradient. Reentrant checkpoints need that where the embedding
+        # is frozen; the others do not, and would pay for a backward pass through frozen layers.
+        inner.disable_input_require_grads()

@@ -23,17 +23,12 @@ from transformers import (
 from transformers.utils import cached_file
 
 from dschat.models.adapters import adapter_has_head
-from dschat.models.causal_lm import (
-    load_config,
-    merge_if_adapter,
-    position_ids_from_mask,
-    readable_weights,
-    require_complete,
-    takes_position_ids,
-)
-from dschat.models.folders import check_finite
+from dschat.models.causal_lm import load_config, merge_if_adapter
+from dschat.models.folder_checks import check_finite
+from dschat.models.forward import position_ids_from_mask, takes_position_ids
 from dschat.models.tokenizer import as_ids, ensure_unambiguous_pad
 from dschat.models.vocabulary import check_vocabulary, grow_vocabulary
+from dschat.models.weights import readable_weights, require_complete
 
 logger = logging.getLogger(__name__)
 

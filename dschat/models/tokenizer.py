@@ -5,8 +5,8 @@ from pathlib import Path
 
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
-from dschat.config.paths import user_path
-from dschat.models.folders import check_objects, read_object
+from dschat.models.folder_checks import check_objects, read_object
+from dschat.runtime.paths import user_path
 
 # Any one of these holds a vocabulary; tokenizer_config.json alone does not.
 VOCABULARY_FILES = (

@@ -7,9 +7,9 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from dschat.tracking import dist
-from dschat.tracking.log import logger
-from dschat.tracking.report import write_text
+from dschat.runtime import dist
+from dschat.runtime.files import write_text
+from dschat.runtime.log import logger
 
 NEWLINE = b"\n"
 

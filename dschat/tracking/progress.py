@@ -4,8 +4,8 @@ import time
 
 import torch
 
-from dschat.tracking import dist
-from dschat.tracking.log import logger
+from dschat.runtime import dist
+from dschat.runtime.log import logger
 
 
 class Progress:

@@ -8,11 +8,11 @@ from dschat.algorithms.losses import dpo_loss, implicit_rewards
 from dschat.algorithms.types import PairBatch
 from dschat.engine.build import build_inference_engine
 from dschat.engine.ds_config import inference_config
-from dschat.engine.shared import AdaptersOff
-from dschat.tracking import dist
-from dschat.trainers.reference import reference_loader
-from dschat.trainers.stage import Stage, load_start
+from dschat.engine.shared_models import AdaptersOff
+from dschat.runtime import dist
+from dschat.trainers.reference_model import reference_loader
 from dschat.trainers.supervised import answer_nll, evaluate_rows
+from dschat.trainers.supervised_run import Stage, load_start
 
 
 def build_reference(stage: Stage):

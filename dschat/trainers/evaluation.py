@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from dschat.tracking import dist
-from dschat.tracking.log import logger
+from dschat.runtime import dist
+from dschat.runtime.log import logger
 from dschat.trainers.rollout import exact_kl, generate, sampling_config
 
 

@@ -14,14 +14,15 @@ from dschat.algorithms.logprobs import token_logprobs
 from dschat.algorithms.losses import lm_loss_rows, policy_loss, value_loss
 from dschat.algorithms.masks import masked_sum
 from dschat.algorithms.types import Experience, PromptBatch, TextBatch
-from dschat.config.steps import PPOConfig
+from dschat.checkpoint.run_state import Saved
+from dschat.config.ppo import PPOConfig
 from dschat.engine.ema import MovingAverage
 from dschat.engine.optim import gradient_norm, step_together
-from dschat.models.causal_lm import forward_logits
-from dschat.tracking import dist
-from dschat.tracking.log import logger
+from dschat.models.forward import forward_logits
+from dschat.runtime import dist
+from dschat.runtime.log import logger
 from dschat.tracking.progress import memory_gib
-from dschat.trainers.ppo_stats import UpdateTotals, logprob_gap, rollout_metrics
+from dschat.trainers.ppo_metrics import UpdateTotals, logprob_gap, rollout_metrics
 from dschat.trainers.rlhf_engine import DeepSpeedRLHFEngine
 from dschat.trainers.rollout import (
     Answers,
@@ -34,7 +35,6 @@ from dschat.trainers.rollout import (
     trim,
     whiten,
 )
-from dschat.trainers.run_state import Saved
 
 WHITENED = ("gae", "reinforce_baseline")
 

@@ -1,14 +1,14 @@
 """The run of step 3: rollout after rollout, with reports."""
 
 from dschat.algorithms.types import Experience
-from dschat.tracking import dist
+from dschat.checkpoint.run_state import RunState
+from dschat.runtime import dist
 from dschat.tracking.metrics import MetricsWriter
 from dschat.tracking.progress import Progress
 from dschat.trainers.ppo import DeepSpeedPPOTrainer
-from dschat.trainers.ppo_stats import rollout_flops
+from dschat.trainers.ppo_metrics import rollout_flops
 from dschat.trainers.rewards import RewardFailure
 from dschat.trainers.rollout import print_answers
-from dschat.trainers.run_state import RunState
 
 
 def run_state(trainer: DeepSpeedPPOTrainer, loader, metrics: MetricsWriter) -> RunState:

@@ -10,15 +10,16 @@ import torch
 from huggingface_hub import constants, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
-from dschat.config.steps import PPOConfig, SFTConfig
+from dschat.config.ppo import PPOConfig
+from dschat.config.sft import SFTConfig
 from dschat.engine.build import override
 from dschat.engine.ds_config import training_config
-from dschat.engine.memory_report import check_fit, plan_text
-from dschat.engine.model_checks import checked_plan
-from dschat.engine.model_size import has_shape
+from dschat.memory.checks import checked_plan
+from dschat.memory.model_size import has_shape
+from dschat.memory.report import check_fit, plan_text
 from dschat.models.tokenizer import model_source
-from dschat.tracking import dist
-from dschat.tracking.log import logger
+from dschat.runtime import dist
+from dschat.runtime.log import logger
 
 NAMES = ("facebook/opt-1.3b", "meta-llama/Llama-2-7b-hf")
 

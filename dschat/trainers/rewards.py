@@ -5,17 +5,15 @@ import math
 import numbers
 import time
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Callable, Protocol
 
 import torch
 
 from dschat.algorithms.masks import pool_last
-from dschat.config.paths import user_path
 from dschat.data.templates import render
-from dschat.tracking import dist
+from dschat.runtime import dist
+from dschat.runtime.paths import user_path
 from dschat.trainers.rollout import Answers
-
 
 BLAME_S = 10.0  # seconds to look for the answer on which a function fails
 

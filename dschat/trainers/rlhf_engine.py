@@ -4,30 +4,30 @@ from functools import partial
 
 import torch
 
-from dschat.config.steps import PPOConfig
 from dschat.config.options import SystemOptions
+from dschat.config.ppo import PPOConfig
 from dschat.engine.build import (
-    TORCH_DTYPES,
     build_inference_engine,
     build_training_engine,
-    on_cpu,
     override,
     partitioned_loading,
 )
+from dschat.engine.device import TORCH_DTYPES, on_cpu
 from dschat.engine.ds_config import inference_config, training_config
 from dschat.engine.hybrid_engine import Generator, HybridEngine, PlainGenerator
 from dschat.engine.offload import offload_idle_states, reload_idle_states
 from dschat.engine.quantized import quantize_linears
-from dschat.engine.shared import AdaptersOff, Replaceable
-from dschat.engine.tensor_parallel import tensor_group
+from dschat.engine.shared_models import AdaptersOff, Replaceable
 from dschat.engine.zero import gathered, scale_parameter
-from dschat.models.causal_lm import disable_dropout, load_causal_lm
+from dschat.generation.tensor_parallel import tensor_group
+from dschat.models.causal_lm import load_causal_lm
+from dschat.models.dropout import disable_dropout
 from dschat.models.lora import adapted_layer_names
 from dschat.models.prepare import prepare_for_training
 from dschat.models.reward_model import load_reward_model
-from dschat.tracking import dist
-from dschat.tracking.log import logger
-from dschat.trainers.reference import reference_loader
+from dschat.runtime import dist
+from dschat.runtime.log import logger
+from dschat.trainers.reference_model import reference_loader
 
 
 class DeepSpeedRLHFEngine:

@@ -11,11 +11,11 @@ from dschat.algorithms.kl import kl_estimate
 from dschat.algorithms.logprobs import full_kl, token_logprobs
 from dschat.algorithms.masks import last_index, masked_whiten, moments, response_mask
 from dschat.algorithms.types import Experience, PromptBatch
+from dschat.config.ppo import PPOConfig
 from dschat.config.ppo_options import PPOSampling
-from dschat.config.steps import PPOConfig
-from dschat.models.causal_lm import forward_logits
-from dschat.tracking import dist
-from dschat.tracking.log import logger
+from dschat.models.forward import forward_logits
+from dschat.runtime import dist
+from dschat.runtime.log import logger
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,13 @@ import torch
 from dschat.algorithms.losses import lm_loss_rows, pairwise_loss
 from dschat.algorithms.masks import pool_last
 from dschat.algorithms.types import PairBatch, TextBatch
+from dschat.checkpoint.run_state import RunState
 from dschat.engine.optim import gradient_norm, step_together
-from dschat.models.causal_lm import forward_logits
-from dschat.tracking import dist
-from dschat.tracking.log import logger
+from dschat.models.forward import forward_logits
+from dschat.runtime import dist
+from dschat.runtime.log import logger
 from dschat.tracking.metrics import MetricsWriter
 from dschat.tracking.progress import Progress, memory_gib
-from dschat.trainers.run_state import RunState
 
 
 class Objective(Protocol):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dschat.tracking.report import write_json
+from dschat.runtime.files import write_json
 
 sys.path.insert(0, str(Path(__file__).parent))
 

@@ -7,7 +7,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from dschat.algorithms.types import Experience
-from dschat.tracking import log
+from dschat.runtime import log
 from dschat.trainers import ppo
 from dschat.trainers.dpo import DPOObjective
 from dschat.trainers.ppo import DeepSpeedPPOTrainer

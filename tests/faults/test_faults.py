@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from launches import MAINS, environment, launcher
 
-from dschat.engine.run_checkpoint import newest_checkpoint, open_checkpoint
+from dschat.checkpoint.run_checkpoint import newest_checkpoint, open_checkpoint
 
 HOOKS = Path(__file__).with_name("hooks.py")
 SFT = (
@@ -216,7 +216,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(
     shutil.copytree(two_checkpoints / "checkpoints", root)
     assert newest_checkpoint(root).step == 4
     DAMAGES[damage](root / "step_00000004")
-    monkeypatch.setattr("dschat.engine.run_checkpoint.logger.propagate", True)
+    monkeypatch.setattr("dschat.checkpoint.run_checkpoint.logger.propagate", True)
     assert newest_checkpoint(root).step == 2
     warning = caplog.records[-1].getMessage()
     assert "step_00000004 is no whole checkpoint" in warning and "Trying the one before" in warning

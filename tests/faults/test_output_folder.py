@@ -9,7 +9,7 @@ import pytest
 from dschat.config.ppo_options import MODEL_FOLDERS
 from dschat.models import export
 from dschat.models.export import mend_folder, replace_folder
-from dschat.trainers.setup import prepare_output_dir
+from dschat.trainers.output_folder import prepare_output_dir
 
 SFT = (
     "--model_name_or_path {stock}/base/llama --data_path {stock}/toy --data_split 1,0,0 --dtype fp32 --max_seq_len 48 "

@@ -25,10 +25,10 @@ import transformers.models.opt.modeling_opt  # noqa: F401
 
 import dschat.data.loaders  # noqa: F401
 import dschat.trainers.ppo_run  # noqa: F401
-import dschat.trainers.reward_setup  # noqa: F401
-import dschat.trainers.stage  # noqa: F401
-from dschat.config.ports import free_port
-from dschat.tracking.log import run_main
+import dschat.trainers.reward_plan  # noqa: F401
+import dschat.trainers.supervised_run  # noqa: F401
+from dschat.runtime.log import run_main
+from dschat.runtime.ports import free_port
 from dschat.tracking.metrics import MetricsWriter
 
 

@@ -7,20 +7,21 @@ import torch
 import torch.distributed as dist
 from transformers import GenerationConfig
 
-from dschat.config.options import SystemOptions, ScheduleOptions
-from dschat.engine import graph_decoding
+from dschat.config.options import ScheduleOptions, SystemOptions
+from dschat.demo.tiny_models import make_tiny_model
 from dschat.engine.build import build_training_engine, partitioned_loading, start_processes
-from dschat.engine.decode_attention import decode_attention
-from dschat.engine.draw import draw as fused_draw
 from dschat.engine.ds_config import training_config
 from dschat.engine.hybrid_engine import HybridEngine, PlainGenerator
 from dschat.engine.optim import step_together
-from dschat.engine.skinny_linear import skinny_linear
-from dschat.engine.tensor_parallel import TensorGroup
-from dschat.models.causal_lm import forward_logits, load_causal_lm
+from dschat.generation import cuda_graphs
+from dschat.generation.kernels.attention import decode_attention
+from dschat.generation.kernels.linear import skinny_linear
+from dschat.generation.kernels.sample import draw as fused_draw
+from dschat.generation.tensor_parallel import TensorGroup
+from dschat.models.causal_lm import load_causal_lm
 from dschat.models.families import FAMILIES
+from dschat.models.forward import forward_logits
 from dschat.models.lora import add_lora, lora_parameter_names
-from dschat.models.tiny import make_tiny_model
 
 pytestmark = pytest.mark.gpu
 
@@ -163,12 +164,12 @@ def test_a_step_that_caches_nothing_is_noticed(device, tmp_path, monkeypatch):
     """The logits of the first step are right all the same; those of the next would not be."""
     engine = stand_in(tiny(tmp_path, "llama"), device)
     ids, mask = prompts(device)
-    kernel = graph_decoding.decode_attention.decode_attention
+    kernel = cuda_graphs.decode_attention.decode_attention
 
     def on_copies(query, key, value, *rest):
         return kernel(query, key.clone(), value.clone(), *rest)
 
-    monkeypatch.setattr(graph_decoding.decode_attention, "decode_attention", on_copies)
+    monkeypatch.setattr(cuda_graphs.decode_attention, "decode_attention", on_copies)
     hybrid = HybridEngine(engine, compiled=False)
     expected = answers(PlainGenerator(engine).decode(ids, mask, greedy()).tokens)
     assert answers(hybrid.decode(ids, mask, greedy()).tokens) == expected

@@ -4,7 +4,7 @@ from unittest import mock
 
 from worker import run_main
 
-from dschat.tracking import dist
+from dschat.runtime import dist
 
 
 def run_as_with_peers(*, step: int | str, argv: str, out: str) -> int:

@@ -9,7 +9,7 @@ from launches import MAINS
 from transformers import AutoTokenizer, BloomConfig, BloomForCausalLM
 from worker import load
 
-from dschat.tracking import dist
+from dschat.runtime import dist
 
 
 def bloom(*, stock: str, out: str, argv: str) -> None:

@@ -6,22 +6,22 @@ from safetensors.torch import load_file
 
 from dschat.algorithms.types import PromptBatch
 from dschat.config.options import ScheduleOptions, SystemOptions
-from dschat.data.rows import Row
+from dschat.data.row import Row
 from dschat.engine.build import (
-    TORCH_DTYPES,
     build_inference_engine,
     build_training_engine,
-    on_cpu,
     override,
     partitioned_loading,
 )
+from dschat.engine.device import TORCH_DTYPES, on_cpu
 from dschat.engine.ds_config import inference_config, training_config
 from dschat.engine.optim import step_together
 from dschat.engine.zero import full_tensors, scale_parameter
-from dschat.models.causal_lm import forward_logits, load_causal_lm
+from dschat.models.causal_lm import load_causal_lm
+from dschat.models.forward import forward_logits
 from dschat.models.reward_model import load_reward_model
 from dschat.models.tokenizer import load_tokenizer
-from dschat.tracking import dist
+from dschat.runtime import dist
 from dschat.trainers.rewards import RetokenisedReward, RewardFailure, WeightedRewards
 from dschat.trainers.rollout import Answers
 

@@ -2,17 +2,24 @@
 
 import torch
 from engine_checks import here, training_engine
-from transformers import AutoModelForCausalLM, GenerationConfig, PhiConfig, Qwen3Config, Starcoder2Config
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PhiConfig,
+    Qwen3Config,
+    Starcoder2Config,
+)
 
-from dschat.engine.build import on_cpu
+from dschat.engine.device import on_cpu
 from dschat.engine.hybrid_engine import HybridEngine, PlainGenerator
 from dschat.engine.optim import step_together
 from dschat.engine.replica import LowRankLinear, lora_matrix
-from dschat.engine.tensor_parallel import tensor_group
 from dschat.engine.zero import gathered
-from dschat.models.causal_lm import forward_logits, load_causal_lm
+from dschat.generation.tensor_parallel import tensor_group
+from dschat.models.causal_lm import load_causal_lm
+from dschat.models.forward import forward_logits
 from dschat.models.lora import add_lora, lora_parameter_names
-from dschat.tracking import dist
+from dschat.runtime import dist
 from tests.graph_stand_ins import graphs_on_cpu, with_graphs
 
 PROMPT, ANSWER = 70, 24

@@ -9,15 +9,11 @@ from engine_checks import here, moved, snapshot
 from peft.tuners.lora import LoraLayer
 from worker import run_main
 
+from dschat.checkpoint.save_model import save_model
 from dschat.config.options import LoraOptions, ScheduleOptions, SystemOptions
-from dschat.engine.build import (
-    TORCH_DTYPES,
-    build_inference_engine,
-    build_training_engine,
-    on_cpu,
-    partitioned_loading,
-)
-from dschat.engine.checkpoint import save_model
+from dschat.demo.tiny_models import make_tiny_model
+from dschat.engine.build import build_inference_engine, build_training_engine, partitioned_loading
+from dschat.engine.device import TORCH_DTYPES, on_cpu
 from dschat.engine.ds_config import inference_config, training_config
 from dschat.engine.offload import offload_idle_states, reload_idle_states
 from dschat.engine.optim import step_together
@@ -29,15 +25,16 @@ from dschat.engine.quantized import (
     quantize_linears,
     weight_bytes,
 )
-from dschat.engine.shared import AdaptersOff
+from dschat.engine.shared_models import AdaptersOff
 from dschat.engine.zero import full_tensors, gathered
-from dschat.models.causal_lm import disable_dropout, forward_logits, load_causal_lm
-from dschat.models.folders import check_finite
+from dschat.models.causal_lm import load_causal_lm
+from dschat.models.dropout import disable_dropout
+from dschat.models.folder_checks import check_finite
+from dschat.models.forward import forward_logits
 from dschat.models.lora import adapted_layer_names, lora_parameter_names
 from dschat.models.prepare import prepare_for_training
-from dschat.models.tiny import make_tiny_model
 from dschat.models.tokenizer import load_tokenizer
-from dschat.tracking import dist
+from dschat.runtime import dist
 from dschat.trainers import rlhf_engine
 
 LORA = LoraOptions(lora_dim=4, lora_alpha=16.0, only_optimize_lora=True)

@@ -13,15 +13,15 @@ from safetensors.torch import load_file, save_file
 from dschat.algorithms.masks import masked_whiten
 from dschat.algorithms.types import Experience, PromptBatch, TextBatch
 from dschat.config.parse import parse_config
-from dschat.config.steps import PPOConfig
+from dschat.config.ppo import PPOConfig
 from dschat.data.collate import pad
 from dschat.engine import build
 from dschat.engine.zero import full_tensors
 from dschat.models.structure import pretrained
 from dschat.models.tokenizer import load_tokenizer
-from dschat.tracking import dist
+from dschat.runtime import dist
 from dschat.trainers import ppo
-from dschat.trainers.ppo_stats import UpdateTotals
+from dschat.trainers.ppo_metrics import UpdateTotals
 from dschat.trainers.rlhf_engine import DeepSpeedRLHFEngine
 from dschat.trainers.rollout import concatenate, make_experience, trim, whiten
 

@@ -5,7 +5,7 @@ from ppo_checks import make_trainer
 
 from dschat.algorithms.types import PromptBatch
 from dschat.config.parse import parse_config
-from dschat.config.steps import PPOConfig
+from dschat.config.ppo import PPOConfig
 from dschat.trainers.rollout import generate, sampling_config
 
 

@@ -11,13 +11,14 @@ from safetensors.torch import load_file, save_file
 
 from dschat.data.collate import collate_text
 from dschat.data.datasets import SFTDataset
-from dschat.data.row_files import read_rows
-from dschat.data.toy import write_toy_data
-from dschat.models.causal_lm import forward_logits, load_causal_lm
+from dschat.data.prompt_files import read_rows
+from dschat.demo.tiny_models import make_tiny_model
+from dschat.demo.toy import write_toy_data
+from dschat.models.causal_lm import load_causal_lm
 from dschat.models.export import save_pretrained_folder
 from dschat.models.families import FAMILIES
+from dschat.models.forward import forward_logits
 from dschat.models.reward_model import load_reward_model
-from dschat.models.tiny import make_tiny_model
 from dschat.models.tokenizer import load_tokenizer
 
 MAX_LEN = 48  # tokens; the longest toy text has 27

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from dschat.config.eval_tools import PromptEvalConfig
 from dschat.config.parse import parse_config
-from dschat.config.tools import PromptEvalConfig
-from dschat.data.rows import Row
+from dschat.data.row import Row
+from dschat.demo.tiny_models import make_tiny_model
 from dschat.models.causal_lm import load_causal_lm
 from dschat.models.reward_model import load_reward_model
-from dschat.models.tiny import make_tiny_model
 from dschat.models.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -16,7 +16,9 @@ from launches import ROOT, environment
 
 from dschat.config.dpo import DPOConfig
 from dschat.config.parse import parse_config
-from dschat.config.steps import PPOConfig, RewardConfig, SFTConfig
+from dschat.config.ppo import PPOConfig
+from dschat.config.reward import RewardConfig
+from dschat.config.sft import SFTConfig
 from dschat.trainers.preflight import dry_run
 
 CONFIGS = {
@@ -366,7 +368,7 @@ def test_a_second_run_keeps_the_log_of_the_first_and_fails_by_its_own_words(benc
 def test_the_log_of_a_run_that_lasts_is_not_touched(bench):
     output = bench.folder / "output"
     output.mkdir()
-    code = "import sys; from pathlib import Path; from dschat.tracking.lock import lock_folder; "
+    code = "import sys; from pathlib import Path; from dschat.runtime.lock import lock_folder; "
     code += "lock_folder(Path(sys.argv[1])); print('locked', flush=True); input()"
     words = [sys.executable, "-c", code, str(output)]
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment()) as holder:

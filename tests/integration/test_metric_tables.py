@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from dschat.data.toy import write_toy_data
-from dschat.models.tiny import make_tiny_model
+from dschat.demo.tiny_models import make_tiny_model
+from dschat.demo.toy import write_toy_data
 
 TRAINING = Path(__file__).resolve().parents[2] / "training"
 STEPS = {

@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 import torch
 from dschat.engine.build import start_processes
-from dschat.engine.processes import shared_buffers
+from dschat.engine.launch_env import shared_buffers
 from dschat.tracking import dist
 
 start_processes()

@@ -20,9 +20,10 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from launches import MAINS
 
-from dschat.engine.build import on_cpu, start_processes
-from dschat.tracking import dist
-from dschat.tracking.log import set_up_logging
+from dschat.engine.build import start_processes
+from dschat.engine.device import on_cpu
+from dschat.runtime import dist
+from dschat.runtime.log import set_up_logging
 
 
 def load(path: str):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from dschat.models.tiny import make_tiny_model
+from dschat.demo.tiny_models import make_tiny_model
 
 FAMILIES = ("opt", "llama", "gpt2", "gpt_neox", "qwen2", "mistral")
 _ROOT = tempfile.TemporaryDirectory(prefix="dschat-tiny-")

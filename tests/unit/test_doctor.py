@@ -10,7 +10,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from dschat import doctor
-from dschat.engine import ops
+from dschat.engine import compiled_ops
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -72,20 +72,20 @@ def test_versions_outside_the_range_are_a_note(monkeypatch):
 def test_a_lock_is_stale_only_while_nobody_builds(tmp_path):
     folder = tmp_path / "op"
     folder.mkdir()
-    assert ops.stale_lock(folder) is None
+    assert compiled_ops.stale_lock(folder) is None
     (folder / "lock").touch()
     builder = subprocess.Popen(["sleep", "60"], cwd=folder)
     try:
-        assert ops.stale_lock(folder) is None
+        assert compiled_ops.stale_lock(folder) is None
     finally:
         builder.kill()
         builder.wait()
-    assert ops.stale_lock(folder) == folder / "lock"
+    assert compiled_ops.stale_lock(folder) == folder / "lock"
 
 
 def test_building_clears_stale_locks_and_builds_what_is_missing(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    (op,) = ops.needed_ops()
+    (op,) = compiled_ops.needed_ops()
     assert op.name == "deepspeed_shm_comm" and not op.built and op.lock is None
     op.folder.mkdir()
     (op.folder / "lock").touch()
@@ -97,9 +97,9 @@ def test_building_clears_stale_locks_and_builds_what_is_missing(tmp_path, monkey
             assert not (op.folder / "lock").exists()
             (op.folder / f"{op.name}.so").touch()
 
-    monkeypatch.setattr(ops.get_accelerator(), "create_op_builder", lambda name: Builder())
-    assert set(ops.build_ops()) == {op.name}
-    assert ops.needed_ops()[0].built and ops.build_ops() == {}
+    monkeypatch.setattr(compiled_ops.get_accelerator(), "create_op_builder", lambda name: Builder())
+    assert set(compiled_ops.build_ops()) == {op.name}
+    assert compiled_ops.needed_ops()[0].built and compiled_ops.build_ops() == {}
 
 
 def test_the_compiler_is_missed(monkeypatch):
@@ -114,13 +114,13 @@ def test_a_build_that_fails_is_a_finding_among_the_others(monkeypatch, capsys):
     def fails():
         raise RuntimeError("\nc++: no such header\nmore")
 
-    monkeypatch.setattr(ops, "build_ops", fails)
+    monkeypatch.setattr(compiled_ops, "build_ops", fails)
     with pytest.raises(SystemExit, match="BAD"):
         doctor.main(["--build_ops"])
     shown = capsys.readouterr().out
     assert "an operator does not compile: c++: no such header" in shown and "GiB free" in shown
     monkeypatch.setenv("CXX", "no-compiler")
-    monkeypatch.setattr(ops, "build_ops", lambda: pytest.fail("nothing to build with"))
+    monkeypatch.setattr(compiled_ops, "build_ops", lambda: pytest.fail("nothing to build with"))
     with pytest.raises(SystemExit, match="BAD"):
         doctor.main(["--build_ops"])
 

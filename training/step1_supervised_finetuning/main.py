@@ -1,14 +1,14 @@
 """Step 1: supervised fine-tuning of a causal language model on demonstrations."""
 
 from dschat.config.parse import parse_config
-from dschat.config.steps import SFTConfig
+from dschat.config.sft import SFTConfig
 from dschat.data.collate import collate_text
 from dschat.data.loaders import build_sft_data, make_loaders
 from dschat.models.causal_lm import load_causal_lm
-from dschat.tracking.log import run_main
+from dschat.runtime.log import run_main
 from dschat.trainers.preflight import dry_run
-from dschat.trainers.stage import save_stage, start_stage, train_stage
 from dschat.trainers.supervised import SFTObjective
+from dschat.trainers.supervised_run import save_stage, start_stage, train_stage
 
 
 def main() -> None:

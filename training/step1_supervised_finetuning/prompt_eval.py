@@ -7,17 +7,17 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import GenerationConfig
 
+from dschat.config.eval_tools import Answering, PromptEvalConfig
 from dschat.config.parse import parse_config
-from dschat.config.tools import Answering, PromptEvalConfig
 from dschat.data.collate import collate_prompts
 from dschat.data.datasets import PromptDataset
-from dschat.data.row_files import read_rows
-from dschat.data.rows import Row
-from dschat.engine.model_size import named_size
+from dschat.data.prompt_files import read_rows
+from dschat.data.row import Row
+from dschat.memory.model_size import named_size
 from dschat.models.causal_lm import load_causal_lm
-from dschat.models.placement import inference_placement
+from dschat.models.inference_device import inference_placement
 from dschat.models.tokenizer import eos_token_ids, load_tokenizer
-from dschat.tracking.log import run_main
+from dschat.runtime.log import run_main
 
 QUESTIONS = {
     "English": (

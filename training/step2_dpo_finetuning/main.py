@@ -5,10 +5,10 @@ from dschat.config.parse import parse_config
 from dschat.data.collate import collate_pairs
 from dschat.data.loaders import build_pair_data, make_loaders
 from dschat.models.causal_lm import load_causal_lm
-from dschat.tracking.log import run_main
+from dschat.runtime.log import run_main
 from dschat.trainers.dpo import DPOObjective, build_reference
 from dschat.trainers.preflight import dry_run
-from dschat.trainers.stage import save_stage, start_stage, train_stage
+from dschat.trainers.supervised_run import save_stage, start_stage, train_stage
 
 
 def main() -> None:

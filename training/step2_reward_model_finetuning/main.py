@@ -1,16 +1,16 @@
 """Step 2: a reward model from preference pairs."""
 
 from dschat.config.parse import parse_config
-from dschat.config.steps import RewardConfig
+from dschat.config.reward import RewardConfig
 from dschat.data.collate import collate_pairs
 from dschat.data.loaders import build_pair_data, first_rows, make_loaders
 from dschat.models.reward_model import load_reward_model
 from dschat.models.tokenizer import ensure_unambiguous_pad
-from dschat.tracking import dist
-from dschat.tracking.log import run_main
+from dschat.runtime import dist
+from dschat.runtime.log import run_main
 from dschat.trainers.preflight import dry_run
-from dschat.trainers.stage import save_stage, start_stage, train_stage
 from dschat.trainers.supervised import RewardObjective
+from dschat.trainers.supervised_run import save_stage, start_stage, train_stage
 
 
 def main() -> None:

@@ -6,18 +6,18 @@ import torch
 from torch.utils.data import DataLoader
 
 from dschat.algorithms.masks import pool_last
+from dschat.config.eval_tools import RewardEvalConfig
 from dschat.config.parse import parse_config
-from dschat.config.tools import RewardEvalConfig
 from dschat.data.collate import collate_pairs
 from dschat.data.datasets import PairDataset, truncation_report
-from dschat.data.row_files import read_rows
-from dschat.data.rows import Row
-from dschat.engine.model_checks import check_length
-from dschat.engine.model_size import named_size
-from dschat.models.placement import inference_placement
+from dschat.data.prompt_files import read_rows
+from dschat.data.row import Row
+from dschat.memory.checks import check_length
+from dschat.memory.model_size import named_size
+from dschat.models.inference_device import inference_placement
 from dschat.models.reward_model import RewardModel, load_reward_model
 from dschat.models.tokenizer import end_token_id, load_tokenizer
-from dschat.tracking.log import run_main
+from dschat.runtime.log import run_main
 
 EXAMPLES = (
     (

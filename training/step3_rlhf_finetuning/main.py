@@ -2,27 +2,30 @@
 
 from pathlib import Path
 
+from dschat.checkpoint.run_checkpoint import Checkpoint
+from dschat.checkpoint.run_state import find_checkpoint
+from dschat.checkpoint.save_model import save_model
+from dschat.config.no_effect import announce
 from dschat.config.parse import parse_config, step_title
+from dschat.config.ppo import PPOConfig
 from dschat.config.ppo_options import MODEL_FOLDERS
-from dschat.config.steps import PPOConfig
 from dschat.data.collate import collate_prompts
 from dschat.data.loaders import build_prompt_data, first_rows, make_loaders
-from dschat.data.unsupervised import PTXBatches, load_texts
-from dschat.engine.build import resolve_dtype, start_processes
-from dschat.engine.checkpoint import save_model
-from dschat.engine.run_checkpoint import Checkpoint
+from dschat.data.ptx import PTXBatches, load_texts
+from dschat.engine.build import start_processes
+from dschat.engine.device import resolve_dtype
 from dschat.models.tokenizer import eos_token_ids, load_tokenizer
-from dschat.tracking import dist
-from dschat.tracking.log import logger, run_main
+from dschat.runtime import dist
+from dschat.runtime.log import logger, run_main
+from dschat.runtime.seeds import seed_everything
 from dschat.tracking.metrics import MetricsWriter
 from dschat.trainers.evaluation import PolicyEvaluator
+from dschat.trainers.output_folder import prepare_output_dir, record_run
 from dschat.trainers.ppo import DeepSpeedPPOTrainer
 from dschat.trainers.ppo_run import run_state, train_ppo
 from dschat.trainers.preflight import dry_run, show_plan
-from dschat.trainers.reward_setup import RewardPlan, plan_rewards
+from dschat.trainers.reward_plan import RewardPlan, plan_rewards
 from dschat.trainers.rlhf_engine import DeepSpeedRLHFEngine
-from dschat.trainers.run_state import find_checkpoint
-from dschat.trainers.setup import announce, prepare_output_dir, record_run, seed_everything
 
 # A spread of scores below this says nothing to divide by.
 SMALLEST_SCORE_STD = 1e-4

@@ -1,0 +1,51 @@
+"""Saving models as Hugging Face folders."""
+
+from pathlib import Path
+
+import torch
+
+from dschat.engine.quantized import dequantized_state_dict
+from dschat.engine.zero import full_tensors
+from dschat.models.adapters import ADAPTER_FOLDER, adapter_is_all, write_adapter
+from dschat.models.export import save_pretrained_folder
+from dschat.models.lora import has_lora, merged_state_dict
+from dschat.runtime import dist
+from dschat.runtime.log import logger
+
+
+def save_model(
+    model: torch.nn.Module, tokenizer, path: str | Path, *, tensors: dict[str, torch.Tensor] | None = None
+) -> None:
+    """Write a complete Hugging Face folder: weights (adapters merged), configuration, tokenizer, chat template.
+
+    Where adapters are all that training changes, they are written as well, to adapter/ in it, as PEFT loads them. Int8
+    weights are saved, and merged, in the precision of training.
+
+    Works under every ZeRO stage: parameters are gathered one at a time. The folder appears whole or not at all.
+    Every process must call it.
+
+    Args:
+        model: a transformers model, not its engine nor a wrapper.
+        tensors: what ``full_tensors`` gave, to be saved instead of the model's weights as they are.
+    """
+    tensors = full_tensors(model) if tensors is None else tensors
+    if dist.is_main():
+        whole = dequantized_state_dict(model, tensors)
+        merged = merged_state_dict(model, whole)
+        save_pretrained_folder(model, merged, tokenizer, path, write_more=_adapter_writer(model, whole))
+        logger.info(f"saved {path}")
+    dist.barrier()
+
+
+def _adapter_writer(model: torch.nn.Module, tensors: dict[str, torch.Tensor]):
+    """What writes the adapter folder; None where there is none to write."""
+    if not has_lora(model):
+        return None
+    merged = getattr(model, "merged_adapter", None)
+    if merged is not None:
+        logger.info(f"no adapter folder: training began from {merged} and its base, which no one folder holds together")
+        return None
+    if not adapter_is_all(model):
+        logger.info("no adapter folder: without --only_optimize_lora other weights than the adapters have trained too")
+        return None
+    return lambda folder: write_adapter(model, tensors, folder / ADAPTER_FOLDER)

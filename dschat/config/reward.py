@@ -1,0 +1,68 @@
+"""The configuration of step 2, the reward model."""
+
+from dataclasses import dataclass
+
+from dschat.config.group_checks import (
+    single_model_problems,
+)
+from dschat.config.options import (
+    BatchOptions,
+    LoraOptions,
+    OneModelOptions,
+    OptimOptions,
+    RunOptions,
+    ScheduleOptions,
+    SystemOptions,
+    TextOptions,
+    flag,
+)
+from dschat.config.value_checks import (
+    at_least,
+    in_range,
+)
+
+
+@dataclass(frozen=True)
+class RewardData(TextOptions):
+    cut_fraction: float = flag(
+        0.0,
+        "Share of the training pairs whose two answers are cut to one random length, without end token, so that "
+        "unfinished answers are scored too.",
+    )
+
+
+@dataclass(frozen=True)
+class RewardOptim(OptimOptions):
+    learning_rate: float = flag(5e-5, "Peak learning rate of the base weights.")
+
+
+@dataclass(frozen=True)
+class RewardRun(RunOptions):
+    tensorboard_path: str = flag("step2_tensorboard", "Folder of the TensorBoard events.")
+    eval_interval: int = flag(0, "Evaluate every so many optimizer steps; 0: before, and after each epoch.")
+    eval_iters: int = flag(100, "Evaluate on at most this many batches per process.")
+    num_padding_at_beginning: int = flag(
+        1, "Accepted for compatibility, without effect: positions come from the attention mask."
+    )
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """Step 2, reward model."""
+
+    data: RewardData
+    model: OneModelOptions
+    batch: BatchOptions
+    optim: RewardOptim
+    schedule: ScheduleOptions
+    lora: LoraOptions
+    system: SystemOptions
+    run: RewardRun
+
+    def problems(self) -> list[str]:
+        """Everything that is wrong with these options, one sentence each."""
+        found = single_model_problems(self)
+        found += in_range("--cut_fraction", self.data.cut_fraction, 0.0, 1.0)
+        found += at_least("--eval_interval", self.run.eval_interval, 0)
+        found += at_least("--eval_iters", self.run.eval_iters, 1)
+        return found

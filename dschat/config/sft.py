@@ -1,0 +1,47 @@
+"""The configuration of step 1, supervised fine-tuning."""
+
+from dataclasses import dataclass
+
+from dschat.config.group_checks import (
+    single_model_problems,
+)
+from dschat.config.options import (
+    BatchOptions,
+    LoraOptions,
+    OneModelOptions,
+    OptimOptions,
+    RunOptions,
+    ScheduleOptions,
+    SystemOptions,
+    TextOptions,
+    flag,
+)
+
+
+@dataclass(frozen=True)
+class SFTData(TextOptions):
+    sft_only_data_path: list[str] = flag([], "Data sets used for this step only, whole.")
+
+
+@dataclass(frozen=True)
+class SFTRun(RunOptions):
+    tensorboard_path: str = flag("step1_tensorboard", "Folder of the TensorBoard events.")
+    print_loss: bool = flag(False, "Print the loss of every optimizer step.")
+
+
+@dataclass(frozen=True)
+class SFTConfig:
+    """Step 1, supervised fine-tuning."""
+
+    data: SFTData
+    model: OneModelOptions
+    batch: BatchOptions
+    optim: OptimOptions
+    schedule: ScheduleOptions
+    lora: LoraOptions
+    system: SystemOptions
+    run: SFTRun
+
+    def problems(self) -> list[str]:
+        """Everything that is wrong with these options, one sentence each."""
+        return single_model_problems(self)

@@ -1,0 +1,123 @@
+"""The data sets of the hub that are known by name: where each lies and how a row of it reads.
+
+Those that hold questions and answers take the form of the Dahoas sets, "\\n\\nHuman: ...\\n\\nAssistant:" and
+" answer", so that a blend has one form. A row function raises ValueError (or stumbles over a field that is null) where
+a row has no usable answer; published sets cannot be mended by who uses them, so such rows are left out and counted.
+"""
+
+import re
+from dataclasses import dataclass, replace
+from typing import Optional
+
+from dschat.data.row import Row, RowFunction, checked_pair, checked_text, row_from_columns
+
+CITATION = re.compile(r" ?[(\[].*?[)\]]")
+
+
+@dataclass(frozen=True)
+class HubSet:
+    """A named data set."""
+
+    row_of: RowFunction
+    repository: Optional[str] = None  # where it differs from the name
+    config: Optional[str] = None
+
+
+def question_row(question: object, chosen: object, rejected: object = None) -> Row:
+    """A question and its answers in Human/Assistant form."""
+    return checked_pair(
+        Row(
+            prompt=f"\n\nHuman: {checked_text(question, 'question').strip()}\n\nAssistant:",
+            chosen=" " + checked_text(chosen, "answer").strip(),
+            rejected=None if rejected is None else " " + checked_text(rejected, "rejected answer").strip(),
+        )
+    )
+
+
+def local_json_row(raw: dict) -> Row:
+    """DeepSpeed-Chat's local file: a space parts prompt and answer."""
+    row = row_from_columns(raw)
+    return replace(row, chosen=_spaced(row.chosen), rejected=_spaced(row.rejected))
+
+
+def _spaced(text: str | None) -> str | None:
+    return text if text is None or text[0].isspace() else " " + text
+
+
+def _synthetic_instruct(raw: dict) -> Row:
+    return question_row(raw["prompt"], raw["chosen"], raw["rejected"])
+
+
+def _reward_datasets(raw: dict) -> Row:
+    # The prompt lacks the closing "Assistant:", which both answers repeat.
+    prompt = checked_text(raw["prompt"], "prompt").rstrip() + "\n\nAssistant:"
+    chosen, rejected = (checked_text(raw[name].split("Assistant:")[-1], name) for name in ("chosen", "rejected"))
+    return checked_pair(Row(prompt, " " + chosen.strip(), " " + rejected.strip()))
+
+
+def _webgpt(raw: dict) -> Row:
+    answers = [CITATION.sub("", raw["answer_0"]), CITATION.sub("", raw["answer_1"])]
+    if raw["score_0"] < raw["score_1"]:
+        answers.reverse()
+    if raw["score_0"] == raw["score_1"]:  # a tie prefers neither
+        answers[1] = None
+    return question_row(raw["question"]["full_text"], *answers)
+
+
+def _shp(raw: dict) -> Row:
+    answers = [raw["human_ref_A"], raw["human_ref_B"]]
+    if int(raw["labels"]) != 1:
+        answers.reverse()
+    return question_row(raw["history"], *answers)
+
+
+def _vicuna(raw: dict) -> Row:
+    prompt = checked_text(raw["prompt"], "prompt").replace("USER", "Human").replace("ASSISTANT", "Assistant")
+    return Row(prompt, " " + checked_text(raw["label"], "label").strip())
+
+
+def _zhihu(raw: dict) -> Row:
+    return question_row(raw["INSTRUCTION"], raw["RESPONSE"])
+
+
+def _miracl(raw: dict) -> Row:
+    negative = raw["negative_passages"][0]["text"] if raw["negative_passages"] else None
+    return question_row(raw["query"], raw["positive_passages"][0]["text"], negative)
+
+
+def _hc3(raw: dict) -> Row:
+    return question_row(raw["question"], raw["human_answers"][0])
+
+
+def _mkqa(language: str) -> RowFunction:
+    def row(raw: dict) -> Row:
+        return question_row(raw["queries"][language], raw["answers"][language][0]["text"])
+
+    return row
+
+
+def _jaquad_question(raw: dict) -> Row:
+    return question_row(raw["question"], raw["sentence"])
+
+
+def _jaquad_questions(raw: dict) -> Row:
+    return question_row(raw["questions"][0], raw["paragraph"])
+
+
+HUB_SETS = {
+    "Dahoas/rm-static": HubSet(row_from_columns),
+    "Dahoas/full-hh-rlhf": HubSet(row_from_columns),
+    "Dahoas/synthetic-instruct-gptj-pairwise": HubSet(_synthetic_instruct),
+    "yitingxie/rlhf-reward-datasets": HubSet(_reward_datasets),
+    "openai/webgpt_comparisons": HubSet(_webgpt),
+    "stanfordnlp/SHP": HubSet(_shp),
+    "pvduy/sharegpt_alpaca_oa_vicuna_format": HubSet(_vicuna),
+    "wangrui6/Zhihu-KOL": HubSet(_zhihu),
+    "Cohere/miracl-zh-queries-22-12": HubSet(_miracl),
+    "Cohere/miracl-ja-queries-22-12": HubSet(_miracl),
+    "Hello-SimpleAI/HC3-Chinese": HubSet(_hc3, config="all"),
+    "mkqa-Chinese": HubSet(_mkqa("zh_cn"), repository="apple/mkqa"),
+    "mkqa-Japanese": HubSet(_mkqa("ja"), repository="apple/mkqa"),
+    "lmqg/qg_jaquad": HubSet(_jaquad_question),
+    "lmqg/qag_jaquad": HubSet(_jaquad_questions),
+}

@@ -1,0 +1,27 @@
+"""The accelerator that DeepSpeed runs on, and the precision that it supports."""
+
+import torch
+from deepspeed.accelerator import get_accelerator
+
+TORCH_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def on_cpu() -> bool:
+    """True where DeepSpeed runs without an accelerator."""
+    return get_accelerator().device_name() == "cpu"
+
+
+def resolve_dtype(dtype: str) -> str:
+    """"auto" to what this device does best: bf16, else fp16. The others stay.
+
+    Raises:
+        ValueError: the device cannot do it; names --dtype.
+    """
+    accelerator = get_accelerator()
+    if dtype == "auto":
+        return "bf16" if accelerator.is_bf16_supported() else "fp16"
+    supported = {"bf16": accelerator.is_bf16_supported, "fp16": accelerator.is_fp16_supported}
+    if dtype in supported and not supported[dtype]():
+        others = [name for name, is_supported in supported.items() if is_supported()] + ["fp32"]
+        raise ValueError(f"--dtype {dtype}: this {accelerator.device_name()} has none. Give {' or '.join(others)}.")
+    return dtype

@@ -1,0 +1,60 @@
+"""What the environment says about this process's place among the others: of the launchers, SLURM, or nothing."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from dschat.runtime.ports import free_port
+
+SLURM_PORTS = range(20000, 40000)
+
+
+def process_variables(environment: Mapping[str, str], *, local_rank: int = -1) -> dict[str, str]:
+    """The variables of torch.distributed that `environment` lacks.
+
+    - ``deepspeed`` and ``torchrun`` set them all, but an old launcher may give the local rank as a flag alone;
+    - under ``srun`` with several tasks they follow from SLURM's own;
+    - otherwise the process is a group of one, on a port that is free.
+
+    Args:
+        local_rank: the flag of old launchers; -1 where it is not given.
+
+    Raises:
+        ValueError: the environment has a rank without the rest.
+    """
+    if "RANK" in environment:
+        for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            if name not in environment:
+                raise ValueError(f"RANK is set and {name} is not: set it as torchrun does, or unset RANK for a single process.")
+        found = {"LOCAL_RANK": str(max(local_rank, 0))}
+    elif "SLURM_PROCID" in environment and int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        found = _slurm_variables(environment)
+    else:
+        found = dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    return {name: value for name, value in found.items() if name not in environment}
+
+
+def shared_buffers(environment: Mapping[str, str], *, rank: int) -> list[Path]:
+    """The file that a rank's DeepSpeed 0.19 makes for reductions between the processes of one host, where it did."""
+    place = f"{environment['MASTER_ADDR']}_{environment['MASTER_PORT']}_{rank}"
+    return list(Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{place}"))
+
+
+def _slurm_variables(environment: Mapping[str, str]) -> dict[str, str]:
+    # Every task has to come to the same port without asking another.
+    job = int(environment.get("SLURM_JOB_ID", 0)) + int(environment.get("SLURM_STEP_ID", 0))
+    # A task that sees one GPU only knows it as the first.
+    one_gpu = environment.get("SLURM_GPUS_PER_TASK") == "1" or environment.get("SLURM_STEP_GPUS", "-").isdigit()
+    return {
+        "RANK": environment["SLURM_PROCID"],
+        "WORLD_SIZE": environment["SLURM_STEP_NUM_TASKS"],
+        "LOCAL_RANK": "0" if one_gpu else environment.get("SLURM_LOCALID", "0"),
+        "LOCAL_WORLD_SIZE": re.match(r"\d+", environment.get("SLURM_STEP_TASKS_PER_NODE", "1")).group(),
+        "MASTER_ADDR": first_host(environment.get("SLURM_STEP_NODELIST") or environment["SLURM_JOB_NODELIST"]),
+        "MASTER_PORT": str(SLURM_PORTS[job % len(SLURM_PORTS)]),
+    }
+
+
+def first_host(nodes: str) -> str:
+    """The first host of a SLURM node list: "gpu[03-05,9],login" -> "gpu03"."""
+    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", re.split(r",(?![^\[]*\])", nodes)[0])

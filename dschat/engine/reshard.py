@@ -1,0 +1,84 @@
+"""An engine's state for another number of processes, through DeepSpeed's universal checkpoint.
+
+Every ZeRO stage above 0 keeps pieces that belong to ranks. The universal form has one file a parameter and kind of
+state, whole; each process then takes its piece of it.
+"""
+
+import argparse
+import contextlib
+import io
+import logging
+import shutil
+from pathlib import Path
+
+import torch
+from deepspeed.checkpoint import ds_to_universal
+
+from dschat.runtime import dist
+from dschat.runtime.log import logger
+
+
+def load_engine_universally(engine, folder: Path, name: str, *, scratch: Path) -> None:
+    """Take the state that another number of processes saved to `folder`/`name`. Every process must call it.
+
+    Args:
+        scratch: a folder that all processes see, with room for another copy of the state; it is deleted again.
+
+    Raises:
+        ValueError: the conversion failed; on every process.
+    """
+    logger.info(f"converting {folder / name} for {dist.world_size()} processes")
+    fault = dist.first_fault(_convert(folder / name, scratch / name) if dist.is_main() else "")
+    if fault:
+        raise ValueError(f"{folder / name} cannot be converted for another number of processes: {fault}")
+    groups = _param_groups(engine)
+    before = [{key: value for key, value in group.items() if key != "params"} for group in groups]
+    engine._config.load_universal_checkpoint = True
+    try:
+        path, _ = engine.load_checkpoint(str(scratch), tag=name)
+        assert path is not None, f"{scratch}/{name} holds no engine"
+    finally:
+        engine._config.load_universal_checkpoint = False
+    rates = engine.lr_scheduler.get_last_lr()
+    for group, own, rate in zip(groups, before, rates, strict=True):
+        # At stage 3 DeepSpeed (0.19.8) gives every group the rate and the decay of the first.
+        group.update(own, lr=rate)
+    for state in _inner(engine).state.values():
+        # There all share one step tensor as well, which each would count up.
+        if torch.is_tensor(state.get("step")):
+            state["step"] = state["step"].clone()
+    dist.barrier()
+    if dist.is_main():
+        shutil.rmtree(scratch / name, ignore_errors=True)
+
+
+def _convert(source: Path, target: Path) -> str:
+    """Write the universal form of `source` to `target`; returns what went wrong, or ""."""
+    shutil.rmtree(target, ignore_errors=True)
+    options = argparse.Namespace(
+        input_folder=str(source),
+        output_folder=str(target),
+        num_extract_workers=1,
+        num_merge_workers=1,
+        keep_temp_folder=False,
+        strict=True,
+        inject_missing_state=True,
+    )
+    talk = io.StringIO()
+    try:
+        target.mkdir(parents=True)
+        with contextlib.redirect_stdout(talk), contextlib.redirect_stderr(talk):
+            ds_to_universal.main(options)
+    except Exception as error:  # the other processes wait for this one's word
+        logging.getLogger(__name__).debug("converting %s", source, exc_info=True)
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def _inner(engine) -> torch.optim.Optimizer:
+    """torch's optimizer below DeepSpeed's."""
+    return getattr(engine.optimizer, "optimizer", engine.optimizer)
+
+
+def _param_groups(engine) -> list[dict]:
+    return _inner(engine).param_groups

@@ -1,0 +1,64 @@
+"""The state of one DeepSpeed engine in a folder: weights, optimizer, schedule and loss scale, of every ZeRO stage."""
+
+import contextlib
+from pathlib import Path
+
+import torch
+from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+
+from dschat.runtime.manifest import HashingFile
+
+
+class _Writer(TorchCheckpointEngine):
+    """Writes files to disk and knows their sums; a failure is kept, so that no process leaves the others waiting."""
+
+    def __init__(self):
+        super().__init__()
+        self.entries: dict[Path, dict] = {}
+        self.fault = ""
+
+    def makedirs(self, path, exist_ok=False):
+        with self._kept(path):
+            Path(path).mkdir(parents=True, exist_ok=exist_ok)
+
+    def save(self, state_dict, path: str):
+        with self._kept(path):
+            with HashingFile(path) as file:
+                torch.save(state_dict, file)
+            self.entries[Path(path)] = file.entry
+
+    @contextlib.contextmanager
+    def _kept(self, path):
+        try:
+            yield
+        except (OSError, RuntimeError) as error:  # torch turns a failed write into a RuntimeError
+            cause = error.__context__ if isinstance(error.__context__, OSError) else error
+            self.fault = self.fault or f"{Path(path).name}: {cause}"
+
+
+def save_engine(engine, folder: Path, name: str) -> tuple[dict[Path, dict], str]:
+    """Write the engine's state to `folder`/`name`. Every process must call it.
+
+    Returns:
+        The manifest entries of the files that this process wrote, and what went wrong in this process, or "".
+    """
+    writer, usual = _Writer(), engine.checkpoint_engine
+    engine.checkpoint_engine = writer
+    # A program for the user to run, in a folder that holds none otherwise; a full disk would stop rank 0 alone here.
+    engine._copy_recovery_script = lambda path: None
+    try:
+        engine.save_checkpoint(str(folder), tag=name, save_latest=False)
+    finally:
+        engine.checkpoint_engine = usual
+        del engine._copy_recovery_script
+    return writer.entries, writer.fault
+
+
+def load_engine(engine, folder: Path, name: str) -> None:
+    """Take the state that as many processes saved; `engine` is freshly built, of the same model and configuration.
+
+    DeepSpeed reads these files by pickle, which can run any code: they must have been compared with their manifest,
+    and the folder must be one that the user named or that this run wrote.
+    """
+    path, _ = engine.load_checkpoint(str(folder), tag=name)
+    assert path is not None, f"{folder}/{name} holds no engine"

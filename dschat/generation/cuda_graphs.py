@@ -1,0 +1,308 @@
+"""Decoding on a GPU: each step, sampling included, is one CUDA graph over buffers that stay where they are.
+
+The host runs a few steps ahead of the device and reads how many rows are left from copies that have arrived by then, so
+that no step waits for it; finished rows are dropped by going over to graphs of fewer rows.
+"""
+
+import contextlib
+import time
+
+import torch
+from torch import nn
+from transformers import GenerationConfig
+
+from dschat.generation.compiled_layers import CompiledLayers
+from dschat.generation.decoding import (
+    MISSING,
+    TOLERANCE,
+    Decoded,
+    GraphMismatch,
+    SlotCache,
+    cache_gap,
+    decode_step,
+    logit_gap,
+    prefill_slots,
+)
+from dschat.generation.graph_buffers import State
+from dschat.generation.kernels import attention
+from dschat.generation.kernels.linear import plain_products, use_plain_linears, use_skinny_linears
+from dschat.generation.sampling import Sampler, alone
+from dschat.generation.tensor_parallel import TensorGroup
+from dschat.models.forward import takes_position_ids
+from dschat.models.structure import cache_argument, decoder_layers
+from dschat.runtime.log import logger
+
+AHEAD = 8  # steps that the host may be ahead of the device
+SMALLEST = 8  # the smallest graph holds an eighth of the rows
+LENGTH_STEP = 64  # cache lengths are multiples of it
+
+
+class GraphDecoder:
+    """Answers of one replica, by graphs that are captured once for each number of rows.
+
+    They hold the addresses of weights and buffers: a call with other sampling settings, longer or more answers, or
+    weights elsewhere captures them anew.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        compiled: bool,
+        max_rows: int = 0,
+        max_length: int = 0,
+        group: TensorGroup | None = None,
+    ):
+        """
+        Args:
+            model: the replica's module; its attention becomes decode_attention's.
+            compiled: run each decoder layer of a decode step through torch.compile.
+            max_rows, max_length: size of the key-value cache; more is allocated where a call needs it.
+            group: the ranks that run the same steps, each with a slice of the model. Captured steps hold their
+                collectives; captures, replays and compactions follow from the tokens alone, which are the same on all.
+        """
+        attention.register()
+        self.model, self.compiled, self.group = model, compiled, group
+        self._own_attention = model.config._attn_implementation
+        model.config._attn_implementation = attention.NAME
+        _, layers = decoder_layers(model)
+        use_skinny_linears(layers)
+        self.max_rows, self.max_length = max_rows, max_length
+        self.cache: SlotCache | None = None
+        self.state: State | None = None
+        self.sampler: Sampler | None = None
+        self.pad_token_id = 0
+        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self.capture_s = 0.0
+        self.captures = 0
+        self._key: tuple = ()
+        self._pool = None
+        self._compiled = CompiledLayers(layers) if compiled else contextlib.nullcontext()
+        self._counts = torch.zeros(AHEAD, dtype=torch.int64, pin_memory=torch.cuda.is_available())
+        self._events = [torch.cuda.Event() for _ in range(AHEAD)]
+
+    def decode(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        generation: GenerationConfig,
+        addresses: tuple[int, ...],
+    ) -> Decoded:
+        """As ``decoding.eager_decode``.
+
+        Args:
+            addresses: of the replica's weights now.
+
+        Raises:
+            GraphMismatch: a step fails, or the first replayed one does not give a plain step's logits.
+        """
+        copies, num_new = generation.num_return_sequences or 1, generation.max_new_tokens
+        num_rows = len(input_ids) * copies
+        settings = generation.to_dict()
+        settings.pop("num_return_sequences")
+        key = (str(settings), addresses)
+        fresh = key != self._key
+        if self.group is not None:
+            # Weights may have moved on one rank alone; the others capture with it.
+            fresh = bool(self.group.gather(torch.tensor(fresh, device=input_ids.device)).any())
+        if fresh:
+            # Graphs hold the addresses of the sampler's tensors too: it lives as long as they do.
+            self.release()
+            agree = alone if self.group is None else self.group.agree
+            self.sampler, self.pad_token_id = Sampler(generation, input_ids.device, agree), generation.pad_token_id
+
+        def make_cache(shapes):
+            self._allocate(shapes, num_rows, input_ids.shape[1] + num_new, num_new)
+            return self.cache
+
+        logits, _ = prefill_slots(self.model, input_ids, attention_mask, copies=copies, make_cache=make_cache)
+        input_ids, attention_mask = (t.repeat_interleave(copies, dim=0) for t in (input_ids, attention_mask))
+        self._start(logits, input_ids, attention_mask)
+        expected = self._plain_step(attention_mask) if fresh else None
+        self._key = key
+        self._run(num_rows, num_new, expected)
+        return Decoded(self.state.tokens[:num_rows].clone(), self.state.logprobs[:num_rows].clone())
+
+    def release(self) -> None:
+        """Free graphs, cache and buffers; the next call makes them again."""
+        if self.graphs:
+            torch.cuda.synchronize()  # a graph must not go while it runs
+        attention.forget_handed_over()
+        self.graphs.clear()
+        self.cache = self.state = self.sampler = self._pool = None
+        self._key = ()
+
+    def undo(self) -> None:
+        """Free everything, and leave the model's layers as they were."""
+        self.release()
+        self.model.config._attn_implementation = self._own_attention
+        use_plain_linears(decoder_layers(self.model)[1])
+
+    def _allocate(self, shapes, num_rows: int, length: int, num_new: int) -> None:
+        """Cache and buffers for `num_rows` answers; kept, with their graphs, where they are large enough."""
+        if self.cache is not None:
+            held = self.cache.layers[0].keys
+            if num_rows <= held.shape[0] and length <= held.shape[2]:
+                return
+        self.graphs.clear()
+        self.max_rows, self.max_length = max(self.max_rows, num_rows), max(self.max_length, length)
+        length = -(-self.max_length // LENGTH_STEP) * LENGTH_STEP
+        self.cache = self.state = None  # before the new ones are there
+        self.cache = SlotCache(shapes, rows=self.max_rows, length=length)
+        if self.compiled:
+            self._compiled.cache = self.cache
+        self.state = State.allocate(
+            slots=self.max_rows,
+            num_new=num_new,
+            # A step writes the token that comes next too, one behind the last that the cache holds.
+            num_text=length + 1 if self.sampler.penalty is not None else 0,
+            vocab=self.model.config.get_text_config().vocab_size,
+            like=shapes[0][0],
+        )
+
+    def _graph(self, rows: int) -> torch.cuda.CUDAGraph:
+        """The graph of a step of the first `rows` slots, captured at its first use; the state stays as it is."""
+        if rows in self.graphs:
+            return self.graphs[rows]
+        started = time.monotonic()
+        s, saved = self.state, {name: buffer.clone() for name, buffer in vars(self.state).items()}
+        held, last = self.cache.layers[0].rows, self.cache.layers[0].get_max_length() - 1
+        self.cache.start(rows=rows, filled=0, captured=True)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        # The draws of these steps must not count: a run that captures anew, behind a checkpoint say, samples the same.
+        with torch.random.fork_rng([s.step.device] if s.step.is_cuda else []), torch.cuda.stream(stream), self._compiled:
+            for _ in range(2):  # compiles and allocates outside of the capture, and writes the cache's last position
+                s.position.fill_(last)
+                s.step.zero_()
+                s.bounds[..., 0], s.bounds[..., 1] = last, last + 1
+                self._step(rows)
+        torch.cuda.current_stream().wait_stream(stream)
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool), self._compiled:
+            self._step(rows)
+        for name, buffer in saved.items():
+            getattr(s, name).copy_(buffer)
+        self.cache.start(rows=held, filled=0, captured=True)
+        torch.cuda.synchronize()
+        self.graphs[rows] = graph
+        seconds = time.monotonic() - started
+        self.captures, self.capture_s = self.captures + 1, self.capture_s + seconds
+        logger.info(
+            f"Hybrid Engine: captured a decode step of {rows} rows {'with' if self.compiled else 'without'} "
+            f"torch.compile in {seconds:.1f} s; KV cache {self.cache.nbytes / 2**30:.2f} GiB"
+        )
+        return graph
+
+    def _graph_or_mismatch(self, rows: int) -> torch.cuda.CUDAGraph:
+        """``_graph``, whose errors mean that this model or GPU takes no graphs: attention of its own, say."""
+        try:
+            return self._graph(rows)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            if self.group is not None:
+                raise  # the other ranks of the group may have none, and would wait
+            raise GraphMismatch(f"{type(error).__name__}: {error}") from error
+
+    def _step(self, rows: int) -> None:
+        """One token for the first `rows` slots; all that changes stays in the buffers."""
+        s = self.state
+        inputs = dict(input_ids=s.token[:rows], attention_mask=s.bounds[:rows], use_cache=True)
+        if takes_position_ids(self.model):
+            inputs["position_ids"] = s.positions[:rows]
+        logits = self.model(**inputs, **{cache_argument(self.model): self.cache}).logits[:, -1]
+        s.logits[:rows] = logits
+        new, logprobs = self.sampler(logits, s.texts[:rows], s.step)
+        new = torch.where(s.finished[:rows], self.pad_token_id, new)
+        places = s.row[:rows] * s.tokens.shape[1] + s.step
+        s.tokens.view(-1).index_copy_(0, places, new)
+        s.logprobs.view(-1).index_copy_(0, places, torch.where(s.finished[:rows], 0.0, logprobs))
+        s.finished[:rows] |= self.sampler.is_end(new)
+        s.token[:rows] = new[:, None]
+        s.positions[:rows] += 1
+        s.bounds[:rows, ..., 1] += 1
+        s.position += 1
+        s.step += 1
+        if s.texts.shape[1]:
+            s.texts[:rows].index_copy_(1, s.position, new[:, None])
+        s.remaining.copy_((~s.finished[:rows]).sum())
+
+    def _start(self, logits: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> None:
+        """Set the first N slots to texts whose first answer tokens are drawn from the prefill's logits [N, V]."""
+        s, (num_rows, num_prompt) = self.state, input_ids.shape
+        self.cache.start(rows=num_rows, filled=num_prompt, captured=True)
+        if s.texts.shape[1]:
+            s.texts[:num_rows] = input_ids[:, -1:]  # what is not there yet repeats a token that is: no other penalty
+            s.texts[:num_rows, :num_prompt] = input_ids
+        new, logprobs = self.sampler(logits, s.texts[:num_rows], 0)
+        s.tokens.fill_(self.pad_token_id)
+        s.logprobs.zero_()
+        s.tokens[:num_rows, 0], s.logprobs[:num_rows, 0], s.token[:num_rows, 0] = new, logprobs, new
+        s.row.copy_(torch.arange(len(s.row), device=s.row.device))
+        s.finished[:num_rows] = self.sampler.is_end(new)
+        lengths = attention_mask.sum(-1)
+        s.positions[:num_rows, 0] = lengths
+        s.bounds[:num_rows, 0, 0, 0] = (num_prompt - lengths).int()
+        s.bounds[:num_rows, 0, 0, 1] = num_prompt + 1
+        s.position.fill_(num_prompt)
+        s.step.fill_(1)
+        if s.texts.shape[1]:
+            s.texts[:num_rows, num_prompt] = new
+
+    def _plain_step(self, attention_mask: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Logits [N, V] of the first decode step without graph, compilation and kernels of ours, and what it caches."""
+        num_rows, num_prompt = attention_mask.shape
+        self.cache.start(rows=num_rows, filled=num_prompt)
+        mask = torch.cat([attention_mask, attention_mask.new_ones(num_rows, 1)], dim=-1)
+        with plain_products():
+            logits = decode_step(self.model, self.state.token[:num_rows, 0], mask, self.cache)
+        self.cache.start(rows=num_rows, filled=num_prompt, captured=True)
+        places = self.cache.newest(rows=num_rows, position=num_prompt)
+        cached = [place.clone() for place in places]
+        for place in places:
+            place.zero_()  # what the captured step does not write is seen to be missing
+        return logits, cached
+
+    def _run(self, num_rows: int, num_new: int, expected: tuple | None) -> None:
+        """Replay until all answers have ended; `expected` is what the plain first step gave, to be compared."""
+        sizes = sorted({-(-num_rows // divisor) for divisor in (1, 2, 4, SMALLEST)})
+        rows = num_rows
+        for step in range(1, num_new):
+            place = step % AHEAD
+            if step > AHEAD:
+                self._events[place].synchronize()  # of the step AHEAD steps ago
+                remaining = int(self._counts[place])
+                if remaining == 0:
+                    break
+                fitting = next(size for size in sizes if size >= remaining)
+                if fitting < rows:
+                    self._compact(rows, fitting)
+                    rows = fitting
+            self._graph_or_mismatch(rows).replay()
+            self._counts[place].copy_(self.state.remaining, non_blocking=True)
+            self._events[place].record()
+            if step == 1 and expected is not None:
+                self._compare(num_rows, *expected)
+
+    def _compact(self, held: int, rows: int) -> None:
+        """Of the first `held` slots the unfinished ones, and finished ones to fill up, become the first `rows`."""
+        slots = torch.argsort(self.state.finished[:held].int(), stable=True)[:rows]
+        self.state.take(slots)
+        for layer in self.cache.layers:
+            layer.keep(slots)
+
+    def _compare(self, num_rows: int, logits: torch.Tensor, cached: list[torch.Tensor]) -> None:
+        """The first replayed step with a plain one: its logits, and whether each layer has cached the token."""
+        gap = logit_gap(self.state.logits[:num_rows], logits)
+        found = self.cache.newest(rows=num_rows, position=int(self.state.position) - 1)
+        missing = cache_gap(found, cached)
+        # Ranks of a group go on together or not at all.
+        if self.group is not None:
+            gap, missing = (self.group.gather(value).max() for value in (gap, missing))
+        # Written so that NaN fails.
+        if not gap.item() <= TOLERANCE[logits.dtype]:
+            raise GraphMismatch(f"logits differ by {gap.item():.3g} standard deviations")
+        if not missing.item() <= MISSING:
+            raise GraphMismatch(f"keys and values in the cache differ by {missing.item():.3g} of their norm")

@@ -1,0 +1,283 @@
+"""Decoding by a plain transformers module: a prefill that groups prompts by length, then one token at a time.
+
+Prompts stand padded on the left, [N, P]; answer token r of a row is written at position P + r of the key-value cache.
+This file holds what runs anywhere; graph_decoding.py replays the steps as CUDA graphs.
+"""
+
+from dataclasses import dataclass
+from typing import Iterator
+
+import torch
+from torch import nn
+from transformers import DynamicCache, GenerationConfig
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+
+from dschat.generation.kernels import attention
+from dschat.generation.sampling import Agree, Sampler, alone
+from dschat.models.forward import position_ids_from_mask, takes_position_ids
+from dschat.models.structure import cache_argument, forward_takes
+
+GROUP_TOKENS = 64  # prompts whose lengths fall into one stretch of so many tokens share a prefill
+POLL_STEPS = 8  # steps between looks at the device whether all answers have ended
+# Largest difference of logits between two ways to compute them, in standard deviations of the logits.
+TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 0.5, torch.float16: 0.2}
+MISSING = 0.5  # keys and values that were not written differ by 1, as cache_gap counts
+COMPACT_AT = 0.75  # share of unfinished rows at which the eager loop drops the finished ones
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """Answers of N rows."""
+
+    tokens: torch.Tensor  # [N, R] int64; padding behind the first EOS
+    logprobs: torch.Tensor | None  # [N, R] fp32, of the full softmax at the sampling temperature, where they are known
+
+
+class SlotLayer(CacheLayerMixin):
+    """Keys and values of one layer in buffers [N, heads, L, head width] that are allocated once.
+
+    In a `captured` step the whole buffers are returned, so that it serves every length, and decode_attention's kernel puts
+    the new token where the row's bounds end; else new tokens go behind the `filled` positions, and what is filled is
+    returned.
+    """
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor):
+        super().__init__()
+        self.keys, self.values = keys, values
+        self.rows, self.filled = keys.shape[0], 0
+        self.captured = False
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor | None = None) -> None:
+        """Nothing to do: the buffers are there."""
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        """Store the new tokens [rows, heads, T, width]; returns what attention reads."""
+        if self.captured:
+            attention.hand_over(key_states, value_states)
+            return self.keys, self.values
+        keys, values = self.keys[: self.rows], self.values[: self.rows]
+        end = self.filled + key_states.shape[2]
+        keys[:, :, self.filled : end] = key_states
+        values[:, :, self.filled : end] = value_states
+        self.filled = end
+        return keys[:, :, :end], values[:, :, :end]
+
+    def get_seq_length(self, *args) -> int:
+        return self.filled
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.filled + query_length, 0
+
+    def get_max_length(self) -> int:
+        return self.keys.shape[2]
+
+    get_max_cache_shape = get_max_length  # its name before transformers 5.2x
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """Rows [n] of the buffers move to the front, and only they are used from now on."""
+        self.rows = len(rows)
+        for buffer in (self.keys, self.values):
+            buffer[: self.rows] = buffer.index_select(0, rows)
+
+
+class SlotCache(Cache):
+    """A SlotLayer for each layer of the model."""
+
+    def __init__(self, shapes: list[tuple[torch.Tensor, torch.Tensor]], *, rows: int, length: int):
+        """
+        Args:
+            shapes: keys and values [*, heads, *, width] of each layer, which say heads, width, dtype and device.
+            rows: N.
+            length: L.
+        """
+        layers = []
+        for pair in shapes:
+            # Zeros: what a mask hides is still multiplied by a weight of 0, and 0 * NaN is NaN.
+            buffers = [t.new_zeros(rows, t.shape[1], length, t.shape[3]) for t in pair]
+            layers.append(SlotLayer(*buffers))
+        super().__init__(layers=layers)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers."""
+        return sum(2 * layer.keys.nbytes for layer in self.layers)
+
+    def start(self, *, rows: int, filled: int, captured: bool = False) -> None:
+        """Use the first `rows` rows, of which `filled` positions hold tokens."""
+        for layer in self.layers:
+            layer.rows, layer.filled, layer.captured = rows, filled, captured
+
+    def newest(self, *, rows: int, position: int) -> list[torch.Tensor]:
+        """Keys and values [rows, heads, width] of one position, layer by layer, in the buffers."""
+        return [buffer[:rows, :, position] for layer in self.layers for buffer in (layer.keys, layer.values)]
+
+    def fill(self, cache: Cache, rows: torch.Tensor, *, copies: int, end: int) -> None:
+        """Put the prompts that `cache` holds into positions [end - T, end) of `copies` slots for each of `rows`."""
+        slots = (rows[:, None] * copies + torch.arange(copies, device=rows.device)).view(-1)
+        for slot_layer, layer in zip(self.layers, cache.layers):
+            start = end - layer.keys.shape[2]
+            slot_layer.keys[slots, :, start:end] = layer.keys.repeat_interleave(copies, dim=0)
+            slot_layer.values[slots, :, start:end] = layer.values.repeat_interleave(copies, dim=0)
+
+
+class GraphMismatch(Exception):
+    """A step cannot be captured, or computes something else than a plain one."""
+
+
+def length_groups(attention_mask: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Row indices [n] of prompts of like length, so that short ones are not prefilled as long as the longest."""
+    stretch = (attention_mask.sum(-1) - 1).clamp(min=0) // GROUP_TOKENS
+    for value in stretch.unique().tolist():
+        yield (stretch == value).nonzero().squeeze(-1)
+
+
+def prefill(model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, Cache]:
+    """Logits [n, V] of the last position, and a cache of the prompts [n, P] without the columns that all pad."""
+    start = int(attention_mask.argmax(-1).min())
+    input_ids, attention_mask = input_ids[:, start:], attention_mask[:, start:]
+    inputs = dict(input_ids=input_ids, attention_mask=attention_mask, use_cache=True)
+    if takes_position_ids(model):
+        inputs["position_ids"] = position_ids_from_mask(attention_mask)
+    if forward_takes(model, "logits_to_keep"):
+        inputs["logits_to_keep"] = 1
+    cache = DynamicCache(config=model.config)
+    return model(**inputs, **{cache_argument(model): cache}).logits[:, -1], cache
+
+
+def has_plain_cache(model: nn.Module) -> bool:
+    """True where every layer caches all keys and values; not with sliding windows, recurrent states and the like."""
+    layers = DynamicCache(config=model.config).layers
+    return all(type(layer) is DynamicLayer for layer in layers)
+
+
+def takes_graphs(model: nn.Module) -> str | None:
+    """None where a GraphDecoder can run `model`, else why not."""
+    if attention.triton is None:
+        return "Triton is not installed"
+    if not has_plain_cache(model):
+        return "its cache has sliding windows or other states"
+    if not getattr(model, "_supports_sdpa", False):
+        return "its attention cannot be exchanged"
+    if has_length_dependent_rope(model):
+        return "its rotary embedding depends on the longest text"
+    return None
+
+
+def has_length_dependent_rope(model: nn.Module) -> bool:
+    """True where positions are embedded otherwise once a text is long (rope types dynamic and longrope)."""
+    kinds = [getattr(module, "rope_type", None) for module in model.modules()]
+    names = [name for kind in kinds for name in (kind.values() if isinstance(kind, dict) else [kind])]
+    return any("dynamic" in name or name == "longrope" for name in names if isinstance(name, str))
+
+
+def decode_step(model: nn.Module, tokens: torch.Tensor, mask: torch.Tensor, cache: Cache) -> torch.Tensor:
+    """Logits [N, V] behind `tokens` [N], the newest of the texts whose attention mask is `mask` [N, T]."""
+    inputs = dict(input_ids=tokens[:, None], attention_mask=mask, use_cache=True)
+    if takes_position_ids(model):
+        inputs["position_ids"] = (mask.sum(-1, keepdim=True) - 1).clamp(min=0)
+    return model(**inputs, **{cache_argument(model): cache}).logits[:, -1]
+
+
+def prefill_slots(
+    model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, *, copies: int, make_cache
+) -> tuple[torch.Tensor, SlotCache]:
+    """Every prompt [B, P] prefilled once and put into `copies` slots each.
+
+    Args:
+        make_cache: the keys and values of a prefilled group, layer by layer, to the SlotCache to be used.
+
+    Returns:
+        Logits [B * copies, V] behind the prompts, and the cache, whose positions [0, P) are filled.
+    """
+    cache, logits = None, None
+    groups = length_groups(attention_mask)
+    if has_length_dependent_rope(model):  # which has to see the longest text of the batch, as in the training module
+        groups = [torch.arange(len(input_ids), device=input_ids.device)]
+    for rows in groups:
+        found, group = prefill(model, input_ids[rows], attention_mask[rows])
+        if cache is None:
+            cache = make_cache([(layer.keys, layer.values) for layer in group.layers])
+            logits = found.new_empty(len(input_ids), found.shape[-1])
+        logits[rows] = found
+        cache.fill(group, rows, copies=copies, end=input_ids.shape[1])
+    return logits.repeat_interleave(copies, dim=0), cache
+
+
+def eager_decode(
+    model: nn.Module,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    generation: GenerationConfig,
+    agree: Agree = alone,
+) -> Decoded:
+    """Answers to prompts [B, P], `num_return_sequences` in a row for each, one forward a token.
+
+    Finished rows leave the batch once they are a quarter of it. Models with caches of other kinds (sliding windows)
+    keep all rows, and prefill each copy of a prompt.
+
+    Args:
+        agree: the Sampler's.
+    """
+    copies, num_new = generation.num_return_sequences or 1, generation.max_new_tokens
+    sampler = Sampler(generation, input_ids.device, agree)
+    plain = has_plain_cache(model)
+    texts, mask = (t.repeat_interleave(copies, dim=0) for t in (input_ids, attention_mask))
+    num_rows, num_prompt = texts.shape
+    if plain:
+        length = num_prompt + num_new
+        logits, cache = prefill_slots(
+            model,
+            input_ids,
+            attention_mask,
+            copies=copies,
+            make_cache=lambda shapes: SlotCache(shapes, rows=num_rows, length=length),
+        )
+        cache.start(rows=num_rows, filled=num_prompt)
+    else:
+        logits, cache = prefill(model, texts, mask)
+        # The prefill left out the columns that all pad; its masks go on from there.
+        texts, mask = texts[:, -cache.get_seq_length() :], mask[:, -cache.get_seq_length() :]
+    tokens = texts.new_full((num_rows, num_new), generation.pad_token_id)
+    logprobs = torch.zeros(num_rows, num_new, device=texts.device)
+    rows = torch.arange(num_rows, device=texts.device)
+    finished = torch.zeros(num_rows, dtype=torch.bool, device=texts.device)
+    for step in range(num_new):
+        if step > 0:
+            logits = decode_step(model, texts[:, -1], mask, cache)
+        new, new_logprobs = sampler(logits, texts, step)
+        new = torch.where(finished, generation.pad_token_id, new)
+        tokens[rows, step] = new
+        logprobs[rows, step] = torch.where(finished, 0.0, new_logprobs)
+        finished = finished | sampler.is_end(new)
+        if _poll(step, texts.device):
+            live = (~finished).nonzero().squeeze(-1)
+            if len(live) == 0:
+                break
+            if plain and len(live) <= COMPACT_AT * len(rows):
+                rows, texts, mask, new, finished = (t[live] for t in (rows, texts, mask, new, finished))
+                for layer in cache.layers:
+                    layer.keep(live)
+        texts = torch.cat([texts, new[:, None]], dim=-1)
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=-1)
+    return Decoded(tokens, logprobs)
+
+
+def logit_gap(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """[]: the largest difference of two logits [N, V], in standard deviations of the expected ones; to hold TOLERANCE."""
+    return (found.float() - expected.float()).abs().max() / expected.float().std()
+
+
+def cache_gap(found: list[torch.Tensor], expected: list[torch.Tensor]) -> torch.Tensor:
+    """[]: the largest difference of keys or values, layer by layer, as a part of the expected ones' norm; to hold MISSING.
+
+    Where both are zero it is 0: a padding token's are, in the first layer of a model that embeds it as zeros.
+    """
+    tiny = torch.finfo(torch.float32).tiny
+    gaps = [(f.float() - e.float()).norm() / e.float().norm().clamp(min=tiny) for f, e in zip(found, expected)]
+    return torch.stack(gaps).max()
+
+
+def _poll(step: int, device: torch.device) -> bool:
+    """Whether to ask now which rows have ended: on a CPU always, elsewhere seldom, since asking waits for it."""
+    return device.type == "cpu" or (step + 1) % POLL_STEPS == 0

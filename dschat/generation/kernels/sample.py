@@ -1,0 +1,79 @@
+"""A token drawn from softmax(logits / temperature) and its logprob, in two kernels that read the logits once.
+
+Torch's own operations take a dozen launches for it and write [B, V] in fp32 several times; in a small model's decode step
+they stand for more than a layer.
+"""
+
+import torch
+
+from dschat.generation.kernels.attention import next_power_of_2
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # builds of torch for CPUs come without
+    triton = None
+
+BLOCK = 2048  # tokens that a program looks at
+
+
+def draw(logits: torch.Tensor, noise: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens [B] int64 and their logprobs [B] fp32.
+
+    argmax(score_i + G_i) with standard Gumbel noise G = -log E, E ~ Exp(1), draws i with its softmax probability.
+
+    Args:
+        logits: [B, V] in any floating type.
+        noise: [B, V] fp32, E.
+    """
+    logits = logits.contiguous()
+    rows, vocab = logits.shape
+    chunks = -(-vocab // BLOCK)
+    parts = torch.empty(rows, 3, chunks, dtype=torch.float32, device=logits.device)
+    places = torch.empty(rows, chunks, dtype=torch.int32, device=logits.device)
+    tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
+    logprobs = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    _draw_chunk[(rows, chunks)](logits, noise, parts, places, temperature, vocab, CHUNKS=chunks, BLOCK=BLOCK)
+    _join_chunks[(rows,)](
+        logits, parts, places, tokens, logprobs, temperature, vocab, CHUNKS=chunks,
+        PADDED=next_power_of_2(chunks), num_warps=1,
+    )  # fmt: skip
+    return tokens, logprobs
+
+
+if triton is not None:
+
+    @triton.jit
+    def _draw_chunk(logits, noise, parts, places, temperature, vocab, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
+        row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
+        at = chunk * BLOCK + tl.arange(0, BLOCK)
+        live = at < vocab
+        score = tl.load(logits + row * vocab + at, mask=live, other=-float("inf")).to(tl.float32) / temperature
+        gumbel = -tl.log(tl.load(noise + row * vocab + at, mask=live, other=1.0))
+        best, place = tl.max(score + gumbel, 0, return_indices=True)
+        # A chunk may hold nothing but -inf: its highest must not be, or exp gets inf - inf.
+        highest = tl.maximum(tl.max(score, 0), -1e30)
+        part = parts + row * 3 * CHUNKS + chunk
+        tl.store(part, best)
+        tl.store(part + CHUNKS, highest)
+        tl.store(part + 2 * CHUNKS, tl.sum(tl.exp(score - highest), 0))
+        tl.store(places + row * CHUNKS + chunk, chunk * BLOCK + place)
+
+    @triton.jit
+    def _join_chunks(
+        logits, parts, places, tokens, logprobs, temperature, vocab, CHUNKS: tl.constexpr, PADDED: tl.constexpr
+    ):
+        row = tl.program_id(0).to(tl.int64)
+        chunk = tl.arange(0, PADDED)
+        live = chunk < CHUNKS
+        part = parts + row * 3 * CHUNKS + chunk
+        best = tl.load(part, mask=live, other=-float("inf"))
+        highest = tl.load(part + CHUNKS, mask=live, other=-1e30)
+        total = tl.load(part + 2 * CHUNKS, mask=live, other=0.0)
+        # NaN compares with nothing, and its place might be behind the last token.
+        token = tl.minimum(tl.load(places + row * CHUNKS + tl.minimum(tl.argmax(best, 0), CHUNKS - 1)), vocab - 1)
+        peak = tl.max(highest, 0)
+        normaliser = peak + tl.log(tl.sum(total * tl.exp(highest - peak), 0))
+        score = tl.load(logits + row * vocab + token).to(tl.float32) / temperature
+        tl.store(tokens + row, token.to(tl.int64))
+        tl.store(logprobs + row, score - normaliser)

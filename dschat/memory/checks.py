@@ -1,0 +1,73 @@
+"""The plan of a run, and what the steps ask of their models' shapes, seen in their configurations before any weight is read."""
+
+from collections.abc import Iterable
+
+from dschat.config.ppo import PPOConfig
+from dschat.generation.tensor_parallel import split_problems
+from dschat.memory.model_size import ModelSize, find_config, named_size
+from dschat.memory.plan import StepPlan, plan_step
+
+
+def checked_plan(config, *, world_size: int, dtype: str, rewards: Iterable[str] = ()) -> StepPlan:
+    """The memory plan of any step's configuration, if its models have positions for its texts; in step 3 see ``check_models``.
+
+    Args:
+        world_size, rewards: as for ``check_models``.
+        dtype: bf16, fp16 or fp32.
+
+    Raises:
+        ValueError: a model has not; see also ``check_models``.
+    """
+    plan = plan_step(config, world_size=world_size, dtype=dtype)
+    if isinstance(config, PPOConfig):
+        check_models(config, plan, world_size=world_size, rewards=rewards)
+        return plan
+    check_length(config.data.max_seq_len, plan.sizes["model"], config.model.model_name_or_path)
+    return plan
+
+
+def check_length(length: int, size: ModelSize, path: str) -> None:
+    """Nothing where the model of --model_name_or_path `path` has positions for texts of --max_seq_len `length`.
+
+    Raises:
+        ValueError: it has not; names both flags.
+    """
+    if size.positions is not None and length > size.positions:
+        raise ValueError(
+            f"--max_seq_len {length}: --model_name_or_path {path} has learned {size.positions} positions. "
+            f"Give {size.positions} or less; longer texts are cut."
+        )
+
+
+def check_models(config: PPOConfig, plan: StepPlan, *, world_size: int, rewards: Iterable[str] = ()) -> None:
+    """Nothing where the actor can be split as --inference_tp_size says, and every model has positions for the longest text.
+
+    Args:
+        plan: the run's memory plan, which knows the sizes of actor and critic.
+        world_size: processes of the run.
+        rewards: reward models that read the actor's tokens; others cut what is too long.
+
+    Raises:
+        ValueError: it cannot, or one has not; names flags, values and remedies.
+    """
+    options, system, found = config.model, config.system, []
+    trust = dict(trust_remote_code=options.trust_remote_code)
+    actor, flag = options.actor_model_name_or_path, "--actor_model_name_or_path"
+    if system.enable_hybrid_engine:
+        found += split_problems(find_config(actor, flag=flag, **trust), system.inference_tp_size, world_size=world_size)
+    positions = {(flag, actor): plan.sizes["actor"].positions}
+    if "critic" in plan.sizes:
+        positions["--critic_model_name_or_path", options.critic_model_name_or_path] = plan.sizes["critic"].positions
+    for path in rewards:
+        flag = f"--{'reward' if path in options.reward_model_name_or_path else 'critic'}_model_name_or_path"
+        positions[flag, path] = named_size(path, flag=flag, reward=True, **trust).positions
+    data = config.data
+    length = data.max_prompt_seq_len + data.max_answer_seq_len
+    found += [
+        f"--max_prompt_seq_len {data.max_prompt_seq_len} and --max_answer_seq_len {data.max_answer_seq_len} make texts of "
+        f"{length} tokens, and {flag} {path} has learned {most} positions: give lengths that add up to {most} or less."
+        for (flag, path), most in positions.items()
+        if most is not None and length > most
+    ]
+    if found:
+        raise ValueError("\n".join(found))

@@ -1,0 +1,277 @@
+"""The memory of a whole step, phase by phase."""
+
+from dataclasses import dataclass, replace
+
+from dschat.config.dpo import DPOConfig
+from dschat.config.ppo import PPOConfig
+from dschat.config.reward import RewardConfig
+from dschat.config.sft import SFTConfig
+from dschat.memory.activations import inference_bytes, kept_bytes, kl_bytes, loss_bytes
+from dschat.memory.footprint import WIDTHS, Footprint, inference_footprint, training_footprint
+from dschat.memory.model_size import ModelSize, named_size
+from dschat.memory.phases import (
+    Parts,
+    lying,
+    stepping,
+    together,
+    training_phases,
+    without_idle,
+    worst,
+)
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """Bytes of one process (one GPU), and of a host's share per process."""
+
+    models: dict[str, Footprint]
+    sizes: dict[str, ModelSize]
+    resident: dict[str, float]  # on top of the models', what stays from phase to phase
+    parts: dict[str, Parts]  # of each phase, all that lies on the GPU at its worst moment
+
+    @property
+    def phases(self) -> dict[str, float]:
+        """The bytes of each phase."""
+        return {phase: sum(parts.values()) for phase, parts in self.parts.items()}
+
+    @property
+    def peak(self) -> tuple[str, float]:
+        """The worst phase and its bytes."""
+        return max(self.phases.items(), key=lambda item: item[1])
+
+    def host_parts(self, *, processes: int) -> Parts:
+        """What a host of so many processes must hold: what stays there, or a model while it is read."""
+        weights = processes * sum(model.host_weights for model in self.models.values())
+        stays = processes * sum(model.host for model in self.models.values())
+        reads = max(model.whole * (1 if model.read_once else processes) for model in self.models.values())
+        return worst({"weights": weights, "optimizer": stays - weights}, {"weights": reads})
+
+    def host_bytes(self, *, processes: int) -> float:
+        """The bytes of that."""
+        return sum(self.host_parts(processes=processes).values())
+
+
+def plan_step(config, *, world_size: int, dtype: str) -> StepPlan:
+    """The plan of a checked configuration of any step.
+
+    Args:
+        world_size: processes, one GPU each.
+        dtype: "fp16", "bf16" or "fp32".
+
+    Raises:
+        ValueError: a model that is not known here, or options that do not fit it.
+    """
+    if isinstance(config, PPOConfig):
+        return _plan_ppo(config, world_size=world_size, dtype=dtype)
+    return _plan_supervised(config, world_size=world_size, dtype=dtype)
+
+
+def _plan_supervised(config, *, world_size: int, dtype: str) -> StepPlan:
+    width, system, batch = WIDTHS[dtype], config.system, config.batch
+    options = dict(flag="--model_name_or_path", trust_remote_code=config.model.trust_remote_code)
+    name, reward = config.model.model_name_or_path, isinstance(config, RewardConfig)
+    size = named_size(name, reward=reward, lora=config.lora, system=system, **options)
+    steps = config.schedule.gradient_accumulation_steps
+    model = training_footprint(size, system, dtype=dtype, world_size=world_size, accumulation=steps)
+    sizes, models = {"model": size}, {"model": model}
+    if isinstance(config, DPOConfig) and not config.shares_reference:
+        sizes["reference"] = named_size(name, **options)
+        models["reference"] = inference_footprint(
+            sizes["reference"],
+            stage=system.zero_stage,
+            offload=system.offload_reference_model,
+            width=width,
+            world_size=world_size,
+            pin_memory=system.pin_memory,
+        )
+    beside = together(*(lying(other) for key, other in models.items() if key != "model"))
+    rows = 1 if isinstance(config, SFTConfig) else 2  # a pair is two texts
+    length = config.data.max_seq_len
+    train = rows * batch.per_device_train_batch_size * length
+    evaluate = rows * batch.per_device_eval_batch_size * length
+    evaluation = max(
+        inference_bytes(size, tokens=evaluate, width=width),
+        loss_bytes(evaluate * size.vocab, width=width, sliced=False, backward=False),
+    )
+    there = together(beside, lying(model))
+    parts = {
+        "build": together(beside, {"weights": model.weights, "copies": model.build}),
+        **training_phases("", size, model, system, tokens=train, logits=train * size.vocab, width=width, there=there),
+        "evaluate": together(there, {"activations": evaluation}),
+    }
+    return StepPlan(models, sizes, {}, parts)
+
+
+def _plan_ppo(config: PPOConfig, *, world_size: int, dtype: str) -> StepPlan:
+    width = WIDTHS[dtype]
+    sizes, models = _ppo_models(config, world_size=world_size, dtype=dtype)
+    batch, data, system = config.batch, config.data, config.system
+    prompt, answer = data.max_prompt_seq_len, data.max_answer_seq_len
+    actor = sizes["actor"]
+    rows = batch.per_device_generation_batch_size * batch.num_samples_per_prompt
+    held = rows_of_evaluation(config, world_size=world_size)
+    resident, passing = _for_generation(config, actor, rows=max(rows, held), width=width)
+    there = together(resident, *map(lying, models.values()))
+    idle = map(without_idle, models.values()) if system.offload_idle_states else models.values()
+    waiting = together(resident, *map(lying, idle))
+
+    def forward(rows: int, names: list[str]) -> float:
+        tokens = rows * (prompt + answer)
+        return max(inference_bytes(sizes[name], tokens=tokens, width=width) for name in names)
+
+    train = batch.per_device_training_batch_size
+    tokens, logits = train * (prompt + answer), train * (answer + 1) * actor.vocab
+    scored = loss_bytes(rows * (answer + 1) * actor.vocab, width=width, sliced=True, backward=False)
+    group = _group_size(config)
+    prompts = inference_bytes(actor, tokens=group * max(rows, held) * prompt, width=width, split=group)
+    exact_kl = kl_bytes(held * (answer + 1) * actor.vocab, width=width)
+    critic = models.get("critic")
+    parts = {
+        "build": together(
+            *({"weights": model.weights} for model in models.values()),
+            {"copies": max(model.build for model in models.values())},
+        ),
+        "generate": together(
+            waiting, passing, worst({"activations": prompts}, {"buffers": _whole_layers_bytes(config, actor, width=width)})
+        ),
+        "score": together(waiting, {"activations": max(scored, forward(rows, list(sizes)))}),
+        "evaluate": together(waiting, {"activations": exact_kl + forward(held, ["actor"])}),
+        **training_phases(
+            "actor ",
+            actor,
+            models["actor"],
+            config.actor_system,
+            tokens=tokens,
+            logits=logits,
+            width=width,
+            sliced=True,
+            there=together(there, {"gradients": critic.waiting if critic else 0.0}),
+        ),
+    }
+    if critic:
+        parts |= _critic_phases(config, sizes["critic"], models, tokens=tokens, width=width, there=there)
+    if data.unsupervised_dataset_name:
+        ptx = loss_bytes(tokens * actor.vocab, width=width, sliced=False, backward=True)
+        kept = kept_bytes(
+            actor, tokens=tokens, width=width, checkpointing=config.actor_system.gradient_checkpointing
+        )
+        gradients = models["actor"].gradients + models["actor"].waiting
+        parts["actor PTX"] = together(there, {"gradients": gradients, "activations": kept + ptx})
+    return StepPlan(models, sizes, {**resident, **{f"{k} (while generating)": v for k, v in passing.items()}}, parts)
+
+
+def _critic_phases(
+    config: PPOConfig, size: ModelSize, models: dict, *, tokens: int, width: int, there: Parts
+) -> dict[str, Parts]:
+    """The critic's backward while the actor's gradients wait, and the steps of both."""
+    actor, critic = models["actor"], models["critic"]
+    phases = training_phases(
+        "critic ",
+        size,
+        critic,
+        config.critic_system,
+        tokens=tokens,
+        logits=0,
+        width=width,
+        there=together(there, {"gradients": max(actor.gradients, actor.waiting)}),
+    )
+    phases["critic step"] = together(there, stepping(critic))  # the actor has stepped by then
+    phases["actor step"] = together(there, stepping(actor), {"gradients": critic.gradients})
+    return phases
+
+
+def rows_of_evaluation(config: PPOConfig, *, world_size: int) -> int:
+    """Held-out prompts that a process answers at a time."""
+    return min(config.batch.per_device_eval_batch_size, -(-config.run.eval_prompts // world_size))
+
+
+def _ppo_models(config: PPOConfig, *, world_size: int, dtype: str) -> tuple[dict, dict]:
+    """Sizes and footprints of actor, ref, reward models and critic; of two roles that share a model, of the one that trains."""
+    width, system, options = WIDTHS[dtype], config.system, config.model
+
+    def size_of(name: str, flag: str, **more) -> ModelSize:
+        return named_size(name, flag=flag, trust_remote_code=options.trust_remote_code, **more)
+
+    def trained(role: str, size: ModelSize) -> Footprint:
+        found = training_footprint(
+            size,
+            getattr(config, f"{role}_system"),
+            dtype=dtype,
+            world_size=world_size,
+            accumulation=config.schedule.gradient_accumulation_steps,
+            average=options.enable_ema and role == "actor",
+        )
+        return replace(found, host=found.host + found.idle_host) if system.offload_idle_states else found
+
+    def frozen(size: ModelSize, stage: int, offload: bool) -> Footprint:
+        more = dict(pin_memory=system.pin_memory, width=width, world_size=world_size)
+        return inference_footprint(size, stage=stage, offload=offload, **more)
+
+    actor, critic = options.actor_model_name_or_path, options.critic_model_name_or_path
+    flags = ("--actor_model_name_or_path", "--critic_model_name_or_path")
+    own = size_of(actor, flags[0], lora=config.actor_lora, system=config.actor_system, role="actor")
+    sizes, models = {"actor": own}, {"actor": trained("actor", own)}
+    if not config.shares_reference:
+        # In int8 where the actor is.
+        packed = {name: getattr(own, name) for name in ("int8", "scales", "largest_int8")}
+        sizes["reference"] = replace(size_of(actor, flags[0]), **packed)
+        models["reference"] = frozen(sizes["reference"], system.actor_zero_stage, system.offload_reference_model)
+    for i, path in enumerate(config.reward_models):
+        if config.shares_reward and path == critic:
+            continue
+        flag = flags[1] if path == critic else "--reward_model_name_or_path"
+        name = "reward" if i == 0 else f"reward {i + 1}"
+        sizes[name] = size_of(path, flag, reward=True)
+        models[name] = frozen(sizes[name], system.critic_zero_stage, system.offload_reward_model)
+    if config.has_critic:
+        sizes["critic"] = size_of(
+            critic, flags[1], reward=True, lora=config.critic_lora, system=config.critic_system, role="critic"
+        )
+        models["critic"] = trained("critic", sizes["critic"])
+    return sizes, models
+
+
+def _group_size(config: PPOConfig) -> int:
+    """Processes that generate together."""
+    return config.system.inference_tp_size if config.system.enable_hybrid_engine else 1
+
+
+def _for_generation(config: PPOConfig, actor: ModelSize, *, rows: int, width: int) -> tuple[Parts, Parts]:
+    """KV cache and replica: what stays between generations, and what is freed."""
+    system, positions = config.system, config.data.max_prompt_seq_len + config.data.max_answer_seq_len
+    resident, passing = {}, {}
+    for name, size, frees in (
+        # A tensor-parallel group of N processes generates N times the rows; each caches an Nth of their heads.
+        (
+            "KV cache",
+            width * 2 * actor.layers * actor.kv_width * rows * positions,
+            system.release_inference_cache or not system.enable_hybrid_engine,
+        ),
+        (
+            "replica",
+            _replica_bytes(config, actor, width=width),
+            system.unpin_actor_parameters or system.release_inference_cache,
+        ),
+    ):
+        (passing if frees else resident)[name] = size
+    return resident, passing
+
+
+def _replica_bytes(config: PPOConfig, actor: ModelSize, *, width: int) -> float:
+    """Of the Hybrid Engine's inference replica: nothing where it shares the training weights (ZeRO <= 2 without LoRA),
+    the merged layers with LoRA (unless attached; what is in int8 is always copied), and under ZeRO-3 all weights, gathered,
+    or with tensor parallelism this process's slices of the layers and the rest."""
+    if not config.system.enable_hybrid_engine:
+        return 0.0
+    if config.system.actor_zero_stage == 3:
+        size = config.system.inference_tp_size
+        return width * (actor.parameters - actor.adapters - actor.split + actor.split / size)
+    return width * (actor.int8 if config.system.hybrid_lora == "attach" else actor.merged)
+
+
+def _whole_layers_bytes(config: PPOConfig, actor: ModelSize, *, width: int) -> float:
+    """Of the layers that are whole at a time while tensor-parallel slices are taken of them."""
+    system = config.system
+    if not system.enable_hybrid_engine or system.inference_tp_size == 1:
+        return 0.0
+    return width * actor.split * min(system.tp_gather_partition_size / actor.layers, 1.0)

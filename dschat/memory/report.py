@@ -1,0 +1,113 @@
+"""The memory plan as text, whether it fits, and what would make it fit."""
+
+from dschat.memory.advice import (
+    GIB,
+    MOST_GPUS,
+    OVERHEAD,
+    Machine,
+    Remedy,
+    enough_gpus,
+    find_remedy,
+    needed_bytes,
+)
+from dschat.memory.phases import KINDS
+from dschat.memory.plan import StepPlan
+from dschat.tracking.table import table
+
+FEW_FLAGS = 3  # more than these are called many
+
+
+def plan_text(plan: StepPlan, *, processes: int, gpu_bytes: float = 0.0, all_host_bytes: float = 0.0) -> str:
+    """The plan as tables, with a verdict: each model, and each phase with all that lies there at its worst moment.
+
+    Args:
+        processes: on one host.
+        gpu_bytes: memory of a GPU; 0 where it is not known.
+        all_host_bytes: memory of the host; 0 where it is not known.
+    """
+    phase, peak = plan.peak
+    verdict = f"needs {_gib(needed_bytes(plan))} GiB on a GPU"
+    if gpu_bytes:
+        verdict += f" of {_gib(gpu_bytes)} GiB: {'fits' if needed_bytes(plan) <= gpu_bytes else 'does not fit'}"
+    host = plan.host_bytes(processes=processes)
+    verdict += f"; {_gib(host)} GiB of host memory for {processes} process(es)"
+    if all_host_bytes:
+        verdict += f" of {_gib(all_host_bytes)} GiB: {'fits' if host <= all_host_bytes else 'does not fit'}"
+    return "\n".join(
+        [
+            _models_table(plan),
+            "",
+            _phases_table(plan, processes=processes),
+            f"peak {_gib(peak)} GiB ({phase}); with {_gib(OVERHEAD)} GiB for CUDA and libraries it {verdict}",
+        ]
+    )
+
+
+def _models_table(plan: StepPlan) -> str:
+    columns = ("weights", "master", "adam", "average", "gradients", "buffers", "host")
+    rows = [
+        [name, f"{plan.sizes[name].parameters / 1e6:,.0f}", f"{plan.sizes[name].trained / 1e6:,.0f}"]
+        + [_gib(getattr(model, column)) for column in columns]
+        for name, model in plan.models.items()
+    ]
+    header = ["GiB a process", "M param.", "trained", "weights", "fp32", "Adam", "EMA", "gradients", "buffers", "host"]
+    return table(rows, header=header)
+
+
+def _phases_table(plan: StepPlan, *, processes: int) -> str:
+    """A row a phase, of one GPU, and one of a host; without kinds of tensors that are nowhere."""
+    every = {**plan.parts, f"a host of {processes}": plan.host_parts(processes=processes)}
+    kinds = [kind for kind in KINDS if any(parts.get(kind) for parts in every.values())]
+    rows = [
+        [name, *(_gib(parts.get(kind, 0.0)) for kind in kinds), _gib(sum(parts.values()))]
+        for name, parts in every.items()
+    ]
+    return table(rows, header=["GiB a GPU", *kinds, "all"])
+
+
+def check_fit(
+    config, plan: StepPlan, *, world_size: int, processes: int, dtype: str, gpu_bytes: float, all_host_bytes: float
+) -> None:
+    """Nothing where the plan fits.
+
+    Raises:
+        ValueError: it does not; names the flags that would make it fit.
+    """
+    machine = Machine(world_size, processes, gpu_bytes, all_host_bytes)
+    if not machine.missing(plan):
+        return
+    phase, _ = plan.peak
+    needs = f"{_gib(needed_bytes(plan))} GiB on each GPU ({phase})"
+    needs += f" of {_gib(gpu_bytes)} GiB" if gpu_bytes else ""
+    if all_host_bytes:
+        needs += f", and {_gib(plan.host_bytes(processes=processes))} GiB of {_gib(all_host_bytes)} GiB host memory"
+    raise ValueError(
+        f"This run does not fit: it needs {needs}. {_advice(config, machine, dtype=dtype)} "
+        "--ignore_memory_plan starts it all the same."
+    )
+
+
+def _advice(config, machine: Machine, *, dtype: str) -> str:
+    """What to change, in sentences."""
+    found = find_remedy(config, machine, dtype=dtype)
+    if not found.missing:
+        text = f"It fits with {_with_sizes(found, machine)}."
+        return text if len(found.options) <= FEW_FLAGS else f"No {FEW_FLAGS} flags are enough. {text}"
+    text = f"No flags make it fit {machine.world_size} GPU(s)"
+    if found.options:
+        text += f": with {_with_sizes(found, machine)} it is nearest, and {_gib(found.missing)} GiB too large"
+    more = enough_gpus(config, machine, dtype=dtype)
+    if more is None:
+        hosts = ", or hosts with more memory" if machine.all_host_bytes else ""
+        return f"{text}. Up to {MOST_GPUS} GPUs are not enough either: take a smaller model{hosts}."
+    larger, fitting = more
+    return f"{text}. {larger.world_size} GPUs would do, with {_with_sizes(fitting, larger)}."
+
+
+def _with_sizes(found: Remedy, machine: Machine) -> str:
+    host = found.plan.host_bytes(processes=machine.processes)
+    return f"{' '.join(found.flags)} ({_gib(needed_bytes(found.plan))} GiB on each GPU, {_gib(host)} GiB of host memory)"
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.1f}" if size >= 0.095 * GIB or size == 0 else f"{size / GIB:.3f}"

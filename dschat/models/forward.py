@@ -1,0 +1,45 @@
+"""Forward passes of causal language models on padded batches."""
+
+import torch
+from torch import nn
+
+from dschat.models.structure import forward_takes, pretrained
+
+
+def position_ids_from_mask(attention_mask: torch.Tensor) -> torch.Tensor:
+    """Positions [B, T] int64 that count attended tokens only; padding gets 0 on the left, the last one on the right.
+
+    Args:
+        attention_mask: [B, T], 1 (or True) where a token counts.
+    """
+    return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)
+
+
+def takes_position_ids(model: nn.Module) -> bool:
+    """True where positions can be given. ALiBi families (BLOOM) take none: they derive them from the mask."""
+    return forward_takes(pretrained(model).base_model, "position_ids")
+
+
+def forward_logits(
+    engine: nn.Module,
+    model: nn.Module,
+    *,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    logits_to_keep: int = 0,
+) -> torch.Tensor:
+    """The logits [B, K, V] of the last K = `logits_to_keep` positions, or of all T where that is 0.
+
+    Args:
+        engine: what is called: a DeepSpeed engine around `model`, so that its hooks run, or `model` itself.
+        model: the transformers model, asked what its forward takes.
+        input_ids: [B, T] int64.
+        attention_mask: [B, T], 1 where a token counts; positions follow from it, so padding may be on either side.
+    """
+    inputs = dict(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+    if takes_position_ids(model):
+        inputs["position_ids"] = position_ids_from_mask(attention_mask)
+    if logits_to_keep and forward_takes(pretrained(model), "logits_to_keep"):
+        inputs["logits_to_keep"] = logits_to_keep
+    logits = engine(**inputs).logits
+    return logits[:, -logits_to_keep:] if logits_to_keep else logits

@@ -1,0 +1,71 @@
+"""Checks of the weights that from_pretrained read."""
+
+import contextlib
+import pickle
+import re
+from collections.abc import Iterable
+
+from safetensors import SafetensorError
+from transformers import (
+    PreTrainedModel,
+)
+
+
+@contextlib.contextmanager
+def readable_weights(path: str, *, flag: str):
+    """Inside, files of weights are read.
+
+    Raises:
+        ValueError: one is damaged, or holds more than tensors, which might run code as it is read.
+    """
+    try:
+        yield
+    except (pickle.UnpicklingError, SafetensorError, EOFError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not re.search("PytorchStreamReader|zip archive", str(error)):
+            raise
+        reason = f"{type(error).__name__}: " + str(error).split("\n")[0].split(". ")[0]
+        raise ValueError(
+            f"{flag} {path!r}: its weights cannot be read ({reason}). A file is damaged, or a .bin holds more than tensors, "
+            "which is refused. Give a whole copy, with safetensors where there are any."
+        ) from error
+
+
+def first_names(names: Iterable[str], count: int = 8) -> str:
+    """The first `count` of `names`, sorted, as one line, with the number of the rest."""
+    names = sorted(names)
+    rest = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(names[:count]) + rest
+
+
+def require_complete(
+    model: PreTrainedModel,
+    info: dict,
+    *,
+    path: str,
+    flag: str,
+    fresh: Iterable[str] = (),
+    left_over: Iterable[str] = (),
+) -> None:
+    """Nothing where every weight of `model` but those in `fresh` came from the checkpoint.
+
+    transformers itself initialises what is missing or of another shape at random, warns and goes on.
+
+    Args:
+        info: the loading info of from_pretrained.
+        left_over: names in the checkpoint that the model has no place for, where that is an error.
+
+    Raises:
+        ValueError: with the names, all of them at once.
+    """
+    mismatched = {name if isinstance(name, str) else name[0] for name in info["mismatched_keys"]}
+    faults = {
+        "missing": set(info["missing_keys"]) - set(fresh),
+        "of another shape": mismatched,
+        "not part of the model": set(left_over),
+    }
+    found = "; ".join(f"{what}: {first_names(names)}" for what, names in faults.items() if names)
+    if found:
+        raise ValueError(
+            f"{flag} {path!r} holds other weights than {type(model).__name__} needs ({found}). "
+            "Check that config.json and the weights belong together and are of the right kind of model."
+        )

@@ -1,0 +1,97 @@
+"""What a finished pipeline achieved, read back from the files that its steps wrote."""
+
+import json
+from pathlib import Path
+from typing import Callable, Optional
+
+import numpy as np
+
+from dschat.tracking.table import table
+
+BOOTSTRAP_RESAMPLES = 10_000
+
+
+def read_jsonl(path: str | Path) -> list[dict]:
+    """The objects of a JSON-lines file."""
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
+def paired_lower_bound(before: list[float], after: list[float], *, seed: int = 0) -> float:
+    """Lower end of the 95% interval of mean(after - before), by a paired percentile bootstrap over the rows.
+
+    Efron 1979; 10,000 resamples, the 2.5th percentile.
+    """
+    gains = np.asarray(after, dtype=np.float64) - np.asarray(before, dtype=np.float64)
+    picks = np.random.RandomState(seed).randint(0, len(gains), size=(BOOTSTRAP_RESAMPLES, len(gains)))
+    return float(np.percentile(gains[picks].mean(axis=1), 2.5))
+
+
+def before_and_after(folder: str | Path, metric: str) -> tuple[float, float]:
+    """`metric` in the first and in the last line of folder/metrics.jsonl that have it."""
+    found = [line[metric] for line in read_jsonl(Path(folder) / "metrics.jsonl") if metric in line]
+    return found[0], found[-1]
+
+
+def supervised_section(folder: str | Path, metric: str, name: str) -> dict[str, float]:
+    """``{name}_before`` and ``{name}_after`` of a step 1 or 2 folder."""
+    before, after = before_and_after(folder, metric)
+    return {f"{name}_before": before, f"{name}_after": after}
+
+
+def ppo_section(folder: str | Path, *, judge: Optional[Callable[[str], float]] = None) -> dict[str, float]:
+    """Scores, KL, lengths and, with a judge, its opinion, before and after step 3, on the same held-out prompts.
+
+    Args:
+        judge: text to a number; it sees prompt and answer as one text.
+    """
+    files = sorted((Path(folder) / "evaluation").glob("rollout_*.jsonl"))
+    before, after = read_jsonl(files[0]), read_jsonl(files[-1])
+    scores = [[row["score"] for row in rows] for rows in (before, after)]
+    spread = float(np.std(scores[0], ddof=1))
+    gain = float(np.mean(scores[1]) - np.mean(scores[0]))
+    section = {
+        "prompts": len(before),
+        "score_before": float(np.mean(scores[0])),
+        "score_after": float(np.mean(scores[1])),
+        "score_sd_before": spread,
+        "score_gain_sd": gain / spread,
+        "score_gain_lower95": paired_lower_bound(*scores),
+        "kl": float(np.mean([row["kl"] for row in after])),
+        "length_before": float(np.mean([row["length"] for row in before])),
+        "length_after": float(np.mean([row["length"] for row in after])),
+        "eos_rate_before": float(np.mean([row["ended"] for row in before])),
+        "eos_rate_after": float(np.mean([row["ended"] for row in after])),
+    }
+    if judge is not None:
+        opinions = [[judge(row["prompt"].partition(": ")[2] + row["answer"]) for row in rows] for rows in (before, after)]
+        section |= {
+            "judge_before": float(np.mean(opinions[0])),
+            "judge_after": float(np.mean(opinions[1])),
+            "judge_gain_lower95": paired_lower_bound(*opinions),
+        }
+    return section
+
+
+def summary_text(summary: dict) -> str:
+    """A pipeline's summary as a table, three prompts with their answers, and the seconds of each stage."""
+    sft, reward, ppo = summary["sft"], summary["reward"], summary["ppo"]
+    rows = [
+        ["SFT: held-out perplexity", f"{sft['perplexity_before']:.1f}", f"{sft['perplexity_after']:.1f}"],
+        [
+            "reward model: held-out accuracy",
+            f"{100 * reward['accuracy_before']:.1f}%",
+            f"{100 * reward['accuracy_after']:.1f}%",
+        ],
+        ["PPO: mean held-out score", f"{ppo['score_before']:.2f}", f"{ppo['score_after']:.2f}"],
+        ["  in standard deviations", "", f"{ppo['score_gain_sd']:+.2f}"],
+        ["  KL per answer, nats", "0.00", f"{ppo['kl']:.2f}"],
+        ["  answer length, tokens", f"{ppo['length_before']:.1f}", f"{ppo['length_after']:.1f}"],
+    ]
+    if "judge_before" in ppo:
+        rows.append(["  independent judge", f"{ppo['judge_before']:.3f}", f"{ppo['judge_after']:.3f}"])
+    lines = ["", table(rows, header=["", "before", "after"])]
+    for sample in summary["samples"]:
+        lines += ["", sample["prompt"]]
+        lines += [f"  {name.upper():5}{sample[name].strip()!r}" for name in ("base", "sft", "rlhf")]
+    seconds = ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in summary["seconds"].items())
+    return "\n".join([*lines, "", f"seconds: {seconds}"])

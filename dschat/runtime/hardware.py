@@ -1,0 +1,59 @@
+"""The hardware and the versions that a run uses."""
+
+import importlib.metadata
+import os
+import platform
+import re
+from pathlib import Path
+
+import torch
+
+
+def hardware() -> dict[str, str | int | float]:
+    """Accelerator, processor, cores and host memory (GiB) of this machine."""
+    import psutil
+
+    found: dict[str, str | int | float] = {
+        "cpu": _cpu_name(),
+        "cpu_cores": cpu_cores(),
+        "host_memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+    }
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name(0)
+        found["gpus"] = torch.cuda.device_count()
+        found["gpu_memory_gib"] = round(torch.cuda.get_device_properties(0).total_memory / 2**30, 1)
+    return found
+
+
+def cpu_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that results depend on."""
+    names = ("dschat", "torch", "deepspeed", "transformers", "datasets", "peft", "accelerate")
+    found = {"python": platform.python_version()}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def op_build_name() -> str:
+    """A file name for the versions and the folder that compiled DeepSpeed ops belong to."""
+    found = versions()
+    folder = os.environ.get("TORCH_EXTENSIONS_DIR", "")
+    return re.sub(r"[^A-Za-z0-9.]+", "_", f"{found['torch']}-{found['deepspeed']}-{found['python']}-{folder}")
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

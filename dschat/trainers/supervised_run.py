@@ -1,0 +1,172 @@
+"""What steps 1, 2 and DPO share before and after their loop: see the mains for the order."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dschat.checkpoint.run_checkpoint import Checkpoint
+from dschat.checkpoint.run_state import RunState, find_checkpoint
+from dschat.checkpoint.save_model import save_model
+from dschat.config.no_effect import announce
+from dschat.config.parse import step_title
+from dschat.engine.build import (
+    build_training_engine,
+    override,
+    partitioned_loading,
+    start_processes,
+)
+from dschat.engine.device import TORCH_DTYPES, on_cpu, resolve_dtype
+from dschat.engine.ds_config import training_config
+from dschat.engine.quantized import quantize_linears
+from dschat.models.dropout import disable_dropout
+from dschat.models.lora import adapted_layer_names
+from dschat.models.prepare import prepare_for_training
+from dschat.models.tokenizer import end_token_id, load_tokenizer
+from dschat.runtime import dist
+from dschat.runtime.log import logger
+from dschat.runtime.seeds import seed_everything
+from dschat.tracking.metrics import MetricsWriter
+from dschat.trainers.output_folder import prepare_output_dir, record_run
+from dschat.trainers.preflight import show_plan
+from dschat.trainers.supervised import Objective, train_supervised
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A supervised step that has joined its processes and loaded its tokenizer, but no model yet."""
+
+    number: int
+    config: object
+    device: torch.device
+    dtype: str
+    tokenizer: object
+    end_token_id: int
+    checkpoint: Checkpoint | None  # what the run goes on from
+
+
+def start_stage(config, *, number: int) -> Stage:
+    """Join the process group, seed, check the output folder, load the tokenizer and show the memory plan.
+
+    Raises:
+        ValueError: the tokenizer, the output folder or the checkpoint cannot be used, or the run does not fit the GPU.
+    """
+    device = start_processes(config.run.local_rank)
+    announce(config)
+    prepare_output_dir(config.run.output_dir, step=step_title(type(config)))
+    checkpoint = find_checkpoint(config)
+    seed_everything(config.run.seed)
+    model = config.model
+    tokenizer = load_tokenizer(
+        model.model_name_or_path,
+        add_eot_token=model.add_eot_token,
+        eot_token=model.eot_token,
+        trust_remote_code=model.trust_remote_code,
+    )
+    end = end_token_id(tokenizer, add_eot_token=model.add_eot_token, eot_token=model.eot_token)
+    dtype = resolve_dtype(model.dtype)
+    show_plan(config, dtype=dtype)
+    return Stage(number, config, device, dtype, tokenizer, end, checkpoint)
+
+
+def train_stage(stage: Stage, objective: Objective, *, load_model, train_loader, eval_loader) -> torch.nn.Module:
+    """Load the model, train it and return it (still inside its engine, LoRA and ZeRO partitions).
+
+    Args:
+        load_model: ``load_causal_lm`` or ``load_reward_model``.
+    """
+    config = stage.config
+    schedule, run = config.schedule, config.run
+    epoch_steps = len(train_loader) // schedule.gradient_accumulation_steps
+    total_steps = schedule.max_train_steps or epoch_steps * schedule.num_train_epochs
+    tensorboard = run.tensorboard_path if run.enable_tensorboard else None
+    engine = build_engine(stage, load_model, total_steps=total_steps, tensorboard=tensorboard)
+    events = f"{tensorboard}/step{stage.number}_tensorboard_logs" if tensorboard else None
+    done = stage.checkpoint.step if stage.checkpoint else None
+    metrics = MetricsWriter(run.output_dir, tensorboard_dir=events, resume_from=done)
+    record_run(config, run.output_dir, dtype=stage.dtype, total_steps=total_steps, resumed_from=done)
+    state = RunState(
+        config,
+        loader=train_loader,
+        window=schedule.gradient_accumulation_steps,
+        engines={"model": engine},
+        metrics=metrics,
+    )
+    state.restore(stage.checkpoint)
+    train_supervised(
+        engine,
+        objective,
+        state,
+        eval_loader=eval_loader,
+        num_eval_rows=len(eval_loader.dataset),
+        total_steps=total_steps,
+        metrics=metrics,
+        eval_interval=getattr(run, "eval_interval", 0),
+        log_interval_s=run.log_interval_s,
+        print_loss=getattr(run, "print_loss", False),
+    )
+    metrics.close()
+    return engine.module
+
+
+def save_stage(stage: Stage, model: torch.nn.Module, tokenizer=None) -> None:
+    """Write the model folder into --output_dir, beside metrics.jsonl and run.json. Every process must call it."""
+    if stage.config.run.output_dir is not None:
+        save_model(model, tokenizer or stage.tokenizer, Path(stage.config.run.output_dir))
+
+
+def build_engine(stage: Stage, load_model, *, total_steps: int, tensorboard: str | None = None):
+    """The engine around the step's model, which `load_model` loads.
+
+    Args:
+        total_steps: optimizer steps of the run, the schedule's length.
+        tensorboard: folder of the engine's own events; None: none.
+    """
+    config = stage.config
+    ds_config = training_config(
+        config.system,
+        dtype=stage.dtype,
+        micro_batch_size=config.batch.per_device_train_batch_size,
+        gradient_accumulation_steps=config.schedule.gradient_accumulation_steps,
+        world_size=dist.world_size(),
+        on_cpu=on_cpu(),
+        tensorboard_path=tensorboard,
+        tensorboard_name=f"step{stage.number}_model",
+        ranks_per_node=dist.ranks_per_node(),
+    )
+    ds_config = override(ds_config, config.run.deepspeed_config or config.run.deepscale_config)
+    model = load_start(stage, load_model, ds_config, dropout=config.system.dropout)
+    lora_names = prepare_for_training(model, lora=config.lora, system=config.system)
+    if config.system.enable_mixed_precision_lora:
+        quantize_linears(model, adapted_layer_names(model))
+    return build_training_engine(
+        model,
+        ds_config=ds_config,
+        schedule=config.schedule,
+        total_steps=total_steps,
+        learning_rate=config.optim.learning_rate,
+        weight_decay=config.optim.weight_decay,
+        lora_names=lora_names,
+        lora_learning_rate=config.lora.lora_learning_rate,
+    )
+
+
+def load_start(stage: Stage, load_model, ds_config: dict, *, dropout: float | None) -> torch.nn.Module:
+    """The model that the step starts from, for an engine of `ds_config`; under ZeRO-3 in its partitions.
+
+    Args:
+        dropout: every dropout probability; None: the model's own.
+    """
+    model = stage.config.model
+    logger.info(f"loading {model.model_name_or_path} in {stage.dtype} on {stage.device}")
+    with partitioned_loading(ds_config):
+        loaded = load_model(
+            model.model_name_or_path,
+            dtype=TORCH_DTYPES[stage.dtype],
+            tokenizer=stage.tokenizer,
+            dropout=dropout,
+            trust_remote_code=model.trust_remote_code,
+        )
+    if dropout == 0.0:
+        disable_dropout(loaded)
+    return loaded

@@ -1,0 +1,133 @@
+"""Checkpoints of a run in one process: which are kept, and that a folder that not all processes share is noticed."""
+
+import signal
+
+import pytest
+import torch
+
+from dschat.checkpoint import run_checkpoint, run_state
+from dschat.checkpoint.run_checkpoint import (
+    Checkpoint,
+    is_shared,
+    newest_checkpoint,
+    save_checkpoint,
+)
+from dschat.engine.ema import MovingAverage
+from dschat.runtime import dist, interrupt
+from dschat.runtime.interrupt import Interruption
+
+
+def save(root, step: int, *, keep: int = 0, engines=()) -> bool:
+    facts = {"step": step, "processes": 1}
+    options = dict(engines=dict.fromkeys(engines), facts=facts, tensors={"t": torch.ones(2)}, state={}, keep=keep)
+    return save_checkpoint(root, step, **options)
+
+
+def folders(root) -> list[str]:
+    return sorted(path.name for path in root.iterdir())
+
+
+@pytest.fixture
+def warnings(monkeypatch, caplog):
+    monkeypatch.setattr("dschat.checkpoint.run_checkpoint.logger.propagate", True)
+    return caplog
+
+
+def test_the_oldest_goes_when_the_newest_is_whole(tmp_path):
+    for step in (2, 4, 10, 100):
+        assert save(tmp_path, step, keep=2)
+    assert folders(tmp_path) == ["latest", "step_00000010", "step_00000100"]
+    assert newest_checkpoint(tmp_path).step == 100
+
+
+def test_a_run_that_began_anew_keeps_its_checkpoints_before_damaged_ones(tmp_path):
+    for step in (900, 1000):
+        assert save(tmp_path, step)
+        (tmp_path / f"step_{step:08d}" / "facts.json").unlink()
+    assert newest_checkpoint(tmp_path) is None
+    for step in (100, 200, 300):
+        assert save(tmp_path, step, keep=2)
+        assert newest_checkpoint(tmp_path).step == step
+    assert folders(tmp_path)[1:3] == ["step_00000200", "step_00000300"]
+
+
+def test_a_file_that_another_host_keeps_to_itself_makes_no_checkpoint(tmp_path, monkeypatch, warnings):
+    assert save(tmp_path, 1)
+
+    def elsewhere(engine, folder, name):
+        return {folder / "rank_00001.pt": {"size": 3, "sha256": "0"}}, ""
+
+    monkeypatch.setattr(run_checkpoint, "save_engine", elsewhere)
+    assert not save(tmp_path, 2, engines=["model"], keep=1)
+    assert "rank_00001.pt is missing" in warnings.text and "is it shared by all hosts?" in warnings.text
+    assert folders(tmp_path) == ["latest", "step_00000001"] and newest_checkpoint(tmp_path).step == 1
+
+
+def test_a_folder_that_not_all_see_is_told_from_one_that_they_share(tmp_path, monkeypatch):
+    assert is_shared(tmp_path) and not list(tmp_path.iterdir())
+    monkeypatch.setattr(dist, "is_main", lambda: False)  # the first process makes its mark on another host
+    assert not is_shared(tmp_path)
+
+
+def test_only_what_checkpoints_need_asks_for_a_shared_folder(tmp_path, monkeypatch):
+    class Config:
+        class run:
+            output_dir, resume, save_interval = str(tmp_path), None, 0
+
+    monkeypatch.setattr(run_state, "is_shared", lambda folder: False)
+    assert run_state.find_checkpoint(Config) is None
+    Config.run.save_interval = 5
+    with pytest.raises(ValueError, match="--output_dir .* is not the same folder for all processes.*--save_interval"):
+        run_state.find_checkpoint(Config)
+
+
+def test_a_plan_may_be_ignored_on_going_on(monkeypatch, tmp_path):
+    monkeypatch.setattr(run_state, "config_dict", lambda config: config)
+    config = {"ignore_memory_plan": True, "seed": 1}
+    before = Checkpoint(tmp_path, 1, {"processes": 1, "config": {"ignore_memory_plan": False, "seed": 1}})
+    run_state._check_flags(config, before)
+    with pytest.raises(AttributeError):  # it has no run.resume to tell of
+        run_state._check_flags(config | {"seed": 2}, before)
+
+
+@pytest.mark.parametrize("stage, processes, read", [(0, 4, [0]), (2, 2, [1]), (3, 2, [1]), (2, 3, [0, 1, 2])])
+def test_an_average_reads_the_files_that_hold_its_pieces(stage, processes, read, monkeypatch):
+    average = MovingAverage.__new__(MovingAverage)
+    average.engine = type("Engine", (), {"module": torch.nn.Linear(1, 1), "zero_optimization_stage": lambda self: stage})()
+    average._pieces, asked = {}, []
+
+    class Saved:
+        checkpoint = Checkpoint(None, 1, {"processes": processes})
+
+        def of_rank(self, rank):
+            asked.append(rank)
+            return {}, {"starts": {}}
+
+    monkeypatch.setattr(dist, "rank", lambda: 1)
+    monkeypatch.setattr(dist, "world_size", lambda: 2)
+    average.restore(Saved())
+    assert asked == read
+
+
+def test_a_signal_waits_for_the_model_to_be_saved(monkeypatch, request):
+    said, original = [], signal.getsignal(signal.SIGTERM)
+
+    def before(number, frame):
+        said.append("the run has ended")
+
+    signal.signal(signal.SIGTERM, before)  # the default would end the tests where this one fails
+    request.addfinalizer(lambda: signal.signal(signal.SIGTERM, original))
+    monkeypatch.setattr(interrupt, "_say", said.append)
+    interruption = Interruption()
+    with interruption:
+        pass
+    signal.raise_signal(signal.SIGTERM)
+    assert len(said) == 1 and "the model is being saved" in said[0]
+    with Interruption() as following:
+        signal.raise_signal(signal.SIGTERM)
+        assert "will stop behind this step" in said[1] and following.agreed() == signal.SIGTERM
+    following.release()
+    assert signal.getsignal(signal.SIGTERM) == before
+    with pytest.raises(ZeroDivisionError), Interruption():
+        1 / 0
+    assert signal.getsignal(signal.SIGTERM) == before

@@ -1,0 +1,588 @@
+"""Flags and files to configurations: DeepSpeed-Chat's names and defaults, and what users are told."""
+
+import json
+import typing
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dschat.config.chat import ChatConfig
+from dschat.config.dpo import DPOConfig
+from dschat.config.eval_tools import PromptEvalConfig, RewardEvalConfig
+from dschat.config.parse import config_dict, parse_config
+from dschat.config.ppo import PPOConfig
+from dschat.config.reward import RewardConfig
+from dschat.config.sft import SFTConfig
+
+# DeepSpeed-Chat's defaults, flag by flag.
+COMMON = {
+    "data_path": ["Dahoas/rm-static"],
+    "data_split": "2,4,4",
+    "data_output_path": "/tmp/data_files/",
+    "num_train_epochs": 1,
+    "gradient_accumulation_steps": 1,
+    "lr_scheduler_type": "cosine",
+    "output_dir": None,
+    "seed": 1234,
+    "local_rank": -1,
+    "offload": False,
+    "dtype": "fp16",
+    "only_optimize_lora": False,
+    "compute_fp32_loss": False,
+    "enable_tensorboard": False,
+    "add_eot_token": False,
+    "deepspeed": False,
+    "deepspeed_config": None,
+    "deepscale": False,
+    "deepscale_config": None,
+}
+ONE_MODEL = {
+    **COMMON,
+    "per_device_train_batch_size": 16,
+    "per_device_eval_batch_size": 16,
+    "max_seq_len": 512,
+    "weight_decay": 0.0,
+    "num_warmup_steps": 0,
+    "gradient_checkpointing": False,
+    "dropout": None,
+    "zero_stage": 0,
+    "lora_dim": 0,
+    "lora_module_name": "decoder.layers.",
+    "lora_learning_rate": 5e-4,
+}
+STEP1 = {
+    **ONE_MODEL,
+    "learning_rate": 1e-3,
+    "sft_only_data_path": [],
+    "tensorboard_path": "step1_tensorboard",
+    "eot_token": "<|endoftext|>",
+    "print_loss": False,
+}
+STEP2 = {
+    **ONE_MODEL,
+    "learning_rate": 5e-5,
+    "num_padding_at_beginning": 1,
+    "eval_interval": 0,
+    "eval_iters": 100,
+    "tensorboard_path": "step2_tensorboard",
+}
+DPO = {
+    **ONE_MODEL,
+    "learning_rate": 1e-3,
+    "beta": 0.1,
+    "label_smoothing": 0.0,
+    "offload_reference_model": False,
+    "tensorboard_path": "step2_tensorboard",
+    "print_loss": False,
+}
+STEP3 = {
+    **COMMON,
+    "seed": None,
+    "unsupervised_dataset_name": None,
+    "unsupervised_dataset_config_name": None,
+    "unsup_coef": 27.8,
+    "num_padding_at_beginning": 1,
+    "preprocessing_num_workers": None,
+    "per_device_generation_batch_size": 16,
+    "per_device_training_batch_size": 16,
+    "generation_batches": 1,
+    "ppo_epochs": 1,
+    "max_prompt_seq_len": 256,
+    "max_answer_seq_len": 256,
+    "actor_learning_rate": 9.65e-6,
+    "critic_learning_rate": 5e-6,
+    "actor_weight_decay": 0.0,
+    "critic_weight_decay": 0.0,
+    "num_warmup_steps": 100,
+    "enable_hybrid_engine": False,
+    "unpin_actor_parameters": False,
+    "release_inference_cache": False,
+    "inference_tp_size": 1,
+    "tp_gather_partition_size": 8,
+    "offload_reference_model": False,
+    "offload_reward_model": False,
+    "actor_zero_stage": 0,
+    "critic_zero_stage": 0,
+    "actor_gradient_checkpointing": False,
+    "critic_gradient_checkpointing": False,
+    "actor_dropout": None,
+    "critic_dropout": None,
+    "actor_lora_dim": 0,
+    "actor_lora_module_name": "decoder.layers.",
+    "critic_lora_dim": 0,
+    "critic_lora_module_name": "decoder.layers.",
+    "actor_lora_learning_rate": 5e-4,
+    "critic_lora_learning_rate": 5e-4,
+    "enable_ema": False,
+    "enable_mixed_precision_lora": False,
+    "tensorboard_path": "step3_tensorboard",
+    "align_overflow": False,
+    "print_answers": False,
+    "print_answers_interval": 1,
+    "enable_test_mode": False,
+    "test_stop_step": 0,
+}
+# Where ours differ; docs/differences_from_deepspeed_chat.md says why.
+OURS = {
+    "dtype": "auto",
+    "data_output_path": None,
+    "lora_module_name": None,
+    "actor_lora_module_name": None,
+    "critic_lora_module_name": None,
+    "seed": 1234,
+}
+DPO_OURS = {"learning_rate": 1e-6, "dropout": 0.0}
+# A value other than the default where the type alone gives none.
+OTHER = {
+    "data_path": ["a.jsonl", "b/c"],
+    "sft_only_data_path": ["a.jsonl"],
+    "data_split": "1,1,8",
+    "dtype": "bf16",
+    "lr_scheduler_type": "linear",
+    "zero_stage": 3,
+    "actor_zero_stage": 3,
+    "critic_zero_stage": 1,
+    "dropout": 0.1,
+    "actor_dropout": 0.1,
+    "critic_dropout": 0.1,
+    "preprocessing_num_workers": 2,
+    "per_device_generation_batch_size": 32,
+    "per_device_training_batch_size": 8,
+    "generation_batches": 2,
+    "gradient_accumulation_steps": 2,
+    "lora_dim": 8,
+    "actor_lora_dim": 8,
+    "critic_lora_dim": 8,
+    "label_smoothing": 0.2,
+}
+STEPS = {
+    "step 1": (SFTConfig, STEP1, {"model_name_or_path": "m"}),
+    "step 2": (RewardConfig, STEP2, {"model_name_or_path": "m"}),
+    "DPO": (DPOConfig, DPO, {"model_name_or_path": "m"}),
+    "step 3": (PPOConfig, STEP3, {"actor_model_name_or_path": "a", "critic_model_name_or_path": "c"}),
+}
+
+
+def ours(step: str) -> dict:
+    """The defaults of a step's flags."""
+    differing = {**OURS, **(DPO_OURS if step == "DPO" else {})}
+    return {name: differing.get(name, value) for name, value in STEPS[step][1].items()}
+
+
+def words(values: dict) -> list[str]:
+    """Command-line words; True is a bare flag."""
+    found = []
+    for key, value in values.items():
+        found.append(f"--{key}")
+        if value is not True:
+            found += [str(item) for item in value] if isinstance(value, list) else [str(value)]
+    return found
+
+
+def other_value(name: str, default):
+    if name in OTHER:
+        return OTHER[name]
+    if isinstance(default, bool):
+        return not default
+    if isinstance(default, (int, float)):
+        return default + 1
+    return f"other_{name}"
+
+
+def parsed(config_class, argv: list[str]) -> dict:
+    return config_dict(parse_config(config_class, argv))
+
+
+def message(config_class, argv: list[str]) -> str:
+    with pytest.raises(ValueError) as error:
+        parse_config(config_class, argv)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_defaults_are_those_of_deepspeed_chat_or_the_listed_ones(step):
+    config_class, _, required = STEPS[step]
+    found, expected = parsed(config_class, words(required)), ours(step)
+    assert {name: found.get(name, "no such flag") for name in expected} == expected
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_every_flag_is_accepted_and_reaches_its_option(step):
+    config_class, _, required = STEPS[step]
+    given = {**required, **{name: other_value(name, value) for name, value in ours(step).items()}}
+    found = parsed(config_class, words(given))
+    assert {name: found[name] for name in given} == given
+    assert all(given[name] != value for name, value in ours(step).items())
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_a_required_model_is_asked_for(step):
+    config_class, _, required = STEPS[step]
+    assert message(config_class, []) == "\n".join(
+        f"--{name} is required: a model folder or a hub id." for name in required
+    )
+
+
+def test_learning_schedules_of_deepspeed_chat_are_known():
+    for name in ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"):
+        argv = ["--model_name_or_path", "m", "--lr_scheduler_type", name]
+        assert parse_config(SFTConfig, argv).schedule.lr_scheduler_type == name
+
+
+def test_old_names_of_the_batch_flags():
+    required = words(STEPS["step 3"][2])
+    old = ["--per_device_train_batch_size=8", "--per_device_mini_train_batch_size", "4", "--generation_batch_numbers", "3"]
+    batch = parse_config(PPOConfig, required + old).batch
+    sizes = (batch.per_device_generation_batch_size, batch.per_device_training_batch_size, batch.generation_batches)
+    assert sizes == (8, 4, 3)
+    # In steps 1 and 2 the first of them is a flag of its own.
+    argv = ["--model_name_or_path", "m", "--per_device_train_batch_size", "8"]
+    assert parse_config(SFTConfig, argv).batch.per_device_train_batch_size == 8
+    assert "--generation_batch_numbers" in message(SFTConfig, ["--generation_batch_numbers", "2"])
+
+
+@pytest.mark.parametrize("suffix", [".yaml", ".yml", ".json"])
+@pytest.mark.parametrize("step", STEPS)
+def test_a_file_says_the_same_as_flags(step, suffix, tmp_path):
+    config_class, _, required = STEPS[step]
+    given = {**required, **{name: other_value(name, value) for name, value in ours(step).items()}}
+    path = tmp_path / f"run{suffix}"
+    path.write_text(json.dumps(given) if suffix == ".json" else yaml.safe_dump(given), encoding="utf-8")
+    assert parse_config(config_class, [str(path)]) == parse_config(config_class, words(given))
+    # The launcher puts its flag in front.
+    assert parse_config(config_class, ["--local_rank=0", str(path)]) == parse_config(config_class, words(given))
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_a_recorded_configuration_is_a_file_for_the_same_run(step, tmp_path):
+    config_class, _, required = STEPS[step]
+    config = parse_config(config_class, words(required))
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config_dict(config)), encoding="utf-8")
+    assert parse_config(config_class, [str(path)]) == config
+
+
+def test_files_take_numbers_as_yaml_reads_them_null_false_and_old_names(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "actor_model_name_or_path: a\ncritic_model_name_or_path: c\nactor_learning_rate: 5e-5\ncritic_dropout: null\n"
+        "normalize_reward: false\ngeneration_batch_numbers: 2\ndata_path: [x.jsonl]\n"
+    )
+    found = parsed(PPOConfig, [str(path)])
+    names = ("actor_learning_rate", "critic_dropout", "normalize_reward", "generation_batches", "data_path")
+    assert [found[name] for name in names] == [5e-5, None, False, 2, ["x.jsonl"]]
+
+
+def test_switches_that_are_on_can_be_put_off():
+    required = words(STEPS["step 3"][2])
+    assert parsed(PPOConfig, required)["normalize_reward"] is True
+    assert parsed(PPOConfig, [*required, "--no_normalize_reward"])["normalize_reward"] is False
+    assert parsed(PPOConfig, [*required, "--normalize_reward", "false"])["normalize_reward"] is False
+
+
+BAD_FILES = {
+    "missing": ("run.yaml", None, "run.yaml: no such configuration file"),
+    "no yaml": ("run.yaml", "a: [", "run.yaml: not readable as YAML"),
+    "no json": ("run.json", "{", "run.json: not readable as JSON"),
+    "no date": ("run.yaml", "seed: 2024-13-45", "run.yaml: not readable as YAML"),
+    "a list": ("run.json", "[1]", "run.json: expected flag names and values, found list"),
+    "unknown": ("run.yaml", "learnin_rate: 1", "--learnin_rate: no flag of that name (Step 1, supervised fine-tuning)"),
+    "wrong type": ("run.yaml", "zero_stage: two", "run.yaml: argument --zero_stage/--zero-stage: invalid int value: 'two'"),
+    "wrong choice": ("run.yaml", "dtype: int8", "argument --dtype: invalid choice: 'int8'"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_a_bad_file_is_named_with_its_fault(case, tmp_path):
+    name, text, words_of_message = BAD_FILES[case]
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    found = message(SFTConfig, [str(tmp_path / name)])
+    assert words_of_message in found and found.startswith(str(tmp_path / name))
+
+
+def test_a_file_may_begin_with_a_byte_order_mark(tmp_path):
+    for name, text in (("run.json", '{"model_name_or_path": "m"}'), ("run.yaml", "model_name_or_path: m")):
+        (tmp_path / name).write_text(text, encoding="utf-8-sig")
+        assert parse_config(SFTConfig, [str(tmp_path / name)]).model.model_name_or_path == "m"
+
+
+def test_an_empty_list_in_a_file_is_an_empty_list(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("model_name_or_path: m\ndata_path: []\nsft_only_data_path: []\n")
+    assert message(SFTConfig, [str(path)]) == "--data_path names no data set."
+    path.write_text("model_name_or_path: m\nsft_only_data_path: []\n")
+    assert parse_config(SFTConfig, [str(path)]).data.sft_only_data_path == []
+
+
+def test_unknown_flags_are_named_with_the_nearest_known_one():
+    found = message(SFTConfig, ["--learnin_rate", "1e-3", "--zero_stag", "2", "--qqqq"])
+    assert found.splitlines() == [
+        "--learnin_rate: no flag of that name (Step 1, supervised fine-tuning). Did you mean --learning_rate?",
+        "--zero_stag: no flag of that name (Step 1, supervised fine-tuning). Did you mean --zero_stage?",
+        "--qqqq: no flag of that name (Step 1, supervised fine-tuning). --help lists the flags.",
+    ]
+    # No beginning of a flag stands for it.
+    assert "--zero: no flag" in message(SFTConfig, ["--zero", "1"])
+
+
+def test_a_stray_word_and_a_file_beside_flags(tmp_path):
+    assert message(SFTConfig, ["stray"]).startswith("stray: no flag of that name")
+    found = message(SFTConfig, ["run.yaml", "--zero_stage", "2"])
+    assert found == "run.yaml: a configuration file takes no flags beside it; write them into the file."
+
+
+def test_all_problems_are_reported_at_once():
+    argv = ["--zero_stage", "4", "--max_seq_len", "1", "--lora_dim", "-1", "--num_train_epochs", "-2"]
+    assert message(SFTConfig, argv).splitlines() == [
+        "--model_name_or_path is required: a model folder or a hub id.",
+        "--num_train_epochs -2: must be at least 0.",
+        "--zero_stage 4: ZeRO has the stages 0, 1, 2 and 3.",
+        "--lora_dim -1: must be at least 0.",
+        "--max_seq_len 1: must be at least 2.",
+    ]
+
+
+# Flags of a run that is otherwise sound, and the one line that they should bring.
+BAD_VALUES = {
+    "step 1": [
+        ("--eval_fraction 0", "--eval_fraction 0.0: must be above 0."),
+        ("--eval_fraction 0.95", "--eval_fraction 0.95: must lie between 0.0 and 0.9."),
+        ("--gradient_accumulation_steps 0", "--gradient_accumulation_steps 0: must be at least 1."),
+        ("--output_dir=", "--output_dir has no value: give a folder, or leave the flag out to save nothing."),
+        ("--seed 99999999999999999999999", "--seed 99999999999999999999999: must lie between 0 and 4294967295."),
+        ("--seed -1", "--seed -1: must lie between 0 and 4294967295."),
+        ("--max_train_steps -1", "--max_train_steps -1: must be at least 0."),
+        ("--num_warmup_steps -1", "--num_warmup_steps -1: must be at least 0."),
+        ("--per_device_train_batch_size 0", "--per_device_train_batch_size 0: must be at least 1."),
+        ("--per_device_eval_batch_size 0", "--per_device_eval_batch_size 0: must be at least 1."),
+        ("--dropout 1.5", "--dropout 1.5: must lie between 0.0 and 1.0."),
+        ("--learning_rate -1", "--learning_rate -1.0: must be at least 0."),
+        ("--data_seed -1", "--data_seed -1: must lie between 0 and 4294967295."),
+        ("--data_seed 4294967296", "--data_seed 4294967296: must lie between 0 and 4294967295."),
+        ("--learning_rate nan", "--learning_rate nan: must be a finite number, at least 0."),
+        ("--lora_alpha inf", "--lora_alpha inf: must be a finite number, above 0."),
+        ("--log_interval_s -1", "--log_interval_s -1.0: must be at least 0."),
+        ("--weight_decay -1", "--weight_decay -1.0: must be at least 0."),
+        ("--lora_alpha 0", "--lora_alpha 0.0: must be above 0."),
+        ("--lora_learning_rate -1", "--lora_learning_rate -1.0: must be at least 0."),
+        ("--freeze_layers -1", "--freeze_layers -1: must be at least 0."),
+        ("--only_optimize_lora", "--only_optimize_lora needs adapters: give --lora_dim above 0."),
+        (
+            "--enable_mixed_precision_lora",
+            "--enable_mixed_precision_lora keeps the weights that LoRA adapts in int8: give --lora_dim above 0.",
+        ),
+        ("--data_path", "--data_path names no data set."),
+    ],
+    "step 2": [
+        ("--cut_fraction 1.5", "--cut_fraction 1.5: must lie between 0.0 and 1.0."),
+        ("--eval_interval -1", "--eval_interval -1: must be at least 0."),
+        ("--eval_iters 0", "--eval_iters 0: must be at least 1."),
+    ],
+    "DPO": [
+        ("--beta 0", "--beta 0.0: must be above 0."),
+        ("--label_smoothing 0.6", "--label_smoothing 0.6: must lie between 0.0 and 0.5."),
+        ("--eval_interval -1", "--eval_interval -1: must be at least 0."),
+        ("--only_optimize_lora", "--only_optimize_lora needs adapters: give --lora_dim above 0."),
+    ],
+    "step 3": [
+        ("--actor_zero_stage 4", "--actor_zero_stage 4: ZeRO has the stages 0, 1, 2 and 3."),
+        ("--critic_zero_stage -1", "--critic_zero_stage -1: ZeRO has the stages 0, 1, 2 and 3."),
+        ("--actor_lora_dim -1", "--actor_lora_dim -1: must be at least 0."),
+        ("--critic_lora_dim -1", "--critic_lora_dim -1: must be at least 0."),
+        ("--critic_lora_alpha 0", "--critic_lora_alpha 0.0: must be above 0."),
+        ("--actor_learning_rate -1", "--actor_learning_rate -1.0: must be at least 0."),
+        ("--critic_weight_decay -1", "--critic_weight_decay -1.0: must be at least 0."),
+        ("--actor_freeze_layers -1", "--actor_freeze_layers -1: must be at least 0."),
+        ("--per_device_generation_batch_size 0", "--per_device_generation_batch_size 0: must be at least 1."),
+        ("--per_device_training_batch_size 0", "--per_device_training_batch_size 0: must be at least 1."),
+        ("--generation_batches 0", "--generation_batches 0: must be at least 1."),
+        ("--ppo_epochs 0", "--ppo_epochs 0: must be at least 1."),
+        ("--max_prompt_seq_len 0", "--max_prompt_seq_len 0: must be at least 1."),
+        ("--max_answer_seq_len 0", "--max_answer_seq_len 0: must be at least 1."),
+        ("--inference_tp_size 2", "--inference_tp_size 2 needs --actor_zero_stage 3, not 0."),
+        (
+            "--enable_mixed_precision_lora --critic_lora_dim 8",
+            "--enable_mixed_precision_lora keeps the weights that LoRA adapts in int8: give --actor_lora_dim above 0.",
+        ),
+        (
+            "--only_optimize_lora",
+            "--only_optimize_lora needs adapters: give --actor_lora_dim or --critic_lora_dim.",
+        ),
+        ("--kl_coef -0.1", "--kl_coef -0.1: must be at least 0."),
+        ("--kl_target 0", "--kl_target 0.0: must be above 0."),
+        ("--kl_horizon 0", "--kl_horizon 0: must be above 0."),
+        ("--reward_clip 0", "--reward_clip 0.0: must be above 0."),
+        ("--missing_eos_penalty -1", "--missing_eos_penalty -1.0: must be at least 0."),
+        ("--cliprange 0", "--cliprange 0.0: must be above 0."),
+        ("--cliprange_value 0", "--cliprange_value 0.0: must be above 0."),
+        ("--gamma 1.1", "--gamma 1.1: must lie between 0.0 and 1.0."),
+        ("--lam -0.1", "--lam -0.1: must lie between 0.0 and 1.0."),
+        ("--entropy_coef -1", "--entropy_coef -1.0: must be at least 0."),
+        ("--target_kl 0", "--target_kl 0.0: must be above 0."),
+        ("--critic_warmup_steps -1", "--critic_warmup_steps -1: must be at least 0."),
+        ("--temperature 0", "--temperature 0.0: must be above 0."),
+        ("--top_p 1.5", "--top_p 1.5: must lie between 0.0 and 1.0."),
+        ("--top_k -1", "--top_k -1: must be at least 0."),
+        (
+            "--greedy_rollouts --num_samples_per_prompt 4",
+            "--greedy_rollouts would give 4 equal answers to each prompt: leave it out, or give "
+            "--num_samples_per_prompt 1.",
+        ),
+        ("--min_answer_len 300", "--min_answer_len 300: must lie between 0 and 256."),
+        ("--ema_decay 1.5", "--ema_decay 1.5: must lie between 0.0 and 1.0."),
+        ("--unsup_coef -1", "--unsup_coef -1.0: must be at least 0."),
+        ("--eval_interval -1", "--eval_interval -1: must be at least 0."),
+        ("--eval_prompts 1", "--eval_prompts 1: must be at least 2."),
+        ("--test_stop_step -1", "--test_stop_step -1: must be at least 0."),
+        ("--print_answers_interval 0", "--print_answers_interval 0: must be at least 1."),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("step", "flags", "line"), [(step, *case) for step, cases in BAD_VALUES.items() for case in cases]
+)
+def test_a_bad_value_is_named_with_its_flag(step, flags, line):
+    config_class, _, required = STEPS[step]
+    assert message(config_class, words(required) + flags.split()) == line
+
+
+MODELS = {
+    **{config: words(required) for config, _, required in STEPS.values()},
+    ChatConfig: ["--path", "m"],
+    PromptEvalConfig: ["--model_name_or_path_baseline", "m", "--model_name_or_path_finetune", "n"],
+    RewardEvalConfig: ["--model_name_or_path", "m"],
+}
+
+
+def float_flags(config_class) -> list[str]:
+    """Every flag that takes a number with a point, or a list of such."""
+    groups = typing.get_type_hints(config_class).values()
+    options = [(name, kind) for group in groups for name, kind in typing.get_type_hints(group).items()]
+    return [name for name, kind in options if float in (kind, *typing.get_args(kind))]
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+@pytest.mark.parametrize("config_class", MODELS, ids=lambda config_class: config_class.__name__)
+def test_no_flag_takes_what_is_no_finite_number(config_class, value):
+    flags = float_flags(config_class)
+    assert len(flags) >= {SFTConfig: 6, RewardConfig: 6, DPOConfig: 6, PPOConfig: 25, ChatConfig: 4, PromptEvalConfig: 1}.get(config_class, 0)
+    for name in flags:
+        more = ["--serve"] if name == "max_wait_s" else []
+        lines = message(config_class, [*MODELS[config_class], *more, f"--{name}={value}"]).splitlines()
+        assert len(lines) == 1 and lines[0].startswith(f"--{name} {value}: must "), lines
+
+
+@pytest.mark.parametrize(
+    "step, flags, named",
+    [
+        ("step 1", "--model_name_or_path base --output_dir base", "--model_name_or_path base"),
+        ("step 2", "--model_name_or_path ./base/ --output_dir x/../base", "--model_name_or_path ./base/"),
+        ("DPO", "--model_name_or_path out/adapter --output_dir out", "--model_name_or_path out/adapter"),
+        ("step 1", "--model_name_or_path link --output_dir base", "--model_name_or_path link"),
+        ("step 1", "--model_name_or_path facebook/opt --output_dir facebook/opt", "--model_name_or_path facebook/opt"),
+        ("step 3", "--actor_model_name_or_path out --output_dir out", "--actor_model_name_or_path out"),
+        ("step 3", "--actor_model_name_or_path out/actor --output_dir out", "--actor_model_name_or_path out/actor"),
+        ("step 3", "--critic_model_name_or_path out/critic --output_dir out/", "--critic_model_name_or_path out/critic"),
+        ("step 3", "--reward_model_name_or_path r out/critic --output_dir out", "--reward_model_name_or_path out/critic"),
+    ],
+)
+def test_no_model_that_is_read_is_written_over(step, flags, named, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").mkdir()
+    (tmp_path / "link").symlink_to("base")
+    config_class, _, required = STEPS[step]
+    (output,) = flags.partition("--output_dir ")[2].split()
+    line = f"--output_dir {output}: this run would replace {named}, or write into it. Give another folder."
+    assert message(config_class, words(required) + flags.split()) == line
+
+
+@pytest.mark.parametrize(
+    "step, flags",
+    [
+        ("step 1", "--model_name_or_path base --output_dir base/out"),
+        ("step 1", "--model_name_or_path out/base --output_dir out"),
+        ("step 1", "--model_name_or_path out/actor --output_dir out"),
+        ("step 3", "--actor_model_name_or_path models/actor --critic_model_name_or_path models/critic --output_dir models/3"),
+        ("step 3", "--actor_model_name_or_path first/actor --critic_model_name_or_path first/critic --output_dir second"),
+    ],
+)
+def test_models_beside_above_and_below_the_output_folder_may_be_read(step, flags):
+    config_class, _, required = STEPS[step]
+    assert parse_config(config_class, words(required) + flags.split()).run.output_dir
+
+
+def test_a_folder_called_tilde_is_nobodys_wish():
+    found = message(SFTConfig, "--model_name_or_path m --output_dir ~/out".split())
+    assert found == "--output_dir ~/out: give the path in full, without ~."
+
+
+@pytest.mark.parametrize("flags", ["--zero_stage two", "--dtype int8", "--learning_rate fast", "--offload maybe"])
+def test_a_value_of_the_wrong_type_is_named_with_its_flag(flags):
+    flag, value = flags.split()
+    found = message(SFTConfig, ["--model_name_or_path", "m", flag, value])
+    assert flag in found and value in found
+
+
+def test_step_sizes_that_do_not_divide_a_rollout():
+    required = words(STEPS["step 3"][2])
+    flags = "--per_device_generation_batch_size 6 --generation_batches 2 --per_device_training_batch_size 8"
+    found = message(PPOConfig, required + flags.split())
+    assert "12 rows" in found and "8 rows" in found
+    for flag in (*flags.split()[::2], "--gradient_accumulation_steps"):
+        assert flag in found
+
+
+def test_sizes_that_follow_from_the_options():
+    required = words(STEPS["step 3"][2])
+    flags = "--per_device_generation_batch_size 6 --generation_batches 4 --per_device_training_batch_size 3 "
+    flags += "--gradient_accumulation_steps 2 --ppo_epochs 3 --offload --actor_zero_stage 2 --critic_lora_dim 4 "
+    flags += "--only_optimize_lora --critic_lora_learning_rate 0.5 --actor_freeze_layers 1"
+    config = parse_config(PPOConfig, required + flags.split())
+    assert (config.rollout_rows, config.updates_per_rollout) == (24, 12)
+    # Only the model that has adapters can train them alone.
+    assert (config.actor_lora.only_optimize_lora, config.critic_lora.only_optimize_lora) == (False, True)
+    assert (config.critic_lora.lora_dim, config.critic_lora.lora_learning_rate) == (4, 0.5)
+    actor, critic = config.actor_system, config.critic_system
+    assert (actor.zero_stage, actor.offload, actor.freeze_layers, actor.dropout) == (2, True, 1, 0.0)
+    assert (critic.zero_stage, critic.offload, critic.freeze_layers, critic.dropout) == (0, True, 0, 0.0)
+
+
+def test_int8_is_for_the_models_that_have_adapters():
+    flags = "--enable_mixed_precision_lora --actor_lora_dim 4"
+    config = parse_config(PPOConfig, words(STEPS["step 3"][2]) + flags.split())
+    assert config.actor_system.enable_mixed_precision_lora
+    assert not config.critic_system.enable_mixed_precision_lora
+
+
+@pytest.mark.parametrize(
+    "flags, reference, reward",
+    [
+        ("--actor_lora_dim 4 --critic_lora_dim 4", False, False),
+        ("--actor_lora_dim 4 --only_optimize_lora", True, False),
+        ("--critic_lora_dim 4 --only_optimize_lora", False, True),
+        ("--actor_lora_dim 4 --critic_lora_dim 4 --only_optimize_lora", True, True),
+        ("--actor_lora_dim 4 --critic_lora_dim 4 --only_optimize_lora --no_share_reference", False, True),
+        ("--actor_lora_dim 4 --critic_lora_dim 4 --only_optimize_lora --no_share_reward", True, False),
+        ("--critic_lora_dim 4 --only_optimize_lora --reward_model_name_or_path other", False, False),
+        ("--critic_lora_dim 4 --only_optimize_lora --reward_fn file.py:f", False, False),
+        (
+            "--critic_lora_dim 4 --only_optimize_lora --advantage_estimator rloo --num_samples_per_prompt 2",
+            False,
+            False,
+        ),
+    ],
+)
+def test_models_are_shared_only_where_all_but_adapters_is_frozen(flags, reference, reward):
+    config = parse_config(PPOConfig, words(STEPS["step 3"][2]) + flags.split())
+    assert (config.shares_reference, config.shares_reward) == (reference, reward)
+
+
+def test_the_documentation_names_every_default_that_differs():
+    text = (Path(__file__).resolve().parents[3] / "docs" / "differences_from_deepspeed_chat.md").read_text()
+    missing = [name for name in OURS if f"--{name}" not in text]
+    assert missing == []
+    section = text.partition("\n## DPO\n")[2].partition("\n## ")[0]
+    assert [name for name in DPO_OURS if f"`--{name}`" not in section] == []

@@ -1,0 +1,478 @@
+import csv
+import json
+import logging
+import os
+
+import datasets
+import pyarrow.parquet
+import pytest
+
+from dschat.data.hub_sets import HUB_SETS
+from dschat.data.readers import read_records
+from dschat.data.sources import load_source
+from tests.unit.data_helpers import pairs, write_lines
+
+GOOD = {"prompt": "p", "chosen": " yes", "rejected": " no"}
+
+
+def load(path, **options):
+    return load_source(str(path), **{"eval_fraction": 0.25, "data_seed": 1, "skip_bad_rows": False, **options})
+
+
+def rows_of(source, part="train"):
+    table = getattr(source, part)
+    return [source.row(table[i], place=table.place(i)) for i in range(len(table))]
+
+
+# What stands on line 3, and what the message must say of it.
+BAD_LINES = {
+    "broken": ('{"prompt": "p", "chosen": ', "not readable as JSON"),
+    "a list": ('["p", "c"]', "an object with named fields"),
+    "utf-8": (b'{"prompt": "caf\xe9", "chosen": "c"}', "not valid UTF-8: byte 0xe9 at position 15"),
+    "surrogate": (r'{"prompt": "p", "chosen": "\ud800"}', '"chosen" is not valid UTF-8'),
+    "digits": ('{"prompt": "p", "chosen": ' + "9" * 5000 + "}", "a number of too many digits"),
+    "no prompt": ({"text": "p", "chosen": "c"}, 'no field "prompt" or "messages" among ["chosen", "text"]'),
+    "null prompt": ({"prompt": None, "chosen": "c"}, 'no field "prompt"'),
+    "prompt number": ({"prompt": 5, "chosen": "c"}, 'field "prompt" is 5, not a text'),
+    "chosen list": ({"prompt": "p", "chosen": ["c"]}, 'field "chosen" is ["c"], not a text'),
+    "empty": ({"prompt": "p", "chosen": ""}, 'field "chosen" is empty ("")'),
+    "blank": ({"prompt": "p", "response": " \n"}, 'field "response" is empty (" \\n")'),
+    "equal": ({"prompt": "p", "chosen": "same", "rejected": " same"}, '"chosen" and "rejected" are equal ("same")'),
+    "no chosen": ({"prompt": "p", "rejected": "r"}, '"rejected" without a field "chosen"'),
+    "role": ({"messages": [{"role": "bot", "content": "x"}]}, "messages[0] is"),
+    "content": ({"messages": [{"role": "user", "content": None}]}, 'field "messages[0].content" is null'),
+    "no user": ({"messages": [{"role": "assistant", "content": "x"}]}, "no message of the user"),
+    "no messages": ({"messages": []}, "no message of the user"),
+    "text messages": ({"messages": "hello"}, 'field "messages" is "hello", not a list'),
+}
+
+
+@pytest.mark.parametrize("line, words", BAD_LINES.values(), ids=BAD_LINES)
+def test_bad_line_names_file_line_value_and_remedy(tmp_path, caplog, line, words):
+    path = write_lines(tmp_path / "rows.jsonl", [GOOD, "", line, *pairs(3)])
+    with pytest.raises(ValueError) as caught:
+        load(path)
+    message = str(caught.value)
+    assert f"{path}, line 3: " in message and words in message and "--skip_bad_rows" in message
+    assert message.count("line ") == 1
+    with caplog.at_level(logging.WARNING):
+        source = load(path, skip_bad_rows=True)
+    assert len(source.train) + len(source.eval) == 4
+    assert "left out 1 bad rows of 5" in caplog.text and words in caplog.text
+
+
+def test_many_bad_lines_make_one_message(tmp_path):
+    path = write_lines(tmp_path / "rows.jsonl", [{"prompt": "p", "chosen": ""}] * 8 + [GOOD])
+    with pytest.raises(ValueError) as caught:
+        load(path)
+    assert [f"line {n}:" in str(caught.value) for n in (1, 5, 6)] == [True, True, False]
+    assert "... and 3 more." in str(caught.value)
+
+
+def test_a_column_that_is_there_twice_is_named(tmp_path):
+    (tmp_path / "rows.csv").write_text("prompt,chosen,prompt\na,b,c\n")
+    with pytest.raises(ValueError, match=r"rows.csv, line 1: the header has 'prompt' more than once"):
+        load(tmp_path / "rows.csv")
+    # Spreadsheets write cells that nobody filled.
+    (tmp_path / "rows.csv").write_text("prompt,chosen,,\na,b,,\n\"\",c,,\n")
+    source = load(tmp_path / "rows.csv")
+    rows = sorted((row.prompt, row.chosen, tuple(row.columns)) for part in ("train", "eval") for row in rows_of(source, part))
+    assert rows == [("", "c", ()), ("a", "b", ())]
+
+
+def test_what_is_neither_file_nor_folder_is_refused_without_waiting(tmp_path):
+    os.mkfifo(tmp_path / "rows.jsonl")
+    with pytest.raises(ValueError, match=r"--data_path .*rows.jsonl: neither a file nor a folder"):
+        load(tmp_path / "rows.jsonl")
+
+
+@pytest.mark.parametrize("content", ["", "\n\n", "[]"])
+@pytest.mark.parametrize("skip", [False, True])
+def test_file_without_rows(tmp_path, content, skip):
+    (tmp_path / "none.json").write_text(content)
+    with pytest.raises(ValueError, match=r"none.json: no rows in it"):
+        load(tmp_path / "none.json", skip_bad_rows=skip)
+
+
+def test_only_bad_rows_cannot_be_skipped(tmp_path):
+    path = write_lines(tmp_path / "rows.jsonl", [{"text": "x"}])
+    with pytest.raises(ValueError, match="line 1: .*\n.*No row here is usable"):
+        load(path, skip_bad_rows=True)
+
+
+def test_json_list_remembers_lines(tmp_path):
+    path = tmp_path / "rows.json"
+    text = '\ufeff[\n {"prompt": "a",\n  "chosen": "b"},\n\n {"prompt": "c", "chosen": "d"}\n]\n'
+    path.write_text(text, encoding="utf-8")
+    records = read_records(path)
+    assert (records.lines, [row["prompt"] for row in records.rows], records.faults) == ([2, 5], ["a", "c"], [])
+
+
+@pytest.mark.parametrize(
+    "text, line",
+    [
+        ('[{"a": 1},\n{"a": 2}', 2),
+        ('[{"a": 1}\n{"a": 2}]', 2),
+        ('[{"a": 1},\n]', 2),
+        ('[{"a": 1},\n 3]', 2),
+        ('[{"a": 1}]\n\nx', 3),
+        ('[\n{"a": }]', 2),
+        ("[", 1),
+    ],
+)
+def test_broken_json_list(tmp_path, text, line):
+    path = tmp_path / "rows.json"
+    path.write_text(text)
+    assert [number for number, _ in read_records(path).faults] == [line]
+
+
+def test_line_separators_inside_json_end_no_line(tmp_path):
+    path = write_lines(tmp_path / "rows.jsonl", ['{"prompt": "a\u2028b", "chosen": "c\x85"}', GOOD])
+    assert read_records(tmp_path / "rows.jsonl").lines == [1, 2]
+    assert {row.prompt for part in ("train", "eval") for row in rows_of(load(path), part)} == {"a\u2028b", "p"}
+
+
+def test_csv_with_quoted_newlines_and_faults(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_bytes(b'prompt,chosen\n"two\nlines",c1\np2,"a,b"\nonly\np3,\xff\n')
+    records = read_records(path)
+    assert records.rows[:2] == [{"prompt": "two\nlines", "chosen": "c1"}, {"prompt": "p2", "chosen": "a,b"}]
+    assert (records.lines, [line for line, _ in records.faults]) == ([2, 4, 6], [5])
+    with pytest.raises(ValueError) as caught:
+        load(path)
+    assert "rows.csv, line 5: 1 cells under a header of 2" in str(caught.value)
+    assert 'rows.csv, line 6: field "chosen" is not valid UTF-8' in str(caught.value)
+
+
+# A bad row between good ones, and how many rows of ten it takes along.
+CSV_FAULTS = {
+    "behind a quote": '"p"x,c',
+    "open": '"5" pipe,c',
+    "both": 'p,"says "hi" there"',
+    "over lines": '"one\nsays "hi" and bye",c',
+}
+
+
+@pytest.mark.parametrize("line", CSV_FAULTS.values(), ids=CSV_FAULTS)
+def test_a_bad_quote_costs_its_row_alone(tmp_path, caplog, line):
+    lines = ["prompt,chosen", *(f"p{i},c{i}" for i in range(3)), line, *(f'"p{i}","c\n{i}"' for i in range(3, 9))]
+    (tmp_path / "rows.csv").write_text("\n".join(lines) + "\n")
+    with pytest.raises(ValueError, match=r"rows.csv, line 5: not readable as CSV: .*\n.*--skip_bad_rows"):
+        load(tmp_path / "rows.csv")
+    with caplog.at_level(logging.WARNING):
+        source = load(tmp_path / "rows.csv", skip_bad_rows=True)
+    rows = [row.prompt for part in ("train", "eval") for row in rows_of(source, part)]
+    assert sorted(rows) == [f"p{i}" for i in range(9)]
+    assert "left out 1 bad rows of 10" in caplog.text
+
+
+# What takes an unknown number of rows along, and the line behind which they stand.
+LOSSES = {
+    "unclosed quote": ("csv", 'prompt,chosen\na,b\nc,"d\ne,f\ng,h\n', 3),
+    "closed by another row": ("csv", 'prompt,chosen\na,b\nc,"d\ne,f\n"g","h"\ni,j\n', 3),
+    "rest of a row": ("csv", 'prompt,chosen\na,b\n"says "hi" to\nme",d\ne,f\n', 3),
+    "header": ("csv", '"prompt"x,chosen\na,b\nc,d\n', 1),
+    "list": ("json", '[{"prompt": "a", "chosen": "b"},\n{"prompt": "c" "chosen": "d"},\n{"prompt": "e", "chosen": "f"}]', 2),
+    "comma": ("json", '[{"prompt": "a", "chosen": "b"}\n{"prompt": "c", "chosen": "d"}]', 2),
+    "two lists": ("json", '[{"prompt": "a", "chosen": "b"}]\n[{"prompt": "c", "chosen": "d"}]', 2),
+    "utf-8": ("json", b'[{"prompt": "a", "chosen": "b"},\n{"prompt": "\xff", "chosen": "d"}]', 2),
+}
+
+
+@pytest.mark.parametrize("suffix, text, line", LOSSES.values(), ids=LOSSES)
+@pytest.mark.parametrize("skip", [False, True])
+def test_rows_that_cannot_be_told_apart_are_never_left_out(tmp_path, suffix, text, line, skip):
+    path = tmp_path / f"rows.{suffix}"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError) as caught:
+        load(path, skip_bad_rows=skip)
+    message = str(caught.value)
+    assert f"{path}, line {line}: " in message
+    assert f"How many rows follow line {line} cannot be told, so --skip_bad_rows cannot leave it out. Mend it." in message
+
+
+def test_columns_and_places(tmp_path):
+    rows = [{"prompt": f"p{i}", "response": f"r{i}", "gold": i} for i in range(4)]
+    source = load(write_lines(tmp_path / "rows.jsonl", rows))
+    train = rows_of(source)
+    assert [len(source.train), len(source.eval)] == [3, 1]
+    assert all(row.chosen == f"r{row.prompt[1:]}" and row.rejected is None for row in train)
+    assert all(row.columns == {"gold": int(row.prompt[1:])} for row in train)
+    assert [row.place for row in train] == [f"{tmp_path}/rows.jsonl, line {int(row.prompt[1:]) + 1}" for row in train]
+
+
+def test_chosen_goes_before_response(tmp_path):
+    row = rows_of(load(write_lines(tmp_path / "r.jsonl", [{**GOOD, "response": " yes"}] * 2)))[0]
+    assert (row.chosen, row.rejected, row.columns) == (" yes", " no", {"response": " yes"})
+
+
+def test_messages(tmp_path):
+    turns = [
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": "u1"},
+        {"role": "assistant", "content": "a1"},
+        {"role": "user", "content": "u2"},
+    ]
+    last = {"role": "assistant", "content": "a2", "weight": 1}
+    table = [
+        {"messages": [*turns, last]},
+        {"messages": turns},
+        {"messages": [*turns, last], "rejected": "r"},
+        {"prompt": turns, "chosen": "c", "rejected": "r"},
+        {"messages": turns, "chosen": "c"},
+    ]
+    folder = tmp_path / "set"
+    path = write_lines(folder / "train.jsonl", table)
+    write_lines(folder / "eval.jsonl", table[:1])
+    found = [(row.chosen, row.rejected) for row in rows_of(load(folder))]
+    assert found == [("a2", None), (None, None), ("a2", "r"), ("c", "r"), ("c", None)]
+    assert all(row.prompt == turns for row in rows_of(load(folder))), path
+
+
+def test_hold_out_is_disjoint_stable_and_never_empty(tmp_path):
+    path = write_lines(tmp_path / "rows.jsonl", pairs(10))
+    prompts = lambda source, part: [row.prompt for row in rows_of(source, part)]  # noqa: E731
+    source = load(path, eval_fraction=0.3)
+    assert len(source.eval) == 3
+    assert sorted(prompts(source, "train") + prompts(source, "eval")) == sorted(f"p{i}" for i in range(10))
+    assert prompts(source, "eval") == prompts(load(path, eval_fraction=0.3), "eval")
+    assert prompts(source, "eval") != prompts(load(path, eval_fraction=0.3, data_seed=2), "eval")
+    assert len(load(path, eval_fraction=0.001).eval) == 1
+    with pytest.raises(ValueError, match="--eval_fraction 0"):
+        load(path, eval_fraction=0)
+    with pytest.raises(ValueError, match="one row cannot be parted"):
+        load(write_lines(tmp_path / "one.jsonl", pairs(1)))
+
+
+@pytest.mark.parametrize("name", ["eval", "test", "validation"])
+def test_folder_of_files(tmp_path, name):
+    write_lines(tmp_path / "train.jsonl", pairs(3))
+    with open(tmp_path / f"{name}.csv", "w", newline="") as file:
+        csv.writer(file).writerows([["prompt", "chosen"], ["q", "a"]])
+    source = load(tmp_path)
+    assert [row.prompt for row in rows_of(source)] == ["p0", "p1", "p2"]
+    assert [row.prompt for row in rows_of(source, "eval")] == ["q"]
+    write_lines(tmp_path / "train.json", pairs(3))
+    with pytest.raises(ValueError, match="train.json and train.jsonl are both its train part"):
+        load(tmp_path)
+
+
+def test_folder_without_data(tmp_path):
+    with pytest.raises(ValueError, match="no train.json"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "dataset", "dataset_dict"])
+def test_arrow_tables_are_checked_and_named_by_row(tmp_path, kind):
+    rows = pairs(1500)  # more than one batch of the check
+    folder = tmp_path / "set"
+    if kind == "parquet":
+        folder.mkdir()
+        datasets.Dataset.from_list(rows).to_parquet(folder / "train.parquet")
+        datasets.Dataset.from_list(pairs(2, 1500)).to_parquet(folder / "eval.parquet")
+    elif kind == "dataset":
+        datasets.Dataset.from_list(rows).save_to_disk(folder)
+    else:
+        parts = {"train": datasets.Dataset.from_list(rows), "test": datasets.Dataset.from_list(pairs(2, 1500))}
+        datasets.DatasetDict(parts).save_to_disk(folder)
+    source = load(folder, cache_dir=str(tmp_path / "cache"))
+    assert isinstance(source.train.table, datasets.Dataset)
+    part = source.train
+    row = source.row(part[1100], place=part.place(1100))
+    number = int(row.prompt[1:])
+    assert row.chosen == f" good{number}" and row.place.endswith(f", row {number + 1}")
+    assert len(source.eval) == (375 if kind == "dataset" else 2)
+
+
+# What set_format leaves behind in a folder: another kind of table, or columns that are out of sight.
+FORMATS = {
+    "pandas": {"type": "pandas"},
+    "arrow": {"type": "arrow"},
+    "numpy": {"type": "numpy"},
+    "torch": {"type": "torch", "columns": ["gold"]},
+    "some columns": {"columns": ["prompt"]},
+}
+
+
+@pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("parts", [False, True])
+def test_the_format_of_a_stored_table_does_not_matter(tmp_path, form, parts):
+    rows = [{**row, "gold": number} for number, row in enumerate(pairs(4))]
+    stored = datasets.Dataset.from_list(rows).with_format(**form)
+    (datasets.DatasetDict({"train": stored, "test": stored}) if parts else stored).save_to_disk(tmp_path / "set")
+    source = load(tmp_path / "set")
+    found = rows_of(source) + ([] if parts else rows_of(source, "eval"))
+    assert sorted((row.prompt, row.chosen, row.rejected, row.columns["gold"]) for row in found) == [
+        (*row.values(), number) for number, row in enumerate(pairs(4))
+    ]
+    assert all(type(row.columns["gold"]) is int for row in found)
+
+
+def test_bad_row_of_an_arrow_table(tmp_path, caplog):
+    datasets.Dataset.from_list([*pairs(1100), {**GOOD, "rejected": ""}]).save_to_disk(tmp_path / "set")
+    with pytest.raises(ValueError, match=r'set, row 1101: field "rejected" is empty'):
+        load(tmp_path / "set")
+    source = load(tmp_path / "set", skip_bad_rows=True)
+    assert len(source.train) + len(source.eval) == 1100
+
+
+@pytest.mark.parametrize("name, text", [("state.json", "{}"), ("state.json", "["), ("dataset_info.json", "{")])
+def test_damaged_folder_of_save_to_disk(tmp_path, name, text):
+    datasets.Dataset.from_list(pairs(4)).save_to_disk(tmp_path / "set")
+    (tmp_path / "set" / name).write_text(text)
+    with pytest.raises(ValueError, match="set: not readable as a folder of datasets.save_to_disk"):
+        load(tmp_path / "set")
+
+
+def test_unreadable_parquet(tmp_path):
+    (tmp_path / "x.parquet").write_bytes(b"no parquet")
+    with pytest.raises(ValueError, match="x.parquet: not readable as Parquet"):
+        load(tmp_path / "x.parquet", cache_dir=str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("name", ["rows*.parquet", "x[1]/rows.parquet", "x[1]/r?ws.parquet", "{a,b}.parquet"])
+def test_a_parquet_path_is_no_pattern(tmp_path, name):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    (tmp_path / "x1").mkdir()
+    for other, begin in (("rows2.parquet", 10), ("x1/rows.parquet", 20), ("x[1]/rows.parquet", 30), ("a.parquet", 40)):
+        if (tmp_path / other).parent.is_dir():
+            datasets.Dataset.from_list(pairs(4, begin)).to_parquet(tmp_path / other)
+    datasets.Dataset.from_list(pairs(4)).to_parquet(path)
+    source = load(path, cache_dir=str(tmp_path / "cache"))
+    rows = [row.prompt for part in ("train", "eval") for row in rows_of(source, part)]
+    assert sorted(rows) == ["p0", "p1", "p2", "p3"]
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_parquet_without_rows(tmp_path, skip):
+    datasets.Dataset.from_list(pairs(1)).select([]).to_parquet(tmp_path / "none.parquet")
+    with pytest.raises(ValueError, match="none.parquet: no rows in it"):
+        load(tmp_path / "none.parquet", skip_bad_rows=skip, cache_dir=str(tmp_path / "cache"))
+
+
+def test_parquet_whose_first_group_is_empty(tmp_path):
+    table = datasets.Dataset.from_list(pairs(4)).data.table
+    with pyarrow.parquet.ParquetWriter(tmp_path / "rows.parquet", table.schema) as file:
+        file.write_table(table.slice(0, 0))
+        file.write_table(table)
+    source = load(tmp_path / "rows.parquet", cache_dir=str(tmp_path / "cache"))
+    assert len(source.train) + len(source.eval) == 4
+
+
+@pytest.mark.parametrize("path", ["./nowhere", "/no/such/rows.jsonl", "rows.jsonl", "a/b/c"])
+def test_missing_path(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=rf"--data_path {path}: no such file or folder"):
+        load(path)
+
+
+@pytest.mark.parametrize("path", ["x" * 256, "/tmp/" + "x" * 256 + "/rows.jsonl", "a/" * 2500 + "b"])
+def test_a_name_that_no_file_can_have_is_refused(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"^--data_path .*: File name too long\. Give a path that exists, or a name such as"):
+        load(path)
+
+
+def test_hub_that_cannot_be_reached(tmp_path, monkeypatch):
+    def unreachable(*args, **options):
+        raise ConnectionError("Couldn't reach it")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(ValueError, match=r"--data_path Dahoas/rm-static: .*Couldn't reach it.*save_to_disk"):
+        load("Dahoas/rm-static")
+
+
+def test_hub_set_with_a_script_comes_from_its_converted_branch(tmp_path, monkeypatch):
+    asked = []
+
+    def load_dataset(name, config=None, **options):
+        asked.append((name, config, options))
+        if "revision" not in options:
+            raise RuntimeError("Dataset scripts are no longer supported, but found x.py")
+        raw = [{"queries": {"ja": f"q{i}"}, "answers": {"ja": [{"text": f"a{i}" if i else None}]}} for i in range(5)]
+        return datasets.DatasetDict({"train": datasets.Dataset.from_list(raw)})
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    source = load("mkqa-Japanese", cache_dir="there")
+    assert [name for name, _, _ in asked] == ["apple/mkqa"] * 2
+    assert asked[1][2] == {"data_dir": None, "revision": "refs/convert/parquet", "cache_dir": "there"}
+    rows = rows_of(source) + rows_of(source, "eval")
+    # The row without an answer is left out without --skip_bad_rows: the set is published as it is.
+    assert sorted((row.prompt, row.chosen) for row in rows) == [
+        (f"\n\nHuman: q{i}\n\nAssistant:", f" a{i}") for i in range(1, 5)
+    ]
+
+
+# A raw row of each named set, and the texts that it must give.
+ASKED = "\n\nHuman: q\n\nAssistant:"
+NAMED = {
+    "Dahoas/rm-static": ({"prompt": ASKED, "response": " c", "chosen": " c", "rejected": " r"}, (ASKED, " c", " r")),
+    "Dahoas/full-hh-rlhf": ({"prompt": ASKED, "response": " c", "chosen": " c", "rejected": " r"}, (ASKED, " c", " r")),
+    "Dahoas/synthetic-instruct-gptj-pairwise": ({"prompt": "q", "chosen": "c", "rejected": "r"}, (ASKED, " c", " r")),
+    "yitingxie/rlhf-reward-datasets": (
+        {"prompt": "\n\nHuman: q\n\n", "chosen": "Assistant: c", "rejected": "Assistant: r"},
+        (ASKED, " c", " r"),
+    ),
+    "openai/webgpt_comparisons": (
+        {"question": {"full_text": "q"}, "answer_0": "r [1]", "answer_1": "c (2)", "score_0": -1.0, "score_1": 1.0},
+        (ASKED, " c", " r"),
+    ),
+    "stanfordnlp/SHP": ({"history": "q", "human_ref_A": "r", "human_ref_B": "c", "labels": 0}, (ASKED, " c", " r")),
+    "pvduy/sharegpt_alpaca_oa_vicuna_format": (
+        {"prompt": "USER: q ASSISTANT:", "label": "c"},
+        ("Human: q Assistant:", " c", None),
+    ),
+    "wangrui6/Zhihu-KOL": ({"INSTRUCTION": "q", "RESPONSE": "c"}, (ASKED, " c", None)),
+    "Cohere/miracl-zh-queries-22-12": (
+        {"query": "q", "positive_passages": [{"text": "c"}], "negative_passages": [{"text": "r"}]},
+        (ASKED, " c", " r"),
+    ),
+    "Cohere/miracl-ja-queries-22-12": (
+        {"query": "q", "positive_passages": [{"text": "c"}], "negative_passages": []},
+        (ASKED, " c", None),
+    ),
+    "Hello-SimpleAI/HC3-Chinese": ({"question": "q", "human_answers": ["c"]}, (ASKED, " c", None)),
+    "mkqa-Chinese": ({"queries": {"zh_cn": "q"}, "answers": {"zh_cn": [{"text": "c"}]}}, (ASKED, " c", None)),
+    "mkqa-Japanese": ({"queries": {"ja": "q"}, "answers": {"ja": [{"text": "c"}]}}, (ASKED, " c", None)),
+    "lmqg/qg_jaquad": ({"question": "q", "sentence": "c"}, (ASKED, " c", None)),
+    "lmqg/qag_jaquad": ({"questions": ["q"], "paragraph": "c"}, (ASKED, " c", None)),
+}
+
+
+def test_every_named_set_gives_its_texts():
+    assert set(NAMED) == set(HUB_SETS)
+    for name, (raw, texts) in NAMED.items():
+        row = HUB_SETS[name].row_of(raw)
+        assert (row.prompt, row.chosen, row.rejected) == texts, name
+
+
+def test_tie_is_no_pair():
+    raw = {**NAMED["openai/webgpt_comparisons"][0], "score_0": 0.0, "score_1": 0.0}
+    assert HUB_SETS["openai/webgpt_comparisons"].row_of(raw).rejected is None
+
+
+def test_names_match_exactly(tmp_path):
+    """A local copy is known by the end of its path; a name that merely contains another is not."""
+    raw = NAMED["stanfordnlp/SHP"][0]
+    assert len(load(write_copy(tmp_path / "stanfordnlp" / "SHP", raw)).train) == 3
+    with pytest.raises(ValueError, match="No row here is usable"):
+        load(write_copy(tmp_path / "stanfordnlp" / "SHP-2", raw))
+
+
+def write_copy(folder, raw):
+    datasets.Dataset.from_list([raw] * 4).save_to_disk(folder)
+    return folder
+
+
+def test_local_jsonfile(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="data: no train.json in this folder"):
+        load("local/jsonfile")
+    (tmp_path / "data").mkdir()
+    for name in ("train", "eval"):
+        (tmp_path / "data" / f"{name}.json").write_text(json.dumps([{"prompt": "p", "chosen": "c", "rejected": " r"}]))
+    row = rows_of(load("local/jsonfile"))[0]
+    assert (row.prompt, row.chosen, row.rejected) == ("p", " c", " r")

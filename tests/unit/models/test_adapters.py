@@ -1,0 +1,132 @@
+"""Adapter folders: PEFT loads what is written, and what PEFT writes is merged."""
+
+import json
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from dschat.checkpoint.save_model import save_model
+from dschat.models.adapters import ADAPTER_FOLDER
+from dschat.models.causal_lm import load_causal_lm
+from dschat.models.lora import add_lora, lora_parameter_names
+from dschat.models.reward_model import load_reward_model
+from dschat.models.tokenizer import load_tokenizer
+from tests.unit.models_helpers import close, random_texts, tiny
+
+FP32 = torch.float32
+IDS = random_texts((8,))[0][None]
+
+
+def stirred(model, *, only_optimize_lora: bool = True):
+    """The model with adapters that change its output."""
+    add_lora(model, dim=2, alpha=3.0, only_optimize_lora=only_optimize_lora)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name in sorted(lora_parameter_names(model)):
+            parameter = model.get_parameter(name)
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(IDS).logits
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt2"])
+def test_peft_loads_the_adapter_and_finds_the_merged_model(tmp_path, family):
+    base = tiny(family)
+    model = stirred(load_causal_lm(base, dtype=FP32))
+    save_model(model, load_tokenizer(base), tmp_path / "out")
+    merged = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
+    plain = AutoModelForCausalLM.from_pretrained(base)
+    assert not close(logits(plain), merged, 0.1)
+    adapter = tmp_path / "out" / ADAPTER_FOLDER
+    assert close(logits(PeftModel.from_pretrained(plain, adapter)), merged, 1e-4)
+    # Given as a model path, the adapter is the merged model to the bit.
+    again = load_causal_lm(str(adapter), dtype=FP32, tokenizer=load_tokenizer(str(adapter)))
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in again.state_dict().items())
+
+
+@pytest.mark.parametrize("start", ["reward model", "language model"])
+def test_a_reward_models_adapter_brings_its_head(tmp_path, start):
+    base, tokenizer = tiny("llama"), load_tokenizer(tiny("llama"))
+    if start == "reward model":
+        save_model(load_reward_model(base, dtype=FP32, tokenizer=tokenizer).model, tokenizer, tmp_path / "base")
+        base = str(tmp_path / "base")
+    model = stirred(load_reward_model(base, dtype=FP32, tokenizer=tokenizer))
+    torch.manual_seed(0)
+    torch.nn.init.normal_(model.model.score.weight)
+    save_model(model.model, tokenizer, tmp_path / "out")
+    adapter = tmp_path / "out" / ADAPTER_FOLDER
+    merged = logits(AutoModelForSequenceClassification.from_pretrained(tmp_path / "out"))
+    plain = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, pad_token_id=tokenizer.pad_token_id)
+    assert close(logits(PeftModel.from_pretrained(plain, adapter)), merged, 1e-4)
+    # Where a random head would be an error, the adapter's is none.
+    again = load_reward_model(str(adapter), dtype=FP32, tokenizer=load_tokenizer(str(adapter)), fresh_head=False)
+    assert torch.equal(again.model.score.weight, model.model.score.weight)
+    assert close(logits(again.model), merged, 1e-5)
+
+
+def peft_adapter(path, **options) -> tuple[str, torch.Tensor]:
+    """A folder that PEFT wrote, and the logits of the model in it."""
+    torch.manual_seed(1)
+    options = {"r": 4, "lora_alpha": 8, "init_lora_weights": False, "target_modules": ["q_proj", "down_proj"], **options}
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny("llama")), LoraConfig(**options))
+    model.save_pretrained(path)
+    return str(path), logits(model)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"use_rslora": True}, {"alpha_pattern": {"q_proj": 32}, "rank_pattern": {"down_proj": 2}}]
+)
+def test_what_peft_wrote_is_merged(tmp_path, options):
+    path, expected = peft_adapter(tmp_path / "peft", **options)
+    model = load_causal_lm(path, dtype=FP32, tokenizer=load_tokenizer(path))
+    assert close(logits(model), expected, 1e-4)
+    assert not close(logits(model), logits(AutoModelForCausalLM.from_pretrained(tiny("llama"))), 0.1)
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"use_dora": True}, "DoRA"),
+        ({"bias": "all"}, "biases"),
+        ({"init_lora_weights": "pissa"}, "its start \\(pissa\\) changes the weights of the base"),
+        ({"init_lora_weights": "olora"}, "its start \\(olora\\) changes the weights of the base"),
+        ({"modules_to_save": ["lm_head"]}, "no place for lm_head"),
+    ],
+)
+def test_what_cannot_be_merged_is_refused(tmp_path, options, words):
+    path, _ = peft_adapter(tmp_path / "peft", **options)
+    with pytest.raises(ValueError, match=f"--actor .*{words}.*by PEFT first"):
+        load_causal_lm(path, dtype=FP32, flag="--actor")
+
+
+def test_an_adapter_of_another_model_is_refused(tmp_path):
+    path, _ = peft_adapter(tmp_path / "peft")
+    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    for base, words in ((str(tiny("gpt2")), "has no place for"), (None, "no base_model_name_or_path")):
+        config["base_model_name_or_path"] = base
+        (tmp_path / "peft" / "adapter_config.json").write_text(json.dumps(config))
+        with pytest.raises(ValueError, match=words):
+            load_causal_lm(path, dtype=FP32)
+    config["base_model_name_or_path"] = str(tmp_path / "gone")
+    (tmp_path / "peft" / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="peft': its base model .*gone.* does not exist"):
+        load_causal_lm(path, dtype=FP32)
+
+
+def test_no_adapter_is_written_where_it_would_not_be_all(tmp_path):
+    tokenizer, out = load_tokenizer(tiny("llama")), tmp_path / "out"
+    save_model(stirred(load_causal_lm(tiny("llama"), dtype=FP32)), tokenizer, out)
+    assert (out / ADAPTER_FOLDER).is_dir()
+    # An adapter of an older model does not stay behind.
+    save_model(stirred(load_causal_lm(tiny("llama"), dtype=FP32), only_optimize_lora=False), tokenizer, out)
+    assert not (out / ADAPTER_FOLDER).exists()
+    path, _ = peft_adapter(tmp_path / "peft")
+    save_model(stirred(load_causal_lm(path, dtype=FP32)), tokenizer, tmp_path / "second")
+    assert not (tmp_path / "second" / ADAPTER_FOLDER).exists()

@@ -1,0 +1,31 @@
+"""Ports of runs: free ones, below those of outgoing connections."""
+
+import socket
+
+import pytest
+
+from dschat.runtime.ports import FIRST, LAST, free_port
+
+
+def test_ports_are_drawn_apart_and_can_be_bound():
+    ports = [free_port() for _ in range(20)]
+    assert len(set(ports)) >= 17  # of twenty out of 22,768 two are the same once in a hundred times
+    assert all(FIRST <= port <= LAST for port in ports)
+    with socket.socket() as server:
+        server.bind(("", ports[0]))
+
+
+def test_a_port_in_use_is_passed_over_and_refused_where_it_is_asked_for(monkeypatch):
+    with socket.socket() as server:
+        taken, free = free_port(), free_port()
+        server.bind(("", taken))
+        # Of the ports drawn from now on all but one are in use.
+        draws = iter([taken, taken, free])
+        monkeypatch.setattr("random.SystemRandom.randint", lambda *_: next(draws, taken))
+        assert free_port() == free
+        with pytest.raises(OSError):
+            free_port()
+        with pytest.raises(OSError):
+            free_port(taken)
+        with pytest.raises(OverflowError):
+            free_port(70000)

@@ -1,0 +1,177 @@
+"""Logging, collectives, files and hardware."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dschat.runtime import dist, files, hardware, log
+
+ROOT = Path(__file__).resolve().parents[3]
+FAILURES = {
+    "ValueError": ("raise ValueError('--flag 3: too small')", "--flag 3: too small", False),
+    "two lines": ("raise ValueError('first\\nsecond')", "first\nsecond", False),
+    "other": ("raise KeyError('k')", "KeyError: 'k'", True),
+    "interrupt": ("raise KeyboardInterrupt", "interrupted", False),
+}
+
+
+def python(code: str, *, main: str = "", **environment: str) -> subprocess.CompletedProcess:
+    """Run a main whose body is `main` inside run_main, after `code`; stderr and stdout as one."""
+    program = f"from dschat.runtime import log\n{code}\ndef main():\n    {main}\nlog.run_main(main)\n"
+    return subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONUNBUFFERED": "", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("case", FAILURES)
+def test_a_failure_ends_with_its_cause_and_status_1(case):
+    body, cause, has_traceback = FAILURES[case]
+    # What stands in a buffer has to come out in front of the cause.
+    done = python("", main=f"print('before', end=''); {body}")
+    assert done.returncode == 1
+    assert done.stdout.endswith(f"\nerror (rank 0): {cause}\n")
+    assert "before" in done.stdout
+    assert ("Traceback" in done.stdout) == has_traceback
+
+
+def test_a_users_error_shows_its_traceback_when_asked():
+    done = python("", main="raise ValueError('x')", DSCHAT_DEBUG="1")
+    assert "Traceback" in done.stdout and done.stdout.endswith("\nerror (rank 0): x\n")
+
+
+def test_a_main_that_ends_well_exits_with_0():
+    done = python("", main="log.logger.info('shown'); log.logging.getLogger('dschat.part').info('this too')")
+    assert (done.returncode, done.stdout) == (0, "shown\nthis too\n")
+
+
+def test_other_ranks_show_warnings_only_and_name_themselves():
+    main = "log.logger.info('hidden'); log.logger.warning('shown'); raise ValueError('x')"
+    done = python("log.OTHER_RANKS_WAIT_S = 0", main=main, RANK="3", LOCAL_RANK="1")
+    assert (done.returncode, done.stdout) == (1, "shown\n\nerror (rank 3): x\n")
+
+
+@pytest.mark.parametrize(("local_rank", "waits"), [("0", []), ("1", [log.OTHER_RANKS_WAIT_S])])
+def test_ranks_behind_the_first_of_a_node_hold_back(local_rank, waits, monkeypatch, capsys):
+    events = []
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    monkeypatch.setattr(log.time, "sleep", lambda seconds: events.append(seconds))
+    monkeypatch.setattr(log.os, "_exit", lambda status: events.append(f"exit {status}"))
+    log._fail("cause")
+    assert events == [*waits, "exit 1"] and log.OTHER_RANKS_WAIT_S >= 1
+    assert capsys.readouterr().err == "\nerror (rank 0): cause\n"
+
+
+def test_under_a_launcher_the_cause_comes_once_more_behind_its_lines(tmp_path):
+    launcher = tmp_path / "deepspeed_launcher.py"
+    launcher.write_text(
+        "import subprocess, sys, time\n"
+        "subprocess.run([sys.executable, '-c', 'from dschat.runtime.log import run_main\\n'\n"
+        "    'def main(): raise ValueError(\"the cause\")\\nrun_main(main)'])\n"
+        "time.sleep(0.5)\n"
+        "print('the launcher on its own failure', file=sys.stderr)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, launcher], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.stderr == "\nerror (rank 0): the cause\nthe launcher on its own failure\n\nerror (rank 0): the cause\n"
+
+
+def test_collectives_of_one_process():
+    rows = torch.arange(6.0).view(3, 2)
+    assert (dist.rank(), dist.world_size(), dist.is_main()) == (0, 1, True)
+    assert torch.equal(dist.gather_rows(rows), rows) and torch.equal(dist.gather_rows(rows, 2), rows[:2])
+    parameter = torch.ones(2, requires_grad=True)
+    reduced = dist.all_reduce(parameter, "max")
+    assert torch.equal(reduced, torch.ones(2)) and not reduced.requires_grad
+    reduced += 1
+    assert torch.equal(parameter, torch.ones(2)), "a reduced tensor is a copy"
+    dist.barrier()
+
+
+def test_the_rank_before_a_group_exists_is_the_launchers(as_rank_1):
+    assert (dist.rank(), dist.is_main(), dist.world_size()) == (1, False, 1)
+
+
+# Three rows on each of two ranks, dealt out as rows 0, 2, 4 and 1, 3, 5; rank 1 has one column less.
+TWO_RANKS = """
+import sys
+import torch
+import torch.distributed
+from dschat.runtime import dist
+
+rank = int(sys.argv[1])
+torch.distributed.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
+rows = torch.tensor([[10.0 * i, i][: 2 - rank] for i in range(rank, 6, 2)])
+print(dist.gather_rows(rows, 5).tolist())
+print(dist.gather_rows(torch.tensor([rank])).tolist())
+value = torch.tensor(float(rank + 1))
+print([dist.all_reduce(value, op).item() for op in ("sum", "max", "min")], value.item())
+"""
+
+
+def test_collectives_of_two_processes(tmp_path):
+    command = [sys.executable, "-c", TWO_RANKS]
+    processes = [
+        subprocess.Popen([*command, str(rank), str(tmp_path / "store")], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        for rank in (0, 1)
+    ]
+    for rank, process in enumerate(processes):
+        lines = process.communicate(timeout=120)[0].splitlines()
+        assert lines == [
+            "[[0.0, 0.0], [10.0, 0.0], [20.0, 2.0], [30.0, 0.0], [40.0, 4.0]]",
+            "[0, 1]",
+            f"[3.0, 2.0, 1.0] {rank + 1.0}",
+        ]
+
+
+def test_write_json_leaves_the_old_file_until_the_new_one_is_whole(tmp_path, monkeypatch):
+    path = tmp_path / "new" / "run.json"
+    files.write_json(path, {"a": "é"})
+    assert path.read_text(encoding="utf-8") == '{\n  "a": "é"\n}\n'
+    order = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(files.os, "fsync", lambda fd: (order.append("fsync"), fsync(fd)))
+    # Up to the very last moment a reader sees the old file, and the new one lies whole beside it.
+    monkeypatch.setattr(
+        files.os,
+        "replace",
+        lambda a, b: (order.append((json.loads(path.read_text()), json.loads(Path(a).read_text()))), replace(a, b)),
+    )
+    files.write_json(path, {"a": 2})
+    assert order == ["fsync", ({"a": "é"}, {"a": 2})] and json.loads(path.read_text()) == {"a": 2}
+    with pytest.raises(TypeError):
+        files.write_json(path, {"a": object()})
+    assert json.loads(path.read_text()) == {"a": 2}
+
+
+def test_a_report_names_the_machine_and_the_versions():
+    assert hardware.versions()["torch"].startswith(torch.__version__.split("+")[0])
+    assert {"python", "deepspeed", "transformers"} <= set(hardware.versions())
+    found = hardware.hardware()
+    assert found["cpu_cores"] >= 1 and found["host_memory_gib"] > 0 and found["cpu"]
+
+
+@pytest.mark.parametrize(
+    "error, word",
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), "--per_device_train_batch_size"),
+        (MemoryError(), "--offload"),
+        (OSError(errno.ENOSPC, "No space left on device"), "--output_dir"),
+        (Exception("Error while serializing: I/O error: No space left on device (os error 28)"), "--output_dir"),
+        (torch.distributed.DistNetworkError("The server socket has failed to listen"), "master port"),
+        (RuntimeError("NCCL error: unhandled system error"), "NCCL_DEBUG=INFO"),
+    ],
+)
+def test_errors_of_the_machine_say_what_to_change(error, word):
+    assert word in log.advice(error)
+    assert log.advice(KeyError("x")) == ""

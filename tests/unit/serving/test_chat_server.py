@@ -1,0 +1,322 @@
+"""The limits of the chat server, each by a real request to a port of this machine."""
+
+import http.client
+import json
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import pytest
+
+from dschat.serving import rate_limit
+from dschat.serving import server as chat_server
+from dschat.serving.rate_limit import RateLimit
+from dschat.serving.requests import read_request
+from dschat.serving.server import ChatServer, Limits, host_allowed, opened_warning
+
+LIMITS = dict(max_request_bytes=2000, requests_per_minute=1000, max_wait_s=0.2)
+PAGE = "<style>p {}</style><script>ask()</script>"
+HELLO = {"messages": [{"role": "user", "content": "hello"}]}
+
+
+@contextmanager
+def serving(*, host: str = "127.0.0.1", answer=lambda request, stop: {"text": request[0][-1]["content"][::-1]}, **limits):
+    """A server that answers with the message backwards, on a free port."""
+    server = ChatServer(
+        host,
+        0,
+        page=PAGE,
+        read=lambda body: read_request(body, max_turns=2, max_new_tokens=16),
+        answer=answer,
+        limits=Limits(**{**LIMITS, **limits}),
+    )
+    thread = threading.Thread(target=server.serve_forever, kwargs=dict(poll_interval=0.01))
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def request(server, *, method: str = "POST", path: str = "/chat", body=HELLO, **headers):
+    """Status, headers and body of a request; headers that are None are left out."""
+    data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
+    host, port = server.server_address[:2]
+    sent = {"Host": f"{host}:{port}", "Content-Type": "application/json", "Content-Length": str(len(data or b""))}
+    sent |= {name.replace("_", "-"): value for name, value in headers.items()}
+    connection = http.client.HTTPConnection(host, port, timeout=10)
+    connection.putrequest(method, path, skip_host=True, skip_accept_encoding=True)
+    for name, value in sent.items():
+        if value is not None:
+            connection.putheader(name, value)
+    connection.endheaders(data)
+    response = connection.getresponse()
+    found = response.read()
+    connection.close()
+    return response.status, response.headers, found
+
+
+def error(found) -> str:
+    return json.loads(found[2])["error"]
+
+
+def test_an_answer_and_the_page():
+    with serving() as server:
+        status, headers, body = request(server)
+        assert (status, json.loads(body), headers["Content-Type"]) == (200, {"text": "olleh"}, "application/json")
+        status, headers, body = request(server, method="GET", path="/", body=None)
+        assert (status, body.decode(), headers["Content-Type"]) == (200, PAGE, "text/html; charset=utf-8")
+    for name in ("Server", "Content-Security-Policy", "X-Content-Type-Options"):
+        assert "Python" not in headers[name]
+    assert headers["X-Content-Type-Options"] == "nosniff" and "default-src 'none'" in headers["Content-Security-Policy"]
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+@pytest.mark.parametrize("path", ["/chat.py", "/../chat.py", "//etc/passwd", "/page.html", "/%2e%2e/README.md", "/?x"])
+def test_no_path_of_a_request_is_a_file(method, path):
+    with serving() as server:
+        assert request(server, method=method, path=path)[0] == 404
+
+
+# The body of a request, and what the message must hold.
+WRONG = {
+    "no JSON": (b"{", "the body is not JSON: Expecting property name"),
+    "nothing": (b"", "the body is not JSON"),
+    "no text": (b'{"messages": "\xff"}', "the body is not JSON: 'utf-8' codec"),
+    "deep": (b"[" * 1999, "the body is not JSON: maximum recursion depth"),
+    "a list": ([], "the body is a JSON list, not an object"),
+    "no messages": ({}, 'no field "messages"'),
+    "another field": ({**HELLO, "file": "/etc/passwd"}, "unknown field 'file'; known: messages, max_new_tokens"),
+    "messages of another type": ({"messages": "hello"}, 'field "messages" is "hello", not a list'),
+    "no message": ({"messages": []}, 'field "messages" has no message of the user'),
+    "another role": ({"messages": [{"role": "root", "content": "a"}]}, "messages[0] is"),
+    "no content": ({"messages": [{"role": "user"}]}, 'field "messages[0].content" is null, not a text'),
+    "half a character": ({"messages": [{"role": "user", "content": "\ud800"}]}, "not valid UTF-8"),
+    "the model's last": ({"messages": [{"role": "assistant", "content": "a"}]}, "no message of the user"),
+    "too many turns": ({"messages": HELLO["messages"] * 5}, "messages: 5, of which 0 of the system; at most 4"),
+    "systems": ({"messages": [{"role": "system", "content": "a"}] * 2 + HELLO["messages"]}, "2 of the system"),
+    "too many tokens": ({**HELLO, "max_new_tokens": 17}, "max_new_tokens is 17; give a whole number from 1 to 16"),
+    "no tokens": ({**HELLO, "max_new_tokens": 0}, "max_new_tokens is 0"),
+    "half a token": ({**HELLO, "max_new_tokens": 1.5}, "max_new_tokens is 1.5"),
+    "true": ({**HELLO, "max_new_tokens": True}, "max_new_tokens is true"),
+}
+
+
+def test_a_wrong_body_is_named():
+    with serving() as server:
+        for name, (body, word) in WRONG.items():
+            found = request(server, body=body)
+            assert found[0] == 400 and word in error(found), (name, found)
+        assert request(server)[0] == 200
+
+
+def test_the_most_that_is_allowed_is_answered():
+    turns = [{"role": role, "content": role} for role in ("system", "user", "assistant", "assistant", "user")]
+    with serving() as server:
+        found = request(server, body={"messages": turns, "max_new_tokens": 16})
+    assert (found[0], json.loads(found[2])) == (200, {"text": "resu"})
+
+
+def test_a_large_request_is_refused_unread():
+    with serving() as server:
+        size = len(json.dumps(HELLO))
+        assert request(server, body=json.dumps(HELLO).encode() + b" " * (2000 - size))[0] == 200
+        for extra in (2001, 500_000):
+            found = request(server, body=json.dumps(HELLO).encode() + b" " * (extra - size))
+            assert (found[0], error(found)) == (413, f"{extra} bytes are more than 2000 (--max_request_bytes)")
+        with socket.create_connection(server.server_address, timeout=10) as client:
+            client.sendall(b"POST /chat HTTP/1.0\r\nHost: localhost\r\nContent-Type: application/json\r\n")
+            client.sendall(b"Content-Length: 200000\r\n\r\n")
+            time.sleep(0.05)  # the answer is there, and the client still sends
+            for _ in range(2):
+                client.sendall(b" " * 100_000)
+                time.sleep(0.05)
+            assert client.makefile("rb").readline().split()[1] == b"413"
+        # Announced, never sent: the answer comes all the same.
+        assert request(server, body=None, Content_Length=str(10**12))[0] == 413
+
+
+@pytest.mark.parametrize("length", [None, "-1", "ten", "1e3", "9" * 30])
+def test_a_body_needs_its_length(length):
+    with serving() as server:
+        assert request(server, Content_Length=length)[0] == 411
+
+
+def test_a_body_that_ends_early_and_one_that_never_comes(monkeypatch):
+    monkeypatch.setattr(chat_server._Handler, "timeout", 0.5)
+    with serving() as server:
+        assert request(server, Content_Length="1000")[0] == 408
+        with socket.create_connection(server.server_address, timeout=10) as client:
+            client.sendall(b"POST /chat HTTP/1.0\r\nHost: localhost\r\nContent-Type: application/json\r\n")
+            client.sendall(b"Content-Length: 1000\r\n\r\n{}")
+            client.shutdown(socket.SHUT_WR)
+            assert client.makefile("rb").readline().split()[1] == b"400"
+
+
+def test_many_requests_have_to_wait():
+    with serving(requests_per_minute=3) as server:
+        assert [request(server)[0] for _ in range(3)] == [200] * 3
+        found = request(server)
+        assert found[0] == 429 and "more than 3 requests within a minute" in error(found)
+        assert 50 < int(found[1]["Retry-After"]) <= 60
+        assert request(server, method="GET", path="/", body=None)[0] == 200
+
+
+def test_the_rate_is_that_of_a_minute_and_an_address(monkeypatch):
+    now = [0.0]
+    rate = RateLimit(2, clock=lambda: now[0])
+    assert [rate.wait_s("a"), rate.wait_s("a")] == [0, 0]
+    now[0] = 10.0
+    assert rate.wait_s("a") == 50 and rate.wait_s("b") == 0
+    now[0] = 60.0
+    assert rate.wait_s("a") == 0
+    monkeypatch.setattr(rate_limit, "MAX_ADDRESSES", 2)
+    assert rate.wait_s("c") == 60  # both are still counted
+    now[0] = 71.0
+    assert rate.wait_s("c") == 0  # b is not any more
+    assert set(rate._times) == {"a", "c"}
+
+
+def test_one_answer_at_a_time_and_a_bounded_wait():
+    begun, go_on, together = threading.Event(), threading.Event(), []
+
+    def slow(request, stop) -> dict:
+        together.append("in")
+        assert together.count("in") - together.count("out") == 1
+        begun.set()
+        assert go_on.wait(10)
+        together.append("out")
+        return {}
+
+    with serving(answer=slow, max_wait_s=1) as server:
+        first: list = []
+        thread = threading.Thread(target=lambda: first.append(request(server)))
+        thread.start()
+        assert begun.wait(10)
+        started = time.monotonic()
+        found = request(server)
+        assert found[0] == 503 and "the model was busy for 1 s (--max_wait_s)" in error(found)
+        assert 1 <= time.monotonic() - started < 5 and found[1]["Retry-After"] == "1"
+        assert request(server, body={})[0] == 400  # which needs no turn
+        threading.Timer(0.05, go_on.set).start()
+        assert request(server)[0] == 200  # it waited for the first to end
+        thread.join()
+        assert first[0][0] == 200
+
+
+def test_the_end_cuts_an_answer_short_refuses_who_waits_and_ends_all_threads():
+    begun = threading.Event()
+
+    def answer(request, stop) -> dict:
+        begun.set()
+        deadline = time.monotonic() + 20
+        while not stop():
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        return {}
+
+    started = time.monotonic()
+    with ThreadPoolExecutor(2) as pool, socket.socket() as silent:
+        with serving(answer=answer, max_wait_s=20) as server:
+            silent.connect(server.server_address)  # and it sends nothing
+            asked = [pool.submit(request, server) for _ in range(2)]
+            assert begun.wait(10)
+            while len(server._open) < 3:
+                assert time.monotonic() < started + 10
+                time.sleep(0.001)
+        assert not [thread for thread in threading.enumerate() if "(process_request_thread)" in thread.name]
+        assert time.monotonic() - started < min(chat_server.SOCKET_TIMEOUT_S, 20)
+        for future in asked:
+            found = future.result()
+            assert found[0] == 503 and "ending" in error(found)
+
+
+def test_a_model_that_fails_tells_nothing_and_the_next_is_answered():
+    answers = iter([RuntimeError("a secret"), {}])
+
+    def answer(request, stop) -> dict:
+        found = next(answers)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    with serving(answer=answer) as server:
+        found = request(server)
+        assert found[0] == 500 and "secret" not in error(found)
+        assert request(server)[0] == 200
+
+
+@pytest.mark.parametrize("host", ["evil.example", "evil.example:80", "localhost.evil.example", "", "a@localhost", None])
+@pytest.mark.parametrize("method, path", [("POST", "/chat"), ("GET", "/")])
+def test_names_that_are_not_this_server_are_refused(host, method, path):
+    with serving() as server:
+        found = request(server, method=method, path=path, Host=host)
+    assert found[0] == 403 and "Host" in error(found)
+
+
+def test_names_of_this_server():
+    for header in ("localhost", "LOCALHOST:8000", "127.0.0.1:1", "[::1]:80", "192.168.0.3", "box:80"):
+        assert host_allowed(header, "box"), header
+    for header in ("box.evil", "127.0.0.1.evil", "[::1", "box/", "box localhost"):
+        assert not host_allowed(header, "box"), header
+
+
+def test_pages_of_other_sites_are_refused():
+    with serving() as server:
+        own = "http://{}:{}".format(*server.server_address)
+        assert request(server, Origin=own)[0] == 200
+        for origin in ("http://evil.example", "null", "https" + own[4:]):
+            assert request(server, Origin=origin)[0] == 403
+        for kind in ("text/plain", None, "application/x-www-form-urlencoded"):
+            assert request(server, Content_Type=kind)[0] == 415
+
+
+def test_it_listens_where_it_was_told_and_nowhere_else():
+    with serving() as server:
+        host, port = server.server_address
+        assert host == "127.0.0.1"
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.2", port), timeout=5)  # the same machine, another address
+        with pytest.raises(ValueError, match=f"--host 127.0.0.1 --port {port}: cannot be listened on .*give another"):
+            ChatServer(host, port, page="", read=None, answer=None, limits=Limits(**LIMITS))
+
+
+def test_a_system_without_threads_costs_a_connection_and_no_more(monkeypatch):
+    def none_left(self):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(chat_server, "MAX_CONNECTIONS", 1)
+    with serving() as server:
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", none_left)
+            with socket.create_connection(server.server_address, timeout=10) as client:
+                assert client.recv(100) == b""
+        assert request(server)[0] == 200
+
+
+def test_too_many_connections_are_closed(monkeypatch):
+    monkeypatch.setattr(chat_server, "MAX_CONNECTIONS", 2)
+    with serving() as server:
+        idle = [socket.create_connection(server.server_address, timeout=10) for _ in range(2)]
+        with socket.create_connection(server.server_address, timeout=10) as third:
+            assert third.recv(100) == b""
+        for client in idle:
+            client.close()
+        deadline = time.monotonic() + 10
+        while True:
+            try:
+                assert request(server)[0] == 200
+                break
+            except (http.client.HTTPException, ConnectionError):
+                assert time.monotonic() < deadline
+
+
+def test_an_open_address_is_warned_of():
+    for host in ("0.0.0.0", "::", "192.168.0.3", "box"):
+        assert f"--host {host} " in opened_warning(host) and "no password" in opened_warning(host)
+    for host in ("127.0.0.1", "::1", "localhost"):
+        assert opened_warning(host) is None

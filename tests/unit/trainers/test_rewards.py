@@ -1,0 +1,254 @@
+"""Rewards: functions that fail in every way, weights, and reward models that tokenise again."""
+
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+
+from dschat.algorithms.types import PromptBatch
+from dschat.data.row import Row
+from dschat.demo.tiny_models import byte_tokenizer
+from dschat.trainers.rewards import (
+    FunctionReward,
+    ModelReward,
+    RetokenisedReward,
+    RewardFailure,
+    WeightedRewards,
+    check_critic_tokenizer,
+    load_function,
+    reads_alike,
+    same_tokens,
+)
+from dschat.trainers.rollout import Answers
+
+PROMPTS = ["one", "two"]
+
+
+class Dataset:
+    rows = [Row("one", columns={"target": 1}), Row("two", columns={"target": 2})]
+
+    def prompt_text(self, index):
+        return self.rows[index].prompt
+
+    def row(self, index):
+        return self.rows[index]
+
+
+def make_answers(texts=("ab", "c"), ended=(True, False)):
+    """The texts as answers to the two prompts; an answer that ended has its EOS."""
+    tokenizer = byte_tokenizer()
+    ids = [tokenizer(t, add_special_tokens=False)["input_ids"] + [2] * e for t, e in zip(texts, ended)]
+    prompt = torch.tensor([tokenizer(p, add_special_tokens=False)["input_ids"] for p in PROMPTS])
+    longest = max(len(row) for row in ids)
+    tokens = torch.tensor([row + [0] * (longest - len(row)) for row in ids])
+    mask = torch.arange(longest) < torch.tensor([[len(row)] for row in ids])
+    ones = torch.ones_like(prompt)
+    return Answers(
+        prompts=PromptBatch(prompt, ones, torch.arange(2)),
+        input_ids=torch.cat([prompt, tokens], -1),
+        attention_mask=torch.cat([ones, mask.long()], -1),
+        response_mask=mask,
+        ended=torch.tensor(ended),
+    )
+
+
+def weighted(*functions, weights=()):
+    rewards = [FunctionReward(f, "f") if isinstance(f, types.FunctionType) else f for f in functions]
+    return WeightedRewards(rewards, list(weights), Dataset(), byte_tokenizer())
+
+
+def test_a_function_gets_prompts_answers_and_the_columns_of_their_rows():
+    seen = {}
+
+    def function(prompts, answers, **columns):
+        seen.update(prompts=prompts, answers=answers, **columns)
+        return [0.5, 2]
+
+    scores = weighted(function)(make_answers())
+    assert scores.tolist() == [0.5, 2.0] and scores.dtype == torch.float32
+    assert seen == {"prompts": PROMPTS, "answers": ["ab", "c"], "target": [1, 2]}
+
+
+def test_several_rewards_are_a_weighted_sum():
+    reward = weighted(lambda p, a, **c: [1.0, 2.0], lambda p, a, **c: [10.0, 20.0], weights=(2.0, -0.1))
+    assert reward(make_answers()).tolist() == [1.0, 2.0]
+
+
+def failing(prompts, answers, **columns):
+    if "two" in prompts:
+        raise KeyError("no such key")
+    return [0.0] * len(answers)
+
+
+def ending(prompts, answers, **columns):
+    sys.exit(0)
+
+
+@pytest.mark.parametrize(
+    "function,words",
+    [
+        (ending, ["SystemExit", "'one'"]),
+        (lambda p, a, **c: [1.0, 10**400], ["1000", "'two'", "'c'"]),
+        (failing, ["KeyError", "no such key", "'two'", "'c'"]),
+        (lambda p, a, **c: [1.0], ["1 scores for 2 answers", "'one'"]),
+        (lambda p, a, **c: None, ["NoneType", "'one'"]),
+        (lambda p, a, **c: [1.0, float("nan")], ["nan", "'two'", "'c'"]),
+        (lambda p, a, **c: [1.0, "good"], ["'good'", "'two'"]),
+    ],
+)
+def test_a_failing_function_names_the_prompt_that_caused_it(function, words):
+    with pytest.raises(RewardFailure) as caught:
+        weighted(function)(make_answers())
+    assert all(word in str(caught.value) for word in ["--reward_fn f", *words])
+
+
+def test_looking_for_the_culprit_of_a_slow_function_ends(monkeypatch):
+    monkeypatch.setattr("dschat.trainers.rewards.BLAME_S", -1.0)
+    with pytest.raises(RewardFailure, match="no such key.*on 2 answers, the first of them to the prompt 'one'"):
+        weighted(failing)(make_answers())
+
+
+def test_a_reward_model_that_gives_nan_is_named_with_its_prompt():
+    def engine(input_ids, attention_mask):
+        values = torch.zeros(input_ids.shape)
+        values[1] = float("nan")
+        return values
+
+    with pytest.raises(RewardFailure, match="'c'.*'two'.*nan"):
+        weighted(ModelReward(engine, "m"))(make_answers())
+
+
+def test_a_model_with_the_actors_tokens_reads_the_last_token_of_each_answer():
+    def engine(input_ids, attention_mask):
+        return input_ids.float()
+
+    answers = make_answers()
+    scores = weighted(ModelReward(engine, "m"))(answers)
+    assert scores.tolist() == [2.0, float(byte_tokenizer()("c", add_special_tokens=False)["input_ids"][0])]
+
+
+def test_another_tokenizer_reads_the_same_texts_with_an_eos_only_where_the_policy_ended():
+    other = byte_tokenizer(pad_is_eos=True)
+    other.padding_side = "right"
+    seen = {}
+
+    def engine(input_ids, attention_mask):
+        seen["texts"] = [other.decode(row[mask.bool()]) for row, mask in zip(input_ids, attention_mask)]
+        return torch.arange(input_ids.shape[1]).float().expand(input_ids.shape)
+
+    scores = weighted(RetokenisedReward(engine, "m", other, prompt_format="auto"))(make_answers())
+    assert seen["texts"] == ["<s>oneab</s>", "<s>twoc"]
+    assert scores.tolist() == [6.0, 4.0]
+
+
+TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+
+
+@pytest.mark.parametrize(
+    "prompt_format, text",
+    # A template writes what begins a text by itself; the other forms leave it to the tokenizer.
+    [("auto", "[user]hi[assistant]x"), ("chat", "[user]hi[assistant]x"), ("human_assistant", "<s>\n\nHuman: hi\n\nAssistant: x")],
+)
+def test_messages_are_shown_in_the_reward_models_own_format(prompt_format, text):
+    other = byte_tokenizer()
+    other.chat_template = TEMPLATE
+    reward = RetokenisedReward(None, "m", other, prompt_format=prompt_format)
+    assert other.decode(reward._ids(Row([{"role": "user", "content": "hi"}]), "x", False)) == text
+
+
+def test_a_template_that_refuses_a_prompt_is_a_failure_of_the_reward_that_names_it():
+    other = byte_tokenizer()
+    other.chat_template = "{{ raise_exception('no system here') }}"
+    reward = RetokenisedReward(lambda input_ids, attention_mask: input_ids.float(), "m", other, prompt_format="chat")
+    with pytest.raises(RewardFailure, match="m cannot be shown the prompt 'one'.*no system here.*--reward_prompt_format"):
+        weighted(reward)(make_answers())
+
+
+def test_a_prompt_that_cannot_be_shown_keeps_no_process_from_the_forward():
+    """Under ZeRO-3 the other processes' forwards wait for this one's."""
+    other = byte_tokenizer()
+    other.chat_template = "{% if messages[0]['content'] == 'two' %}{{ raise_exception('not two') }}{% endif %}" + TEMPLATE
+    seen = []
+
+    def engine(input_ids, attention_mask):
+        seen.append([other.decode(row[mask.bool()]) for row, mask in zip(input_ids, attention_mask)])
+        return torch.zeros(input_ids.shape)
+
+    with pytest.raises(RewardFailure, match="m cannot be shown the prompt 'two'.*not two"):
+        weighted(RetokenisedReward(engine, "m", other, prompt_format="chat"))(make_answers())
+    assert seen == [["[user]one[assistant]ab</s>", "</s>"]]
+
+
+@pytest.mark.parametrize("change", ["nothing", "tokens", "eos", "template", "format"])
+def test_a_reward_model_reads_the_actors_tokens_only_where_nothing_of_its_own_differs(change):
+    tokenizer, other = byte_tokenizer(), byte_tokenizer()
+    if change == "tokens":
+        other = byte_tokenizer(pad_is_eos=True)
+        other.add_tokens(["ab"])
+        tokenizer.add_tokens(["cd"])
+    elif change == "eos":
+        other.eos_token = "a"
+    elif change == "template":
+        other.chat_template = TEMPLATE
+    own = "human_assistant" if change == "format" else "auto"
+    assert reads_alike(tokenizer, other, prompt_format="auto", reward_prompt_format=own) == (change == "nothing")
+
+
+def test_a_text_longer_than_the_reward_model_takes_loses_its_beginning():
+    other = byte_tokenizer(pad_is_eos=True)
+    seen = {}
+
+    def engine(input_ids, attention_mask):
+        seen["texts"] = [other.decode(row[mask.bool()]) for row, mask in zip(input_ids, attention_mask)]
+        return torch.zeros(input_ids.shape)
+
+    weighted(RetokenisedReward(engine, "m", other, prompt_format="auto", max_tokens=4))(make_answers())
+    assert seen["texts"] == ["eab</s>", "twoc"]
+
+
+def test_numpy_scores_are_numbers():
+    assert weighted(lambda p, a, **c: np.array([0.5, 1.5], dtype=np.float32))(make_answers()).tolist() == [0.5, 1.5]
+    assert weighted(lambda p, a, **c: [np.float32(0.5), np.int64(2)])(make_answers()).tolist() == [0.5, 2.0]
+
+
+def test_a_chat_template_of_the_reward_model_is_used_when_asked():
+    other = byte_tokenizer()
+    seen = {}
+
+    def engine(input_ids, attention_mask):
+        seen["text"] = other.decode(input_ids[0][attention_mask[0].bool()])
+        return torch.zeros(input_ids.shape)
+
+    weighted(RetokenisedReward(engine, "m", other, prompt_format="chat"))(make_answers())
+    assert seen["text"].startswith("[user]one\n[assistant]ab")
+
+
+def test_functions_load_from_a_file_or_say_why_not(tmp_path):
+    file = tmp_path / "my reward.py"
+    file.write_text("def score(prompts, answers, **columns):\n    return [1.0] * len(answers)\n")
+    assert load_function(f"{file}:score")([], ["a"]) == [1.0]
+    broken = tmp_path / "broken.py"
+    broken.write_text("import nothing_of_this_name\n")
+    ending = tmp_path / "ending.py"
+    ending.write_text("raise SystemExit(0)\n")
+    for name, word in [
+        (f"{ending}:score", "does not run: SystemExit"),
+        (f"{tmp_path}/none.py:score", "no file"),
+        (f"{file}:other", "no function other"),
+        (f"{broken}:score", "nothing_of_this_name"),
+    ]:
+        with pytest.raises(ValueError, match=word) as caught:
+            load_function(name)
+        assert "--reward_fn" in str(caught.value)
+
+
+def test_tokenizers_are_the_same_where_one_extends_the_other():
+    actor, critic = byte_tokenizer(), byte_tokenizer()
+    critic.add_special_tokens({"pad_token": "<|pad|>"})
+    assert same_tokens(actor, critic) and not same_tokens(critic, actor)
+    check_critic_tokenizer(actor, critic, "path")
+    other = byte_tokenizer(pad_is_eos=True)
+    with pytest.raises(ValueError, match="--critic_model_name_or_path path"):
+        check_critic_tokenizer(actor, other, "path")
