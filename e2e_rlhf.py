@@ -64,21 +64,53 @@ class Plan:
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--step", type=int, nargs="+", choices=(1, 2, 3), help="run these, finished or not")
-    parser.add_argument("--actor-model", default="", help="size (1.3b), name, folder or hub id; default: embedded")
-    parser.add_argument("--reward-model", default="", help="likewise; default: 350m beside OPT, else the actor's own model")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--step", type=int, nargs="+", choices=(1, 2, 3), help="run these, finished or not"
+    )
+    parser.add_argument(
+        "--actor-model", default="", help="size (1.3b), name, folder or hub id; default: embedded"
+    )
+    parser.add_argument(
+        "--reward-model",
+        default="",
+        help="likewise; default: 350m beside OPT, else the actor's own model",
+    )
     parser.add_argument("--actor-zero-stage", default="", choices=("", "0", "1", "2", "3"))
     parser.add_argument("--reward-zero-stage", default="", choices=("", "0", "1", "2", "3"))
-    parser.add_argument("--output-dir", type=lambda path: os.path.abspath(os.path.expanduser(path)), default="./output")
     parser.add_argument(
-        "--deployment-type", default="single_gpu", choices=("single_gpu", "single_node", "multi_node")
+        "--output-dir",
+        type=lambda path: os.path.abspath(os.path.expanduser(path)),
+        default="./output",
     )
-    parser.add_argument("--data-path", nargs="+", help="data for all three steps, as --data_path of the mains")
-    parser.add_argument("--num-processes", type=int, default=0, help="processes on this machine; default: by deployment")
+    parser.add_argument(
+        "--deployment-type",
+        default="single_gpu",
+        choices=("single_gpu", "single_node", "multi_node"),
+    )
+    parser.add_argument(
+        "--data-path", nargs="+", help="data for all three steps, as --data_path of the mains"
+    )
+    parser.add_argument(
+        "--num-processes",
+        type=int,
+        default=0,
+        help="processes on this machine; default: by deployment",
+    )
     parser.add_argument("--hostfile", help="DeepSpeed hostfile, for multi_node")
-    parser.add_argument("--save-interval", type=int, default=0, help="checkpoint every so many steps; 0: when stopped")
-    parser.add_argument("--fresh", action="store_true", help="run every step (with --step: those) from its start, whatever is there")
+    parser.add_argument(
+        "--save-interval",
+        type=int,
+        default=0,
+        help="checkpoint every so many steps; 0: when stopped",
+    )
+    parser.add_argument(
+        "--fresh",
+        action="store_true",
+        help="run every step (with --step: those) from its start, whatever is there",
+    )
     return parser.parse_args(argv)
 
 
@@ -109,7 +141,8 @@ def make_plan(args: argparse.Namespace) -> Plan:
 
         paths = {step: write_toy_data(output / "toy-data") for step in MAINS}
         actor, reward = (
-            str(make_tiny_model(output / "tiny-models" / family, family=family)) for family in (actor, reward)
+            str(make_tiny_model(output / "tiny-models" / family, family=family))
+            for family in (actor, reward)
         )
     else:
         from dschat.demo.reviews import build_reviews
@@ -158,7 +191,14 @@ def step_command(step: int, plan: Plan, args: argparse.Namespace, *, on_gpu: boo
     )
     if args.save_interval:
         flags += ["--save_interval", str(args.save_interval)]
-    return [str(MAINS[step]), *models[step], *plan.data[step], *flags, "--output_dir", str(plan.outputs[step])]
+    return [
+        str(MAINS[step]),
+        *models[step],
+        *plan.data[step],
+        *flags,
+        "--output_dir",
+        str(plan.outputs[step]),
+    ]
 
 
 def num_processes(args: argparse.Namespace, *, on_gpu: bool) -> int:
@@ -170,20 +210,28 @@ def num_processes(args: argparse.Namespace, *, on_gpu: bool) -> int:
 def launcher(args: argparse.Namespace, *, on_gpu: bool, port: int) -> list[str]:
     """The deepspeed command in front of a main."""
     several, count = args.deployment_type == "multi_node", num_processes(args, on_gpu=on_gpu)
-    return launcher_command(port=port, processes=count, on_gpu=on_gpu, several_hosts=several, hostfile=args.hostfile)
+    return launcher_command(
+        port=port, processes=count, on_gpu=on_gpu, several_hosts=several, hostfile=args.hostfile
+    )
 
 
 def run_step(command: list[str], log: Path, args: argparse.Namespace, *, on_gpu: bool) -> None:
     """Run a main and its flags under DeepSpeed's launcher, on a master port that is free now; see run_logged."""
     port = free_port()
     count = num_processes(args, on_gpu=on_gpu)
-    environment = child_environment({} if on_gpu else {"OMP_NUM_THREADS": str(max(1, cpu_cores() // max(count, 1)))})
+    environment = child_environment(
+        {} if on_gpu else {"OMP_NUM_THREADS": str(max(1, cpu_cores() // max(count, 1)))}
+    )
     if count and "CUDA_VISIBLE_DEVICES" not in os.environ:
         from dschat.engine.fork_launcher import start_launcher
 
-        start = partial(start_launcher, command, num_processes=count, master_port=port, environment=environment)
+        start = partial(
+            start_launcher, command, num_processes=count, master_port=port, environment=environment
+        )
     else:
-        start = partial(start_process, launcher(args, on_gpu=on_gpu, port=port) + command, environment)
+        start = partial(
+            start_process, launcher(args, on_gpu=on_gpu, port=port) + command, environment
+        )
     run_logged(start, log)
 
 
@@ -239,16 +287,23 @@ def summarise(plan: Plan, seconds: dict[str, float]) -> dict:
         from dschat.demo.reviews import sentiment_judge
 
         judge = sentiment_judge()
-    models = {"base": plan.actor, "sft": str(plan.outputs[1]), "rlhf": str(plan.outputs[3] / "actor")}
+    models = {
+        "base": plan.actor,
+        "sft": str(plan.outputs[1]),
+        "rlhf": str(plan.outputs[3] / "actor"),
+    }
     first = sorted((plan.outputs[3] / "evaluation").glob("rollout_*.jsonl"))[0]
     prompts = [row["prompt"] for row in read_jsonl(first)[:3]]
     try:
-        answers = {name: greedy_answers(path, prompts, max_new_tokens=20) for name, path in models.items()}
+        answers = {
+            name: greedy_answers(path, prompts, max_new_tokens=20) for name, path in models.items()
+        }
     except torch.OutOfMemoryError:
         print("no sample answers: a model does not fit whole on one device")
         prompts, answers = [], {}
     samples = [
-        {"prompt": prompt, **{name: texts[i] for name, texts in answers.items()}} for i, prompt in enumerate(prompts)
+        {"prompt": prompt, **{name: texts[i] for name, texts in answers.items()}}
+        for i, prompt in enumerate(prompts)
     ]
     summary = {
         "sft": supervised_section(plan.outputs[1], "eval/perplexity", "perplexity"),
@@ -277,7 +332,12 @@ def main() -> None:
     on_gpu = torch.cuda.is_available()
     given = {name: getattr(args, name) for name in ("num_processes", "save_interval", "hostfile")}
     several = args.deployment_type == "multi_node"
-    check_arguments(args.output_dir, num_gpus=None if several else torch.cuda.device_count(), several_hosts=several, **given)
+    check_arguments(
+        args.output_dir,
+        num_gpus=None if several else torch.cuda.device_count(),
+        several_hosts=several,
+        **given,
+    )
     started = time.monotonic()
     plan = make_plan(args)
     check_pair(args, plan)
@@ -292,7 +352,9 @@ def main() -> None:
     summary["seconds_not_counted"] = {"fetch_and_convert": prepare, "build_ops": build}
     write_json(path, summary)
     print(summary_text(summary))
-    print(f"once only, not counted: fetching and converting {prepare:.0f} s, building ops {build:.0f} s")
+    print(
+        f"once only, not counted: fetching and converting {prepare:.0f} s, building ops {build:.0f} s"
+    )
     print(f"summary: {path}")
 
 

@@ -1,7 +1,7 @@
 """Looks at this machine and says, line by line, what is good and what to do:
 
-    python -m dschat.doctor
-    python -m dschat.doctor --build_ops      # also compile DeepSpeed's operators now, and clear locks of killed builds
+python -m dschat.doctor
+python -m dschat.doctor --build_ops      # also compile DeepSpeed's operators now, and clear locks of killed builds
 """
 
 # Only the standard library at the top, and nothing that an old Python cannot read: that is for this program to say.
@@ -39,7 +39,9 @@ class Finding:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--build_ops", action="store_true", help="compile what is not compiled yet")
     args = parser.parse_args(argv)
     findings = check_versions()
@@ -58,10 +60,20 @@ def build_all() -> list[Finding]:
     from dschat.engine.compiled_ops import build_ops
 
     try:
-        return [Finding(f"built {name} in {seconds:.0f} s") for name, seconds in build_ops().items()]
+        return [
+            Finding(f"built {name} in {seconds:.0f} s") for name, seconds in build_ops().items()
+        ]
     except Exception as error:  # of the compiler, ninja, torch or DeepSpeed, whatever they raise
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        return [Finding(f"an operator does not compile: {reason}", "see the compiler's words above; CXX chooses it", stops=True)]
+        reason = next(
+            (line for line in str(error).splitlines() if line.strip()), type(error).__name__
+        )
+        return [
+            Finding(
+                f"an operator does not compile: {reason}",
+                "see the compiler's words above; CXX chooses it",
+                stops=True,
+            )
+        ]
 
 
 def check_versions() -> list[Finding]:
@@ -69,12 +81,22 @@ def check_versions() -> list[Finding]:
     try:
         from packaging.requirements import Requirement
     except ImportError:  # an environment without anything in it
-        return [Finding("packages: not even packaging is there", "pip install -r requirements.txt", stops=True)]
+        return [
+            Finding(
+                "packages: not even packaging is there",
+                "pip install -r requirements.txt",
+                stops=True,
+            )
+        ]
     python = sys.version.split()[0]
     old = sys.version_info < (3, 10)
     findings = [Finding(f"Python {python}", "install 3.10 or later" if old else "", stops=old)]
     path = ROOT / "requirements.txt"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else importlib.metadata.requires("dschat")
+    lines = (
+        path.read_text(encoding="utf-8").splitlines()
+        if path.exists()
+        else importlib.metadata.requires("dschat")
+    )
     for line in lines:
         if line.strip() and not line.startswith("#") and "extra ==" not in line:
             findings.append(_check_package(Requirement(line)))
@@ -89,7 +111,9 @@ def _check_package(wanted) -> Finding:
     except importlib.metadata.PackageNotFoundError:
         return Finding(f"{wanted.name} is not installed", f"pip install '{wanted}'", stops=True)
     if not wanted.specifier.contains(version, prereleases=True):
-        return Finding(f"{wanted.name} {version}", f"tested with {wanted.specifier}: pip install '{wanted}'")
+        return Finding(
+            f"{wanted.name} {version}", f"tested with {wanted.specifier}: pip install '{wanted}'"
+        )
     return Finding(f"{wanted.name} {version}")
 
 
@@ -123,14 +147,34 @@ def check_compiler() -> list[Finding]:
     # On a GPU only --offload compiles.
     stops = not torch.cuda.is_available()
     wanted = [
-        (f"C++ compiler {compiler}", shutil.which(compiler.split()[0]), "install one (Debian, Ubuntu: build-essential)"),
-        ("ninja", shutil.which("ninja"), "pip install ninja, or put the environment's bin folder on PATH"),
-        ("Python's headers", header.exists(), f"no {header}: install them (Debian, Ubuntu: python3-dev)"),
+        (
+            f"C++ compiler {compiler}",
+            shutil.which(compiler.split()[0]),
+            "install one (Debian, Ubuntu: build-essential)",
+        ),
+        (
+            "ninja",
+            shutil.which("ninja"),
+            "pip install ninja, or put the environment's bin folder on PATH",
+        ),
+        (
+            "Python's headers",
+            header.exists(),
+            f"no {header}: install them (Debian, Ubuntu: python3-dev)",
+        ),
     ]
     if torch.cuda.is_available():
-        nvcc = shutil.which("nvcc") or Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin", "nvcc").exists()
-        wanted.append(("nvcc", nvcc, "--offload compiles with the CUDA toolkit: install it, or set CUDA_HOME"))
-    return [Finding(name, "" if there else remedy, stops=stops and not there) for name, there, remedy in wanted]
+        nvcc = (
+            shutil.which("nvcc")
+            or Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin", "nvcc").exists()
+        )
+        wanted.append(
+            ("nvcc", nvcc, "--offload compiles with the CUDA toolkit: install it, or set CUDA_HOME")
+        )
+    return [
+        Finding(name, "" if there else remedy, stops=stops and not there)
+        for name, there, remedy in wanted
+    ]
 
 
 def check_ops() -> list[Finding]:
@@ -146,7 +190,12 @@ def check_ops() -> list[Finding]:
         elif op.built:
             findings.append(Finding(f"{text}: built in {op.folder}"))
         else:
-            findings.append(Finding(text, "not built yet; the first run does it, or --build_ops now (a minute or two)"))
+            findings.append(
+                Finding(
+                    text,
+                    "not built yet; the first run does it, or --build_ops now (a minute or two)",
+                )
+            )
     return findings
 
 
@@ -158,7 +207,11 @@ def check_room() -> list[Finding]:
     for name, path in {"cache": cache_dir(), "working": Path.cwd()}.items():
         there = next(folder for folder in (path, *path.parents) if folder.exists())
         free = shutil.disk_usage(there).free / GIB
-        remedy = "" if free >= SMALLEST_DISK_GIB else "little for large models; DSCHAT_CACHE moves the cache"
+        remedy = (
+            ""
+            if free >= SMALLEST_DISK_GIB
+            else "little for large models; DSCHAT_CACHE moves the cache"
+        )
         if not os.access(there, os.W_OK):
             remedy = "not writable"
         findings.append(Finding(f"{name} folder {path}: {free:.0f} GiB free", remedy))
@@ -166,7 +219,11 @@ def check_room() -> list[Finding]:
     if shared.exists():
         size = shutil.disk_usage(shared).total / GIB
         small = size < SMALLEST_SHM_GIB
-        remedy = "too small for several processes; in a container, start it with --shm-size=8g" if small else ""
+        remedy = (
+            "too small for several processes; in a container, start it with --shm-size=8g"
+            if small
+            else ""
+        )
         findings.append(Finding(f"/dev/shm of {size:.1f} GiB", remedy))
     return findings
 
@@ -174,7 +231,9 @@ def check_room() -> list[Finding]:
 def check_hub() -> Finding:
     """Whether the model hub can be reached."""
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-        return Finding("hub: off by HF_HUB_OFFLINE; models and data come from folders and the cache")
+        return Finding(
+            "hub: off by HF_HUB_OFFLINE; models and data come from folders and the cache"
+        )
     url = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
     port = url.port or (443 if url.scheme == "https" else 80)
     try:

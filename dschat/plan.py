@@ -22,7 +22,17 @@ from dschat.runtime.log import run_main
 from dschat.tracking.table import table
 
 CONFIGS = {"1": SFTConfig, "2": RewardConfig, "dpo": DPOConfig, "3": PPOConfig}
-SIZES = ("opt-1.3b", "opt-6.7b", "opt-13b", "opt-30b", "opt-66b", "opt-175b", "llama-2-7b", "llama-2-13b", "llama-2-70b")
+SIZES = (
+    "opt-1.3b",
+    "opt-6.7b",
+    "opt-13b",
+    "opt-30b",
+    "opt-66b",
+    "opt-175b",
+    "llama-2-7b",
+    "llama-2-13b",
+    "llama-2-70b",
+)
 # Common cards by the name of their size, and the GiB that torch sees on the smallest so named (T4, A10, V100, A100, L40S,
 # A100, H200).
 CARDS_GIB = {16: 14.6, 24: 22.0, 32: 31.7, 40: 39.4, 48: 44.4, 80: 79.1, 141: 139.8}
@@ -30,15 +40,25 @@ CARDS_GIB = {16: 14.6, 24: 22.0, 32: 31.7, 40: 39.4, 48: 44.4, 80: 79.1, 141: 13
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--step", choices=CONFIGS, required=True)
     parser.add_argument("--model", help="the model; in step 3 the actor")
-    parser.add_argument("--critic", default="opt-350m", help="in step 3 the critic and reward (default: opt-350m)")
+    parser.add_argument(
+        "--critic", default="opt-350m", help="in step 3 the critic and reward (default: opt-350m)"
+    )
     parser.add_argument("--gpus", type=int, default=1, help="GPUs, one process each (default: 1)")
-    parser.add_argument("--gpus_per_node", type=int, default=8, help="GPUs of one host at most (default: 8)")
-    parser.add_argument("--gpu_gib", type=float, default=0.0, help="memory of each GPU, to compare with")
-    parser.add_argument("--host_gib", type=float, default=0.0, help="memory of each host, to compare with")
+    parser.add_argument(
+        "--gpus_per_node", type=int, default=8, help="GPUs of one host at most (default: 8)"
+    )
+    parser.add_argument(
+        "--gpu_gib", type=float, default=0.0, help="memory of each GPU, to compare with"
+    )
+    parser.add_argument(
+        "--host_gib", type=float, default=0.0, help="memory of each host, to compare with"
+    )
     parser.add_argument("--sizes", action="store_true", help=f"a table of {', '.join(SIZES)}")
     args, flags = parser.parse_known_args(argv)
     for name in ("gpus", "gpus_per_node"):
@@ -46,12 +66,16 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"--{name} {getattr(args, name)}: must be at least 1.")
     for name in ("gpu_gib", "host_gib"):
         if not 0 <= getattr(args, name) < float("inf"):
-            raise ValueError(f"--{name} {getattr(args, name)}: must be a number of GiB, or 0 to compare with nothing.")
+            raise ValueError(
+                f"--{name} {getattr(args, name)}: must be a number of GiB, or 0 to compare with nothing."
+            )
     if args.sizes:
         print(sizes_table(args, flags))
         return
     if not args.model:
-        raise ValueError(f"--model is missing: give a folder, a hub id or one of {', '.join(SIZES)}.")
+        raise ValueError(
+            f"--model is missing: give a folder, a hub id or one of {', '.join(SIZES)}."
+        )
     config, plan, dtype = planned(args, flags, args.model)
     processes = min(args.gpus, args.gpus_per_node)
     limits = dict(gpu_bytes=args.gpu_gib * GIB, all_host_bytes=args.host_gib * GIB)
@@ -64,7 +88,9 @@ def planned(args: argparse.Namespace, flags: list[str], model: str):
     """The configuration, plan and precision of a model."""
     for name in (model, args.critic):
         if "/" not in name and not Path(name).is_dir():
-            shape_config(name)  # a name of neither folder nor hub: unknown ones are an error that lists the known
+            shape_config(
+                name
+            )  # a name of neither folder nor hub: unknown ones are an error that lists the known
     names = ["--model_name_or_path", model]
     if args.step == "3":
         names = ["--actor_model_name_or_path", model, "--critic_model_name_or_path", args.critic]
@@ -82,7 +108,14 @@ def sizes_table(args: argparse.Namespace, flags: list[str]) -> str:
         card = next((f"{size} GB" for size, gib in CARDS_GIB.items() if need <= gib * GIB), "none")
         host = plan.host_bytes(processes=min(args.gpus, args.gpus_per_node))
         rows.append([name, f"{need / GIB:.1f}", plan.peak[0], f"{host / GIB:.1f}", card, "planned"])
-    header = ["step " + args.step, "GiB a GPU", "worst phase", "GiB a host", "smallest card", "shown by"]
+    header = [
+        "step " + args.step,
+        "GiB a GPU",
+        "worst phase",
+        "GiB a host",
+        "smallest card",
+        "shown by",
+    ]
     return table(rows, header=header)
 
 

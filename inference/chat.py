@@ -33,26 +33,39 @@ class Chat:
             ValueError: there is no such model, or it leaves no room for a conversation.
         """
         device, dtype = inference_placement(config.model.dtype)
-        path, options = config.model.path, dict(trust_remote_code=config.model.trust_remote_code, flag="--path")
+        path, options = (
+            config.model.path,
+            dict(trust_remote_code=config.model.trust_remote_code, flag="--path"),
+        )
         added = dict(add_eot_token=config.model.add_eot_token, eot_token=config.model.eot_token)
         self.tokenizer = load_tokenizer(path, **added, **options)
         model = load_causal_lm(path, dtype=dtype, tokenizer=self.tokenizer, **options).to(device)
         names = ("temperature", "top_k", "top_p", "repetition_penalty")
-        self.model = ChatModel(model, self.tokenizer, **{name: getattr(config.answers, name) for name in names})
+        self.model = ChatModel(
+            model, self.tokenizer, **{name: getattr(config.answers, name) for name in names}
+        )
         self.format = chat_format(config.answers.prompt_format, self.tokenizer)
         if self.format == "chat" and not self.tokenizer.chat_template:
-            raise ValueError(f"--prompt_format chat: the tokenizer of --path {path} has no chat template; give auto.")
+            raise ValueError(
+                f"--prompt_format chat: the tokenizer of --path {path} has no chat template; give auto."
+            )
         self.max_new_tokens = config.answers.max_new_tokens
-        self.room = self.model.room(config.answers.max_prompt_seq_len, max_new_tokens=self.max_new_tokens)
+        self.room = self.model.room(
+            config.answers.max_prompt_seq_len, max_new_tokens=self.max_new_tokens
+        )
         torch.manual_seed(config.answers.seed)
 
     def fit(self, messages: list[dict]) -> tuple[list[int], int]:
         """See ``fit_conversation``."""
-        return fit_conversation(messages, self.tokenizer, prompt_format=self.format, max_tokens=self.room)
+        return fit_conversation(
+            messages, self.tokenizer, prompt_format=self.format, max_tokens=self.room
+        )
 
     def answer(self, ids: list[int], *, max_new_tokens: int, **callbacks) -> Answer:
         """See ``ChatModel.answer``."""
-        return self.model.answer(ids, max_new_tokens=max_new_tokens, stop_text=stop_text(self.format), **callbacks)
+        return self.model.answer(
+            ids, max_new_tokens=max_new_tokens, stop_text=stop_text(self.format), **callbacks
+        )
 
     def as_turn(self, text: str) -> str:
         """An answer as it stands in the conversation that goes on: as the steps read answers."""
@@ -61,7 +74,10 @@ class Chat:
 
 def printable(text: str) -> str:
     """`text` without characters that steer a terminal."""
-    return "".join("\ufffd" if unicodedata.category(char) == "Cc" and char not in "\n\t" else char for char in text)
+    return "".join(
+        "\ufffd" if unicodedata.category(char) == "Cc" and char not in "\n\t" else char
+        for char in text
+    )
 
 
 def talk(chat: Chat, *, max_turns: int) -> None:
@@ -115,7 +131,9 @@ def make_server(chat: Chat, config: ChatConfig) -> ChatServer:
     limits = {name: getattr(config.serving, name) for name in Limits.__dataclass_fields__}
 
     def read(body: bytes) -> tuple[list[int], int, int]:
-        messages, number = read_request(body, max_turns=config.answers.max_turns, max_new_tokens=chat.max_new_tokens)
+        messages, number = read_request(
+            body, max_turns=config.answers.max_turns, max_new_tokens=chat.max_new_tokens
+        )
         return *chat.fit(messages), number
 
     def answer(request: tuple[list[int], int, int], stop: Callable[[], bool]) -> dict:
@@ -125,7 +143,12 @@ def make_server(chat: Chat, config: ChatConfig) -> ChatServer:
 
     page = PAGE.read_text(encoding="utf-8")
     return ChatServer(
-        config.serving.host, config.serving.port, page=page, read=read, answer=answer, limits=Limits(**limits)
+        config.serving.host,
+        config.serving.port,
+        page=page,
+        read=read,
+        answer=answer,
+        limits=Limits(**limits),
     )
 
 

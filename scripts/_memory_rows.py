@@ -29,26 +29,49 @@ class Row:
 
 
 ROWS = {
-    "sft-7b-lora-offload-32gb": Row(1, "llama-2-7b", f"--zero_stage 2 --offload {LORA.format('')}", cap_gb=32),
-    "rm-7b-lora-offload-32gb": Row(2, "llama-2-7b", f"--zero_stage 2 --offload {LORA.format('')}", cap_gb=32, rows=2),
+    "sft-7b-lora-offload-32gb": Row(
+        1, "llama-2-7b", f"--zero_stage 2 --offload {LORA.format('')}", cap_gb=32
+    ),
+    "rm-7b-lora-offload-32gb": Row(
+        2, "llama-2-7b", f"--zero_stage 2 --offload {LORA.format('')}", cap_gb=32, rows=2
+    ),
     "ppo-7b-lora-offload-32gb": Row(
         3, "llama-2-7b", f"{ZERO2} --offload {PPO_LORA}", critic="llama-2-7b", cap_gb=32, answer=128
     ),
-    "ppo-13b-lora": Row(3, "opt-13b", f"{ZERO2} {PPO_LORA}", critic="opt-350m", rows=16, answer=128),
+    "ppo-13b-lora": Row(
+        3, "opt-13b", f"{ZERO2} {PPO_LORA}", critic="opt-350m", rows=16, answer=128
+    ),
     "ppo-30b-lora-shared": Row(3, "opt-30b", f"{ZERO2} {PPO_LORA}", critic="opt-350m", answer=128),
     "ppo-7b-lora": Row(3, "llama-2-7b", f"{ZERO2} {PPO_LORA}", critic="llama-2-7b", answer=128),
     "ppo-7b-lora-mixz": Row(
-        3, "llama-2-7b", f"{ZERO2} {PPO_LORA} --enable_mixed_precision_lora", critic="llama-2-7b", answer=128
+        3,
+        "llama-2-7b",
+        f"{ZERO2} {PPO_LORA} --enable_mixed_precision_lora",
+        critic="llama-2-7b",
+        answer=128,
     ),
     "ppo-7b-zero3-lora": Row(3, "llama-2-7b", f"{ZERO3} {PPO_LORA}", critic="opt-350m", answer=32),
     "ppo-7b-zero3-lora-mixz": Row(
-        3, "llama-2-7b", f"{ZERO3} {PPO_LORA} --enable_mixed_precision_lora", critic="opt-350m", answer=32
+        3,
+        "llama-2-7b",
+        f"{ZERO3} {PPO_LORA} --enable_mixed_precision_lora",
+        critic="opt-350m",
+        answer=32,
     ),
     "ppo-13b-lora-idle-states": Row(
-        3, "opt-13b", f"{ZERO2} {PPO_LORA} --offload_idle_states", critic="opt-350m", rows=16, answer=128
+        3,
+        "opt-13b",
+        f"{ZERO2} {PPO_LORA} --offload_idle_states",
+        critic="opt-350m",
+        rows=16,
+        answer=128,
     ),
     "ppo-30b-lora-mixz": Row(
-        3, "opt-30b", f"{ZERO2} {PPO_LORA} --enable_mixed_precision_lora", critic="opt-13b", answer=128
+        3,
+        "opt-30b",
+        f"{ZERO2} {PPO_LORA} --enable_mixed_precision_lora",
+        critic="opt-13b",
+        answer=128,
     ),
     # In host memory, by the plan: 143 GiB of master weights and moments, 72 of gradients and of weights in bf16.
     "ppo-13b-full-offload": Row(
@@ -60,7 +83,9 @@ ROWS = {
         min_host_gib=240,
     ),
     # All weights train, which takes one GPU of 141 GB or two of 80; how it scales is told by running it on more.
-    "sft-7b-zero3-full": Row(1, "llama-2-7b", "--zero_stage 3 --gradient_checkpointing", min_gpus_gib=110),
+    "sft-7b-zero3-full": Row(
+        1, "llama-2-7b", "--zero_stage 3 --gradient_checkpointing", min_gpus_gib=110
+    ),
     "ppo-7b-zero3-full": Row(
         3,
         "llama-2-7b",
@@ -96,7 +121,10 @@ class Meter:
         self.peak_gib[name] = max(peak, self.peak_gib.get(name, 0))
         self.peak_gib["all"] = max(self.peak_gib.values())
         # For the log of a row that ends later: what it had by then.
-        print(f"{name}: {self.seconds[name]:.1f} s, {peak:.1f} GiB; host {host_gib():.1f} GiB", flush=True)
+        print(
+            f"{name}: {self.seconds[name]:.1f} s, {peak:.1f} GiB; host {host_gib():.1f} GiB",
+            flush=True,
+        )
 
 
 def host_gib() -> float:
@@ -159,7 +187,9 @@ def random_model(shape: str, *, dtype, tiny: bool, head: bool):
     from dschat.models.families import shape_config
     from dschat.models.reward_model import RewardModel
 
-    config = shape_config("tiny-llama" if tiny and "llama" in shape else "tiny-opt" if tiny else shape)
+    config = shape_config(
+        "tiny-llama" if tiny and "llama" in shape else "tiny-opt" if tiny else shape
+    )
     config.pad_token_id = 1
     device = "cuda" if torch.cuda.is_available() else "cpu"
     # Under ZeRO-3 transformers makes the model in pieces, wherever those belong.
@@ -177,7 +207,9 @@ def random_ids(rows: int, length: int, seed: int):
     return torch.randint(3, 256, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
-def measure_supervised(row: Row, meter: Meter, *, sizes: tuple[int, int, int], tiny: bool, rollouts: int) -> dict:
+def measure_supervised(
+    row: Row, meter: Meter, *, sizes: tuple[int, int, int], tiny: bool, rollouts: int
+) -> dict:
     """Optimizer steps of step 1 or 2."""
     import torch
 
@@ -207,7 +239,9 @@ def measure_supervised(row: Row, meter: Meter, *, sizes: tuple[int, int, int], t
     for step in range(rollouts):
         ids = random_ids(texts, prompt + answer, step)
         mask = torch.ones_like(ids)
-        batch = (TextBatch(ids, mask, ids) if row.step == 1 else PairBatch(ids, mask, ids)).to(device)
+        batch = (TextBatch(ids, mask, ids) if row.step == 1 else PairBatch(ids, mask, ids)).to(
+            device
+        )
         with meter.phase("update"):
             engine.train()
             loss, _ = objective.loss_sum(engine, batch)
@@ -215,10 +249,16 @@ def measure_supervised(row: Row, meter: Meter, *, sizes: tuple[int, int, int], t
             assert step_together(engine)
         losses.append((loss / objective.weight(batch)).item())
     tokens_per_s = dist.world_size() * ids.numel() / meter.seconds["update"]
-    return {"losses": losses, "weights_gib": weights_gib(engine), "tokens_per_s": round(tokens_per_s, 1)}
+    return {
+        "losses": losses,
+        "weights_gib": weights_gib(engine),
+        "tokens_per_s": round(tokens_per_s, 1),
+    }
 
 
-def measure_ppo(row: Row, meter: Meter, *, sizes: tuple[int, int, int], tiny: bool, rollouts: int) -> dict:
+def measure_ppo(
+    row: Row, meter: Meter, *, sizes: tuple[int, int, int], tiny: bool, rollouts: int
+) -> dict:
     """Rollouts of step 3 and the updates on them."""
     import torch
 
@@ -237,7 +277,9 @@ def measure_ppo(row: Row, meter: Meter, *, sizes: tuple[int, int, int], tiny: bo
     flags = f"--actor_model_name_or_path {row.model} --critic_model_name_or_path {row.critic} {row.flags}"
     flags += f" --dtype {'fp32' if tiny else 'bf16'} --max_prompt_seq_len {prompt} --max_answer_seq_len {answer}"
     flags += f" --min_answer_len {answer} --num_warmup_steps 0"
-    flags += "".join(f" --per_device_{kind}_batch_size {rows}" for kind in ("generation", "training", "eval"))
+    flags += "".join(
+        f" --per_device_{kind}_batch_size {rows}" for kind in ("generation", "training", "eval")
+    )
     config = parse_config(PPOConfig, flags.split())
 
     class RandomEngines(DeepSpeedRLHFEngine):
@@ -245,14 +287,19 @@ def measure_ppo(row: Row, meter: Meter, *, sizes: tuple[int, int, int], tiny: bo
             _, path, flag, _ = source
             with partitioned_loading(ds_config):
                 is_critic = flag.startswith("--critic")
-                model = random_model(path, dtype=TORCH_DTYPES[self._dtype], tiny=tiny, head=is_critic)
+                model = random_model(
+                    path, dtype=TORCH_DTYPES[self._dtype], tiny=tiny, head=is_critic
+                )
             disable_dropout(model)
             return model
 
     with meter.phase("load"):
-        engines = RandomEngines(config, tokenizer=None, dtype=config.model.dtype, total_steps=rollouts)
+        engines = RandomEngines(
+            config, tokenizer=None, dtype=config.model.dtype, total_steps=rollouts
+        )
         reward = ModelReward(
-            engines.add_reward(row.critic, flag="--critic_model_name_or_path", tokenizer=None), row.critic
+            engines.add_reward(row.critic, flag="--critic_model_name_or_path", tokenizer=None),
+            row.critic,
         )
         engines.build_critic(tokenizer=None, score_std=1.0)
     trainer = DeepSpeedPPOTrainer(
@@ -268,14 +315,21 @@ def measure_ppo(row: Row, meter: Meter, *, sizes: tuple[int, int, int], tiny: bo
             trainer.train_rlhf(experience)
         assert experience.response_mask.shape[1] == answer
         kl.append(metrics["objective/kl"])
-    meter.seconds["generate"], meter.seconds["score"] = metrics["time/generate_s"], metrics["time/score_s"]
+    meter.seconds["generate"], meter.seconds["score"] = (
+        metrics["time/generate_s"],
+        metrics["time/score_s"],
+    )
     return {
         "kl": kl,
         "shares_reference": config.shares_reference,
         "shares_reward": config.shares_reward,
         "weights_gib": weights_gib(engines.actor) + weights_gib(engines.critic),
         "tokens_per_s": round(
-            dist.world_size() * rows * (prompt + answer) / (meter.seconds["rollout"] + meter.seconds["update"]), 1
+            dist.world_size()
+            * rows
+            * (prompt + answer)
+            / (meter.seconds["rollout"] + meter.seconds["update"]),
+            1,
         ),
     }
 

@@ -20,7 +20,9 @@ def first_number(text: str) -> int | None:
     return int(found.group().replace(",", "")) if found else None
 
 
-def write_data(folder: str | Path, *, num_train: int = 4000, num_eval: int = 256, seed: int = 1234) -> Path:
+def write_data(
+    folder: str | Path, *, num_train: int = 4000, num_eval: int = 256, seed: int = 1234
+) -> Path:
     """Write train.jsonl and eval.jsonl with prompt and target, and return `folder`; no held-out sum is trained.
 
     A sum is an ordered pair (a, b) of 1 to 20: a fifth of the 400 is held out.
@@ -37,5 +39,7 @@ def write_data(folder: str | Path, *, num_train: int = 4000, num_eval: int = 256
             shots = [f"{a} + {b} = {a + b}\n" for a, b in draw.sample(trained, 4)]
             a, b = draw.choice(pool)
             rows.append({"prompt": "".join(shots) + f"{a} + {b} =", "target": a + b})
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        (folder / f"{name}.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
+        )
     return folder

@@ -52,35 +52,60 @@ SLOW_STEPS = 32  # answer tokens of the paths that would take minutes
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", default="llama-2-7b", help="a shape of dschat/models/families.py")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--shape", default="llama-2-7b", help="a shape of dschat/models/families.py"
+    )
     parser.add_argument("--batch", type=int, nargs="+", default=[16])
     parser.add_argument("--prompt", type=int, default=256, help="prompt tokens")
     parser.add_argument("--answer", type=int, default=256, help="answer tokens")
     parser.add_argument("--paths", nargs="+", default=["compiled", "graph", "plain"], choices=PATHS)
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--repeats", type=int, default=3, help="rollouts that are timed; the fastest counts")
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="rollouts that are timed; the fastest counts"
+    )
     parser.add_argument("--json", type=Path, help="file for the rows")
-    parser.add_argument("--profile", action="store_true", help="print the kernels of the fastest path's decode steps")
-    parser.add_argument("--gpus", type=int, default=1, help="processes, each with its GPU (or, without any, on the CPU)")
-    parser.add_argument("--inference_tp_size", type=int, help="processes of a group of zero3-tp (default: all)")
-    parser.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)  # of the launcher
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        help="print the kernels of the fastest path's decode steps",
+    )
+    parser.add_argument(
+        "--gpus",
+        type=int,
+        default=1,
+        help="processes, each with its GPU (or, without any, on the CPU)",
+    )
+    parser.add_argument(
+        "--inference_tp_size", type=int, help="processes of a group of zero3-tp (default: all)"
+    )
+    parser.add_argument(
+        "--local_rank", type=int, default=-1, help=argparse.SUPPRESS
+    )  # of the launcher
     args = parser.parse_args()
     args.inference_tp_size = args.inference_tp_size or args.gpus
     alone = [path for path in args.paths if not path.startswith("zero3")]
     if args.gpus > 1 and alone:
-        parser.error(f"--paths {' '.join(alone)}: on several GPUs only paths under ZeRO-3 tell more than on one.")
+        parser.error(
+            f"--paths {' '.join(alone)}: on several GPUs only paths under ZeRO-3 tell more than on one."
+        )
     if "zero3-tp" in args.paths:
         if args.inference_tp_size == 1:
             parser.error("--paths zero3-tp needs --gpus 2 or more.")
-        for problem in split_problems(shape_config(args.shape), args.inference_tp_size, world_size=args.gpus):
+        for problem in split_problems(
+            shape_config(args.shape), args.inference_tp_size, world_size=args.gpus
+        ):
             parser.error(problem)
     return args
 
 
 def copy_bandwidth(device: torch.device) -> float:
     """Bytes a second of a large copy on the device, read and written."""
-    source = torch.empty(2**30 if device.type == "cuda" else 2**26, dtype=torch.uint8, device=device)
+    source = torch.empty(
+        2**30 if device.type == "cuda" else 2**26, dtype=torch.uint8, device=device
+    )
     target = torch.empty_like(source)
     return 2 * source.nbytes / min(timed(lambda: target.copy_(source), device) for _ in range(10))
 
@@ -99,36 +124,55 @@ def timed(call, device: torch.device) -> float:
 def random_model(args: argparse.Namespace, device: torch.device) -> torch.nn.Module:
     """The shape with random weights, made on the device."""
     with torch.device(device):
-        return AutoModelForCausalLM.from_config(shape_config(args.shape), dtype=getattr(torch, args.dtype)).eval()
+        return AutoModelForCausalLM.from_config(
+            shape_config(args.shape), dtype=getattr(torch, args.dtype)
+        ).eval()
 
 
 def make_generator(path: str, model: torch.nn.Module, device: torch.device, tp_size: int):
     """The generator of a path, on `model` or on a ZeRO-3 engine around it."""
     if path.startswith("zero3"):
         config = inference_config(
-            SystemOptions(zero_stage=3), dtype=dtype_name(model), micro_batch_size=1, world_size=dist.world_size()
+            SystemOptions(zero_stage=3),
+            dtype=dtype_name(model),
+            micro_batch_size=1,
+            world_size=dist.world_size(),
         )
         engine = build_inference_engine(model, ds_config=config)
     else:
         # Generators ask an engine for no more than this.
         engine = SimpleNamespace(
-            module=model, device=device, global_steps=0, eval=model.eval, zero_optimization_stage=lambda: 0
+            module=model,
+            device=device,
+            global_steps=0,
+            eval=model.eval,
+            zero_optimization_stage=lambda: 0,
         )
     if path in ("plain", "zero3"):
         return PlainGenerator(engine)
     group = tensor_group(tp_size) if path == "zero3-tp" else None
-    return HybridEngine(engine, cuda_graph=path != "eager", compiled=path.endswith("compiled"), group=group)
+    return HybridEngine(
+        engine, cuda_graph=path != "eager", compiled=path.endswith("compiled"), group=group
+    )
 
 
 def dtype_name(model: torch.nn.Module) -> str:
     return {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[model.dtype]
 
 
-def measure(path: str, model, args: argparse.Namespace, batch: int, device: torch.device, bandwidth: float) -> dict:
+def measure(
+    path: str, model, args: argparse.Namespace, batch: int, device: torch.device, bandwidth: float
+) -> dict:
     """One row."""
     num_new = min(SLOW_STEPS, args.answer) if path == "zero3" else args.answer
     generation = GenerationConfig(
-        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=num_new, pad_token_id=0, eos_token_id=[]
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=num_new,
+        pad_token_id=0,
+        eos_token_id=[],
     )
     generation.num_return_sequences, generation.min_new_tokens = 1, 0
     torch.manual_seed(dist.rank())
@@ -147,11 +191,18 @@ def measure(path: str, model, args: argparse.Namespace, batch: int, device: torc
     gathers.clear()
     rollouts = [timed(rollout, device) for _ in range(args.repeats)]
     fastest = rollouts.index(min(rollouts))
-    prefill_s = min(timed(lambda: run_prefill(model, ids, mask), device) for _ in range(2)) if path[:5] != "zero3" else 0.0
+    prefill_s = (
+        min(timed(lambda: run_prefill(model, ids, mask), device) for _ in range(2))
+        if path[:5] != "zero3"
+        else 0.0
+    )
     step_s = (min(rollouts) - prefill_s) / max(num_new - 1, 1)
     weights = sum(p.numel() for p in model.parameters() if p.dim() > 0) * model.dtype.itemsize
     if path.startswith("zero3"):
-        weights = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters()) * model.dtype.itemsize
+        weights = (
+            sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+            * model.dtype.itemsize
+        )
     mean_length = args.prompt + num_new // 2
     cache = cache_bytes(model.config, rows=batch, length=mean_length, itemsize=model.dtype.itemsize)
     # A group of N holds an Nth of the layers, and the cache of an Nth of the heads for N times the rows.
@@ -201,17 +252,28 @@ def profile(generator, ids, mask, generation) -> list[dict]:
     events = sorted(found.key_averages(), key=lambda event: -event.self_device_time_total)[:18]
     steps = generation.max_new_tokens - 1
     rows = [
-        {"kernel": e.key[:90], "us_per_step": e.self_device_time_total / steps, "calls_per_step": e.count / steps}
+        {
+            "kernel": e.key[:90],
+            "us_per_step": e.self_device_time_total / steps,
+            "calls_per_step": e.count / steps,
+        }
         for e in events
     ]
-    print(table([[r["kernel"], f"{r['us_per_step']:.1f}", f"{r['calls_per_step']:.1f}"] for r in rows], header=["kernel", "us", "calls"]))
+    print(
+        table(
+            [[r["kernel"], f"{r['us_per_step']:.1f}", f"{r['calls_per_step']:.1f}"] for r in rows],
+            header=["kernel", "us", "calls"],
+        )
+    )
     return rows
 
 
 def main() -> int:
     args = parse_args()
     if args.gpus > 1 and args.local_rank < 0:
-        return subprocess.run([*launcher(args.gpus), __file__, *sys.argv[1:]], check=False).returncode
+        return subprocess.run(
+            [*launcher(args.gpus), __file__, *sys.argv[1:]], check=False
+        ).returncode
     device = start_processes(args.local_rank)
     set_up_logging()
     bandwidth = copy_bandwidth(device)
@@ -223,7 +285,14 @@ def main() -> int:
             rows.append(measure(path, model, args, batch, device, bandwidth))
             gc.collect()
             if dist.is_main():
-                print({key: round(v, 3) if isinstance(v, float) else v for key, v in rows[-1].items() if key != "kernels"}, flush=True)
+                print(
+                    {
+                        key: round(v, 3) if isinstance(v, float) else v
+                        for key, v in rows[-1].items()
+                        if key != "kernels"
+                    },
+                    flush=True,
+                )
     if dist.is_main():
         report(rows, args, bandwidth)
     return 0
@@ -233,15 +302,40 @@ def report(rows: list[dict], args: argparse.Namespace, bandwidth: float) -> None
     """The table, and the file."""
     print(f"copy bandwidth {bandwidth / 1e12:.2f} TB/s, {args.gpus} process(es)")
     shown = [
-        [PATHS[r["path"]], str(r["batch"]), f"{r['ms_per_step']:.2f}", f"{r['tokens_per_s']:.0f}",
-         f"{r['limit_ms']:.2f}", f"{100 * r['share_of_limit']:.0f}%", f"{100 * r['gather_share']:.1f}%"]
+        [
+            PATHS[r["path"]],
+            str(r["batch"]),
+            f"{r['ms_per_step']:.2f}",
+            f"{r['tokens_per_s']:.0f}",
+            f"{r['limit_ms']:.2f}",
+            f"{100 * r['share_of_limit']:.0f}%",
+            f"{100 * r['gather_share']:.1f}%",
+        ]
         for r in rows
     ]
-    print(table(shown, header=[args.shape, "batch", "ms a step", "tokens/s", "limit, ms", "of the limit", "gather"]))
+    print(
+        table(
+            shown,
+            header=[
+                args.shape,
+                "batch",
+                "ms a step",
+                "tokens/s",
+                "limit, ms",
+                "of the limit",
+                "gather",
+            ],
+        )
+    )
     if args.json:
         write_json(
             args.json,
-            {"rows": rows, "copy_bandwidth": bandwidth, "hardware": hardware(), "versions": versions()},
+            {
+                "rows": rows,
+                "copy_bandwidth": bandwidth,
+                "hardware": hardware(),
+                "versions": versions(),
+            },
         )
 
 

@@ -28,6 +28,8 @@ from dschat.runtime.hardware import hardware, versions
 
 GIB = 2**30
 TAIL_LINES = 40
+
+
 @dataclass(frozen=True)
 class Case:
     """One run of a step's main."""
@@ -103,7 +105,9 @@ def main() -> None:
             continue
         results.append(run_apart(name, args))
         print(line(results[-1]), flush=True)
-        save(results, args.output)  # what is known stays known if a later case takes the machine with it
+        save(
+            results, args.output
+        )  # what is known stays known if a later case takes the machine with it
     print("\n" + "\n".join(line(result) for result in results))
     good = [result for result in results if "error" not in result]
     if good:
@@ -119,13 +123,23 @@ def save(results: list[dict], output: str | None) -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=CASES, metavar="CASE", help=f"some of: {', '.join(CASES)}")
-    parser.add_argument("--tiny", action="store_true", help="miniature shapes instead of the published ones")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--only", nargs="+", choices=CASES, metavar="CASE", help=f"some of: {', '.join(CASES)}"
+    )
+    parser.add_argument(
+        "--tiny", action="store_true", help="miniature shapes instead of the published ones"
+    )
     parser.add_argument("--dtype", default="bf16", choices=("bf16", "fp16", "fp32"))
     parser.add_argument("--output", help="JSON file for the results")
-    parser.add_argument("--budget_s", type=float, default=300.0, help="no case starts after so many seconds")
-    parser.add_argument("--timeout_s", type=float, default=120.0, help="seconds after which a case counts as hung")
+    parser.add_argument(
+        "--budget_s", type=float, default=300.0, help="no case starts after so many seconds"
+    )
+    parser.add_argument(
+        "--timeout_s", type=float, default=120.0, help="seconds after which a case counts as hung"
+    )
     parser.add_argument("--more", default="", help="further flags for every case, in one word")
     parser.add_argument("--one", choices=CASES, help=argparse.SUPPRESS)
     parser.add_argument("--result", help=argparse.SUPPRESS)
@@ -137,12 +151,25 @@ def run_apart(name: str, args: argparse.Namespace) -> dict:
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="bench_memory.") as folder:
         path, log = Path(folder) / "result.json", Path(folder) / "log"
-        words = [sys.executable, __file__, "--one", name, "--result", str(path), "--dtype", args.dtype]
+        words = [
+            sys.executable,
+            __file__,
+            "--one",
+            name,
+            "--result",
+            str(path),
+            "--dtype",
+            args.dtype,
+        ]
         words += [f"--more={args.more}", *(["--tiny"] if args.tiny else [])]
         with open(log, "w") as file:
             try:
                 done = subprocess.run(
-                    words, stdout=file, stderr=subprocess.STDOUT, timeout=args.timeout_s, stdin=subprocess.DEVNULL
+                    words,
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                    timeout=args.timeout_s,
+                    stdin=subprocess.DEVNULL,
                 )
                 status = f"exit status {done.returncode}"
             except subprocess.TimeoutExpired:

@@ -92,7 +92,10 @@ def measure(step: int, models: tuple[str, ...], flags: str, *, tiny: bool) -> di
 
     on_gpu = torch.cuda.is_available()
     with tempfile.TemporaryDirectory(prefix="bench_memory.") as folder:
-        paths = [write_model(Path(folder) / f"model{i}", name, tiny=tiny) for i, name in enumerate(models)]
+        paths = [
+            write_model(Path(folder) / f"model{i}", name, tiny=tiny)
+            for i, name in enumerate(models)
+        ]
         write_rows(Path(folder) / "rows.jsonl")
         argv = step_argv(step, paths, folder) + flags.split()
         plan = predict(step, argv)
@@ -125,7 +128,9 @@ def step_argv(step: int, paths: list[str], folder: str) -> list[str]:
         words += f" --actor_model_name_or_path {paths[0]} --critic_model_name_or_path {paths[1]} --eval_prompts 4"
         words += " --per_device_eval_batch_size 4 --max_prompt_seq_len 256 --num_warmup_steps 0 --data_split 0,0,1"
     else:
-        words += f" --model_name_or_path {paths[0]} --per_device_eval_batch_size 4 --max_seq_len 512"
+        words += (
+            f" --model_name_or_path {paths[0]} --per_device_eval_batch_size 4 --max_seq_len 512"
+        )
         words += " --data_split 1,0,0" if step == 1 else " --data_split 0,1,0"
     return words.split()
 
@@ -151,7 +156,11 @@ def write_rows(path: Path) -> None:
     """Rows whose prompt alone is longer than any limit here, and answers that fill half of it."""
     words = "abcdefghijklmnopqrstuvwxyz"
     rows = [
-        {"prompt": (words * 40)[i : i + 700], "chosen": (words * 20)[i:][:300], "rejected": (words * 20)[i + 1 :][:300]}
+        {
+            "prompt": (words * 40)[i : i + 700],
+            "chosen": (words * 20)[i:][:300],
+            "rejected": (words * 20)[i + 1 :][:300],
+        }
         for i in range(80)
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -229,7 +238,9 @@ def instrumented(meter, peaks: dict[str, int]):
     ]
     with contextlib.ExitStack() as stack:
         for owner, name, label in targets:
-            stack.enter_context(mock.patch.object(owner, name, reading(getattr(owner, name), label)))
+            stack.enter_context(
+                mock.patch.object(owner, name, reading(getattr(owner, name), label))
+            )
         yield
 
 
@@ -242,7 +253,9 @@ def keep(peaks: dict[str, int], label: str, meter) -> None:
 def load_main(step: int):
     """The main of a step, as the module `main`."""
     if "main" not in sys.modules:
-        spec = importlib.util.spec_from_file_location("main", ROOT / "training" / STEPS[step] / "main.py")
+        spec = importlib.util.spec_from_file_location(
+            "main", ROOT / "training" / STEPS[step] / "main.py"
+        )
         sys.modules["main"] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules["main"])
     return sys.modules["main"]

@@ -47,23 +47,43 @@ def left_out(name: str, gpus: int) -> bool:
     """Whether a row needs more than there is; says so."""
     row, found = ROWS[name], hardware()
     host_gib, gpus_gib = found["host_memory_gib"], gpus * found.get("gpu_memory_gib", 0)
-    lacks = [f"{row.min_gpus_gib} GiB on all GPUs, of which there are {gpus_gib:.0f}"] * (row.min_gpus_gib > gpus_gib)
-    lacks += [f"{row.min_host_gib} GiB of host memory, of which there are {host_gib:.0f}"] * (row.min_host_gib > host_gib)
+    lacks = [f"{row.min_gpus_gib} GiB on all GPUs, of which there are {gpus_gib:.0f}"] * (
+        row.min_gpus_gib > gpus_gib
+    )
+    lacks += [f"{row.min_host_gib} GiB of host memory, of which there are {host_gib:.0f}"] * (
+        row.min_host_gib > host_gib
+    )
     if lacks:
         print(f"{name}: left out, needs {' and '.join(lacks)}", flush=True)
     return bool(lacks)
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output", type=Path, required=True, help="folder of the results")
-    parser.add_argument("--rows", nargs="+", default=[""], help=f"beginnings of names; there are {', '.join(ROWS)}")
-    parser.add_argument("--gpus", type=int, default=1, help="processes a row, under the deepspeed launcher")
+    parser.add_argument(
+        "--rows", nargs="+", default=[""], help=f"beginnings of names; there are {', '.join(ROWS)}"
+    )
+    parser.add_argument(
+        "--gpus", type=int, default=1, help="processes a row, under the deepspeed launcher"
+    )
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the launcher")
-    parser.add_argument("--rollouts", type=int, default=2, help="steps (rollouts) a row; the last one is timed")
-    parser.add_argument("--timeout_s", type=float, default=180, help="a row that takes longer is ended")
-    parser.add_argument("--tiny", action="store_true", help="miniature models of the same families, fp32, no cap")
-    parser.add_argument("--ppo_flags", default="", help="more flags of step 3, as one word: --ppo_flags='--FLAG VALUE'")
+    parser.add_argument(
+        "--rollouts", type=int, default=2, help="steps (rollouts) a row; the last one is timed"
+    )
+    parser.add_argument(
+        "--timeout_s", type=float, default=180, help="a row that takes longer is ended"
+    )
+    parser.add_argument(
+        "--tiny", action="store_true", help="miniature models of the same families, fp32, no cap"
+    )
+    parser.add_argument(
+        "--ppo_flags",
+        default="",
+        help="more flags of step 3, as one word: --ppo_flags='--FLAG VALUE'",
+    )
     parser.add_argument("--row", choices=tuple(ROWS), help="run this one row in this process")
     return parser.parse_args()
 
@@ -84,12 +104,24 @@ def attempt(name: str, args: argparse.Namespace) -> dict:
     started = time.monotonic()
     file, log = args.output / f"{name}.json", args.output / f"{name}.log"
     file.unlink(missing_ok=True)
-    command = [*launcher(args.gpus), __file__, "--row", name, "--output", str(args.output), "--rollouts", str(args.rollouts)]
+    command = [
+        *launcher(args.gpus),
+        __file__,
+        "--row",
+        name,
+        "--output",
+        str(args.output),
+        "--rollouts",
+        str(args.rollouts),
+    ]
     command.append(f"--ppo_flags={args.ppo_flags}")
     error = ""
     with open(log, "w", encoding="utf-8") as stream:
         process = subprocess.Popen(
-            command + ["--tiny"] * args.tiny, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True
+            command + ["--tiny"] * args.tiny,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
         try:
             process.wait(args.timeout_s)
@@ -105,7 +137,12 @@ def attempt(name: str, args: argparse.Namespace) -> dict:
             error = f"ended by {signal.Signals(-process.returncode).name}"  # SIGKILL: host memory ran out, as a rule
         result = {"row": name, "error": error or (lines or ["ended without a result"])[-1][-300:]}
     result["process_s"] = round(time.monotonic() - started, 1)
-    print(json.dumps({key: value for key, value in result.items() if key not in ("hardware", "versions")}), flush=True)
+    print(
+        json.dumps(
+            {key: value for key, value in result.items() if key not in ("hardware", "versions")}
+        ),
+        flush=True,
+    )
     file.write_text(json.dumps(result, indent=1) + "\n")
     return result
 
@@ -114,7 +151,14 @@ def launcher(processes: int) -> list[str]:
     """What goes in front of a script; for several processes the deepspeed launcher, on a port that is free now."""
     if processes == 1:
         return [sys.executable]
-    words = ["-m", "deepspeed.launcher.runner", "--num_accelerators", str(processes), "--master_port", str(free_port())]
+    words = [
+        "-m",
+        "deepspeed.launcher.runner",
+        "--num_accelerators",
+        str(processes),
+        "--master_port",
+        str(free_port()),
+    ]
     return [sys.executable, *words]
 
 
@@ -127,10 +171,18 @@ def markdown(results: list[dict]) -> str:
     ]
     for result in results:
         if "error" in result:
-            lines.append(f"| {result['row']} | failed: {result['error'].replace('|', '/')} | | | | | | |")
+            lines.append(
+                f"| {result['row']} | failed: {result['error'].replace('|', '/')} | | | | | | |"
+            )
             continue
-        gib = [f"{result['peak_gib'].get(phase, 0):.1f}" for phase in ("all", "load", "rollout", "update")]
-        seconds = [f"{result['seconds'].get(phase, 0):.1f}" for phase in ("load", "generate", "score", "update")]
+        gib = [
+            f"{result['peak_gib'].get(phase, 0):.1f}"
+            for phase in ("all", "load", "rollout", "update")
+        ]
+        seconds = [
+            f"{result['seconds'].get(phase, 0):.1f}"
+            for phase in ("load", "generate", "score", "update")
+        ]
         lines.append(
             f"| {' | '.join([result['row'], *gib])} | {result['host_gib']:.1f} | {', '.join(seconds)} "
             f"| {result['tokens_per_s']:,.0f} |"

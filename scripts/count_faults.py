@@ -45,16 +45,26 @@ def main() -> int:
         path = Path(folder) / "figures.json"
         started = time.monotonic()
         done = subprocess.run(
-            command, cwd=ROOT, env={**os.environ, "DSCHAT_FAULT_FIGURES": str(path)}, stdout=subprocess.PIPE, text=True
+            command,
+            cwd=ROOT,
+            env={**os.environ, "DSCHAT_FAULT_FIGURES": str(path)},
+            stdout=subprocess.PIPE,
+            text=True,
         )
         seconds = time.monotonic() - started
         figures = json.loads(path.read_text()) if path.exists() else {}
     print(done.stdout)
     found = total(figures)
-    print("faults {injected}, survived {survived}, bytes compared {bytes_compared}, lost {bytes_lost}".format(**found))
+    print(
+        "faults {injected}, survived {survived}, bytes compared {bytes_compared}, lost {bytes_lost}".format(
+            **found
+        )
+    )
     if args.output:
         record = {
-            "command": " ".join(["python", "scripts/count_faults.py", *(["--slow"] if args.slow else [])]),
+            "command": " ".join(
+                ["python", "scripts/count_faults.py", *(["--slow"] if args.slow else [])]
+            ),
             "pytest": done.stdout.strip().splitlines()[-1],
             "seconds": round(seconds, 1),
             **found,

@@ -1,6 +1,6 @@
 """Write a miniature model folder with random weights and a byte-level tokenizer, for tests and first tries.
 
-    python scripts/make_tiny_model.py --family llama --output /tmp/tiny-llama --std 0.5
+python scripts/make_tiny_model.py --family llama --output /tmp/tiny-llama --std 0.5
 """
 
 import argparse
@@ -21,10 +21,16 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=64, help="Width.")
     parser.add_argument("--layers", type=int, default=2, help="Decoder layers.")
     parser.add_argument("--heads", type=int, default=4, help="Attention heads.")
-    parser.add_argument("--kv_heads", type=int, default=2, help="Key and value heads (llama, qwen2, mistral).")
-    parser.add_argument("--std", type=float, default=0.02, help="Standard deviation of the weights.")
+    parser.add_argument(
+        "--kv_heads", type=int, default=2, help="Key and value heads (llama, qwen2, mistral)."
+    )
+    parser.add_argument(
+        "--std", type=float, default=0.02, help="Standard deviation of the weights."
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--pad_is_eos", action="store_true", help="Pad with the end-of-sequence token.")
+    parser.add_argument(
+        "--pad_is_eos", action="store_true", help="Pad with the end-of-sequence token."
+    )
     arguments = vars(parser.parse_args())
     print(make_tiny_model(arguments.pop("output"), **arguments))
 

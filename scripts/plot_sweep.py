@@ -39,10 +39,18 @@ def main() -> int:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("output", type=Path, help="folder of the runs")
-    parser.add_argument("--figure", type=Path, help="file of the figure; default: sweep.png in the folder of the runs")
-    parser.add_argument("--metric", default="objective/score", help="what is drawn, by its name in metrics.jsonl")
+    parser.add_argument(
+        "--figure",
+        type=Path,
+        help="file of the figure; default: sweep.png in the folder of the runs",
+    )
+    parser.add_argument(
+        "--metric", default="objective/score", help="what is drawn, by its name in metrics.jsonl"
+    )
     parser.add_argument("--smooth", type=int, default=1, help="rollouts of the moving average")
     return parser.parse_args()
 
@@ -55,7 +63,11 @@ def read_curves(output: Path, metric: str) -> tuple[dict[str, list[tuple[int, fl
         file = output / name / "metrics.jsonl"
         lines = read_jsonl(file) if file.exists() else []
         # A value that is not finite is null in the file, and a gap in the curve.
-        curve = [(line["step"], math.nan if line[metric] is None else line[metric]) for line in lines if metric in line]
+        curve = [
+            (line["step"], math.nan if line[metric] is None else line[metric])
+            for line in lines
+            if metric in line
+        ]
         if curve:
             curves[name] = curve
         else:
@@ -72,10 +84,15 @@ def summary(curve: list[tuple[int, float]]) -> list[str]:
 
 def moving_average(values: list[float], window: int) -> list[float]:
     """At each place the mean of it and up to `window` - 1 places before."""
-    return [sum(values[max(0, i - window + 1) : i + 1]) / (i + 1 - max(0, i - window + 1)) for i in range(len(values))]
+    return [
+        sum(values[max(0, i - window + 1) : i + 1]) / (i + 1 - max(0, i - window + 1))
+        for i in range(len(values))
+    ]
 
 
-def draw(panels: dict[str, dict[str, list[tuple[int, float]]]], figure: Path, *, metric: str, window: int) -> None:
+def draw(
+    panels: dict[str, dict[str, list[tuple[int, float]]]], figure: Path, *, metric: str, window: int
+) -> None:
     """Panels of curves by title and folder name; colour tells stage and Hybrid Engine, a dashed line offload."""
     try:
         import matplotlib
@@ -85,9 +102,13 @@ def draw(panels: dict[str, dict[str, list[tuple[int, float]]]], figure: Path, *,
     except ImportError:
         print("matplotlib is not installed: no figure (pip install matplotlib)")
         return
-    colors = dict(zip(itertools.product(STAGES, SWITCH), ("tab:blue", "tab:cyan", "tab:red", "tab:orange")))
+    colors = dict(
+        zip(itertools.product(STAGES, SWITCH), ("tab:blue", "tab:cyan", "tab:red", "tab:orange"))
+    )
     size = (2 + 6 * len(panels), 5.5)
-    canvas, grid = plt.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False, layout="constrained")
+    canvas, grid = plt.subplots(
+        1, len(panels), figsize=size, sharey=True, squeeze=False, layout="constrained"
+    )
     axes = grid[0]
     for axis, (title, curves) in zip(axes, panels.items()):
         for name, curve in curves.items():
@@ -105,7 +126,12 @@ def draw(panels: dict[str, dict[str, list[tuple[int, float]]]], figure: Path, *,
     # One legend below the panels, where it hides no curve.
     entries = {name: line for axis in axes for line, name in zip(*axis.get_legend_handles_labels())}
     if entries:
-        canvas.legend(entries.values(), entries, loc="outside lower center", ncols=min(8, len(entries), 3 * len(panels)))
+        canvas.legend(
+            entries.values(),
+            entries,
+            loc="outside lower center",
+            ncols=min(8, len(entries), 3 * len(panels)),
+        )
     figure.parent.mkdir(parents=True, exist_ok=True)
     canvas.savefig(figure, dpi=120)
     print(f"wrote {figure}")

@@ -61,12 +61,24 @@ PLOTTED = {
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="folder of metrics, summary and figure")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--output", type=Path, required=True, help="folder of metrics, summary and figure"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4])
-    parser.add_argument("--parallel", type=int, default=1, help="runs at a time, which share the GPU")
-    parser.add_argument("--models", type=Path, help="output folder of e2e_rlhf.py; default: its steps 1 and 2 are run")
-    parser.add_argument("--tiny", action="store_true", help="a miniature model, seeds 1 and 2, minutes on a CPU")
+    parser.add_argument(
+        "--parallel", type=int, default=1, help="runs at a time, which share the GPU"
+    )
+    parser.add_argument(
+        "--models",
+        type=Path,
+        help="output folder of e2e_rlhf.py; default: its steps 1 and 2 are run",
+    )
+    parser.add_argument(
+        "--tiny", action="store_true", help="a miniature model, seeds 1 and 2, minutes on a CPU"
+    )
     return parser.parse_args()
 
 
@@ -84,8 +96,19 @@ def tiny_runs(work: Path) -> dict[str, list[str]]:
         "def reward(prompts, answers, **columns):\n"
         "    return [float('a' <= answer[:1] <= 'z') for answer in answers]\n"
     )
-    common = ["--data_path", str(write_toy_data(work / "data")), "--actor_model_name_or_path", str(model)]
-    common += ["--critic_model_name_or_path", str(model), "--reward_fn", f"{function}:reward", *TINY.split()]
+    common = [
+        "--data_path",
+        str(write_toy_data(work / "data")),
+        "--actor_model_name_or_path",
+        str(model),
+    ]
+    common += [
+        "--critic_model_name_or_path",
+        str(model),
+        "--reward_fn",
+        f"{function}:reward",
+        *TINY.split(),
+    ]
     return {
         "epochs1": [*common, "--ppo_epochs", "1", "--max_train_steps", "40"],
         "epochs4": [*common, "--ppo_epochs", "4", "--max_train_steps", "20"],
@@ -104,13 +127,32 @@ def demo_runs(args: argparse.Namespace, work: Path) -> dict[str, list[str]]:
         models = args.output / "models"
         command = [sys.executable, str(ROOT / "e2e_rlhf.py"), "--output-dir", str(models)]
         for step in ("1", "2"):
-            if not list(models.glob(f"{'actor' if step == '1' else 'reward'}-models/*/finished.json")):
+            if not list(
+                models.glob(f"{'actor' if step == '1' else 'reward'}-models/*/finished.json")
+            ):
                 subprocess.run([*command, "--step", step], check=True)
-    actor, critic = (next((models / f"{kind}-models").glob("*/finished.json")).parent for kind in ("actor", "reward"))
-    common = ["--data_path", str(build_reviews() / "prompts"), "--actor_model_name_or_path", str(actor)]
+    actor, critic = (
+        next((models / f"{kind}-models").glob("*/finished.json")).parent
+        for kind in ("actor", "reward")
+    )
+    common = [
+        "--data_path",
+        str(build_reviews() / "prompts"),
+        "--actor_model_name_or_path",
+        str(actor),
+    ]
     common += ["--critic_model_name_or_path", str(critic), *DEMO.split()]
-    addition = ["--data_path", str(write_data(work / "addition")), "--actor_model_name_or_path", str(smollm2_folder())]
-    addition += ["--reward_fn", f"{ROOT / 'scripts' / 'addition_reward.py'}:reward", *ADDITION.split()]
+    addition = [
+        "--data_path",
+        str(write_data(work / "addition")),
+        "--actor_model_name_or_path",
+        str(smollm2_folder()),
+    ]
+    addition += [
+        "--reward_fn",
+        f"{ROOT / 'scripts' / 'addition_reward.py'}:reward",
+        *ADDITION.split(),
+    ]
     return {
         "epochs1": [*common, "--ppo_epochs", "1", "--max_train_steps", "40"],
         "epochs4": [*common, "--ppo_epochs", "4", "--max_train_steps", "24"],
@@ -131,17 +173,25 @@ def launch(name: str, flags: list[str], seed: int, output: Path, work: Path) -> 
     if record.exists():
         known = json.loads(record.read_text())
         # Early records name the models by their folders alone.
-        if known["flags"] == asked["flags"] and known.get("models", asked["models"]) == asked["models"]:
+        if (
+            known["flags"] == asked["flags"]
+            and known.get("models", asked["models"]) == asked["models"]
+        ):
             return known["seconds"]
     folder = work / f"{name}_seed{seed}"
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", str(free_port())]
     command += ["--num_gpus" if has_gpu() else "--num_accelerators", "1", str(MAIN), *flags]
     command += ["--seed", str(seed), "--output_dir", str(folder)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+    }
     started = time.monotonic()
     log = output / f"{name}_seed{seed}.log"
     with open(log, "w") as file:
-        if subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment).returncode:
+        if subprocess.run(
+            command, stdout=file, stderr=subprocess.STDOUT, env=environment
+        ).returncode:
             raise RuntimeError(f"{name}, seed {seed}, failed; see {log}")
     seconds = time.monotonic() - started
     log.unlink()
@@ -154,9 +204,14 @@ def launch(name: str, flags: list[str], seed: int, output: Path, work: Path) -> 
     section = ppo_section(folder, judge=judge)
     last = [line for line in read_jsonl(target) if "value/explained_variance" in line][-5:]
     if last:
-        section["explained_variance_last5"] = sum(line["value/explained_variance"] for line in last) / len(last)
+        section["explained_variance_last5"] = sum(
+            line["value/explained_variance"] for line in last
+        ) / len(last)
     write_json(record, {**asked, "seed": seed, "seconds": seconds, "result": section})
-    print(f"{name}, seed {seed}: {seconds:.0f} s, score {section['score_before']:.3f} -> {section['score_after']:.3f}", flush=True)
+    print(
+        f"{name}, seed {seed}: {seconds:.0f} s, score {section['score_before']:.3f} -> {section['score_after']:.3f}",
+        flush=True,
+    )
     return seconds
 
 
@@ -168,7 +223,9 @@ def seeds_of(name: str, seeds: list[int]) -> list[int]:
 def flags_shown(flags: list[str]) -> str:
     """The flags without this machine's paths."""
     parts = [word.rpartition("=") for word in flags]
-    return " ".join(name + mark + (Path(end).name if os.path.isabs(end) else end) for name, mark, end in parts)
+    return " ".join(
+        name + mark + (Path(end).name if os.path.isabs(end) else end) for name, mark, end in parts
+    )
 
 
 def fingerprints(flags: list[str]) -> dict[str, str]:
@@ -193,7 +250,9 @@ def mean_gains(output: Path, name: str, seeds: list[int]) -> dict[int, float]:
     """Evaluated rollouts to the held-out score's gain in standard deviations before training, mean over the seeds."""
     gains: dict[int, list[float]] = {}
     for seed in seeds:
-        lines = [line for line in read_jsonl(output / f"{name}_seed{seed}.jsonl") if "eval/score" in line]
+        lines = [
+            line for line in read_jsonl(output / f"{name}_seed{seed}.jsonl") if "eval/score" in line
+        ]
         for line in lines:
             gain = (line["eval/score"] - lines[0]["eval/score"]) / lines[0]["eval/score_sd"]
             gains.setdefault(line["step"], []).append(gain)
@@ -211,10 +270,17 @@ def judge_bars(output: Path, names: list[str], seeds: list[int]) -> tuple[list[l
 
     for seed in seeds:
         run = [name for name in names if seed in seeds_of(name, seeds)]
-        results = {name: json.loads((output / f"{name}_seed{seed}.json").read_text())["result"] for name in run}
+        results = {
+            name: json.loads((output / f"{name}_seed{seed}.json").read_text())["result"]
+            for name in run
+        }
         for name in ("epochs1", "epochs4"):
             found = results[name]
-            bar(f"{name}, seed {seed}: score gain, sd", f"{found['score_gain_sd']:.2f}", found["score_gain_sd"] >= 1)
+            bar(
+                f"{name}, seed {seed}: score gain, sd",
+                f"{found['score_gain_sd']:.2f}",
+                found["score_gain_sd"] >= 1,
+            )
             bar(f"{name}, seed {seed}: KL per answer", f"{found['kl']:.2f}", found["kl"] <= 8)
             variance = found["explained_variance_last5"]
             bar(f"{name}, seed {seed}: explained variance", f"{variance:.2f}", variance > 0.3)
@@ -224,7 +290,11 @@ def judge_bars(output: Path, names: list[str], seeds: list[int]) -> tuple[list[l
         if "control" in results:
             found = results["control"]
             text = f"{found['kl']:.2f}, {found['score_gain_sd']:+.2f} sd"
-            bar(f"control, seed {seed}: KL, score", text, found["kl"] < 0.5 and abs(found["score_gain_sd"]) < 0.25)
+            bar(
+                f"control, seed {seed}: KL, score",
+                text,
+                found["kl"] < 0.5 and abs(found["score_gain_sd"]) < 0.25,
+            )
         if "addition" in results:
             found = results["addition"]
             text = f"{100 * found['score_before']:.0f}% -> {100 * found['score_after']:.0f}%"
@@ -250,11 +320,22 @@ def draw(output: Path, names: list[str], seeds: list[int]) -> None:
     kinds = [name for name in names if name != "addition"]
     figure, axes = plt.subplots(1, 3, figsize=(13, 4))
     for color, name in zip(("tab:blue", "tab:orange", "tab:gray"), kinds):
-        for seed in [seed for seed in seeds_of(name, seeds) if (output / f"{name}_seed{seed}.jsonl").exists()]:
-            lines = [line for line in read_jsonl(output / f"{name}_seed{seed}.jsonl") if "eval/score" in line]
+        for seed in [
+            seed for seed in seeds_of(name, seeds) if (output / f"{name}_seed{seed}.jsonl").exists()
+        ]:
+            lines = [
+                line
+                for line in read_jsonl(output / f"{name}_seed{seed}.jsonl")
+                if "eval/score" in line
+            ]
             for axis, key in zip(axes, PLOTTED):
                 label = None if any(line.get_label() == name for line in axis.lines) else name
-                axis.plot([line["step"] for line in lines], [line[key] for line in lines], color=color, label=label)
+                axis.plot(
+                    [line["step"] for line in lines],
+                    [line[key] for line in lines],
+                    color=color,
+                    label=label,
+                )
     for axis, title in zip(axes, PLOTTED.values()):
         axis.set(xlabel="rollouts", title=title)
     axes[0].legend()
@@ -280,8 +361,16 @@ def main() -> None:
     rows, all_met = judge_bars(args.output, list(runs), seeds)
     print("\n" + table(rows, header=["bar", "found", "met"]))
     command = f"python scripts/{Path(__file__).name} {flags_shown(sys.argv[1:])}"
-    record = {"command": command, "bars": rows, "all_met": all_met, "launch_seconds": seconds, "parallel": args.parallel}
-    write_json(args.output / "summary.json", {**record, "hardware": hardware(), "versions": versions()})
+    record = {
+        "command": command,
+        "bars": rows,
+        "all_met": all_met,
+        "launch_seconds": seconds,
+        "parallel": args.parallel,
+    }
+    write_json(
+        args.output / "summary.json", {**record, "hardware": hardware(), "versions": versions()}
+    )
     draw(args.output, list(runs), seeds)
     sys.exit(0 if all_met else 1)
 

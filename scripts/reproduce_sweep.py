@@ -30,7 +30,9 @@ from scripts.bench_training_memory import compile_cpu_adam  # noqa: E402
 from scripts.plot_sweep import NAME, STAGES, SWITCH, draw, summary  # noqa: E402
 from scripts.reproduce_ppo import has_gpu  # noqa: E402
 
-SINGLE = ROOT / "training/step3_rlhf_finetuning/training_scripts/opt/single_node/sweep/run_single.sh"
+SINGLE = (
+    ROOT / "training/step3_rlhf_finetuning/training_scripts/opt/single_node/sweep/run_single.sh"
+)
 WEIGHTS, ADAPTERS = "1e-3", "5e-3"
 # Title: learning rates of the weights and of the adapters.
 RATES = {
@@ -58,7 +60,11 @@ def main() -> int:
     args.output.mkdir(parents=True, exist_ok=True)
     file = args.output / "sweep.json"
     known = json.loads(file.read_text())["runs"] if file.exists() else {}
-    todo = [run for run in every_run() if known.get(label(*run), {}).get("flags") != shown_flags(*run, args)]
+    todo = [
+        run
+        for run in every_run()
+        if known.get(label(*run), {}).get("flags") != shown_flags(*run, args)
+    ]
     failed = []
     if todo:
         with tempfile.TemporaryDirectory() as work, ThreadPoolExecutor(args.parallel) as pool:
@@ -80,11 +86,22 @@ def main() -> int:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="folder of sweep.json, sweep.png and failed runs' logs")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        required=True,
+        help="folder of sweep.json, sweep.png and failed runs' logs",
+    )
     parser.add_argument("--rollouts", type=int, default=200, help="rollouts a run")
-    parser.add_argument("--parallel", type=int, default=1, help="runs at a time, which share the GPU")
-    parser.add_argument("--smooth", type=int, default=10, help="rollouts of the figure's moving average")
+    parser.add_argument(
+        "--parallel", type=int, default=1, help="runs at a time, which share the GPU"
+    )
+    parser.add_argument(
+        "--smooth", type=int, default=10, help="rollouts of the figure's moving average"
+    )
     return parser.parse_args()
 
 
@@ -98,7 +115,9 @@ def every_run() -> list[tuple[str, str]]:
     """(key of RATES or "", folder name) of all runs: sixteen, and those with LoRA again at shared rates."""
     names = [NAME.format(*values) for values in itertools.product(STAGES, SWITCH, SWITCH, SWITCH)]
     plain = [("", name) for name in names if name.endswith("lora_false")]
-    return plain + [(rates, name) for rates in RATES for name in names if name.endswith("lora_true")]
+    return plain + [
+        (rates, name) for rates in RATES for name in names if name.endswith("lora_true")
+    ]
 
 
 def label(rates: str, name: str) -> str:
@@ -107,7 +126,14 @@ def label(rates: str, name: str) -> str:
 
 def train_models(work: Path) -> Path:
     """The output folder of steps 1 and 2 on the miniature OPT."""
-    words = [sys.executable, str(ROOT / "e2e_rlhf.py"), "--actor-model", "tiny-opt", "--reward-model", "tiny-opt"]
+    words = [
+        sys.executable,
+        str(ROOT / "e2e_rlhf.py"),
+        "--actor-model",
+        "tiny-opt",
+        "--reward-model",
+        "tiny-opt",
+    ]
     subprocess.run([*words, "--step", "1", "2", "--output-dir", str(work / "models")], check=True)
     return work / "models"
 
@@ -116,7 +142,11 @@ def shown_flags(rates: str, name: str, args: argparse.Namespace) -> str:
     """A run's flags behind those that its folder's name tells."""
     weights, adapters = RATES[rates or "separate"]
     words = f"{FLAGS} --max_train_steps {args.rollouts} --actor_learning_rate {weights}"
-    return f"{words} {LORA} --actor_lora_learning_rate {adapters}" if name.endswith("lora_true") else words
+    return (
+        f"{words} {LORA} --actor_lora_learning_rate {adapters}"
+        if name.endswith("lora_true")
+        else words
+    )
 
 
 def launch(rates: str, name: str, models: Path, work: Path, args: argparse.Namespace) -> dict:
@@ -127,14 +157,27 @@ def launch(rates: str, name: str, models: Path, work: Path, args: argparse.Names
     """
     stage, hybrid, offload, lora = name[1:].split("_")[::2]
     folder = work / label(rates, name)
-    words = [models / "actor-models/opt", models / "reward-models/opt", stage, stage, hybrid, offload, lora, "false", folder]
+    words = [
+        models / "actor-models/opt",
+        models / "reward-models/opt",
+        stage,
+        stage,
+        hybrid,
+        offload,
+        lora,
+        "false",
+        folder,
+    ]
     words += ["--data_path", models / "toy-data", *shown_flags(rates, name, args).split()]
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2")}
     started = time.monotonic()
     log = args.output / f"{label(rates, name).replace('/', '_')}.log"
     with open(log, "w", encoding="utf-8") as stream:
         done = subprocess.run(
-            ["bash", str(SINGLE), *map(str, words)], stdout=stream, stderr=subprocess.STDOUT, env=environment
+            ["bash", str(SINGLE), *map(str, words)],
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            env=environment,
         )
     if done.returncode:
         raise RuntimeError(f"{label(rates, name)} failed; see {log}")
@@ -157,12 +200,20 @@ def report(runs: dict[str, dict], figure: Path, window: int) -> None:
     """A table of the runs, and the figure: a panel without LoRA, one for each pair of rates."""
     panels = {}
     for rates, title in TITLES.items():
-        names = [name for found, name in every_run() if found == rates and label(found, name) in runs]
+        names = [
+            name for found, name in every_run() if found == rates and label(found, name) in runs
+        ]
         if names:
-            panels[title] = {name: list(enumerate(runs[label(rates, name)]["score"], start=1)) for name in names}
+            panels[title] = {
+                name: list(enumerate(runs[label(rates, name)]["score"], start=1)) for name in names
+            }
     if not panels:
         return
-    rows = [[title, name, *summary(curve)] for title, panel in panels.items() for name, curve in panel.items()]
+    rows = [
+        [title, name, *summary(curve)]
+        for title, panel in panels.items()
+        for name, curve in panel.items()
+    ]
     print(table(rows, header=["", "run", "rollouts", "first", "last", "highest"]))
     draw(panels, figure, metric="objective/score", window=window)
 

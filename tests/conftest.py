@@ -21,22 +21,34 @@ from stock import write_stock  # noqa: E402
 
 
 def pytest_addoption(parser):
-    parser.addoption("--model", help="test_step3_matrix.py: a causal language model's folder, instead of a miniature")
+    parser.addoption(
+        "--model",
+        help="test_step3_matrix.py: a causal language model's folder, instead of a miniature",
+    )
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "cases(*cases): the launched cases whose results the test reads")
+    config.addinivalue_line(
+        "markers", "cases(*cases): the launched cases whose results the test reads"
+    )
 
 
 @pytest.fixture(scope="session")
 def stock(request, tmp_path_factory) -> Path:
     """The folder of miniature models and toy data; see stock.py. Not to be written to."""
-    return write_stock(tmp_path_factory.mktemp("stock"), matrix_model=request.config.getoption("--model"))
+    return write_stock(
+        tmp_path_factory.mktemp("stock"), matrix_model=request.config.getoption("--model")
+    )
 
 
 @pytest.fixture(scope="session")
 def launches(request, stock, tmp_path_factory) -> Launches:
     """The results of all launched cases, by case."""
-    named = [case for item in request.session.items for mark in item.iter_markers("cases") for case in mark.args]
+    named = [
+        case
+        for item in request.session.items
+        for mark in item.iter_markers("cases")
+        for case in mark.args
+    ]
     cases: list[Case] = list({case.name: case for case in named}.values())
     return Launches(cases, folder=tmp_path_factory.mktemp("cases"), stock=stock)

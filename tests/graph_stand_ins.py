@@ -51,7 +51,10 @@ class StandInDecoder(GraphDecoder):
 
     def _places(self) -> list[int]:
         buffers = [tensor for layer in self.cache.layers for tensor in (layer.keys, layer.values)]
-        return [tensor.data_ptr() for tensor in (*self.model.parameters(), *buffers, *vars(self.state).values())]
+        return [
+            tensor.data_ptr()
+            for tensor in (*self.model.parameters(), *buffers, *vars(self.state).values())
+        ]
 
 
 def attend(query, key, value, new_key, new_value, bounds, scale) -> torch.Tensor:
@@ -60,8 +63,12 @@ def attend(query, key, value, new_key, new_value, bounds, scale) -> torch.Tensor
     for row, (first, end) in enumerate(bounds.view(-1, 2).tolist()):
         for cache, new in ((key, new_key), (value, new_value)):
             cache[row, :, end - 1] = new[row, :, 0]
-        k, v = (cache[row, :, first:end].repeat_interleave(group, 0).float() for cache in (key, value))
-        out[row] = ((scale * query[row].float() @ k.transpose(-1, -2)).softmax(-1) @ v).to(query.dtype)
+        k, v = (
+            cache[row, :, first:end].repeat_interleave(group, 0).float() for cache in (key, value)
+        )
+        out[row] = ((scale * query[row].float() @ k.transpose(-1, -2)).softmax(-1) @ v).to(
+            query.dtype
+        )
     return out
 
 

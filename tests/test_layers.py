@@ -53,7 +53,11 @@ def imports_of(path: Path, root: Path) -> Iterator[Import]:
             start = ".".join([*base, *([node.module] if node.module else [])])
             yield from (Import(f"{start}.{alias.name}", node.lineno) for alias in node.names)
         elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
-            called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            called = (
+                node.func.attr
+                if isinstance(node.func, ast.Attribute)
+                else getattr(node.func, "id", "")
+            )
             if called in ("import_module", "__import__"):
                 yield Import(str(node.args[0].value), node.lineno)
 
@@ -100,7 +104,9 @@ def size_faults(root: Path) -> list[str]:
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 length = node.end_lineno - node.lineno + 1
                 if length > MAX_FUNCTION_LINES:
-                    faults.append(f"{name} {node.name}: {length} lines, more than {MAX_FUNCTION_LINES}")
+                    faults.append(
+                        f"{name} {node.name}: {length} lines, more than {MAX_FUNCTION_LINES}"
+                    )
     return faults
 
 
@@ -156,7 +162,11 @@ def room_graph(graph: dict[str, set[str]]) -> dict[str, set[str]]:
 def package_faults(root: Path) -> list[str]:
     """Every folder of modules in dschat/ without an __init__.py, which an installation would leave out."""
     folders = {path.parent for path in (root / "dschat").rglob("*.py")}
-    return [f"{f.relative_to(root).as_posix()}: no __init__.py" for f in sorted(folders) if not (f / "__init__.py").exists()]
+    return [
+        f"{f.relative_to(root).as_posix()}: no __init__.py"
+        for f in sorted(folders)
+        if not (f / "__init__.py").exists()
+    ]
 
 
 def sources(root: Path) -> list[Path]:
@@ -186,15 +196,23 @@ def test_imports_have_no_circle():
 
 def test_unit_tests_mirror_the_rooms():
     rooms = {path.name for path in (ROOT / "dschat").iterdir() if (path / "__init__.py").exists()}
-    folders = {path.name for path in (ROOT / "tests" / "unit").iterdir() if path.is_dir()} - {"__pycache__"}
+    folders = {path.name for path in (ROOT / "tests" / "unit").iterdir() if path.is_dir()} - {
+        "__pycache__"
+    }
     assert folders - rooms == {"scripts"}
     assert rooms - folders == set()
 
 
-@pytest.mark.parametrize("package", ["algorithms", "config.options", "runtime.hardware", "tracking.table"])
+@pytest.mark.parametrize(
+    "package", ["algorithms", "config.options", "runtime.hardware", "tracking.table"]
+)
 def test_light_packages_load_neither_deepspeed_nor_transformers(package):
     modules = sorted(path.stem for path in (ROOT / "dschat" / "algorithms").glob("[a-z]*.py"))
-    names = [f"dschat.algorithms.{name}" for name in modules] if package == "algorithms" else [f"dschat.{package}"]
+    names = (
+        [f"dschat.algorithms.{name}" for name in modules]
+        if package == "algorithms"
+        else [f"dschat.{package}"]
+    )
     assert names
     code = f"import {', '.join(names)}, sys; print(*(n for n in ('deepspeed', 'transformers') if n in sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
@@ -204,22 +222,60 @@ def test_light_packages_load_neither_deepspeed_nor_transformers(package):
 # One file of a tree, and the word that each fault it should raise must hold.
 VIOLATIONS = {
     "upwards": ("dschat/models/a.py", "from dschat.trainers import ppo", "dschat.trainers.ppo"),
-    "inside a function": ("dschat/models/a.py", "def f():\n    import dschat.engine.build", "dschat.engine.build"),
+    "inside a function": (
+        "dschat/models/a.py",
+        "def f():\n    import dschat.engine.build",
+        "dschat.engine.build",
+    ),
     "relative": ("dschat/config/a.py", "from ..models import lora", "dschat.models.lora"),
-    "by name": ("dschat/algorithms/a.py", "import importlib\nimportlib.import_module('dschat.config.ppo')", "config"),
+    "by name": (
+        "dschat/algorithms/a.py",
+        "import importlib\nimportlib.import_module('dschat.config.ppo')",
+        "config",
+    ),
     "the whole package": ("dschat/tracking/a.py", "import dschat", "imports dschat"),
-    "data in a trainer": ("dschat/trainers/a.py", "from dschat.data.loaders import make_loader", "data.loaders"),
-    "algorithms in data": ("dschat/data/a.py", "from dschat.algorithms.losses import policy_loss", "losses"),
-    "deepspeed in the decoder": ("dschat/generation/kernels/a.py", "import deepspeed", "only dschat/engine"),
-    "engine in the decoder": ("dschat/generation/a.py", "from dschat.engine import build", "dschat.engine"),
+    "data in a trainer": (
+        "dschat/trainers/a.py",
+        "from dschat.data.loaders import make_loader",
+        "data.loaders",
+    ),
+    "algorithms in data": (
+        "dschat/data/a.py",
+        "from dschat.algorithms.losses import policy_loss",
+        "losses",
+    ),
+    "deepspeed in the decoder": (
+        "dschat/generation/kernels/a.py",
+        "import deepspeed",
+        "only dschat/engine",
+    ),
+    "engine in the decoder": (
+        "dschat/generation/a.py",
+        "from dschat.engine import build",
+        "dschat.engine",
+    ),
     "deepspeed in a trainer": ("dschat/trainers/a.py", "import deepspeed", "only dschat/engine"),
-    "deepspeed in a main": ("training/step1/main.py", "from deepspeed.accelerator import get_accelerator", "only"),
-    "transformers in the mathematics": ("dschat/algorithms/a.py", "import transformers", "torch alone"),
+    "deepspeed in a main": (
+        "training/step1/main.py",
+        "from deepspeed.accelerator import get_accelerator",
+        "only",
+    ),
+    "transformers in the mathematics": (
+        "dschat/algorithms/a.py",
+        "import transformers",
+        "torch alone",
+    ),
     "a folder that is no layer": ("dschat/utils/a.py", "import os", "no layer"),
 }
 ALLOWED = {
-    "down": ("dschat/trainers/a.py", "from dschat.engine.build import override\nfrom dschat.data.templates import render"),
-    "own package": ("dschat/models/a.py", "from dschat.models.lora import add_lora\nfrom . import lora"),
+    "down": (
+        "dschat/trainers/a.py",
+        "from dschat.engine.build import override\nfrom dschat.data.templates import render",
+    ),
+    "own package": (
+        "dschat/models/a.py",
+        "from dschat.models.lora import add_lora\nfrom . import lora",
+    ),
     "deepspeed in the engine": ("dschat/engine/a.py", "def f():\n    import deepspeed"),
     "anything in a main": ("training/step1/main.py", "from dschat.data.loaders import make_loader"),
     "a similar name": ("dschat/trainers/a.py", "import deepspeed_mii, dschat_extras"),

@@ -27,7 +27,10 @@ COMMON = (
     "--actor_learning_rate 1e-4 --critic_learning_rate 1e-4 --lr_scheduler_type constant --dtype fp32 --seed 7 "
     f"--greedy_rollouts --no_normalize_reward --enable_test_mode --test_stop_step {ROLLOUTS}"
 )
-HYBRID, OFFLOAD = "--enable_hybrid_engine", "--offload --offload_reference_model --offload_reward_model"
+HYBRID, OFFLOAD = (
+    "--enable_hybrid_engine",
+    "--offload --offload_reference_model --offload_reward_model",
+)
 LORA = "--only_optimize_lora " + " ".join(
     f"--{role}_lora_dim 8 --{role}_lora_alpha 16 --{role}_lora_learning_rate 1e-3 --{role}_gradient_checkpointing"
     for role in ("actor", "critic")
@@ -46,9 +49,14 @@ def matrix_case(zero: int, hybrid: bool, offload: bool, lora: bool) -> Case:
 
 ON_OFF = (False, True)
 CASES = {
-    lora: [matrix_case(*row, lora) for row in itertools.product((2, 3), ON_OFF, ON_OFF)] for lora in ON_OFF
+    lora: [matrix_case(*row, lora) for row in itertools.product((2, 3), ON_OFF, ON_OFF)]
+    for lora in ON_OFF
 }
-EACH = [pytest.param(case, id=case.name[7:], marks=pytest.mark.cases(case)) for lora in ON_OFF for case in CASES[lora]]
+EACH = [
+    pytest.param(case, id=case.name[7:], marks=pytest.mark.cases(case))
+    for lora in ON_OFF
+    for case in CASES[lora]
+]
 
 
 def steps(outcome) -> list[dict[str, float]]:
@@ -72,14 +80,19 @@ def test_each_combination_trains_and_leaves_models_that_load(case, launches, sto
         assert any("q_proj" in name for name in changed), role
 
 
-BY_LORA = [pytest.param(lora, id=f"lora_{lora}", marks=pytest.mark.cases(*CASES[lora])) for lora in ON_OFF]
+BY_LORA = [
+    pytest.param(lora, id=f"lora_{lora}", marks=pytest.mark.cases(*CASES[lora])) for lora in ON_OFF
+]
 
 
 @pytest.mark.parametrize("lora", BY_LORA)
 def test_all_combinations_take_the_same_steps(lora, launches):
     first, *others = CASES[lora]
     expected = steps(launches[first])
-    assert expected[-1]["objective/kl"] != 0 and expected[-1]["objective/score"] != expected[0]["objective/score"]
+    assert (
+        expected[-1]["objective/kl"] != 0
+        and expected[-1]["objective/score"] != expected[0]["objective/score"]
+    )
     for case in others:
         for number, (found, wanted) in enumerate(zip(steps(launches[case]), expected, strict=True)):
             assert found == pytest.approx(wanted, rel=1e-4, abs=1e-4), (case.name, number)
@@ -89,8 +102,13 @@ def test_greedy_answers_of_the_start_say_something(stock, request):
     """A model that repeats one token would hide faults of the cache."""
     if request.config.getoption("--model"):
         pytest.skip("the miniature model's answers are looked at")
-    model, tokenizer = load_plainly(stock / "matrix" / "actor"), AutoTokenizer.from_pretrained(stock / "matrix" / "actor")
+    model, tokenizer = (
+        load_plainly(stock / "matrix" / "actor"),
+        AutoTokenizer.from_pretrained(stock / "matrix" / "actor"),
+    )
     for row in list(read_rows(str(stock / "toy" / "train.jsonl"), flag="rows"))[:8]:
         ids = tokenizer(row.prompt, return_tensors="pt")["input_ids"]
-        answer = model.generate(ids, max_new_tokens=ANSWER_TOKENS, do_sample=False)[0, ids.shape[1] :]
+        answer = model.generate(ids, max_new_tokens=ANSWER_TOKENS, do_sample=False)[
+            0, ids.shape[1] :
+        ]
         assert len(set(answer.tolist())) >= 8

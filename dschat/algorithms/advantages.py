@@ -85,12 +85,18 @@ def group_advantages(
     mean = totals.mean(-1, keepdim=True)
     if estimator == "rloo":
         # R_i - mean of the others = (R_i - mean of all) * n / (n - 1)
-        advantages = ((totals - mean) * (num_samples / (num_samples - 1))).view(-1, 1).expand_as(rewards)
+        advantages = (
+            ((totals - mean) * (num_samples / (num_samples - 1))).view(-1, 1).expand_as(rewards)
+        )
     elif estimator == "grpo":
-        advantages = ((totals - mean) / (totals.std(-1, keepdim=True) + 1e-6)).view(-1, 1).expand_as(rewards)
+        advantages = (
+            ((totals - mean) / (totals.std(-1, keepdim=True) + 1e-6)).view(-1, 1).expand_as(rewards)
+        )
     elif estimator == "reinforce_baseline":
         reward_to_go, _ = gae(exact, torch.zeros_like(exact), mask, gamma=gamma, lam=1.0)
         advantages = reward_to_go - mean.expand_as(totals).reshape(-1, 1)
     else:
-        raise ValueError(f"advantage estimator {estimator!r}: rloo, grpo and reinforce_baseline need no critic.")
+        raise ValueError(
+            f"advantage estimator {estimator!r}: rloo, grpo and reinforce_baseline need no critic."
+        )
     return torch.where(mask.bool(), advantages, torch.zeros_like(exact)).to(rewards.dtype)

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 import torch
 
 
-def kl_estimate(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, estimator: str = "k1") -> torch.Tensor:
+def kl_estimate(
+    logprobs: torch.Tensor, ref_logprobs: torch.Tensor, estimator: str = "k1"
+) -> torch.Tensor:
     """Per-token estimate of KL(policy || reference) on tokens sampled from the policy.
 
     With x = log p - log ref (J. Schulman, "Approximating KL Divergence", 2020):

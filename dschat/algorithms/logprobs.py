@@ -14,7 +14,11 @@ CHUNK_ELEMENTS = 64 * 2**20
 
 
 def token_logprobs(
-    logits: torch.Tensor, tokens: torch.Tensor, *, temperature: float = 1.0, chunk_elements: int = CHUNK_ELEMENTS
+    logits: torch.Tensor,
+    tokens: torch.Tensor,
+    *,
+    temperature: float = 1.0,
+    chunk_elements: int = CHUNK_ELEMENTS,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Logprob of each token and entropy of each distribution.
 
@@ -31,16 +35,22 @@ def token_logprobs(
     rows = max(1, chunk_elements // vocab)
     pieces = []
     # split, not slices: the gradient of each slice would be a tensor as large as all logits.
-    for chunk in zip(flat_logits.split(rows), flat_tokens.split(rows), itertools.repeat(temperature)):
+    for chunk in zip(
+        flat_logits.split(rows), flat_tokens.split(rows), itertools.repeat(temperature)
+    ):
         if torch.is_grad_enabled() and logits.requires_grad:
-            pieces.append(checkpoint(_chunk_logprobs, *chunk, use_reentrant=False, preserve_rng_state=False))
+            pieces.append(
+                checkpoint(_chunk_logprobs, *chunk, use_reentrant=False, preserve_rng_state=False)
+            )
         else:
             pieces.append(_chunk_logprobs(*chunk))
     logprobs, entropy = (torch.cat(parts).view(batch, length) for parts in zip(*pieces))
     return logprobs, entropy
 
 
-def full_kl(logits: torch.Tensor, ref_logits: torch.Tensor, *, chunk_elements: int = CHUNK_ELEMENTS) -> torch.Tensor:
+def full_kl(
+    logits: torch.Tensor, ref_logits: torch.Tensor, *, chunk_elements: int = CHUNK_ELEMENTS
+) -> torch.Tensor:
     """[B, T] fp32: the exact KL(p || ref) over the whole vocabulary at each position.
 
     Args:

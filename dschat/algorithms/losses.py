@@ -45,7 +45,9 @@ def dpo_loss(
     return -(1.0 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
 
 
-def implicit_rewards(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, *, beta: float) -> torch.Tensor:
+def implicit_rewards(
+    logprobs: torch.Tensor, ref_logprobs: torch.Tensor, *, beta: float
+) -> torch.Tensor:
     """[B]: beta * (log pi(y | x) - log ref(y | x)), of whole answers [B] (Rafailov et al. 2023, section 4)."""
     return beta * (logprobs - ref_logprobs)
 

@@ -13,7 +13,9 @@ def response_mask(tokens: torch.Tensor, eos_token_ids) -> torch.Tensor:
     Returns:
         [B, R] bool, True on answer tokens. The EOS is an action and counts; an immediate EOS is an answer of length 1.
     """
-    is_eos = torch.isin(tokens, torch.as_tensor(list(eos_token_ids), device=tokens.device, dtype=tokens.dtype))
+    is_eos = torch.isin(
+        tokens, torch.as_tensor(list(eos_token_ids), device=tokens.device, dtype=tokens.dtype)
+    )
     ended_before = is_eos.long().cumsum(-1) - is_eos.long()
     return ended_before == 0
 
@@ -42,7 +44,9 @@ def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 def moments(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """[3] float64: count, sum and sum of squares under `mask`. Add those of all ranks for global statistics."""
     values, mask = values.double(), mask.bool()
-    return torch.stack([mask.sum().double(), masked_sum(values, mask), masked_sum(values * values, mask)])
+    return torch.stack(
+        [mask.sum().double(), masked_sum(values, mask), masked_sum(values * values, mask)]
+    )
 
 
 def mean_and_std(totals: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -52,7 +56,9 @@ def mean_and_std(totals: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return mean, (squares / count - mean * mean).clamp(min=0).sqrt()
 
 
-def masked_whiten(values: torch.Tensor, mask: torch.Tensor, totals: torch.Tensor | None = None) -> torch.Tensor:
+def masked_whiten(
+    values: torch.Tensor, mask: torch.Tensor, totals: torch.Tensor | None = None
+) -> torch.Tensor:
     """(values - mean) / std under `mask`, and 0 elsewhere.
 
     Args:

@@ -13,7 +13,9 @@ class Movable:
 
     def to(self, device):
         """The same batch with every tensor on `device`."""
-        return type(self)(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
+        return type(self)(
+            **{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)}
+        )
 
     def rows(self, index: torch.Tensor):
         """The rows `index` [N] (int64) of every tensor, as a new batch."""
@@ -52,8 +54,12 @@ class Experience(Movable):
     """What one rollout leaves behind for the updates; computed once, without gradient, then never changed."""
 
     input_ids: torch.Tensor  # [B, P + R] int64, prompt padded left, answer padded right
-    attention_mask: torch.Tensor  # [B, P + R] int64, 1 on prompt and answer tokens (the closing EOS too)
-    response_mask: torch.Tensor  # [B, R] bool, True on answer tokens up to and including the first EOS
+    attention_mask: (
+        torch.Tensor
+    )  # [B, P + R] int64, 1 on prompt and answer tokens (the closing EOS too)
+    response_mask: (
+        torch.Tensor
+    )  # [B, R] bool, True on answer tokens up to and including the first EOS
     logprobs: torch.Tensor  # [B, R] fp32, of the sampled tokens under the policy that sampled them
     ref_logprobs: torch.Tensor  # [B, R] fp32
     values: torch.Tensor  # [B, R] fp32, the critic's before the update (zeros without a critic)

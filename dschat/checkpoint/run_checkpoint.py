@@ -57,8 +57,12 @@ class Checkpoint:
 
     def rank_state(self, rank: int | None = None) -> tuple[dict[str, torch.Tensor], dict]:
         """The tensors and the JSON that the process `rank` (default: this one) gave to ``save_checkpoint``."""
-        with safe_open(self.path / _rank_file(dist.rank() if rank is None else rank), framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, json.loads(file.metadata()["state"])
+        with safe_open(
+            self.path / _rank_file(dist.rank() if rank is None else rank), framework="pt"
+        ) as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, json.loads(
+                file.metadata()["state"]
+            )
 
 
 def save_checkpoint(
@@ -88,7 +92,9 @@ def save_checkpoint(
     entries: dict[str, dict] = {}
     for name, engine in engines.items() if not fault else ():
         written, fault = save_engine(engine, temporary, name)
-        entries |= {file.relative_to(temporary).as_posix(): entry for file, entry in written.items()}
+        entries |= {
+            file.relative_to(temporary).as_posix(): entry for file, entry in written.items()
+        }
         fault = dist.first_fault(fault)
         if fault:
             break
@@ -96,13 +102,20 @@ def save_checkpoint(
         fault = dist.first_fault(_tried(_write_own, temporary, facts, tensors, state, entries))
     gathered = dist.gather_texts(json.dumps(entries))
     if not fault and dist.is_main():
-        fault = _tried(_finish, temporary, path, {k: v for text in gathered for k, v in json.loads(text).items()})
+        fault = _tried(
+            _finish,
+            temporary,
+            path,
+            {k: v for text in gathered for k, v in json.loads(text).items()},
+        )
     fault = dist.first_fault(fault)
     if fault:
         # By everyone: where hosts share no folder, each has its own half.
         shutil.rmtree(temporary, ignore_errors=True)
     if fault and dist.is_main():
-        logger.warning(f"no checkpoint of step {step}: {fault}. Those from before are untouched; the run goes on.")
+        logger.warning(
+            f"no checkpoint of step {step}: {fault}. Those from before are untouched; the run goes on."
+        )
     elif keep and dist.is_main():
         # Newer folders are damaged ones, which this run began anew without; they are no reason to delete what it saves.
         for old in [folder for folder in _folders(root) if _step(folder) <= step][:-keep]:
@@ -117,7 +130,9 @@ def newest_checkpoint(root: Path) -> Checkpoint | None:
 
     Every process must call it.
     """
-    for name in json.loads(dist.gather_texts(json.dumps([path.name for path in _folders(root)]))[0])[::-1]:
+    for name in json.loads(
+        dist.gather_texts(json.dumps([path.name for path in _folders(root)]))[0]
+    )[::-1]:
         try:
             return open_checkpoint(root / name)
         except ValueError as error:
@@ -187,7 +202,11 @@ def last_step(root: Path) -> int | None:
 
 def _folders(root: Path) -> list[Path]:
     """The checkpoints in `root`, the oldest first."""
-    return sorted(path for path in root.glob("step_*") if NAME.fullmatch(path.name)) if root.is_dir() else []
+    return (
+        sorted(path for path in root.glob("step_*") if NAME.fullmatch(path.name))
+        if root.is_dir()
+        else []
+    )
 
 
 def _step(folder: Path) -> int:
@@ -203,7 +222,9 @@ def _emptied(temporary: Path) -> None:
     temporary.mkdir(parents=True)
 
 
-def _write_own(temporary: Path, facts: dict, tensors: dict, state: dict, entries: dict[str, dict]) -> None:
+def _write_own(
+    temporary: Path, facts: dict, tensors: dict, state: dict, entries: dict[str, dict]
+) -> None:
     names = [_rank_file(dist.rank())]
     tensors = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
     save_file(tensors, temporary / names[0], metadata={"state": json.dumps(state)})
@@ -219,7 +240,9 @@ def _finish(temporary: Path, path: Path, entries: dict[str, dict]) -> None:
     try:
         read_manifest(temporary)
     except ValueError as error:
-        raise OSError(f"{error}. All processes must see the same folder {path.parent}: is it shared by all hosts?") from error
+        raise OSError(
+            f"{error}. All processes must see the same folder {path.parent}: is it shared by all hosts?"
+        ) from error
     _delete(path)
     temporary.rename(path)
     fsync(path.parent)
@@ -240,6 +263,8 @@ def _tried(action, *args) -> str:
     """Do it, and return what went wrong, or ""."""
     try:
         action(*args)
-    except Exception as error:  # safetensors raises errors of its own; the others wait for this process's word
+    except (
+        Exception
+    ) as error:  # safetensors raises errors of its own; the others wait for this process's word
         return f"{type(error).__name__}: {error}"
     return ""

@@ -29,8 +29,22 @@ from dschat.tracking.metrics import MetricsWriter
 
 # Flags that may differ between a run and its resumption: they change neither the numbers nor the model.
 FREE = {
-    *("output_dir", "resume", "save_interval", "save_total_limit", "log_interval_s", "local_rank", "data_output_path"),
-    *("print_loss", "print_answers", "print_answers_interval", "enable_tensorboard", "tensorboard_path"),
+    *(
+        "output_dir",
+        "resume",
+        "save_interval",
+        "save_total_limit",
+        "log_interval_s",
+        "local_rank",
+        "data_output_path",
+    ),
+    *(
+        "print_loss",
+        "print_answers",
+        "print_answers_interval",
+        "enable_tensorboard",
+        "tensorboard_path",
+    ),
     *("deepspeed", "deepscale", "trust_remote_code", "ignore_memory_plan"),
 }
 # With another number of processes these have to change, such that a step's rows stay as many; see ``_check_rows``.
@@ -65,7 +79,11 @@ class Saved:
         """What the process `rank` (default: this one) saved."""
         tensors, values = self.checkpoint.rank_state(rank)
         prefix = f"{self.name}/"
-        own = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+        own = {
+            key.removeprefix(prefix): tensor
+            for key, tensor in tensors.items()
+            if key.startswith(prefix)
+        }
         return own, values[self.name]
 
 
@@ -104,13 +122,17 @@ def find_checkpoint(config) -> Checkpoint | None:
     if run.resume == "latest":
         checkpoint = newest_checkpoint(root)
         if checkpoint is None:
-            logger.warning(f"--resume latest: no whole checkpoint in {root}, so the run starts from the beginning")
+            logger.warning(
+                f"--resume latest: no whole checkpoint in {root}, so the run starts from the beginning"
+            )
             return None
     else:
         try:
             checkpoint = open_checkpoint(user_path(run.resume))
         except ValueError as error:
-            raise ValueError(f"--resume {run.resume}: {error} Give latest, or the folder of a whole one.") from error
+            raise ValueError(
+                f"--resume {run.resume}: {error} Give latest, or the folder of a whole one."
+            ) from error
         step = last_step(root)
         if step is not None and checkpoint.path.resolve().parent != root.resolve():
             raise ValueError(
@@ -124,7 +146,9 @@ def find_checkpoint(config) -> Checkpoint | None:
 class RunState:
     """Saves a run between two steps, and restores it."""
 
-    def __init__(self, config, *, loader, window: int, engines: dict[str, object], metrics: MetricsWriter):
+    def __init__(
+        self, config, *, loader, window: int, engines: dict[str, object], metrics: MetricsWriter
+    ):
         """
         Args:
             loader: of training rows; its sampler has ``set_epoch(epoch, start=)``.

@@ -14,7 +14,11 @@ from dschat.runtime.log import logger
 
 
 def save_model(
-    model: torch.nn.Module, tokenizer, path: str | Path, *, tensors: dict[str, torch.Tensor] | None = None
+    model: torch.nn.Module,
+    tokenizer,
+    path: str | Path,
+    *,
+    tensors: dict[str, torch.Tensor] | None = None,
 ) -> None:
     """Write a complete Hugging Face folder: weights (adapters merged), configuration, tokenizer, chat template.
 
@@ -32,7 +36,9 @@ def save_model(
     if dist.is_main():
         whole = dequantized_state_dict(model, tensors)
         merged = merged_state_dict(model, whole)
-        save_pretrained_folder(model, merged, tokenizer, path, write_more=_adapter_writer(model, whole))
+        save_pretrained_folder(
+            model, merged, tokenizer, path, write_more=_adapter_writer(model, whole)
+        )
         logger.info(f"saved {path}")
     dist.barrier()
 
@@ -43,9 +49,13 @@ def _adapter_writer(model: torch.nn.Module, tensors: dict[str, torch.Tensor]):
         return None
     merged = getattr(model, "merged_adapter", None)
     if merged is not None:
-        logger.info(f"no adapter folder: training began from {merged} and its base, which no one folder holds together")
+        logger.info(
+            f"no adapter folder: training began from {merged} and its base, which no one folder holds together"
+        )
         return None
     if not adapter_is_all(model):
-        logger.info("no adapter folder: without --only_optimize_lora other weights than the adapters have trained too")
+        logger.info(
+            "no adapter folder: without --only_optimize_lora other weights than the adapters have trained too"
+        )
         return None
     return lambda folder: write_adapter(model, tensors, folder / ADAPTER_FOLDER)

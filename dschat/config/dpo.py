@@ -26,13 +26,16 @@ class DPOOptim(OptimOptions):
 @dataclass(frozen=True)
 class DPOSystem(SystemOptions):
     dropout: Optional[float] = flag(
-        0.0, "Every dropout probability of the trained model; above 0 its ratio to the reference is noisy."
+        0.0,
+        "Every dropout probability of the trained model; above 0 its ratio to the reference is noisy.",
     )
     offload_reference_model: bool = flag(
-        False, "Keep the reference model's weights in host memory; it then runs under ZeRO-3 whatever --zero_stage is."
+        False,
+        "Keep the reference model's weights in host memory; it then runs under ZeRO-3 whatever --zero_stage is.",
     )
     share_reference: bool = flag(
-        True, "With --only_optimize_lora the reference is the trained model without its adapters: no copy."
+        True,
+        "With --only_optimize_lora the reference is the trained model without its adapters: no copy.",
     )
 
 
@@ -40,14 +43,20 @@ class DPOSystem(SystemOptions):
 class DPOAlgorithm:
     _argument_group_name = "DPO"
 
-    beta: float = flag(0.1, "Weight of the KL divergence from the reference: rewards are beta times log ratios.")
-    label_smoothing: float = flag(0.0, "Share of the pairs that are taken to be the wrong way round (conservative DPO).")
+    beta: float = flag(
+        0.1, "Weight of the KL divergence from the reference: rewards are beta times log ratios."
+    )
+    label_smoothing: float = flag(
+        0.0, "Share of the pairs that are taken to be the wrong way round (conservative DPO)."
+    )
 
 
 @dataclass(frozen=True)
 class DPORun(RunOptions):
     tensorboard_path: str = flag("step2_tensorboard", "Folder of the TensorBoard events.")
-    eval_interval: int = flag(0, "Evaluate every so many optimizer steps; 0: before, and after each epoch.")
+    eval_interval: int = flag(
+        0, "Evaluate every so many optimizer steps; 0: before, and after each epoch."
+    )
     print_loss: bool = flag(False, "Print the loss of every optimizer step.")
 
 

@@ -6,30 +6,45 @@ from typing import Literal, Optional
 from dschat.config.options import Dtype, ModelOptions, PromptFormat, flag
 from dschat.config.value_checks import at_least, in_range, required, seed_value
 
-NUM_PADDING_HELP = "Accepted for compatibility, without effect: positions come from the attention mask."
+NUM_PADDING_HELP = (
+    "Accepted for compatibility, without effect: positions come from the attention mask."
+)
 
 
 @dataclass(frozen=True)
 class InferenceModel(ModelOptions):
-    dtype: Dtype = flag("auto", "Precision; auto takes bf16 (else fp16) on a GPU and fp32 on a CPU.")
+    dtype: Dtype = flag(
+        "auto", "Precision; auto takes bf16 (else fp16) on a GPU and fp32 on a CPU."
+    )
 
 
 @dataclass(frozen=True)
 class TwoModels(InferenceModel):
-    model_name_or_path_baseline: str = flag("", "The model before training, folder or hub id. Required.")
-    model_name_or_path_finetune: str = flag("", "The model after training, folder or hub id. Required.")
+    model_name_or_path_baseline: str = flag(
+        "", "The model before training, folder or hub id. Required."
+    )
+    model_name_or_path_finetune: str = flag(
+        "", "The model after training, folder or hub id. Required."
+    )
 
 
 @dataclass(frozen=True)
 class Prompts:
     _argument_group_name = "prompts"
 
-    language: Literal["English", "Chinese", "Japanese"] = flag("English", "Language of the built-in prompts.")
-    prompts_file: Optional[str] = flag(
-        None, "Prompts instead of the built-in ones: .txt, one a line, or .jsonl, .json or .csv with a field prompt."
+    language: Literal["English", "Chinese", "Japanese"] = flag(
+        "English", "Language of the built-in prompts."
     )
-    prompt_format: PromptFormat = flag("auto", "How prompts become text, as --prompt_format of step 1.")
-    max_prompt_seq_len: int = flag(512, "Longest prompt in tokens; longer ones lose their beginning.")
+    prompts_file: Optional[str] = flag(
+        None,
+        "Prompts instead of the built-in ones: .txt, one a line, or .jsonl, .json or .csv with a field prompt.",
+    )
+    prompt_format: PromptFormat = flag(
+        "auto", "How prompts become text, as --prompt_format of step 1."
+    )
+    max_prompt_seq_len: int = flag(
+        512, "Longest prompt in tokens; longer ones lose their beginning."
+    )
     batch_size: int = flag(8, "Prompts answered at a time.")
 
 
@@ -42,9 +57,12 @@ class Answering:
     num_return_sequences: int = flag(1, "Above 1: show this many sampled answers as well.")
     top_k: int = flag(4, "Sampled answers are drawn from this many likeliest tokens; 0: from all.")
     seed: int = flag(1234, "Seed of the sampled answers.")
-    num_beam_groups: int = flag(1, "Accepted for compatibility; only 1: transformers has no group beam search any more.")
+    num_beam_groups: int = flag(
+        1, "Accepted for compatibility; only 1: transformers has no group beam search any more."
+    )
     penalty_alpha: float = flag(
-        0.6, "Accepted for compatibility, without effect: transformers has no contrastive search any more."
+        0.6,
+        "Accepted for compatibility, without effect: transformers has no contrastive search any more.",
     )
 
 
@@ -65,7 +83,9 @@ class PromptEvalConfig:
             found += at_least("--" + name, getattr(self.answering, name), 1)
         for name in ("max_prompt_seq_len", "batch_size"):
             found += at_least("--" + name, getattr(self.prompts, name), 1)
-        found += at_least("--top_k", self.answering.top_k, 0) + seed_value("--seed", self.answering.seed)
+        found += at_least("--top_k", self.answering.top_k, 0) + seed_value(
+            "--seed", self.answering.seed
+        )
         found += in_range("--penalty_alpha", self.answering.penalty_alpha, 0.0, 1.0)
         if self.answering.num_beam_groups != 1:
             found.append(
@@ -86,9 +106,12 @@ class Pairs:
     _argument_group_name = "pairs"
 
     pairs_file: Optional[str] = flag(
-        None, "Report the accuracy on these pairs: .jsonl, .json or .csv with prompt, chosen and rejected."
+        None,
+        "Report the accuracy on these pairs: .jsonl, .json or .csv with prompt, chosen and rejected.",
     )
-    prompt_format: PromptFormat = flag("auto", "How pairs become text, as --prompt_format of step 2.")
+    prompt_format: PromptFormat = flag(
+        "auto", "How pairs become text, as --prompt_format of step 2."
+    )
     max_seq_len: int = flag(512, "Longest text in tokens; longer prompts lose their beginning.")
     batch_size: int = flag(8, "Pairs scored at a time.")
 

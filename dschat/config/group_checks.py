@@ -37,7 +37,9 @@ def schedule_problems(schedule: ScheduleOptions) -> list[str]:
     return found + at_least("--num_warmup_steps", schedule.num_warmup_steps, 0)
 
 
-def output_problems(output_dir: str | None, models: dict[str, list[str]], *, below: tuple[str, ...] = ()) -> list[str]:
+def output_problems(
+    output_dir: str | None, models: dict[str, list[str]], *, below: tuple[str, ...] = ()
+) -> list[str]:
     """A problem for each model that the run reads where it would write another.
 
     Args:
@@ -48,7 +50,11 @@ def output_problems(output_dir: str | None, models: dict[str, list[str]], *, bel
         return []
     output = Path(output_dir)
     # A model folder may hold its adapter, which is replaced with it.
-    written = [folder / more for folder in (output, *(output / name for name in below)) for more in ("", "adapter")]
+    written = [
+        folder / more
+        for folder in (output, *(output / name for name in below))
+        for more in ("", "adapter")
+    ]
     written = {folder.resolve() for folder in written}
     return [
         f"--output_dir {output_dir}: this run would replace {flag} {path}, or write into it. Give another folder."

@@ -22,12 +22,18 @@ def announce(config) -> None:
         if given.get(name):
             logger.info(f"--{name} has no effect: {reason}")
     if given.get("num_padding_at_beginning", 1) != 1:
-        logger.info("--num_padding_at_beginning has no effect: positions come from the attention mask")
+        logger.info(
+            "--num_padding_at_beginning has no effect: positions come from the attention mask"
+        )
     for name in ("zero_stage", "actor_zero_stage", "critic_zero_stage"):
         if given.get(name) == 0 and given["dtype"] != "fp32":
             logger.info(f"--{name} 0 in half precision runs as stage 1, with the same result")
     if not given.get("enable_hybrid_engine"):
-        for name, default in (("unpin_actor_parameters", False), ("release_inference_cache", False), ("inference_tp_size", 1)):
+        for name, default in (
+            ("unpin_actor_parameters", False),
+            ("release_inference_cache", False),
+            ("inference_tp_size", 1),
+        ):
             if given.get(name, default) != default:
                 logger.warning(f"--{name} has no effect without --enable_hybrid_engine")
     _announce_memory(config, given)
@@ -38,11 +44,17 @@ def announce(config) -> None:
             "--top_k, --top_p and --min_answer_len change what is sampled but not the logprobs: ratio and KL are biased"
         )
     if given.get("critic_warmup_steps") and given.get("advantage_estimator") != "gae":
-        logger.warning("--critic_warmup_steps has no effect: this --advantage_estimator has no critic")
+        logger.warning(
+            "--critic_warmup_steps has no effect: this --advantage_estimator has no critic"
+        )
     if given.get("target_kl") is not None and config.updates_per_rollout == 1:
-        logger.warning("--target_kl has no effect: each rollout has one update, and no others that could be left out")
+        logger.warning(
+            "--target_kl has no effect: each rollout has one update, and no others that could be left out"
+        )
     if given.get("kl_target") is not None and not given["kl_coef"]:
-        logger.warning("--kl_target has no effect: it multiplies --kl_coef, which is 0 and stays so")
+        logger.warning(
+            "--kl_target has no effect: it multiplies --kl_coef, which is 0 and stays so"
+        )
     if given.get("enable_test_mode") and not given.get("test_stop_step"):
         logger.warning("--enable_test_mode has no effect without --test_stop_step")
     if given["output_dir"] is None:
@@ -52,12 +64,22 @@ def announce(config) -> None:
 def _announce_memory(config, given: dict) -> None:
     """Log which of the given memory flags have no effect, and what int8 weights mean for the result."""
     if given.get("offload_reference_model") and config.shares_reference:
-        logger.info("--offload_reference_model has no effect: the reference is the trained model with its adapters off")
+        logger.info(
+            "--offload_reference_model has no effect: the reference is the trained model with its adapters off"
+        )
     if given.get("offload_reward_model") and config.shares_reward:
-        logger.info("--offload_reward_model has no effect on the critic's model, which the critic stands in for")
+        logger.info(
+            "--offload_reward_model has no effect on the critic's model, which the critic stands in for"
+        )
     if given.get("offload_idle_states") and given["offload"]:
-        logger.info("--offload_idle_states has no effect: with --offload the states are in host memory anyway")
-    if not given["pin_memory"] and not any(value for name, value in given.items() if name.startswith("offload")):
+        logger.info(
+            "--offload_idle_states has no effect: with --offload the states are in host memory anyway"
+        )
+    if not given["pin_memory"] and not any(
+        value for name, value in given.items() if name.startswith("offload")
+    ):
         logger.info("--no_pin_memory has no effect: nothing is offloaded")
     if given.get("enable_mixed_precision_lora"):
-        logger.info("--enable_mixed_precision_lora: adapted weights are rounded to int8, and are saved as rounded")
+        logger.info(
+            "--enable_mixed_precision_lora: adapted weights are rounded to int8, and are saved as rounded"
+        )

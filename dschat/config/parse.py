@@ -53,7 +53,9 @@ def parse_config(config_class, argv: list[str] | None = None):
     else:
         values = _from_flags(parser, argv, title)
     config = config_class(**dict(zip(groups, values)))
-    problems = config.problems() + [p for group in values if hasattr(group, "problems") for p in group.problems()]
+    problems = config.problems() + [
+        p for group in values if hasattr(group, "problems") for p in group.problems()
+    ]
     if problems:
         raise ValueError("\n".join(problems))
     return config
@@ -66,7 +68,9 @@ def step_title(config_class) -> str:
 
 def config_dict(config) -> dict:
     """The configuration as one flat dictionary: what a YAML file for the same run would hold."""
-    return {key: value for group in dataclasses.asdict(config).values() for key, value in group.items()}
+    return {
+        key: value for group in dataclasses.asdict(config).values() for key, value in group.items()
+    }
 
 
 def _from_flags(parser: _Parser, argv: list[str], title: str):
@@ -76,7 +80,9 @@ def _from_flags(parser: _Parser, argv: list[str], title: str):
     for word in argv:
         name, equals, value = word.partition("=")
         words.append((OLD_NAMES.get(name, name) if step3 else name) + equals + value)
-    *values, rest = parser.parse_args_into_dataclasses(words, return_remaining_strings=True, look_for_args_file=False)
+    *values, rest = parser.parse_args_into_dataclasses(
+        words, return_remaining_strings=True, look_for_args_file=False
+    )
     if rest:
         # Words behind an unknown flag are its values.
         unknown = [word for word in rest if word.startswith("--")] or rest
@@ -112,4 +118,6 @@ def _from_file(parser: _Parser, path: Path, title: str):
     try:
         return _from_flags(parser, words, title)
     except ValueError as error:
-        raise ValueError("\n".join(f"{path}: {line}" for line in str(error).splitlines())) from error
+        raise ValueError(
+            "\n".join(f"{path}: {line}" for line in str(error).splitlines())
+        ) from error

@@ -76,7 +76,11 @@ class PPOConfig:
     def rollout_rows(self) -> int:
         """Answers per process and rollout."""
         batch = self.batch
-        return batch.per_device_generation_batch_size * batch.generation_batches * batch.num_samples_per_prompt
+        return (
+            batch.per_device_generation_batch_size
+            * batch.generation_batches
+            * batch.num_samples_per_prompt
+        )
 
     @property
     def has_critic(self) -> bool:
@@ -99,22 +103,37 @@ class PPOConfig:
     def shares_reward(self) -> bool:
         """Whether the critic, with its adapters off and another head, is also the reward model it starts from."""
         is_reward = self.model.critic_model_name_or_path in self.reward_models
-        return self.system.share_reward and self.has_critic and self.critic_lora.only_optimize_lora and is_reward
+        return (
+            self.system.share_reward
+            and self.has_critic
+            and self.critic_lora.only_optimize_lora
+            and is_reward
+        )
 
     @property
     def updates_per_rollout(self) -> int:
         """Optimizer steps per rollout."""
-        window = self.batch.per_device_training_batch_size * self.schedule.gradient_accumulation_steps
+        window = (
+            self.batch.per_device_training_batch_size * self.schedule.gradient_accumulation_steps
+        )
         return self.rollout_rows // window * self.batch.ppo_epochs
 
     def updates_left_out(self, role: str) -> int:
         """Optimizer steps of the run that a model sits out: the actor while the critic warms up."""
-        return self.ppo.critic_warmup_steps * self.updates_per_rollout if role == "actor" and self.has_critic else 0
+        return (
+            self.ppo.critic_warmup_steps * self.updates_per_rollout
+            if role == "actor" and self.has_critic
+            else 0
+        )
 
     def num_rollouts(self, rollouts_per_epoch: int) -> int:
         """Rollouts of the run."""
         total = self.schedule.max_train_steps or rollouts_per_epoch * self.schedule.num_train_epochs
-        return min(total, self.run.test_stop_step) if self.run.enable_test_mode and self.run.test_stop_step else total
+        return (
+            min(total, self.run.test_stop_step)
+            if self.run.enable_test_mode and self.run.test_stop_step
+            else total
+        )
 
     def problems(self) -> list[str]:
         """Everything that is wrong with these options, one sentence each."""
@@ -129,11 +148,17 @@ class PPOConfig:
             found += lora_problems(getattr(self, f"{role}_lora"), prefix=f"--{role}_")
             for name in (f"{role}_learning_rate", f"{role}_weight_decay"):
                 found += at_least("--" + name, getattr(self.optim, name), 0)
-            found += at_least(f"--{role}_freeze_layers", getattr(self.system, f"{role}_freeze_layers"), 0)
+            found += at_least(
+                f"--{role}_freeze_layers", getattr(self.system, f"{role}_freeze_layers"), 0
+            )
             dropout = getattr(self.system, f"{role}_dropout")
             found += [] if dropout is None else in_range(f"--{role}_dropout", dropout, 0.0, 1.0)
-        if self.lora.only_optimize_lora and not (self.lora.actor_lora_dim or self.lora.critic_lora_dim):
-            found.append("--only_optimize_lora needs adapters: give --actor_lora_dim or --critic_lora_dim.")
+        if self.lora.only_optimize_lora and not (
+            self.lora.actor_lora_dim or self.lora.critic_lora_dim
+        ):
+            found.append(
+                "--only_optimize_lora needs adapters: give --actor_lora_dim or --critic_lora_dim."
+            )
         return found + self._batch_problems() + self._system_problems() + self._algorithm_problems()
 
     def _batch_problems(self) -> list[str]:
@@ -149,7 +174,9 @@ class PPOConfig:
             found += at_least("--" + name, getattr(self.batch, name), 1)
         for name in ("max_prompt_seq_len", "max_answer_seq_len"):
             found += at_least("--" + name, getattr(self.data, name), 1)
-        window = self.batch.per_device_training_batch_size * self.schedule.gradient_accumulation_steps
+        window = (
+            self.batch.per_device_training_batch_size * self.schedule.gradient_accumulation_steps
+        )
         if not found and self.rollout_rows % window:
             found.append(
                 f"A rollout of {self.rollout_rows} rows per process (--per_device_generation_batch_size x "
@@ -183,8 +210,15 @@ class PPOConfig:
             )
         for weight in model.reward_weights:
             found += finite("--reward_weights", weight)
-        for names, flag in ((self.reward_models, "--reward_model_name_or_path"), (model.reward_fn, "--reward_fn")):
-            found += [f"{flag} {name} is given twice." for name in sorted(set(names)) if names.count(name) > 1]
+        for names, flag in (
+            (self.reward_models, "--reward_model_name_or_path"),
+            (model.reward_fn, "--reward_fn"),
+        ):
+            found += [
+                f"{flag} {name} is given twice."
+                for name in sorted(set(names))
+                if names.count(name) > 1
+            ]
         for name in model.reward_fn:
             file, _, function = name.rpartition(":")
             if not (file.endswith(".py") and function.isidentifier()):
@@ -215,7 +249,9 @@ class PPOConfig:
                 f"--greedy_rollouts would give {self.batch.num_samples_per_prompt} equal answers to each prompt: leave it "
                 "out, or give --num_samples_per_prompt 1."
             )
-        found += in_range("--min_answer_len", sampling.min_answer_len, 0, self.data.max_answer_seq_len)
+        found += in_range(
+            "--min_answer_len", sampling.min_answer_len, 0, self.data.max_answer_seq_len
+        )
         found += in_range("--ema_decay", self.model.ema_decay, 0.0, 1.0)
         found += at_least("--unsup_coef", self.data.unsup_coef, 0)
         found += at_least("--eval_interval", self.run.eval_interval, 0)

@@ -39,7 +39,9 @@ class RewardOptim(OptimOptions):
 @dataclass(frozen=True)
 class RewardRun(RunOptions):
     tensorboard_path: str = flag("step2_tensorboard", "Folder of the TensorBoard events.")
-    eval_interval: int = flag(0, "Evaluate every so many optimizer steps; 0: before, and after each epoch.")
+    eval_interval: int = flag(
+        0, "Evaluate every so many optimizer steps; 0: before, and after each epoch."
+    )
     eval_iters: int = flag(100, "Evaluate on at most this many batches per process.")
     num_padding_at_beginning: int = flag(
         1, "Accepted for compatibility, without effect: positions come from the attention mask."

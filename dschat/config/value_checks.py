@@ -17,12 +17,20 @@ def zero_stage(name: str, value: int) -> list[str]:
 
 def at_least(name: str, value, low) -> list[str]:
     """A problem unless `value` is finite and >= `low`."""
-    return [] if value >= low and _is_finite(value) else [f"{name} {value}: must be {_finite(value)}at least {low}."]
+    return (
+        []
+        if value >= low and _is_finite(value)
+        else [f"{name} {value}: must be {_finite(value)}at least {low}."]
+    )
 
 
 def above(name: str, value, low) -> list[str]:
     """A problem unless `value` is finite and > `low`."""
-    return [] if value > low and _is_finite(value) else [f"{name} {value}: must be {_finite(value)}above {low}."]
+    return (
+        []
+        if value > low and _is_finite(value)
+        else [f"{name} {value}: must be {_finite(value)}above {low}."]
+    )
 
 
 def in_range(name: str, value, low, high) -> list[str]:

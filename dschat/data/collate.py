@@ -20,7 +20,9 @@ def collate_pairs(items: Sequence[dict], pad_id: int) -> PairBatch:
     rows = [item["chosen_ids"] for item in items] + [item["rejected_ids"] for item in items]
     input_ids, attention_mask = pad(rows, pad_id)
     prompts = [item["num_prompt"] for item in items] * 2
-    labels, _ = pad([[IGNORED] * prompt + row[prompt:] for prompt, row in zip(prompts, rows)], IGNORED)
+    labels, _ = pad(
+        [[IGNORED] * prompt + row[prompt:] for prompt, row in zip(prompts, rows)], IGNORED
+    )
     return PairBatch(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
 
 
@@ -31,7 +33,9 @@ def collate_prompts(items: Sequence[dict], pad_id: int) -> PromptBatch:
     return PromptBatch(input_ids=input_ids, attention_mask=attention_mask, index=index)
 
 
-def pad(rows: Sequence[Sequence[int]], pad_value: int, *, left: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+def pad(
+    rows: Sequence[Sequence[int]], pad_value: int, *, left: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
     """`rows` as one tensor [B, T] int64, and its mask [B, T] int64 that holds 1 where a row has a value.
 
     The mask comes from the lengths, since the pad token may also be a token of the text.

@@ -17,7 +17,9 @@ from dschat.data.templates import render
 
 IGNORED = -100
 MIN_CUT_ANSWER = 2
-LEAST_SAMPLED = 50  # rows of each source that truncation_report looks at, if there is room for as many of all
+LEAST_SAMPLED = (
+    50  # rows of each source that truncation_report looks at, if there is room for as many of all
+)
 
 
 class _TextDataset(Dataset):
@@ -25,7 +27,14 @@ class _TextDataset(Dataset):
 
     limit_flag = "--max_seq_len"
 
-    def __init__(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, *, limit: int, prompt_format: str):
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        limit: int,
+        prompt_format: str,
+    ):
         self.rows = rows
         self.tokenizer = tokenizer
         self.limit = limit
@@ -51,7 +60,9 @@ class _TextDataset(Dataset):
         row = self.rows[index]
         return row, *render(row, prompt_format=self.prompt_format, tokenizer=self.tokenizer)
 
-    def _answer_ids(self, prompt_text: str, prompt_ids: list[int], answer: str, end_token_id: int) -> list[int]:
+    def _answer_ids(
+        self, prompt_text: str, prompt_ids: list[int], answer: str, end_token_id: int
+    ) -> list[int]:
         ids = encode_answer(self.tokenizer, prompt_text, prompt_ids, answer, self.lead)
         return ids if ids[-1:] == [end_token_id] else [*ids, end_token_id]
 
@@ -90,7 +101,9 @@ class SFTDataset(_TextDataset):
     def _ids(self, index: int) -> tuple[list[int], list[int]]:
         row, prompt_text, chosen, _ = self._texts(index)
         if chosen is None:
-            raise ValueError(f"{row.place or f'row {index}'}: no answer to learn from; give chosen or response.")
+            raise ValueError(
+                f"{row.place or f'row {index}'}: no answer to learn from; give chosen or response."
+            )
         prompt = encode_prompt(self.tokenizer, prompt_text, self.lead)
         return prompt, self._answer_ids(prompt_text, prompt, chosen, self.end_token_id)
 
@@ -147,9 +160,14 @@ class PairDataset(_TextDataset):
     def _ids(self, index: int) -> tuple[list[int], list[int], list[int]]:
         row, prompt_text, chosen, rejected = self._texts(index)
         if chosen is None or rejected is None:
-            raise ValueError(f"{row.place or f'row {index}'}: no pair to compare; give chosen and rejected.")
+            raise ValueError(
+                f"{row.place or f'row {index}'}: no pair to compare; give chosen and rejected."
+            )
         prompt = encode_prompt(self.tokenizer, prompt_text, self.lead)
-        answers = [self._answer_ids(prompt_text, prompt, text, self.end_token_id) for text in (chosen, rejected)]
+        answers = [
+            self._answer_ids(prompt_text, prompt, text, self.end_token_id)
+            for text in (chosen, rejected)
+        ]
         return prompt, *answers
 
     def _cut_length(self, index: int, chosen: list[int], rejected: list[int]) -> int | None:
@@ -177,13 +195,21 @@ class PromptDataset(_TextDataset):
     limit_flag = "--max_prompt_seq_len"
 
     def __init__(
-        self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, *, max_prompt_len: int, prompt_format: str
+        self,
+        rows: Sequence[Row],
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_prompt_len: int,
+        prompt_format: str,
     ):
         super().__init__(rows, tokenizer, limit=max_prompt_len, prompt_format=prompt_format)
 
     def __getitem__(self, index: int) -> dict:
         prompt = self._prompt_ids(index)
-        return {"input_ids": trim_prompt(prompt, room=self.limit, num_lead=len(self.lead)), "index": index}
+        return {
+            "input_ids": trim_prompt(prompt, room=self.limit, num_lead=len(self.lead)),
+            "index": index,
+        }
 
     def num_tokens(self, index: int) -> int:
         return len(self._prompt_ids(index))
@@ -230,9 +256,17 @@ def truncation_report(dataset: _TextDataset, sample: int = 1000, *, trained: boo
             f"{num_ties} pairs looked at. Give a larger {dataset.limit_flag}, or pairs that differ sooner."
         )
     from_one = sampled == list(range(len(sampled)))
-    rows = f"the first {len(lengths)} rows" if from_one else f"{len(lengths)} rows, the first of each source,"
+    rows = (
+        f"the first {len(lengths)} rows"
+        if from_one
+        else f"{len(lengths)} rows, the first of each source,"
+    )
     return (
         f"{len(cut)} of {rows} are longer than {limit} and are cut "
         f"(longest: {max(lengths, default=0)} tokens)"
-        + (f"; {num_ties} pairs of these have no difference left, and teach nothing" if num_ties else "")
+        + (
+            f"; {num_ties} pairs of these have no difference left, and teach nothing"
+            if num_ties
+            else ""
+        )
     )

@@ -18,7 +18,11 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str, lead: list[int]
 
 
 def encode_answer(
-    tokenizer: PreTrainedTokenizerBase, prompt_text: str, prompt_ids: list[int], answer_text: str, lead: list[int]
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_text: str,
+    prompt_ids: list[int],
+    answer_text: str,
+    lead: list[int],
 ) -> list[int]:
     """The ids of `answer_text` behind a prompt, without BOS or EOS.
 

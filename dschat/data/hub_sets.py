@@ -29,7 +29,9 @@ def question_row(question: object, chosen: object, rejected: object = None) -> R
         Row(
             prompt=f"\n\nHuman: {checked_text(question, 'question').strip()}\n\nAssistant:",
             chosen=" " + checked_text(chosen, "answer").strip(),
-            rejected=None if rejected is None else " " + checked_text(rejected, "rejected answer").strip(),
+            rejected=None
+            if rejected is None
+            else " " + checked_text(rejected, "rejected answer").strip(),
         )
     )
 
@@ -51,7 +53,9 @@ def _synthetic_instruct(raw: dict) -> Row:
 def _reward_datasets(raw: dict) -> Row:
     # The prompt lacks the closing "Assistant:", which both answers repeat.
     prompt = checked_text(raw["prompt"], "prompt").rstrip() + "\n\nAssistant:"
-    chosen, rejected = (checked_text(raw[name].split("Assistant:")[-1], name) for name in ("chosen", "rejected"))
+    chosen, rejected = (
+        checked_text(raw[name].split("Assistant:")[-1], name) for name in ("chosen", "rejected")
+    )
     return checked_pair(Row(prompt, " " + chosen.strip(), " " + rejected.strip()))
 
 
@@ -72,7 +76,11 @@ def _shp(raw: dict) -> Row:
 
 
 def _vicuna(raw: dict) -> Row:
-    prompt = checked_text(raw["prompt"], "prompt").replace("USER", "Human").replace("ASSISTANT", "Assistant")
+    prompt = (
+        checked_text(raw["prompt"], "prompt")
+        .replace("USER", "Human")
+        .replace("ASSISTANT", "Assistant")
+    )
     return Row(prompt, " " + checked_text(raw["label"], "label").strip())
 
 

@@ -34,7 +34,15 @@ class ShardedSampler(Sampler[int]):
     """
 
     def __init__(
-        self, num_rows: int, *, rank: int, world_size: int, batch_size: int, window: int = 1, shuffle: bool, seed: int
+        self,
+        num_rows: int,
+        *,
+        rank: int,
+        world_size: int,
+        batch_size: int,
+        window: int = 1,
+        shuffle: bool,
+        seed: int,
     ):
         assert num_rows > 0 and 0 <= rank < world_size
         self.num_rows = num_rows
@@ -54,7 +62,9 @@ class ShardedSampler(Sampler[int]):
     @property
     def num_unique(self) -> int:
         """Rows of this rank before the padding begins; what follows repeats rows of some rank."""
-        return -(-(self.num_rows - self.rank) // self.world_size) if self.rank < self.num_rows else 0
+        return (
+            -(-(self.num_rows - self.rank) // self.world_size) if self.rank < self.num_rows else 0
+        )
 
     def set_epoch(self, epoch: int, *, start: int = 0) -> None:
         """Choose the permutation of the next pass, which leaves out this rank's first `start` rows."""
@@ -66,8 +76,12 @@ class ShardedSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         order = np.arange(self.num_rows)
         if self.shuffle:
-            order = np.random.RandomState([self.seed & 0xFFFFFFFF, self.epoch]).permutation(self.num_rows)
-        return iter(np.resize(order, self.total)[self.rank :: self.world_size][self.start :].tolist())
+            order = np.random.RandomState([self.seed & 0xFFFFFFFF, self.epoch]).permutation(
+                self.num_rows
+            )
+        return iter(
+            np.resize(order, self.total)[self.rank :: self.world_size][self.start :].tolist()
+        )
 
 
 def make_loader(
@@ -87,9 +101,17 @@ def make_loader(
     training step, and worker processes would each fork the whole trainer.
     """
     sampler = ShardedSampler(
-        len(dataset), rank=rank, world_size=world_size, batch_size=batch_size, window=window, shuffle=shuffle, seed=seed
+        len(dataset),
+        rank=rank,
+        world_size=world_size,
+        batch_size=batch_size,
+        window=window,
+        shuffle=shuffle,
+        seed=seed,
     )
-    return DataLoader(dataset, batch_size=batch_size, sampler=sampler, collate_fn=collate, num_workers=0)
+    return DataLoader(
+        dataset, batch_size=batch_size, sampler=sampler, collate_fn=collate, num_workers=0
+    )
 
 
 def build_sft_data(
@@ -106,7 +128,9 @@ def build_sft_data(
         ValueError: for data that cannot be used, rows without an answer, or a part that is empty.
     """
     blends = open_blends(data, stage=1, needs="chosen", whole=sft_only_data_path)
-    options = dict(max_seq_len=max_seq_len, prompt_format=data.prompt_format, end_token_id=end_token_id)
+    options = dict(
+        max_seq_len=max_seq_len, prompt_format=data.prompt_format, end_token_id=end_token_id
+    )
     return _reported(SFTDataset(rows, tokenizer, **options) for rows in blends)
 
 
@@ -125,7 +149,9 @@ def build_pair_data(
         ValueError: for data that cannot be used, rows without a rejected answer, or a part that is empty.
     """
     train, held_out = open_blends(data, stage=2, needs="rejected")
-    options = dict(max_seq_len=max_seq_len, prompt_format=data.prompt_format, end_token_id=end_token_id)
+    options = dict(
+        max_seq_len=max_seq_len, prompt_format=data.prompt_format, end_token_id=end_token_id
+    )
     return _reported(
         [
             PairDataset(train, tokenizer, cut_fraction=cut_fraction, seed=seed, **options),
@@ -143,10 +169,15 @@ def build_prompt_data(
         ValueError: for data that cannot be used, or a part that is empty.
     """
     options = dict(max_prompt_len=max_prompt_len, prompt_format=data.prompt_format)
-    return _reported(PromptDataset(rows, tokenizer, **options) for rows in open_blends(data, stage=3, needs="prompt"))
+    return _reported(
+        PromptDataset(rows, tokenizer, **options)
+        for rows in open_blends(data, stage=3, needs="prompt")
+    )
 
 
-def open_blends(data: DataOptions, *, stage: int, needs: str, whole: Sequence[str] = ()) -> tuple[Blend, Blend]:
+def open_blends(
+    data: DataOptions, *, stage: int, needs: str, whole: Sequence[str] = ()
+) -> tuple[Blend, Blend]:
     """The training and evaluation rows of a step: its share of each source of --data_path, and all of those of `whole`.
 
     Both parts are split by --data_split, so that no two steps share an evaluation row either.
@@ -159,7 +190,9 @@ def open_blends(data: DataOptions, *, stage: int, needs: str, whole: Sequence[st
     """
     parse_shares(data.data_split)
     pieces: dict[str, list[tuple[Source, Part]]] = {"train": [], "eval": []}
-    for path, is_whole in [(path, False) for path in data.data_path] + [(path, True) for path in whole]:
+    for path, is_whole in [(path, False) for path in data.data_path] + [
+        (path, True) for path in whole
+    ]:
         source = load_source(
             path,
             eval_fraction=data.eval_fraction,
@@ -170,9 +203,18 @@ def open_blends(data: DataOptions, *, stage: int, needs: str, whole: Sequence[st
         for name in pieces:
             part = getattr(source, name)
             if not is_whole:
-                part = part.take(split_indices(len(part), data.data_split, stage=stage, data_seed=data.data_seed))
-            pieces[name].append((source, _having(part, needs, stage=stage, skip=source.skip_bad_rows)))
-        logger.info("step %d: %s: %s", stage, path, ", ".join(f"{len(pieces[n][-1][1])} {n} rows" for n in pieces))
+                part = part.take(
+                    split_indices(len(part), data.data_split, stage=stage, data_seed=data.data_seed)
+                )
+            pieces[name].append(
+                (source, _having(part, needs, stage=stage, skip=source.skip_bad_rows))
+            )
+        logger.info(
+            "step %d: %s: %s",
+            stage,
+            path,
+            ", ".join(f"{len(pieces[n][-1][1])} {n} rows" for n in pieces),
+        )
     for name, found in pieces.items():
         if not any(len(part) for _, part in found):
             num_all = sum(len(getattr(source, name)) for source, _ in found)
@@ -203,7 +245,12 @@ def _reported(datasets) -> tuple:
     train, held_out = datasets
     # Also renders rows of every source in both parts, so that a format they do not fit shows before any model loads.
     for name, dataset in (("training", train), ("evaluation", held_out)):
-        logger.info("%s data: %d rows; %s", name, len(dataset), truncation_report(dataset, trained=dataset is train))
+        logger.info(
+            "%s data: %d rows; %s",
+            name,
+            len(dataset),
+            truncation_report(dataset, trained=dataset is train),
+        )
     return train, held_out
 
 
@@ -237,7 +284,9 @@ def make_loaders(
     collate = functools.partial(collate, pad_id=pad_id)
     placed = dict(rank=dist.rank(), world_size=dist.world_size(), seed=seed)
     return (
-        make_loader(train, collate, batch_size=train_batch_size, window=window, shuffle=True, **placed),
+        make_loader(
+            train, collate, batch_size=train_batch_size, window=window, shuffle=True, **placed
+        ),
         make_loader(held_out, collate, batch_size=eval_batch_size, shuffle=False, **placed),
     )
 

@@ -18,7 +18,9 @@ FLAG = "--unsupervised_dataset_name"
 TEXT_TYPES = ("string", "large_string", "string_view", "null")  # the last of sets without any text
 
 
-def load_texts(name: str, config_name: Optional[str] = None, cache_dir: Optional[str] = None) -> Sequence[str]:
+def load_texts(
+    name: str, config_name: Optional[str] = None, cache_dir: Optional[str] = None
+) -> Sequence[str]:
     """The texts of a local .txt file (its paragraphs), a .jsonl or .json file or a hub data set (the field text).
 
     Raises:
@@ -29,7 +31,9 @@ def load_texts(name: str, config_name: Optional[str] = None, cache_dir: Optional
         try:
             there = path.is_file()
         except OSError as error:  # names that are too long, folders that may not be looked into
-            raise ValueError(f"{FLAG} {name}: {error.strerror}. Give a path that exists.") from error
+            raise ValueError(
+                f"{FLAG} {name}: {error.strerror}. Give a path that exists."
+            ) from error
         if not there:
             raise ValueError(f"{FLAG} {name}: no such file.")
         texts = _local_texts(path)
@@ -60,7 +64,11 @@ class PTXBatches:
         self.texts, self.tokenizer, self.seed = texts, tokenizer, seed
         self.batch_size, self.block_size = batch_size, block_size
         self.rank, self.world_size = rank, world_size
-        self._epoch, self._place, self._held = 0, 0, []  # pass, texts of it that are read, tokens not given out yet
+        self._epoch, self._place, self._held = (
+            0,
+            0,
+            [],
+        )  # pass, texts of it that are read, tokens not given out yet
         self._order = self._order_of(0)
 
     def __iter__(self) -> Iterator[TextBatch]:
@@ -104,7 +112,9 @@ def _local_texts(path: Path) -> list[str]:
         try:
             text = path.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
-            raise ValueError(f"{FLAG} {path}: not valid UTF-8: {error.reason} at byte {error.start}.") from error
+            raise ValueError(
+                f"{FLAG} {path}: not valid UTF-8: {error.reason} at byte {error.start}."
+            ) from error
         return [paragraph.strip() for paragraph in text.split("\n\n") if paragraph.strip()]
     records = read_records(path)
     faults = [f"line {line}: {message}" for line, message in records.faults]
@@ -123,7 +133,9 @@ def _hub_texts(name: str, config_name: Optional[str], cache_dir: Optional[str]) 
 
     try:
         data = datasets.load_dataset(name, config_name, split="train", cache_dir=cache_dir)
-    except Exception as error:  # the library raises many kinds for an unknown name or an absent network
+    except (
+        Exception
+    ) as error:  # the library raises many kinds for an unknown name or an absent network
         raise ValueError(
             f"{FLAG} {name}: cannot be loaded ({error}). Give a local .txt or .jsonl file, or a hub name."
         ) from error
@@ -131,10 +143,18 @@ def _hub_texts(name: str, config_name: Optional[str], cache_dir: Optional[str]) 
         raise ValueError(f"{FLAG} {name}: no field text among {', '.join(data.column_names)}.")
     kind = getattr(data.features["text"], "dtype", data.features["text"])
     if kind not in TEXT_TYPES:
-        raise ValueError(f"{FLAG} {name}: its field text holds {kind}, not texts. Give a set whose field text is a string.")
+        raise ValueError(
+            f"{FLAG} {name}: its field text holds {kind}, not texts. Give a set whose field text is a string."
+        )
     there = data.data.column("text").is_valid().to_numpy()
     if not there.all():
         num_null = len(there) - int(there.sum())
-        logger.warning("%s %s: left out %d rows of %d: their field text is null", FLAG, name, num_null, len(there))
+        logger.warning(
+            "%s %s: left out %d rows of %d: their field text is null",
+            FLAG,
+            name,
+            num_null,
+            len(there),
+        )
         data = data.select(there.nonzero()[0])
     return data["text"]

@@ -29,7 +29,9 @@ class Records:
             self.rows.append(value)
             self.lines.append(line)
         else:
-            self.faults.append((line, f"an object with named fields is expected, not {json.dumps(value)[:60]}"))
+            self.faults.append(
+                (line, f"an object with named fields is expected, not {json.dumps(value)[:60]}")
+            )
 
     def end(self, line: int, message: str) -> "Records":
         """These records, ended by a fault behind which nothing can be found again."""
@@ -56,7 +58,9 @@ def read_records(path: Path) -> Records:
         return _read_json_list(data)
     if path.suffix in (".json", ".jsonl"):
         return _read_json_lines(data)
-    raise ValueError(f"{path}: {path.suffix} is no type of file that is read here; give .json, .jsonl or .csv")
+    raise ValueError(
+        f"{path}: {path.suffix} is no type of file that is read here; give .json, .jsonl or .csv"
+    )
 
 
 def _read_json_lines(data: bytes) -> Records:
@@ -103,7 +107,9 @@ def _read_json_list(data: bytes) -> Records:
     if not closed or position < len(text):
         line = bisect.bisect(newlines, position) + 1
         wanted = "nothing more behind the list" if closed else "a comma or the end of the list"
-        return records.end(line, f"not readable as JSON ({wanted} expected): {text[position : position + 40]!r}")
+        return records.end(
+            line, f"not readable as JSON ({wanted} expected): {text[position : position + 40]!r}"
+        )
     return records
 
 
@@ -133,18 +139,24 @@ def _read_csv(data: bytes) -> Records:
             records.faults.append((first_line, message))
             torn = first_line if odd and torn is None else torn
         elif odd and torn is not None:
-            return records.end(torn, f"not readable as CSV: its row may end in line {first_line}, at another quote")
+            return records.end(
+                torn, f"not readable as CSV: its row may end in line {first_line}, at another quote"
+            )
         elif header is None:
             header = cells
             twice = sorted({cell for cell in cells if cell and cells.count(cell) > 1})
             if twice:
-                records.faults.append((first_line, f"the header has {', '.join(map(repr, twice))} more than once"))
+                records.faults.append(
+                    (first_line, f"the header has {', '.join(map(repr, twice))} more than once")
+                )
                 return records
         elif len(cells) == len(header):
             # Spreadsheets leave columns without a name behind.
             records.add(first_line, {name: cell for name, cell in zip(header, cells) if name})
         elif cells:
-            records.faults.append((first_line, f"{len(cells)} cells under a header of {len(header)}: {cells!r:.60}"))
+            records.faults.append(
+                (first_line, f"{len(cells)} cells under a header of {len(header)}: {cells!r:.60}")
+            )
         first_line = reader.line_num + 1
 
 
@@ -164,5 +176,11 @@ def _not_json(error: Exception, line: bytes) -> str:
     if isinstance(error, json.JSONDecodeError):
         reason = f"{error.msg} at column {error.colno}"
     else:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else "a number of too many digits"
-    return f"not readable as JSON ({reason}): {line.decode('utf-8', errors='replace').strip()[:60]!r}"
+        reason = (
+            "nested too deeply"
+            if isinstance(error, RecursionError)
+            else "a number of too many digits"
+        )
+    return (
+        f"not readable as JSON ({reason}): {line.decode('utf-8', errors='replace').strip()[:60]!r}"
+    )

@@ -26,7 +26,9 @@ class Row:
     prompt: str | list[dict]  # text, or messages of {"role", "content"} that end with the user's
     chosen: str | None = None
     rejected: str | None = None
-    columns: dict = field(default_factory=dict)  # all other fields of the raw row, for reward functions
+    columns: dict = field(
+        default_factory=dict
+    )  # all other fields of the raw row, for reward functions
     place: str = field(default="", compare=False)  # where it came from, for messages to the user
 
 
@@ -47,13 +49,19 @@ def row_from_columns(raw: dict) -> Row:
     elif raw.get("prompt") is not None:
         prompt = raw["prompt"]
         if prompt != "":  # an answer to nothing can be learned, and steps that need a prompt say so
-            prompt = checked_messages(prompt, "prompt") if isinstance(prompt, list) else checked_text(prompt, "prompt")
+            prompt = (
+                checked_messages(prompt, "prompt")
+                if isinstance(prompt, list)
+                else checked_text(prompt, "prompt")
+            )
         answer_field = next((name for name in ANSWER_FIELDS if raw.get(name) is not None), None)
         chosen = checked_text(raw[answer_field], answer_field) if answer_field else None
         used = {"prompt", answer_field or "chosen"}
     else:
         raise ValueError(f'no field "prompt" or "messages" among {_short(sorted(map(str, raw)))}')
-    rejected = checked_text(raw["rejected"], "rejected") if raw.get("rejected") is not None else None
+    rejected = (
+        checked_text(raw["rejected"], "rejected") if raw.get("rejected") is not None else None
+    )
     columns = {name: value for name, value in raw.items() if name not in used | {"rejected"}}
     return checked_pair(Row(prompt, chosen, rejected, columns))
 
@@ -87,7 +95,10 @@ def _is_visible(char: str) -> bool:
 
 def _visible_part(text: str) -> str:
     """`text` without what cannot be seen at its ends."""
-    seen = [next((i for i, char in enumerate(way) if _is_visible(char)), len(text)) for way in (text, reversed(text))]
+    seen = [
+        next((i for i, char in enumerate(way) if _is_visible(char)), len(text))
+        for way in (text, reversed(text))
+    ]
     return text[seen[0] : len(text) - seen[1]]
 
 
@@ -96,7 +107,9 @@ def checked_pair(row: Row) -> Row:
     if row.rejected is not None and row.chosen is None:
         raise ValueError('field "rejected" without a field "chosen"')
     if row.rejected is not None and _visible_part(row.rejected) == _visible_part(row.chosen):
-        raise ValueError(f'fields "chosen" and "rejected" are equal ({_short(row.chosen)}): no preference')
+        raise ValueError(
+            f'fields "chosen" and "rejected" are equal ({_short(row.chosen)}): no preference'
+        )
     return row
 
 
@@ -104,7 +117,11 @@ def _conversation(raw: dict) -> tuple[set[str], list[dict], str | None]:
     """The names of the fields used, the prompt's messages and the chosen answer of a row with `messages`."""
     messages = raw["messages"]
     if isinstance(raw.get("chosen"), str):
-        return {"messages", "chosen"}, checked_messages(messages, "messages"), checked_text(raw["chosen"], "chosen")
+        return (
+            {"messages", "chosen"},
+            checked_messages(messages, "messages"),
+            checked_text(raw["chosen"], "chosen"),
+        )
     last = messages[-1] if isinstance(messages, list) and messages else None
     if not isinstance(last, dict) or last.get("role") != "assistant":
         return {"messages"}, checked_messages(messages, "messages"), None
@@ -118,7 +135,9 @@ def checked_messages(messages: object, name: str) -> list[dict]:
         raise ValueError(f'field "{name}" is {_short(messages)}, not a list of messages')
     for number, message in enumerate(messages):
         if not isinstance(message, dict) or message.get("role") not in ROLES:
-            raise ValueError(f'{name}[{number}] is {_short(message)}, not a message with a role of {", ".join(ROLES)}')
+            raise ValueError(
+                f"{name}[{number}] is {_short(message)}, not a message with a role of {', '.join(ROLES)}"
+            )
         # An empty message of the system is how one says that there is none, since some templates have one of their own; an
         # empty turn of the assistant may have called a tool.
         content = message.get("content")
@@ -126,7 +145,9 @@ def checked_messages(messages: object, name: str) -> list[dict]:
             checked_text(content, f"{name}[{number}].content")
     _check_size(sum(len(message["content"].encode("utf-8")) for message in messages), name)
     if not messages or messages[-1]["role"] != "user":
-        raise ValueError(f'field "{name}" has no message of the user for the assistant to answer: {_short(messages)}')
+        raise ValueError(
+            f'field "{name}" has no message of the user for the assistant to answer: {_short(messages)}'
+        )
     return [{"role": message["role"], "content": message["content"]} for message in messages]
 
 

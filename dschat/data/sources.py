@@ -28,7 +28,9 @@ HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 # What a row function may raise over fields that are missing, null or of another type.
 ROW_FAULTS = (ValueError, KeyError, TypeError, IndexError, AttributeError)
 FAULTS_SHOWN = 5
-HOLD_OUT_SALT = 1  # parts the hold-out's permutation from that of the split, which has the same seed
+HOLD_OUT_SALT = (
+    1  # parts the hold-out's permutation from that of the split, which has the same seed
+)
 
 
 @dataclass(frozen=True)
@@ -37,9 +39,13 @@ class Part:
 
     table: Sequence  # list of dict, or a memory-mapped datasets.Dataset
     index: np.ndarray  # [N] int64, which rows of the table, in order
-    has: dict[str, np.ndarray]  # "prompt", "chosen", "rejected": [N] bool, True where the row has such a text
+    has: dict[
+        str, np.ndarray
+    ]  # "prompt", "chosen", "rejected": [N] bool, True where the row has such a text
     title: str
-    lines: Optional[Sequence[int]] = None  # the line of each row of the table; None: rows count from 1
+    lines: Optional[Sequence[int]] = (
+        None  # the line of each row of the table; None: rows count from 1
+    )
 
     def __len__(self) -> int:
         return len(self.index)
@@ -50,12 +56,18 @@ class Part:
     def place(self, position: int) -> str:
         """Where a row stands, for messages: "rows.jsonl, line 7" or "name (train), row 7"."""
         number = int(self.index[position])
-        return f"{self.title}, row {number + 1}" if self.lines is None else f"{self.title}, line {self.lines[number]}"
+        return (
+            f"{self.title}, row {number + 1}"
+            if self.lines is None
+            else f"{self.title}, line {self.lines[number]}"
+        )
 
     def take(self, positions: Sequence[int]) -> "Part":
         """The rows at `positions`, as a new part of the same table."""
         at = np.asarray(positions, dtype=np.int64)
-        return replace(self, index=self.index[at], has={name: flags[at] for name, flags in self.has.items()})
+        return replace(
+            self, index=self.index[at], has={name: flags[at] for name, flags in self.has.items()}
+        )
 
 
 @dataclass(frozen=True)
@@ -86,7 +98,12 @@ class _Table:
 
 
 def load_source(
-    path: str, *, eval_fraction: float, data_seed: int, skip_bad_rows: bool = False, cache_dir: Optional[str] = None
+    path: str,
+    *,
+    eval_fraction: float,
+    data_seed: int,
+    skip_bad_rows: bool = False,
+    cache_dir: Optional[str] = None,
 ) -> Source:
     """Open one entry of --data_path.
 
@@ -114,7 +131,9 @@ def load_source(
         raise ValueError(f"--data_path {path}: neither a file nor a folder. Give one of these.")
     elif _exists(local, path):
         tables = _local(local, cache_dir)
-    elif path.startswith((".", "/", "~")) or path.endswith(SUFFIXES) or not HUB_NAME.fullmatch(path):
+    elif (
+        path.startswith((".", "/", "~")) or path.endswith(SUFFIXES) or not HUB_NAME.fullmatch(path)
+    ):
         raise ValueError(
             f"--data_path {path}: no such file or folder, and no name that the hub could know. Give a path that exists, "
             "or a name such as owner/name."
@@ -125,8 +144,12 @@ def load_source(
     skip = skip_bad_rows or known is not None
     parts = {name: _checked(table, row_of, skip=skip) for name, table in tables.items()}
     if "eval" not in parts:
-        parts["train"], parts["eval"] = _hold_out(parts["train"], eval_fraction=eval_fraction, data_seed=data_seed)
-    return Source(name=path, train=parts["train"], eval=parts["eval"], row_of=row_of, skip_bad_rows=skip)
+        parts["train"], parts["eval"] = _hold_out(
+            parts["train"], eval_fraction=eval_fraction, data_seed=data_seed
+        )
+    return Source(
+        name=path, train=parts["train"], eval=parts["eval"], row_of=row_of, skip_bad_rows=skip
+    )
 
 
 def _known_set(path: str) -> Optional[HubSet]:
@@ -152,11 +175,15 @@ def _local(path: Path, cache_dir: Optional[str]) -> dict[str, _Table]:
     try:
         stored = datasets.load_from_disk(str(path))
     except Exception as error:  # damaged files raise any of many kinds
-        raise ValueError(f"{path}: not readable as a folder of datasets.save_to_disk: {_words(error)}") from error
+        raise ValueError(
+            f"{path}: not readable as a folder of datasets.save_to_disk: {_words(error)}"
+        ) from error
     return _named_parts(stored, str(path))
 
 
-def _folder(folder: Path, cache_dir: Optional[str], suffixes: tuple[str, ...] = SUFFIXES) -> dict[str, _Table]:
+def _folder(
+    folder: Path, cache_dir: Optional[str], suffixes: tuple[str, ...] = SUFFIXES
+) -> dict[str, _Table]:
     tables = {}
     for part, stems in (("train", ("train",)), ("eval", EVAL_NAMES)):
         files = [folder / (stem + suffix) for stem in stems for suffix in suffixes]
@@ -177,15 +204,21 @@ def _folder(folder: Path, cache_dir: Optional[str], suffixes: tuple[str, ...] = 
 def _file(path: Path, cache_dir: Optional[str]) -> _Table:
     if path.suffix != ".parquet":
         records = read_records(path)
-        return _Table(records.rows, str(path), records.lines, tuple(records.faults), records.lost_behind)
+        return _Table(
+            records.rows, str(path), records.lines, tuple(records.faults), records.lost_behind
+        )
     try:
         if not pyarrow.parquet.read_metadata(path).num_rows:  # of which the library makes no table
             return _Table([], str(path))
         # The library takes the path for a pattern, and the size of the first group, which may be 0, for its step.
         pattern = glob.escape(str(path))
-        return _Table(datasets.Dataset.from_parquet(pattern, cache_dir=cache_dir, batch_size=1000), str(path))
+        return _Table(
+            datasets.Dataset.from_parquet(pattern, cache_dir=cache_dir, batch_size=1000), str(path)
+        )
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise ValueError(f"{path}: not readable as Parquet: {_words(error.__cause__ or error)}") from error
+        raise ValueError(
+            f"{path}: not readable as Parquet: {_words(error.__cause__ or error)}"
+        ) from error
 
 
 def _hub(name: str, known: HubSet, cache_dir: Optional[str]) -> dict[str, _Table]:
@@ -199,7 +232,10 @@ def _hub(name: str, known: HubSet, cache_dir: Optional[str]) -> dict[str, _Table
                 raise
             # The hub converts sets that came with a loading script; the converted files lie on a branch of their own.
             stored = datasets.load_dataset(
-                repository, data_dir=known.config, revision="refs/convert/parquet", cache_dir=cache_dir
+                repository,
+                data_dir=known.config,
+                revision="refs/convert/parquet",
+                cache_dir=cache_dir,
             )
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(
@@ -211,14 +247,20 @@ def _hub(name: str, known: HubSet, cache_dir: Optional[str]) -> dict[str, _Table
 
 
 def _named_parts(stored: datasets.Dataset | datasets.DatasetDict, title: str) -> dict[str, _Table]:
-    stored = stored.with_format(None)  # save_to_disk keeps a format, in which rows are no dictionaries of plain values
+    stored = stored.with_format(
+        None
+    )  # save_to_disk keeps a format, in which rows are no dictionaries of plain values
     if isinstance(stored, datasets.Dataset):
         return {"train": _Table(stored, title)}
     found = {"train": "train" if "train" in stored or len(stored) != 1 else next(iter(stored))}
     if found["train"] not in stored:
         parts = ", ".join(stored)
-        raise ValueError(f"{title}: its parts are {parts}, and none is called train. Save the wanted one alone.")
-    held_out = next((name for name in EVAL_NAMES if name in stored and name != found["train"]), None)
+        raise ValueError(
+            f"{title}: its parts are {parts}, and none is called train. Save the wanted one alone."
+        )
+    held_out = next(
+        (name for name in EVAL_NAMES if name in stored and name != found["train"]), None
+    )
     found.update({"eval": held_out} if held_out else {})
     return {part: _Table(stored[name], f"{title} ({name})") for part, name in found.items()}
 
@@ -231,7 +273,9 @@ def _checked(table: _Table, row_of: RowFunction, *, skip: bool) -> Part:
         try:
             row = row_of(raw)
         except ROW_FAULTS as error:
-            faults.append((table.lines[number] if table.lines is not None else number + 1, _words(error)))
+            faults.append(
+                (table.lines[number] if table.lines is not None else number + 1, _words(error))
+            )
             continue
         good.append(number)
         for name in has:
@@ -240,11 +284,20 @@ def _checked(table: _Table, row_of: RowFunction, *, skip: bool) -> Part:
         raise ValueError(_report(table, sorted(faults), all_bad=not good))
     if faults:
         num_all = len(faults) + len(good)
-        logger.warning("left out %d bad rows of %d; the first: %s", len(faults), num_all, _at(table, *min(faults)))
+        logger.warning(
+            "left out %d bad rows of %d; the first: %s",
+            len(faults),
+            num_all,
+            _at(table, *min(faults)),
+        )
     if not good:
-        raise ValueError(f"{table.title}: no rows in it. Give at least one, or take it out of --data_path.")
+        raise ValueError(
+            f"{table.title}: no rows in it. Give at least one, or take it out of --data_path."
+        )
     flags = {name: np.array(values, dtype=bool) for name, values in has.items()}
-    return Part(table.rows, np.array(good, dtype=np.int64), flags, title=table.title, lines=table.lines)
+    return Part(
+        table.rows, np.array(good, dtype=np.int64), flags, title=table.title, lines=table.lines
+    )
 
 
 def _each(rows: Sequence) -> Iterator[dict]:
@@ -264,7 +317,11 @@ def _report(table: _Table, faults: list[tuple[int, str]], *, all_bad: bool) -> s
     if table.lost_behind is not None:
         remedy = f"How many rows follow line {table.lost_behind} cannot be told, so --skip_bad_rows cannot leave it out. Mend it."
     else:
-        remedy = "No row here is usable." if all_bad else "Mend the rows, or leave them out with --skip_bad_rows."
+        remedy = (
+            "No row here is usable."
+            if all_bad
+            else "Mend the rows, or leave them out with --skip_bad_rows."
+        )
     shown.append(
         'A row needs "prompt" (text or messages) with "chosen" or "response", or "messages"; pairs need "rejected" too. '
         + remedy
@@ -282,7 +339,9 @@ def _hold_out(part: Part, *, eval_fraction: float, data_seed: int) -> tuple[Part
             f"{part.title}: one row cannot be parted into training and evaluation. Give more rows, or an eval.* file."
         )
     if not 0 < eval_fraction < 1:
-        raise ValueError(f"--eval_fraction {eval_fraction}: give a share between 0 and 1, such as 0.1.")
+        raise ValueError(
+            f"--eval_fraction {eval_fraction}: give a share between 0 and 1, such as 0.1."
+        )
     num_eval = min(len(part) - 1, max(1, round(len(part) * eval_fraction)))
     # RandomState's streams are frozen for good; those of numpy's and torch's newer generators may change.
     order = np.random.RandomState([data_seed & 0xFFFFFFFF, HOLD_OUT_SALT]).permutation(len(part))

@@ -14,7 +14,9 @@ TURN = re.compile(r"(?:^|\n)[^\S\n]*(Human|Assistant):")
 OTHER_ANSWER = "\ue000"  # of Unicode's private use: no template has it
 
 
-def render(row: Row, *, prompt_format: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str | None, str | None]:
+def render(
+    row: Row, *, prompt_format: str, tokenizer: PreTrainedTokenizerBase
+) -> tuple[str, str | None, str | None]:
     """The texts (prompt, chosen, rejected) of a row; an answer that the row lacks is None.
 
     Prompt and answer are made to be joined as they stand. No text ends with the tokenizer's end token.
@@ -31,7 +33,9 @@ def render(row: Row, *, prompt_format: str, tokenizer: PreTrainedTokenizerBase) 
     """
     is_text = isinstance(row.prompt, str)
     if prompt_format == "auto":
-        prompt_format = "plain" if is_text else "chat" if tokenizer.chat_template else "human_assistant"
+        prompt_format = (
+            "plain" if is_text else "chat" if tokenizer.chat_template else "human_assistant"
+        )
     if prompt_format == "plain":
         if not is_text:
             raise ValueError(
@@ -52,7 +56,10 @@ def parse_turns(text: str) -> list[dict]:
     marks = list(TURN.finditer(text))
     ends = [mark.start() for mark in marks[1:]] + [len(text)]
     return [
-        {"role": "user" if mark.group(1) == "Human" else "assistant", "content": text[mark.end() : end].strip()}
+        {
+            "role": "user" if mark.group(1) == "Human" else "assistant",
+            "content": text[mark.end() : end].strip(),
+        }
         for mark, end in zip(marks, ends)
     ]
 
@@ -87,7 +94,11 @@ def _chat(row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str | None
             for answer in (row.chosen, row.rejected)
         ]
     except Exception as error:  # a template is a program: it may divide by zero as well as refuse
-        reason = str(error) if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: {error}"
+        reason = (
+            str(error)
+            if isinstance(error, jinja2.TemplateError)
+            else f"{type(error).__name__}: {error}"
+        )
         raise ValueError(
             f"{row.place or 'a row'}: the tokenizer's chat template refuses it ({reason}). Mend the row, leave it out, "
             "or give --prompt_format human_assistant."
@@ -95,10 +106,14 @@ def _chat(row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str | None
     return prompt, *answers
 
 
-def _chat_answer(messages: list[dict], answer: str, prompt: str, tokenizer: PreTrainedTokenizerBase) -> str:
+def _chat_answer(
+    messages: list[dict], answer: str, prompt: str, tokenizer: PreTrainedTokenizerBase
+) -> str:
     """What the template writes between the generation prompt and the end of the answer, such as Llama-2's space."""
     text, other = (
-        tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": content}], tokenize=False)
+        tokenizer.apply_chat_template(
+            [*messages, {"role": "assistant", "content": content}], tokenize=False
+        )
         for content in (answer, OTHER_ANSWER)
     )
     # The answer's words may stand in the template's own, as "end" does in "<|im_end|>": another answer tells them apart.

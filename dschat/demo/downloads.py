@@ -15,8 +15,6 @@ logger = logging.getLogger(__name__)
 PIP_TIMEOUT_S = 1800
 
 
-
-
 def file_sha256(path: Path) -> str:
     """The sha256 sum of a file, in hexadecimal."""
     digest = hashlib.sha256()
@@ -51,16 +49,30 @@ def fetch_from_pypi(requirement: str, *, filename: str, sha256: str, source: boo
         logger.warning("%s has sha256 %s instead of %s: fetching it again", target, found, sha256)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=f".{filename}.") as temporary:
-        brought = _pip_download(requirement, Path(temporary), filename=filename, sha256=sha256, source=source)
+        brought = _pip_download(
+            requirement, Path(temporary), filename=filename, sha256=sha256, source=source
+        )
         os.replace(brought, target)
     return target
 
 
-def _pip_download(requirement: str, folder: Path, *, filename: str, sha256: str, source: bool) -> Path:
+def _pip_download(
+    requirement: str, folder: Path, *, filename: str, sha256: str, source: bool
+) -> Path:
     logger.info("fetching %s (%s)", filename, requirement)
     # Only a requirements file can carry the sum. With it, pip refuses a wrong file before it runs the file's setup.py.
-    (folder / "requirements.txt").write_text(f"{requirement} --hash=sha256:{sha256}\n", encoding="utf-8")
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--disable-pip-version-check"]
+    (folder / "requirements.txt").write_text(
+        f"{requirement} --hash=sha256:{sha256}\n", encoding="utf-8"
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-input",
+        "--disable-pip-version-check",
+    ]
     command += ["--no-deps", "-d", str(folder), "-r", str(folder / "requirements.txt")]
     command += ["--no-binary", ":all:"] if source else []
     remedy = (
@@ -71,9 +83,13 @@ def _pip_download(requirement: str, folder: Path, *, filename: str, sha256: str,
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=PIP_TIMEOUT_S)
     except subprocess.TimeoutExpired:
-        raise ValueError(f"{filename}: pip did not get it within {PIP_TIMEOUT_S} s. {remedy}") from None
+        raise ValueError(
+            f"{filename}: pip did not get it within {PIP_TIMEOUT_S} s. {remedy}"
+        ) from None
     if done.returncode != 0:
-        words = " | ".join(line.strip() for line in done.stderr.splitlines() if line.strip())[-1500:]
+        words = " | ".join(line.strip() for line in done.stderr.splitlines() if line.strip())[
+            -1500:
+        ]
         raise ValueError(f"{filename}: pip could not get it: {words}. {remedy}")
     brought = folder / filename
     if not brought.exists():

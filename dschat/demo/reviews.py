@@ -28,7 +28,10 @@ ARCHIVE = dict(
     filename="vaderSentiment-3.3.2.tar.gz",
     sha256="5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
 )
-RATINGS = ("vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz", "movieReviewSnippets_GroundTruth.txt")
+RATINGS = (
+    "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz",
+    "movieReviewSnippets_GroundTruth.txt",
+)
 PROMPT = "Movie review:"
 MIN_WORDS, MAX_WORDS = 6, 22
 LIKED, DISLIKED = 1.0, -1.0  # mean rating of a clear opinion, on a scale from -4 to 4
@@ -90,7 +93,9 @@ def is_reserved(text: str) -> bool:
 def is_rude(text: str) -> bool:
     """True if a word of `text` is on the lists above."""
     words = re.findall(r"[a-z]+", text.lower())
-    return bool(RUDE_BEGINNINGS.search(text)) or any(_sum(word)[:10] in RUDE_WORDS for word in words)
+    return bool(RUDE_BEGINNINGS.search(text)) or any(
+        _sum(word)[:10] in RUDE_WORDS for word in words
+    )
 
 
 def divide(
@@ -134,8 +139,12 @@ def divide(
                 f"sentences for its other {sft + prompts} rows. Ask for fewer."
             )
         rows[f"pairs/{part}"] = [_pair_row(liked, disliked) for liked, disliked in matched]
-        rows[f"sft/{part}"] = [{"prompt": PROMPT, "chosen": f" {sentence.text}"} for sentence in pool[:sft]]
-        rows[f"prompts/{part}"] = [_prompt_row(sentence, seed) for sentence in pool[sft : sft + prompts]]
+        rows[f"sft/{part}"] = [
+            {"prompt": PROMPT, "chosen": f" {sentence.text}"} for sentence in pool[:sft]
+        ]
+        rows[f"prompts/{part}"] = [
+            _prompt_row(sentence, seed) for sentence in pool[sft : sft + prompts]
+        ]
         pool = pool[sft + prompts :]
         left = {sentence.text for sentence in pool}
         pair_pool = [sentence for sentence in pair_pool if sentence.text in left]
@@ -162,7 +171,9 @@ def build_reviews(
         ValueError: if the sentences do not suffice, or PyPI cannot be reached.
     """
     sizes = dict(num_sft=num_sft, num_pairs=num_pairs, num_prompts=num_prompts)
-    sizes |= dict(num_sft_eval=num_sft_eval, num_pairs_eval=num_pairs_eval, num_prompts_eval=num_prompts_eval)
+    sizes |= dict(
+        num_sft_eval=num_sft_eval, num_pairs_eval=num_pairs_eval, num_prompts_eval=num_prompts_eval
+    )
     # This file's text stands for the version of the rules, so that no edit of them meets rows of the old ones.
     version = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
     key = _sum(json.dumps([sizes, seed, version, ARCHIVE["sha256"]], sort_keys=True))[:16]
@@ -175,7 +186,11 @@ def build_reviews(
         text = archive.extractfile(f"hutto_ICWSM_2014/{RATINGS[1]}").read().decode("utf-8")
     rows = divide(usable_sentences(text.split("\n")), **sizes, seed=seed)
     _write(folder, rows)
-    logger.info("wrote %s: %s", folder, ", ".join(f"{len(part)} {name}" for name, part in sorted(rows.items())))
+    logger.info(
+        "wrote %s: %s",
+        folder,
+        ", ".join(f"{len(part)} {name}" for name, part in sorted(rows.items())),
+    )
     return folder
 
 
@@ -196,7 +211,9 @@ def sentiment_judge() -> Callable[[str], float]:
         spec = importlib.util.spec_from_file_location("dschat_vader_sentiment", path)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        analyser = module.SentimentIntensityAnalyzer()  # reads its lexicon here, beside its own file
+        analyser = (
+            module.SentimentIntensityAnalyzer()
+        )  # reads its lexicon here, beside its own file
     return lambda text: analyser.polarity_scores(text)["compound"]
 
 
@@ -220,7 +237,11 @@ def _pair_row(liked: Sentence, disliked: Sentence) -> dict:
 def _prompt_row(sentence: Sentence, seed: int) -> dict:
     num_words = PROMPT_WORDS[int(_sum(f"{seed} words {sentence.text}"), 16) % len(PROMPT_WORDS)]
     begin = re.match(r"\S+(\s+\S+){%d}" % (num_words - 1), sentence.text).end()
-    return {"prompt": f"{PROMPT} {sentence.text[:begin]}", "chosen": sentence.text[begin:], "rating": sentence.rating}
+    return {
+        "prompt": f"{PROMPT} {sentence.text[:begin]}",
+        "chosen": sentence.text[begin:],
+        "rating": sentence.rating,
+    }
 
 
 def _write(folder: Path, rows: dict[str, list[dict]]) -> None:

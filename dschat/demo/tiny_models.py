@@ -77,9 +77,13 @@ def make_tiny_model(
         raise ValueError(f"--family {family!r} is unknown; choose from {', '.join(FAMILIES)}.")
     tokenizer = byte_tokenizer(pad_is_eos=pad_is_eos, add_bos=family in ("opt", "llama", "mistral"))
     if vocab_size < len(tokenizer):
-        raise ValueError(f"--vocab_size {vocab_size} is less than the tokenizer's {len(tokenizer)} tokens.")
+        raise ValueError(
+            f"--vocab_size {vocab_size} is less than the tokenizer's {len(tokenizer)} tokens."
+        )
     if hidden % heads or heads % kv_heads:
-        raise ValueError(f"--hidden {hidden} must be a multiple of --heads {heads}, and that of --kv_heads {kv_heads}.")
+        raise ValueError(
+            f"--hidden {hidden} must be a multiple of --heads {heads}, and that of --kv_heads {kv_heads}."
+        )
     config = tiny_shape(
         family, vocab=vocab_size, hidden=hidden, layers=layers, heads=heads, kv_heads=kv_heads
     ).config()

@@ -10,7 +10,9 @@ GOOD = ("good", "great", "fine", "lovely", "superb", "warm")
 BAD = ("bad", "dull", "poor", "awful", "weak", "cold")
 
 
-def write_toy_data(folder: str | Path, *, num_train: int = 256, num_eval: int = 64, seed: int = 1234) -> Path:
+def write_toy_data(
+    folder: str | Path, *, num_train: int = 256, num_eval: int = 64, seed: int = 1234
+) -> Path:
     """Write train.jsonl and eval.jsonl with prompt, chosen and rejected, and return `folder`.
 
     The same arguments give the same files. A good word is preferred to a bad one.
@@ -27,5 +29,7 @@ def write_toy_data(folder: str | Path, *, num_train: int = 256, num_eval: int = 
             }
             for _ in range(count)
         )
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        (folder / f"{name}.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
+        )
     return folder

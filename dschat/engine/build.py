@@ -52,7 +52,9 @@ def start_processes(local_rank: int = -1) -> torch.device:
         deepspeed.init_distributed(**timeout)
     except torch.distributed.DistNetworkError as error:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise ValueError(f"MASTER_ADDR:MASTER_PORT {address}: {error}. Give a free port of the first host.") from error
+        raise ValueError(
+            f"MASTER_ADDR:MASTER_PORT {address}: {error}. Give a free port of the first host."
+        ) from error
     if on_cpu():
         # DeepSpeed's shared memory stays mapped without its name, and with it 66 MiB a process would outlive the run.
         torch.distributed.barrier()
@@ -68,10 +70,6 @@ def _warn_of_stale_locks() -> None:
                 f"a build that was killed left {op.lock}, and this run may wait for it for ever: python -m dschat.doctor "
                 "--build_ops clears it"
             )
-
-
-
-
 
 
 @contextlib.contextmanager
@@ -98,7 +96,9 @@ def override(ds_config: dict, path: str | None) -> dict:
     except (OSError, json.JSONDecodeError) as error:
         raise ValueError(f"--deepspeed_config {path}: {error}") from error
     if not isinstance(extra, dict):
-        raise ValueError(f"--deepspeed_config {path}: expected a JSON object, found {type(extra).__name__}.")
+        raise ValueError(
+            f"--deepspeed_config {path}: expected a JSON object, found {type(extra).__name__}."
+        )
     owned = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
     clash = [key for key in owned if key in extra and extra[key] != ds_config[key]]
     if clash:
@@ -108,15 +108,21 @@ def override(ds_config: dict, path: str | None) -> dict:
         )
     merged = _merge(ds_config, extra)
     if not isinstance(zero := merged.get("zero_optimization", {}), dict):
-        raise ValueError(f"--deepspeed_config {path}: zero_optimization is {json.dumps(zero)[:60]}, not an object.")
+        raise ValueError(
+            f"--deepspeed_config {path}: zero_optimization is {json.dumps(zero)[:60]}, not an object."
+        )
     try:
         DeepSpeedZeroConfig(**zero)
     except ValueError as error:  # of pydantic: a line of its own, then two lines a fault and a link
-        faults = " ".join(line.strip() for line in str(error).splitlines()[1:] if "https://" not in line)
+        faults = " ".join(
+            line.strip() for line in str(error).splitlines()[1:] if "https://" not in line
+        )
         raise ValueError(f"--deepspeed_config {path}: zero_optimization: {faults}.") from error
     halves = [merged.get(name) for name in ("fp16", "bf16")]
     if all(isinstance(half, dict) and half.get("enabled") for half in halves):
-        raise ValueError(f"--deepspeed_config {path}: fp16 and bf16 are both enabled; leave the choice to --dtype.")
+        raise ValueError(
+            f"--deepspeed_config {path}: fp16 and bf16 are both enabled; leave the choice to --dtype."
+        )
     return merged
 
 
@@ -151,7 +157,9 @@ def build_training_engine(
         num_warmup_steps=min(schedule.num_warmup_steps, total_steps),
         num_training_steps=max(total_steps, 1),
     )
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=scheduler, config=ds_config)
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=optimizer, lr_scheduler=scheduler, config=ds_config
+    )
     trained = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
     total = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
     logger.info(

@@ -67,7 +67,10 @@ def build_ops() -> dict[str, float]:
         RuntimeError: a build failed, with the compiler's words.
     """
     seconds = {}
-    builders = {get_accelerator().create_op_builder(name).name: name for name in (CPU_OPS if on_cpu() else GPU_OPS)}
+    builders = {
+        get_accelerator().create_op_builder(name).name: name
+        for name in (CPU_OPS if on_cpu() else GPU_OPS)
+    }
     for op in needed_ops():
         if op.lock is not None:
             op.lock.unlink(missing_ok=True)

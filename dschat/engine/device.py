@@ -12,7 +12,7 @@ def on_cpu() -> bool:
 
 
 def resolve_dtype(dtype: str) -> str:
-    """"auto" to what this device does best: bf16, else fp16. The others stay.
+    """ "auto" to what this device does best: bf16, else fp16. The others stay.
 
     Raises:
         ValueError: the device cannot do it; names --dtype.
@@ -23,5 +23,7 @@ def resolve_dtype(dtype: str) -> str:
     supported = {"bf16": accelerator.is_bf16_supported, "fp16": accelerator.is_fp16_supported}
     if dtype in supported and not supported[dtype]():
         others = [name for name, is_supported in supported.items() if is_supported()] + ["fp32"]
-        raise ValueError(f"--dtype {dtype}: this {accelerator.device_name()} has none. Give {' or '.join(others)}.")
+        raise ValueError(
+            f"--dtype {dtype}: this {accelerator.device_name()} has none. Give {' or '.join(others)}."
+        )
     return dtype

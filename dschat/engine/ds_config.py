@@ -58,7 +58,9 @@ def training_config(
     return config
 
 
-def inference_config(system: SystemOptions, *, dtype: str, micro_batch_size: int, world_size: int) -> dict:
+def inference_config(
+    system: SystemOptions, *, dtype: str, micro_batch_size: int, world_size: int
+) -> dict:
     """Configuration of an engine that only evaluates: partitioned under ZeRO-3, whole otherwise.
 
     Weights that are offloaded need ZeRO-3, which brings them to the device a layer at a time, whatever the stage asked.
@@ -75,7 +77,11 @@ def inference_config(system: SystemOptions, *, dtype: str, micro_batch_size: int
 
 
 def _common(system: SystemOptions, *, dtype: str, offload_optimizer: bool) -> dict:
-    config: dict = {"steps_per_print": 10**9, "wall_clock_breakdown": False, "zero_optimization": _zero(system)}
+    config: dict = {
+        "steps_per_print": 10**9,
+        "wall_clock_breakdown": False,
+        "zero_optimization": _zero(system),
+    }
     if offload_optimizer:
         config["zero_optimization"]["offload_optimizer"] = _host(system)
     if dtype == "bf16":

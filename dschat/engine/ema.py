@@ -30,7 +30,9 @@ class MovingAverage:
         if self.engine.zero_optimization_stage() == 0 and not dist.is_main():
             return {}, {"starts": {}}
         parameters = dict(self.engine.module.named_parameters())
-        starts = {name: self._start(parameters[name], piece) for name, piece in self._pieces.items()}
+        starts = {
+            name: self._start(parameters[name], piece) for name, piece in self._pieces.items()
+        }
         return {name: piece.flatten() for name, piece in self._pieces.items()}, {"starts": starts}
 
     @torch.no_grad()
@@ -46,11 +48,16 @@ class MovingAverage:
         for rank in ranks:
             tensors, values = saved.of_rank(rank)
             for name in tensors.keys() & self._pieces.keys():
-                own, first = self._pieces[name].view(-1), self._start(parameters[name], self._pieces[name])
+                own, first = (
+                    self._pieces[name].view(-1),
+                    self._start(parameters[name], self._pieces[name]),
+                )
                 other, begin = tensors[name], values["starts"][name]
                 low, high = max(first, begin), min(first + len(own), begin + len(other))
                 if low < high:
-                    own[low - first : high - first] = other[low - begin : high - begin].to(own.device)
+                    own[low - first : high - first] = other[low - begin : high - begin].to(
+                        own.device
+                    )
 
     def full_tensors(self) -> dict[str, torch.Tensor]:
         """The model's state dict as ``full_tensors`` gives it, with the averages in place of the trained weights.
@@ -85,7 +92,11 @@ class MovingAverage:
         stage = self.engine.zero_optimization_stage()
         if stage == 0:
             return 0
-        return dist.rank() * piece.numel() if stage == 3 else parameter._hp_mapping.lp_fragment_address.start
+        return (
+            dist.rank() * piece.numel()
+            if stage == 3
+            else parameter._hp_mapping.lp_fragment_address.start
+        )
 
     def _whole(self, parameter: torch.Tensor, piece: torch.Tensor | None) -> torch.Tensor:
         """The whole average of one parameter, on every process."""

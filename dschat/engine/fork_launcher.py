@@ -25,7 +25,9 @@ def start_launcher(
     Returns:
         The launcher's process id, to be waited for, and the output of it and of its processes.
     """
-    world = base64.urlsafe_b64encode(json.dumps({"localhost": list(range(num_processes))}).encode()).decode()
+    world = base64.urlsafe_b64encode(
+        json.dumps({"localhost": list(range(num_processes))}).encode()
+    ).decode()
     sys.stdout.flush()
     sys.stderr.flush()
     readable, writable = os.pipe()
@@ -36,12 +38,18 @@ def start_launcher(
         try:
             os.setsid()  # a terminal's Ctrl-C goes to the caller, which hands it on
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                if callable(signal.getsignal(number)):  # the caller's, who would hand it on to itself
+                if callable(
+                    signal.getsignal(number)
+                ):  # the caller's, who would hand it on to itself
                     signal.signal(number, signal.SIG_DFL)
             os.dup2(writable, 1)
             os.dup2(writable, 2)
             os.environ.update(environment)
-            options = [f"--world_info={world}", "--master_addr=127.0.0.1", f"--master_port={master_port}"]
+            options = [
+                f"--world_info={world}",
+                "--master_addr=127.0.0.1",
+                f"--master_port={master_port}",
+            ]
             sys.argv = [launch.__file__, *options, *words]
             launch.main()
             status = 0

@@ -58,7 +58,9 @@ class Generator(RolloutEngine):
         """DeepSpeed's interface: greedy at temperature 0, ends and padding by the model's generation config."""
         own = self.engine.module.generation_config
         samples = sampling.n_samples_per_prompt
-        copies = samples if sampling.temperature > 0 else 1  # greedy answers to one prompt are the same
+        copies = (
+            samples if sampling.temperature > 0 else 1
+        )  # greedy answers to one prompt are the same
         eos = eos_ids(own)
         generation = GenerationConfig(
             do_sample=sampling.temperature > 0,
@@ -71,12 +73,16 @@ class Generator(RolloutEngine):
             pad_token_id=next(iter(eos), 0) if own.pad_token_id is None else own.pad_token_id,
         )
         prompts, mask = request.prompt_ids, request.prompt_attention_mask
-        tokens = self.decode(prompts, mask, generation).tokens.repeat_interleave(samples // copies, dim=0)
+        tokens = self.decode(prompts, mask, generation).tokens.repeat_interleave(
+            samples // copies, dim=0
+        )
         prompts, mask = (t.repeat_interleave(samples, dim=0) for t in (prompts, mask))
         is_end = torch.isin(tokens, torch.tensor(generation.eos_token_id, device=tokens.device))
         live = (is_end.long().cumsum(-1) - is_end.long()) == 0
         starts = torch.full((len(tokens),), prompts.shape[1], device=tokens.device)
-        return RolloutBatch(torch.cat([prompts, tokens], -1), torch.cat([mask, live.to(mask.dtype)], -1), starts)
+        return RolloutBatch(
+            torch.cat([prompts, tokens], -1), torch.cat([mask, live.to(mask.dtype)], -1), starts
+        )
 
     def sync_weights(self, step: int) -> None:
         """Nothing to do where the training weights generate."""
@@ -143,17 +149,27 @@ class HybridEngine(Generator):
         """
         super().__init__(engine)
         self.unpin, self.release_cache = unpin, release_cache
-        self.replica = Replica(engine, lora_mode=lora_mode, group=group, gather_layers=gather_layers)
+        self.replica = Replica(
+            engine, lora_mode=lora_mode, group=group, gather_layers=gather_layers
+        )
         self.group, self._is_checked = group, group is None
         self._graphs: GraphDecoder | None = None
         self.refresh_s = 0.0
         self._check_memory(max_rows, max_length)
-        reason = takes_graphs(self.replica.model) if cuda_graph and engine.device.type == "cuda" else None
+        reason = (
+            takes_graphs(self.replica.model)
+            if cuda_graph and engine.device.type == "cuda"
+            else None
+        )
         if reason is not None:
-            logger.warning(f"Hybrid Engine: no CUDA graphs for {type(engine.module).__name__}, since {reason}")
+            logger.warning(
+                f"Hybrid Engine: no CUDA graphs for {type(engine.module).__name__}, since {reason}"
+            )
         elif cuda_graph and engine.device.type == "cuda":
             if compiled and group is not None:
-                logger.info("Hybrid Engine: decode steps are not compiled, since they hold the group's sums")
+                logger.info(
+                    "Hybrid Engine: decode steps are not compiled, since they hold the group's sums"
+                )
             self._graphs = GraphDecoder(
                 self.replica.model,
                 compiled=compiled and group is None,
@@ -172,15 +188,21 @@ class HybridEngine(Generator):
                 return self._decode(input_ids, attention_mask, generation)
             if not self._is_checked:
                 self._check_split(input_ids[:CHECKED_ROWS], attention_mask[:CHECKED_ROWS])
-            decoded = self._decode(*gather_prompts(self.group, input_ids, attention_mask), generation)
-        own = [t.chunk(self.group.size)[self.group.index] for t in (decoded.tokens, decoded.logprobs)]
+            decoded = self._decode(
+                *gather_prompts(self.group, input_ids, attention_mask), generation
+            )
+        own = [
+            t.chunk(self.group.size)[self.group.index] for t in (decoded.tokens, decoded.logprobs)
+        ]
         return Decoded(*own)
 
     def _decode(self, input_ids, attention_mask, generation) -> Decoded:
         """The answers to prompts that are the same on all ranks of a group."""
         if self._graphs is not None:
             try:
-                return self._graphs.decode(input_ids, attention_mask, generation, self.replica.addresses())
+                return self._graphs.decode(
+                    input_ids, attention_mask, generation, self.replica.addresses()
+                )
             except GraphMismatch as mismatch:
                 logger.warning(
                     f"Hybrid Engine: CUDA graphs are off for {type(self.engine.module).__name__}, whose captured "
@@ -199,7 +221,9 @@ class HybridEngine(Generator):
         inputs = dict(input_ids=input_ids, attention_mask=attention_mask, logits_to_keep=1)
         self.engine.eval()
         expected = forward_logits(self.engine, self.engine.module, **inputs)[:, -1]
-        found, _ = prefill(self.replica.model, *gather_prompts(self.group, input_ids, attention_mask))
+        found, _ = prefill(
+            self.replica.model, *gather_prompts(self.group, input_ids, attention_mask)
+        )
         gap = logit_gap(found.chunk(self.group.size)[self.group.index], expected)
         # Written so that NaN fails.
         fails = dist.all_reduce((~(gap <= TOLERANCE[expected.dtype])).long(), "max")
@@ -263,13 +287,20 @@ class HybridEngine(Generator):
 
     def _check_memory(self, rows: int, length: int) -> None:
         # A group of N ranks caches N times the rows, each rank an Nth of the heads.
-        cache = cache_bytes(self.engine.module.config, rows=rows, length=length, itemsize=self.replica.itemsize)
+        cache = cache_bytes(
+            self.engine.module.config, rows=rows, length=length, itemsize=self.replica.itemsize
+        )
         copies, free = self.replica.copied_bytes, free_memory(self.engine.device)
         if copies + cache <= MEMORY_SHARE * free:
             return
-        remedies = ["smaller --per_device_generation_batch_size", "leave out --enable_hybrid_engine"]
+        remedies = [
+            "smaller --per_device_generation_batch_size",
+            "leave out --enable_hybrid_engine",
+        ]
         if self.replica.partitioned:
-            remedies.insert(0, f"--inference_tp_size {2 if self.group is None else 2 * self.group.size}")
+            remedies.insert(
+                0, f"--inference_tp_size {2 if self.group is None else 2 * self.group.size}"
+            )
         elif copies:
             remedies.insert(0, "--hybrid_lora attach")
         raise ValueError(

@@ -25,12 +25,20 @@ def process_variables(environment: Mapping[str, str], *, local_rank: int = -1) -
     if "RANK" in environment:
         for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
             if name not in environment:
-                raise ValueError(f"RANK is set and {name} is not: set it as torchrun does, or unset RANK for a single process.")
+                raise ValueError(
+                    f"RANK is set and {name} is not: set it as torchrun does, or unset RANK for a single process."
+                )
         found = {"LOCAL_RANK": str(max(local_rank, 0))}
     elif "SLURM_PROCID" in environment and int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
         found = _slurm_variables(environment)
     else:
-        found = dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+        found = dict(
+            RANK="0",
+            WORLD_SIZE="1",
+            LOCAL_RANK="0",
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(free_port()),
+        )
     return {name: value for name, value in found.items() if name not in environment}
 
 
@@ -44,13 +52,20 @@ def _slurm_variables(environment: Mapping[str, str]) -> dict[str, str]:
     # Every task has to come to the same port without asking another.
     job = int(environment.get("SLURM_JOB_ID", 0)) + int(environment.get("SLURM_STEP_ID", 0))
     # A task that sees one GPU only knows it as the first.
-    one_gpu = environment.get("SLURM_GPUS_PER_TASK") == "1" or environment.get("SLURM_STEP_GPUS", "-").isdigit()
+    one_gpu = (
+        environment.get("SLURM_GPUS_PER_TASK") == "1"
+        or environment.get("SLURM_STEP_GPUS", "-").isdigit()
+    )
     return {
         "RANK": environment["SLURM_PROCID"],
         "WORLD_SIZE": environment["SLURM_STEP_NUM_TASKS"],
         "LOCAL_RANK": "0" if one_gpu else environment.get("SLURM_LOCALID", "0"),
-        "LOCAL_WORLD_SIZE": re.match(r"\d+", environment.get("SLURM_STEP_TASKS_PER_NODE", "1")).group(),
-        "MASTER_ADDR": first_host(environment.get("SLURM_STEP_NODELIST") or environment["SLURM_JOB_NODELIST"]),
+        "LOCAL_WORLD_SIZE": re.match(
+            r"\d+", environment.get("SLURM_STEP_TASKS_PER_NODE", "1")
+        ).group(),
+        "MASTER_ADDR": first_host(
+            environment.get("SLURM_STEP_NODELIST") or environment["SLURM_JOB_NODELIST"]
+        ),
         "MASTER_PORT": str(SLURM_PORTS[job % len(SLURM_PORTS)]),
     }
 

@@ -36,7 +36,9 @@ def adamw(
             "No parameter is trainable: lower --freeze_layers (in step 3 --actor_freeze_layers or "
             "--critic_freeze_layers), or leave --only_optimize_lora out."
         )
-    param_groups = [{"params": p, "lr": lr, "weight_decay": decay} for (lr, decay), p in groups.items()]
+    param_groups = [
+        {"params": p, "lr": lr, "weight_decay": decay} for (lr, decay), p in groups.items()
+    ]
     if cpu_offload:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
@@ -94,7 +96,9 @@ def _is_finite(engine) -> torch.Tensor:
 
 def _has_no_overflow_check(engine) -> bool:
     """True for plain torch AdamW: fp32 without ZeRO."""
-    return engine.zero_optimization_stage() == 0 and not (engine.fp16_enabled() or engine.bfloat16_enabled())
+    return engine.zero_optimization_stage() == 0 and not (
+        engine.fp16_enabled() or engine.bfloat16_enabled()
+    )
 
 
 def _count_skipped_step(engine) -> None:

@@ -43,8 +43,12 @@ def dequantize(packed: torch.Tensor, in_features: int, dtype: torch.dtype) -> to
     size = group_size(in_features)
     values = packed[:, :in_features].unflatten(1, (-1, size))
     # The copy is aligned, which the bytes behind the values need not be.
-    scales = packed[:, in_features:].clone(memory_format=torch.contiguous_format).view(torch.float32)
-    weight = torch.empty(packed.shape[0], in_features // size, size, dtype=dtype, device=packed.device)
+    scales = (
+        packed[:, in_features:].clone(memory_format=torch.contiguous_format).view(torch.float32)
+    )
+    weight = torch.empty(
+        packed.shape[0], in_features // size, size, dtype=dtype, device=packed.device
+    )
     torch.mul(values, scales[..., None], out=weight)
     return weight.flatten(1)
 
@@ -53,7 +57,9 @@ class _Linear(torch.autograd.Function):
     """x W^T + b, without gradient of W. W in full precision lives only while it is multiplied."""
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, packed: torch.Tensor, bias: Optional[torch.Tensor], in_features: int) -> torch.Tensor:
+    def forward(
+        ctx, x: torch.Tensor, packed: torch.Tensor, bias: Optional[torch.Tensor], in_features: int
+    ) -> torch.Tensor:
         # The parameter itself is saved, not its data: under ZeRO-3 that is gone by the time of backward, and back.
         ctx.save_for_backward(packed)
         ctx.in_features = in_features
@@ -74,7 +80,14 @@ class _Linear(torch.autograd.Function):
 class QuantizedLinear(nn.Module):
     """What an nn.Linear or Conv1D with a frozen weight computes, from int8."""
 
-    def __init__(self, packed: torch.Tensor, bias: Optional[nn.Parameter], *, like: nn.Module, dtype: torch.dtype):
+    def __init__(
+        self,
+        packed: torch.Tensor,
+        bias: Optional[nn.Parameter],
+        *,
+        like: nn.Module,
+        dtype: torch.dtype,
+    ):
         """
         Args:
             packed: what ``quantize`` made of the weight [out, in].
@@ -134,7 +147,9 @@ def quantize_linears(model: nn.Module, names: Iterable[str]) -> int:
     return len(names)
 
 
-def dequantized_state_dict(model: nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def dequantized_state_dict(
+    model: nn.Module, tensors: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
     """`tensors`, whole ones by the names of `model`.state_dict(), with all quantised weights in the precision of training.
 
     They are what the layers computed with, and so not the weights that training began from, but rounded ones.

@@ -44,8 +44,16 @@ class Weight:
 
     def parts(self) -> list[torch.Tensor]:
         """The training parameters that it is made of."""
-        parts = [p for p in self.base.parameters(recurse=False)] if self.source is None else [self.source]
-        return parts + ([lora_matrix(self.lora, "A"), lora_matrix(self.lora, "B")] if self.lora is not None else [])
+        parts = (
+            [p for p in self.base.parameters(recurse=False)]
+            if self.source is None
+            else [self.source]
+        )
+        return parts + (
+            [lora_matrix(self.lora, "A"), lora_matrix(self.lora, "B")]
+            if self.lora is not None
+            else []
+        )
 
     @property
     def shape(self) -> torch.Size:
@@ -113,10 +121,18 @@ class Replica:
             group: the ranks that hold a slice each; needs ZeRO-3.
             gather_layers: decoder layers gathered at a time under ZeRO-3.
         """
-        self.engine, self.device, self.group, self.gather_layers = engine, engine.device, group, gather_layers
+        self.engine, self.device, self.group, self.gather_layers = (
+            engine,
+            engine.device,
+            group,
+            gather_layers,
+        )
         source = engine.module
         config = copy.deepcopy(source.config)
-        with torch.random.fork_rng(devices=[]), torch.device("meta"):  # initialisation draws random numbers
+        with (
+            torch.random.fork_rng(devices=[]),
+            torch.device("meta"),
+        ):  # initialisation draws random numbers
             self.model = type(source)(config)
         self.model.eval().requires_grad_(False)
         self._layers = {name: m for name, m in source.named_modules() if isinstance(m, LoraLayer)}
@@ -145,13 +161,19 @@ class Replica:
             lora = self._layers.get(path) if leaf == "weight" else None
             base = found.base_layer if isinstance(found, LoraLayer) else found
             parameter = base._parameters.get(leaf)
-            quantised = parameter is None and leaf == "weight" and hasattr(base, "dequantized_weight")
+            quantised = (
+                parameter is None and leaf == "weight" and hasattr(base, "dequantized_weight")
+            )
             assert parameter is not None or quantised, f"{name} of the replica has no source"
             module = self.model.get_submodule(path)
             if parameter is not None and id(parameter) in seen:
                 self._aliases.append((module, leaf, seen[id(parameter)]))
                 continue
-            block = ".".join(name.split(".")[: len(prefix.split(".")) + 1]) if name.startswith(f"{prefix}.") else name
+            block = (
+                ".".join(name.split(".")[: len(prefix.split(".")) + 1])
+                if name.startswith(f"{prefix}.")
+                else name
+            )
             cut = self._cut.get((module, leaf))
             weight = Weight(module, leaf, parameter, base, lora, block, cut, self.group)
             if parameter is not None:
@@ -181,7 +203,9 @@ class Replica:
     @property
     def itemsize(self) -> int:
         """Bytes of a weight or of a number in the key-value cache."""
-        return next(p for p in self.engine.module.parameters() if p.is_floating_point()).element_size()
+        return next(
+            p for p in self.engine.module.parameters() if p.is_floating_point()
+        ).element_size()
 
     def _attaches(self, lora_mode: LoraMode) -> bool:
         if lora_mode != "auto":
@@ -197,14 +221,18 @@ class Replica:
 
     def _attach(self) -> None:
         for weight in [w for w in self._copied if w.lora is not None and w.source is not None]:
-            path = next(name for name, module in self.model.named_modules() if module is weight.module)
+            path = next(
+                name for name, module in self.model.named_modules() if module is weight.module
+            )
             parent, _, leaf = path.rpartition(".")
             attached = LowRankLinear(weight.module, weight.lora)
             setattr(self.model.get_submodule(parent), leaf, attached)
             self._copied.remove(weight)
             self._shared.append(Weight(weight.module, weight.leaf, weight.source, weight.base))
             # The adapter's matrices are shared like W, and followed like it where their storage moves.
-            self._shared += [Weight(attached, n, lora_matrix(weight.lora, n), weight.base) for n in ("A", "B")]
+            self._shared += [
+                Weight(attached, n, lora_matrix(weight.lora, n), weight.base) for n in ("A", "B")
+            ]
 
     def hold_shared(self) -> None:
         """Point the shared weights at the training weights' storage; again where that has moved."""
@@ -224,7 +252,9 @@ class Replica:
         """
         started = time.monotonic()
         self.hold_shared()
-        if not self._copied or (self._held and self._version == self.engine.global_steps and not force):
+        if not self._copied or (
+            self._held and self._version == self.engine.global_steps and not force
+        ):
             return time.monotonic() - started
         if not self._held:
             self._allocate()
@@ -245,7 +275,9 @@ class Replica:
             blocks.setdefault(weight.block, []).append(weight)
         prefix, _ = decoder_layers(self.model)
         layers = [weights for block, weights in blocks.items() if block.startswith(f"{prefix}.")]
-        others = [weights for block, weights in blocks.items() if not block.startswith(f"{prefix}.")]
+        others = [
+            weights for block, weights in blocks.items() if not block.startswith(f"{prefix}.")
+        ]
         starts = range(0, len(layers), self.gather_layers)
         return others + [list(itertools.chain(*layers[i : i + self.gather_layers])) for i in starts]
 
@@ -260,7 +292,9 @@ class Replica:
     def release(self) -> None:
         """Free the copies; the next ``refresh`` makes them again, at other addresses."""
         for weight in self._copied:
-            hollow = torch.empty(weight.shape, dtype=weight.module._parameters[weight.leaf].dtype, device="meta")
+            hollow = torch.empty(
+                weight.shape, dtype=weight.module._parameters[weight.leaf].dtype, device="meta"
+            )
             weight.module._parameters[weight.leaf] = nn.Parameter(hollow, requires_grad=False)
         self._tie()
         self._held = False

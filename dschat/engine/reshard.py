@@ -30,7 +30,9 @@ def load_engine_universally(engine, folder: Path, name: str, *, scratch: Path) -
     logger.info(f"converting {folder / name} for {dist.world_size()} processes")
     fault = dist.first_fault(_convert(folder / name, scratch / name) if dist.is_main() else "")
     if fault:
-        raise ValueError(f"{folder / name} cannot be converted for another number of processes: {fault}")
+        raise ValueError(
+            f"{folder / name} cannot be converted for another number of processes: {fault}"
+        )
     groups = _param_groups(engine)
     before = [{key: value for key, value in group.items() if key != "params"} for group in groups]
     engine._config.load_universal_checkpoint = True

@@ -36,7 +36,9 @@ def full_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
         if id(tensor) not in seen:
             with gathered([tensor]):
                 # Only rank 0 keeps anything; on a CPU a clone, since the tensor itself goes on training.
-                seen[id(tensor)] = tensor.detach().to("cpu", copy=True) if dist.is_main() else tensor
+                seen[id(tensor)] = (
+                    tensor.detach().to("cpu", copy=True) if dist.is_main() else tensor
+                )
         if dist.is_main():
             tensors[name] = seen[id(tensor)]
     return tensors

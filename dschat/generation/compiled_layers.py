@@ -20,7 +20,9 @@ class CompiledLayers:
         self.cache: SlotCache | None = None
         self._forwards = [torch.compile(layer.forward, dynamic=False) for layer in layers]
         modules = [module for layer in layers for module in layer.modules()]
-        numbered = [module for module in modules if isinstance(getattr(module, "layer_idx", None), int)]
+        numbered = [
+            module for module in modules if isinstance(getattr(module, "layer_idx", None), int)
+        ]
         self._numbers = [(module, module.layer_idx) for module in numbered]
         self._limit = torch._dynamo.config.patch(recompile_limit=RECOMPILES)
 
@@ -44,6 +46,8 @@ def _with_slots(forward, cache: SlotCache, slots: SlotLayer):
 
     def call(*args, **kwargs):
         args = [slots if arg is cache else arg for arg in args]
-        return forward(*args, **{key: slots if arg is cache else arg for key, arg in kwargs.items()})
+        return forward(
+            *args, **{key: slots if arg is cache else arg for key, arg in kwargs.items()}
+        )
 
     return call

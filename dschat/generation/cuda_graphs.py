@@ -109,14 +109,21 @@ class GraphDecoder:
             # Graphs hold the addresses of the sampler's tensors too: it lives as long as they do.
             self.release()
             agree = alone if self.group is None else self.group.agree
-            self.sampler, self.pad_token_id = Sampler(generation, input_ids.device, agree), generation.pad_token_id
+            self.sampler, self.pad_token_id = (
+                Sampler(generation, input_ids.device, agree),
+                generation.pad_token_id,
+            )
 
         def make_cache(shapes):
             self._allocate(shapes, num_rows, input_ids.shape[1] + num_new, num_new)
             return self.cache
 
-        logits, _ = prefill_slots(self.model, input_ids, attention_mask, copies=copies, make_cache=make_cache)
-        input_ids, attention_mask = (t.repeat_interleave(copies, dim=0) for t in (input_ids, attention_mask))
+        logits, _ = prefill_slots(
+            self.model, input_ids, attention_mask, copies=copies, make_cache=make_cache
+        )
+        input_ids, attention_mask = (
+            t.repeat_interleave(copies, dim=0) for t in (input_ids, attention_mask)
+        )
         self._start(logits, input_ids, attention_mask)
         expected = self._plain_step(attention_mask) if fresh else None
         self._key = key
@@ -171,8 +178,14 @@ class GraphDecoder:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         # The draws of these steps must not count: a run that captures anew, behind a checkpoint say, samples the same.
-        with torch.random.fork_rng([s.step.device] if s.step.is_cuda else []), torch.cuda.stream(stream), self._compiled:
-            for _ in range(2):  # compiles and allocates outside of the capture, and writes the cache's last position
+        with (
+            torch.random.fork_rng([s.step.device] if s.step.is_cuda else []),
+            torch.cuda.stream(stream),
+            self._compiled,
+        ):
+            for _ in range(
+                2
+            ):  # compiles and allocates outside of the capture, and writes the cache's last position
                 s.position.fill_(last)
                 s.step.zero_()
                 s.bounds[..., 0], s.bounds[..., 1] = last, last + 1
@@ -229,12 +242,16 @@ class GraphDecoder:
             s.texts[:rows].index_copy_(1, s.position, new[:, None])
         s.remaining.copy_((~s.finished[:rows]).sum())
 
-    def _start(self, logits: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> None:
+    def _start(
+        self, logits: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor
+    ) -> None:
         """Set the first N slots to texts whose first answer tokens are drawn from the prefill's logits [N, V]."""
         s, (num_rows, num_prompt) = self.state, input_ids.shape
         self.cache.start(rows=num_rows, filled=num_prompt, captured=True)
         if s.texts.shape[1]:
-            s.texts[:num_rows] = input_ids[:, -1:]  # what is not there yet repeats a token that is: no other penalty
+            s.texts[:num_rows] = input_ids[
+                :, -1:
+            ]  # what is not there yet repeats a token that is: no other penalty
             s.texts[:num_rows, :num_prompt] = input_ids
         new, logprobs = self.sampler(logits, s.texts[:num_rows], 0)
         s.tokens.fill_(self.pad_token_id)
@@ -305,4 +322,6 @@ class GraphDecoder:
         if not gap.item() <= TOLERANCE[logits.dtype]:
             raise GraphMismatch(f"logits differ by {gap.item():.3g} standard deviations")
         if not missing.item() <= MISSING:
-            raise GraphMismatch(f"keys and values in the cache differ by {missing.item():.3g} of their norm")
+            raise GraphMismatch(
+                f"keys and values in the cache differ by {missing.item():.3g} of their norm"
+            )

@@ -30,7 +30,9 @@ class Decoded:
     """Answers of N rows."""
 
     tokens: torch.Tensor  # [N, R] int64; padding behind the first EOS
-    logprobs: torch.Tensor | None  # [N, R] fp32, of the full softmax at the sampling temperature, where they are known
+    logprobs: (
+        torch.Tensor | None
+    )  # [N, R] fp32, of the full softmax at the sampling temperature, where they are known
 
 
 class SlotLayer(CacheLayerMixin):
@@ -48,7 +50,9 @@ class SlotLayer(CacheLayerMixin):
         self.captured = False
         self.is_initialized = True
 
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor | None = None) -> None:
+    def lazy_initialization(
+        self, key_states: torch.Tensor, value_states: torch.Tensor | None = None
+    ) -> None:
         """Nothing to do: the buffers are there."""
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
@@ -110,7 +114,11 @@ class SlotCache(Cache):
 
     def newest(self, *, rows: int, position: int) -> list[torch.Tensor]:
         """Keys and values [rows, heads, width] of one position, layer by layer, in the buffers."""
-        return [buffer[:rows, :, position] for layer in self.layers for buffer in (layer.keys, layer.values)]
+        return [
+            buffer[:rows, :, position]
+            for layer in self.layers
+            for buffer in (layer.keys, layer.values)
+        ]
 
     def fill(self, cache: Cache, rows: torch.Tensor, *, copies: int, end: int) -> None:
         """Put the prompts that `cache` holds into positions [end - T, end) of `copies` slots for each of `rows`."""
@@ -132,7 +140,9 @@ def length_groups(attention_mask: torch.Tensor) -> Iterator[torch.Tensor]:
         yield (stretch == value).nonzero().squeeze(-1)
 
 
-def prefill(model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, Cache]:
+def prefill(
+    model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor
+) -> tuple[torch.Tensor, Cache]:
     """Logits [n, V] of the last position, and a cache of the prompts [n, P] without the columns that all pad."""
     start = int(attention_mask.argmax(-1).min())
     input_ids, attention_mask = input_ids[:, start:], attention_mask[:, start:]
@@ -167,11 +177,15 @@ def takes_graphs(model: nn.Module) -> str | None:
 def has_length_dependent_rope(model: nn.Module) -> bool:
     """True where positions are embedded otherwise once a text is long (rope types dynamic and longrope)."""
     kinds = [getattr(module, "rope_type", None) for module in model.modules()]
-    names = [name for kind in kinds for name in (kind.values() if isinstance(kind, dict) else [kind])]
+    names = [
+        name for kind in kinds for name in (kind.values() if isinstance(kind, dict) else [kind])
+    ]
     return any("dynamic" in name or name == "longrope" for name in names if isinstance(name, str))
 
 
-def decode_step(model: nn.Module, tokens: torch.Tensor, mask: torch.Tensor, cache: Cache) -> torch.Tensor:
+def decode_step(
+    model: nn.Module, tokens: torch.Tensor, mask: torch.Tensor, cache: Cache
+) -> torch.Tensor:
     """Logits [N, V] behind `tokens` [N], the newest of the texts whose attention mask is `mask` [N, T]."""
     inputs = dict(input_ids=tokens[:, None], attention_mask=mask, use_cache=True)
     if takes_position_ids(model):
@@ -180,7 +194,12 @@ def decode_step(model: nn.Module, tokens: torch.Tensor, mask: torch.Tensor, cach
 
 
 def prefill_slots(
-    model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, *, copies: int, make_cache
+    model: nn.Module,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    *,
+    copies: int,
+    make_cache,
 ) -> tuple[torch.Tensor, SlotCache]:
     """Every prompt [B, P] prefilled once and put into `copies` slots each.
 
@@ -192,7 +211,9 @@ def prefill_slots(
     """
     cache, logits = None, None
     groups = length_groups(attention_mask)
-    if has_length_dependent_rope(model):  # which has to see the longest text of the batch, as in the training module
+    if has_length_dependent_rope(
+        model
+    ):  # which has to see the longest text of the batch, as in the training module
         groups = [torch.arange(len(input_ids), device=input_ids.device)]
     for rows in groups:
         found, group = prefill(model, input_ids[rows], attention_mask[rows])
@@ -255,7 +276,9 @@ def eager_decode(
             if len(live) == 0:
                 break
             if plain and len(live) <= COMPACT_AT * len(rows):
-                rows, texts, mask, new, finished = (t[live] for t in (rows, texts, mask, new, finished))
+                rows, texts, mask, new, finished = (
+                    t[live] for t in (rows, texts, mask, new, finished)
+                )
                 for layer in cache.layers:
                     layer.keep(live)
         texts = torch.cat([texts, new[:, None]], dim=-1)
@@ -274,7 +297,10 @@ def cache_gap(found: list[torch.Tensor], expected: list[torch.Tensor]) -> torch.
     Where both are zero it is 0: a padding token's are, in the first layer of a model that embeds it as zeros.
     """
     tiny = torch.finfo(torch.float32).tiny
-    gaps = [(f.float() - e.float()).norm() / e.float().norm().clamp(min=tiny) for f, e in zip(found, expected)]
+    gaps = [
+        (f.float() - e.float()).norm() / e.float().norm().clamp(min=tiny)
+        for f, e in zip(found, expected)
+    ]
     return torch.stack(gaps).max()
 
 

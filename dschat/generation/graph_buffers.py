@@ -11,7 +11,9 @@ class State:
 
     token: torch.Tensor  # [N, 1] int64, the newest token
     positions: torch.Tensor  # [N, 1] int64, its position id
-    bounds: torch.Tensor  # [N, 1, 1, 2] int32, cache positions that a row attends to: first, and behind the newest
+    bounds: (
+        torch.Tensor
+    )  # [N, 1, 1, 2] int32, cache positions that a row attends to: first, and behind the newest
     position: torch.Tensor  # [1] int64, where the newest token goes in the cache
     step: torch.Tensor  # [] int64, how many answer tokens there are
     row: torch.Tensor  # [N] int64, the answer that a slot works on
@@ -19,16 +21,27 @@ class State:
     remaining: torch.Tensor  # [] int64, slots that have not finished
     tokens: torch.Tensor  # [N, R] int64, the answers
     logprobs: torch.Tensor  # [N, R] fp32
-    texts: torch.Tensor  # [N, T] int64, prompts and answers where the repetition penalty reads them, else [N, 0]
+    texts: (
+        torch.Tensor
+    )  # [N, T] int64, prompts and answers where the repetition penalty reads them, else [N, 0]
     logits: torch.Tensor  # [N, V], of the last step
 
     def take(self, slots: torch.Tensor) -> None:
         """Slots [n] move to the front."""
-        for buffer in (self.token, self.positions, self.bounds, self.row, self.finished, self.texts):
+        for buffer in (
+            self.token,
+            self.positions,
+            self.bounds,
+            self.row,
+            self.finished,
+            self.texts,
+        ):
             buffer[: len(slots)] = buffer[slots]
 
     @classmethod
-    def allocate(cls, *, slots: int, num_new: int, num_text: int, vocab: int, like: torch.Tensor) -> "State":
+    def allocate(
+        cls, *, slots: int, num_new: int, num_text: int, vocab: int, like: torch.Tensor
+    ) -> "State":
         """Buffers of N = `slots`, R = `num_new`, T = `num_text` and V = `vocab`, logits in the dtype of `like`."""
         device = like.device
         whole = dict(dtype=torch.int64, device=device)

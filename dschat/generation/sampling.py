@@ -34,10 +34,14 @@ class Sampler:
             ValueError: beam search, which an inference replica does not do.
         """
         if (generation.num_beams or 1) > 1:
-            raise ValueError(f"num_beams {generation.num_beams}: the Hybrid Engine samples, or takes the likeliest token.")
+            raise ValueError(
+                f"num_beams {generation.num_beams}: the Hybrid Engine samples, or takes the likeliest token."
+            )
         self.agree = agree
         self.do_sample = bool(generation.do_sample)
-        self.temperature = generation.temperature if self.do_sample and generation.temperature else 1.0
+        self.temperature = (
+            generation.temperature if self.do_sample and generation.temperature else 1.0
+        )
         self.min_new_tokens = generation.min_new_tokens or 0
         self.eos = torch.tensor(eos_ids(generation), device=device, dtype=torch.long)
         # The order is that of transformers' generate: the penalty, then the barred ends, then the warpers.
@@ -51,7 +55,12 @@ class Sampler:
                 self.warpers.append(TopKLogitsWarper(generation.top_k))
             if generation.top_p is not None and generation.top_p < 1.0:
                 self.warpers.append(TopPLogitsWarper(generation.top_p))
-        changed = self.penalty is not None or self.min_new_tokens or generation.top_k or (generation.top_p or 1.0) < 1.0
+        changed = (
+            self.penalty is not None
+            or self.min_new_tokens
+            or generation.top_k
+            or (generation.top_p or 1.0) < 1.0
+        )
         # Tokens that others have drawn need their own logprobs, which the kernels know of one token alone.
         self.fused = triton is not None and self.do_sample and not changed and agree is alone
 
@@ -69,7 +78,11 @@ class Sampler:
             step: how many tokens of the answer there are, an int or an int64 scalar on the device.
         """
         if self.fused and logits.is_cuda:
-            return draw(logits, torch.empty(logits.shape, device=logits.device).exponential_(), self.temperature)
+            return draw(
+                logits,
+                torch.empty(logits.shape, device=logits.device).exponential_(),
+                self.temperature,
+            )
         scores = logits = logits.float()
         if self.penalty is not None:
             scores = self.penalty(texts, scores)

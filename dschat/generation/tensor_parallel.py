@@ -28,7 +28,14 @@ PLANS = {
 LAYER = "layers.*."
 # What a forward leaves whole; its gradient alone differs.
 WHOLE = ("replicated_with_grad_allreduce",)
-HEAD_COUNTS = ("num_heads", "num_attention_heads", "num_key_value_heads", "num_kv_heads", "n_heads", "n_head")
+HEAD_COUNTS = (
+    "num_heads",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "num_kv_heads",
+    "n_heads",
+    "n_head",
+)
 
 
 def split_plan(config: PreTrainedConfig) -> dict[str, str]:
@@ -51,20 +58,28 @@ def split_problems(config: PreTrainedConfig, size: int, *, world_size: int) -> l
     if size == 1:
         return found
     if world_size % size:
-        found.append(f"{flag} does not divide the {world_size} process(es) of this run: give a divisor of {world_size}.")
+        found.append(
+            f"{flag} does not divide the {world_size} process(es) of this run: give a divisor of {world_size}."
+        )
     text = config.get_text_config()
     if not split_plan(config):
-        found.append(f"{flag}: how to split a model of type {text.model_type} is not known: give --inference_tp_size 1.")
+        found.append(
+            f"{flag}: how to split a model of type {text.model_type} is not known: give --inference_tp_size 1."
+        )
         return found
     heads = text.num_attention_heads
     counts = {
         "attention heads": heads,
         "key-value heads": getattr(text, "num_key_value_heads", None) or heads,
-        "feed-forward columns": getattr(text, "intermediate_size", None) or getattr(text, "ffn_dim", None) or size,
+        "feed-forward columns": getattr(text, "intermediate_size", None)
+        or getattr(text, "ffn_dim", None)
+        or size,
     }
     for what, count in counts.items():
         if count % size:
-            found.append(f"{flag} does not divide the model's {count} {what}: give a divisor of {count}, or 1.")
+            found.append(
+                f"{flag} does not divide the model's {count} {what}: give a divisor of {count}, or 1."
+            )
     return found
 
 
@@ -99,7 +114,9 @@ class TensorGroup:
         """This process's part along `dim`; all of it where that is None."""
         if dim is None:
             return tensor
-        assert tensor.shape[dim] % self.size == 0, f"{self.size} does not divide dimension {dim} of {tuple(tensor.shape)}"
+        assert tensor.shape[dim] % self.size == 0, (
+            f"{self.size} does not divide dimension {dim} of {tuple(tensor.shape)}"
+        )
         return tensor.chunk(self.size, dim)[self.index]
 
 
@@ -109,7 +126,10 @@ def tensor_group(size: int) -> TensorGroup | None:
     if size == 1:
         return None
     # Each process has to make all groups, in one order.
-    handles = [dist.new_group(range(first, first + size)) for first in range(0, dist.get_world_size(), size)]
+    handles = [
+        dist.new_group(range(first, first + size))
+        for first in range(0, dist.get_world_size(), size)
+    ]
     number, index = divmod(dist.get_rank(), size)
     return TensorGroup(size, index, number * size, handles[number])
 
@@ -167,7 +187,9 @@ def gather_prompts(
     shapes = group.gather(torch.tensor(input_ids.shape, device=input_ids.device)).tolist()
     rows, longest = {shape[0] for shape in shapes}, max(shape[1] for shape in shapes)
     if len(rows) > 1:
-        raise ValueError(f"ranks that generate together bring unlike numbers of prompts: {[shape[0] for shape in shapes]}")
+        raise ValueError(
+            f"ranks that generate together bring unlike numbers of prompts: {[shape[0] for shape in shapes]}"
+        )
     missing = longest - input_ids.shape[1]
     # A token that the row has anyway, so that a repetition penalty takes no notice.
     input_ids = torch.cat([input_ids[:, -1:].expand(-1, missing), input_ids], dim=-1)

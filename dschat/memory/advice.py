@@ -43,7 +43,11 @@ class Machine:
     def missing(self, plan: StepPlan) -> float:
         """Bytes by which `plan` does not fit a GPU and a host, together; 0 where it fits."""
         gpu = needed_bytes(plan) - self.gpu_bytes if self.gpu_bytes else 0.0
-        host = plan.host_bytes(processes=self.processes) - self.all_host_bytes if self.all_host_bytes else 0.0
+        host = (
+            plan.host_bytes(processes=self.processes) - self.all_host_bytes
+            if self.all_host_bytes
+            else 0.0
+        )
         return max(gpu, 0.0) + max(host, 0.0)
 
 
@@ -100,7 +104,9 @@ def enough_gpus(config, machine: Machine, *, dtype: str) -> tuple[Machine, Remed
         larger = replace(machine, world_size=world_size, processes=processes)
         planned = functools.partial(_planned, config, machine=larger, dtype=dtype)
         kinds = _kinds(config, world_size=world_size)
-        fitting = (found for found in map(planned, _large_sets(kinds)) if found and not found.missing)
+        fitting = (
+            found for found in map(planned, _large_sets(kinds)) if found and not found.missing
+        )
         first = next(fitting, None)
         if first:
             return larger, _without_needless(first, kinds, planned)
@@ -122,7 +128,9 @@ def _planned(config, options: dict, *, machine: Machine, dtype: str) -> Remedy |
     changed = with_options(config, options)
     if changed.problems():
         return None
-    plan = plan_step(changed, world_size=machine.world_size, dtype="bf16" if "dtype" in options else dtype)
+    plan = plan_step(
+        changed, world_size=machine.world_size, dtype="bf16" if "dtype" in options else dtype
+    )
     return Remedy(options, plan, machine.missing(plan))
 
 
@@ -134,14 +142,22 @@ def _nearer(one: Remedy | None, other: Remedy | None) -> Remedy | None:
 def _small_sets(kinds: list[list[Change]]) -> list[dict]:
     """All sets of changes with up to PLANNED_FLAGS flags: those of few flags first, of equally few the mildest."""
     changes = [change for kind in kinds for change in kind]
-    sets = (chosen for count in range(1, PLANNED_FLAGS + 1) for chosen in itertools.combinations(changes, count))
+    sets = (
+        chosen
+        for count in range(1, PLANNED_FLAGS + 1)
+        for chosen in itertools.combinations(changes, count)
+    )
     return [options for options in _in_order(sets) if len(options) <= PLANNED_FLAGS]
 
 
 def _large_sets(kinds: list[list[Change]]) -> list[dict]:
     """All sets of whole kinds, each at its strongest, in the same order."""
     strongest = [_strongest(kind) for kind in kinds]
-    sets = (chosen for count in range(1, len(kinds) + 1) for chosen in itertools.combinations(strongest, count))
+    sets = (
+        chosen
+        for count in range(1, len(kinds) + 1)
+        for chosen in itertools.combinations(strongest, count)
+    )
     return _in_order(itertools.chain(*chosen) for chosen in sets)
 
 
@@ -165,9 +181,19 @@ def _strongest(kind: list[Change]) -> list[Change]:
 
 def _without_needless(found: Remedy, kinds: list[list[Change]], planned: Callable) -> Remedy:
     """`found` without the changes, the costliest first, that bring it no nearer to fit, or with milder ones in their place."""
-    chosen = [change for kind in kinds for change in _strongest(kind) if change.options.items() <= found.options.items()]
+    chosen = [
+        change
+        for kind in kinds
+        for change in _strongest(kind)
+        if change.options.items() <= found.options.items()
+    ]
     for change in sorted(chosen, key=lambda change: -change.cost):
-        same_flags = [other.options for kind in kinds for other in kind if other.options.keys() == change.options.keys()]
+        same_flags = [
+            other.options
+            for kind in kinds
+            for other in kind
+            if other.options.keys() == change.options.keys()
+        ]
         for milder in ({}, *same_flags):
             kept = [key for key in found.options if key in milder or key not in change.options]
             rest = {key: milder.get(key, found.options[key]) for key in kept}
@@ -180,12 +206,21 @@ def _without_needless(found: Remedy, kinds: list[list[Change]], planned: Callabl
 
 def _kinds(config, *, world_size: int) -> list[list[Change]]:
     """What saves memory and is not on yet, by kind; each with the strongest of equal flags last."""
-    kinds = _ppo_kinds(config, world_size=world_size) if isinstance(config, PPOConfig) else _supervised_kinds(config)
+    kinds = (
+        _ppo_kinds(config, world_size=world_size)
+        if isinstance(config, PPOConfig)
+        else _supervised_kinds(config)
+    )
     kinds.append([Change({"dtype": "auto"}, 1)] if config.model.dtype == "fp32" else [])
     now = {key: value for group in vars(config).values() for key, value in vars(group).items()}
     found = []
     for kind in kinds:
-        new = [Change({k: v for k, v in change.options.items() if k in now and now[k] != v}, change.cost) for change in kind]
+        new = [
+            Change(
+                {k: v for k, v in change.options.items() if k in now and now[k] != v}, change.cost
+            )
+            for change in kind
+        ]
         found.append([change for change in new if change.options])
     return [kind for kind in found if kind]
 
@@ -197,11 +232,20 @@ def _supervised_kinds(config) -> list[list[Change]]:
         [Change({"per_device_eval_batch_size": min(batch.per_device_eval_batch_size, 4)}, 0)],
         [Change({"gradient_checkpointing": True}, 1)],
         _fewer_rows(
-            "per_device_train_batch_size", batch.per_device_train_batch_size, "gradient_accumulation_steps", steps
+            "per_device_train_batch_size",
+            batch.per_device_train_batch_size,
+            "gradient_accumulation_steps",
+            steps,
         ),
         _stages("zero_stage", system.zero_stage),
-        [Change({"share_reference": True}, 1), Change({"offload_reference_model": True}, 2)],  # of DPO
-        [Change({"lora_dim": config.lora.lora_dim or LORA_DIM}, 2), Change({"only_optimize_lora": True}, 3)],
+        [
+            Change({"share_reference": True}, 1),
+            Change({"offload_reference_model": True}, 2),
+        ],  # of DPO
+        [
+            Change({"lora_dim": config.lora.lora_dim or LORA_DIM}, 2),
+            Change({"only_optimize_lora": True}, 3),
+        ],
         [Change({"enable_mixed_precision_lora": True}, 3)],
         [Change({"offload": True}, 4), Change({"pin_memory": False}, 1)],
     ]
@@ -209,16 +253,27 @@ def _supervised_kinds(config) -> list[list[Change]]:
 
 def _ppo_kinds(config: PPOConfig, *, world_size: int) -> list[list[Change]]:
     batch, system, lora = config.batch, config.system, config.lora
-    training, generation = batch.per_device_training_batch_size, batch.per_device_generation_batch_size
+    training, generation = (
+        batch.per_device_training_batch_size,
+        batch.per_device_generation_batch_size,
+    )
     steps, batches = config.schedule.gradient_accumulation_steps, batch.generation_batches
     return [
         [Change({"per_device_eval_batch_size": min(batch.per_device_eval_batch_size, 4)}, 0)],
-        [Change({"actor_gradient_checkpointing": True}, 1), Change({"critic_gradient_checkpointing": True}, 1)],
-        _fewer_rows("per_device_training_batch_size", training, "gradient_accumulation_steps", steps),
+        [
+            Change({"actor_gradient_checkpointing": True}, 1),
+            Change({"critic_gradient_checkpointing": True}, 1),
+        ],
+        _fewer_rows(
+            "per_device_training_batch_size", training, "gradient_accumulation_steps", steps
+        ),
         _fewer_rows("per_device_generation_batch_size", generation, "generation_batches", batches),
         _replica_changes(config, world_size=world_size),
         [Change({"offload_idle_states": True}, 2)],
-        [*_stages("actor_zero_stage", system.actor_zero_stage), *_stages("critic_zero_stage", system.critic_zero_stage)],
+        [
+            *_stages("actor_zero_stage", system.actor_zero_stage),
+            *_stages("critic_zero_stage", system.critic_zero_stage),
+        ],
         [Change({"share_reference": True}, 1), Change({"share_reward": True}, 1)],
         [Change({"offload_reference_model": True}, 2), Change({"offload_reward_model": True}, 2)],
         [
@@ -237,14 +292,20 @@ def _replica_changes(config: PPOConfig, *, world_size: int) -> list[Change]:
         return []
     model = config.model
     actor = find_config(
-        model.actor_model_name_or_path, flag="--actor_model_name_or_path", trust_remote_code=model.trust_remote_code
+        model.actor_model_name_or_path,
+        flag="--actor_model_name_or_path",
+        trust_remote_code=model.trust_remote_code,
     )
     sizes = [size for size in (2, 4, 8) if size > config.system.inference_tp_size]
     return [
         Change({"unpin_actor_parameters": True}, 1),
         Change({"hybrid_lora": "attach"}, 1),
         Change({"release_inference_cache": True}, 2),
-        *(Change({"inference_tp_size": n}, 2) for n in sizes if not split_problems(actor, n, world_size=world_size)),
+        *(
+            Change({"inference_tp_size": n}, 2)
+            for n in sizes
+            if not split_problems(actor, n, world_size=world_size)
+        ),
     ]
 
 
@@ -254,5 +315,10 @@ def _stages(name: str, now: int) -> list[Change]:
 
 def _fewer_rows(name: str, rows: int, times_name: str, times: int) -> list[Change]:
     """About half, a quarter and one of `rows`, more times, so that nothing changes but memory and speed."""
-    few = sorted({math.gcd(rows, rows // part) for part in (2, 4, rows) if rows >= part > 1}, reverse=True)
-    return [Change({name: less, times_name: times * rows // less}, cost) for cost, less in enumerate(few, start=1)]
+    few = sorted(
+        {math.gcd(rows, rows // part) for part in (2, 4, rows) if rows >= part > 1}, reverse=True
+    )
+    return [
+        Change({name: less, times_name: times * rows // less}, cost)
+        for cost, less in enumerate(few, start=1)
+    ]

@@ -39,7 +39,9 @@ def check_length(length: int, size: ModelSize, path: str) -> None:
         )
 
 
-def check_models(config: PPOConfig, plan: StepPlan, *, world_size: int, rewards: Iterable[str] = ()) -> None:
+def check_models(
+    config: PPOConfig, plan: StepPlan, *, world_size: int, rewards: Iterable[str] = ()
+) -> None:
     """Nothing where the actor can be split as --inference_tp_size says, and every model has positions for the longest text.
 
     Args:
@@ -54,10 +56,14 @@ def check_models(config: PPOConfig, plan: StepPlan, *, world_size: int, rewards:
     trust = dict(trust_remote_code=options.trust_remote_code)
     actor, flag = options.actor_model_name_or_path, "--actor_model_name_or_path"
     if system.enable_hybrid_engine:
-        found += split_problems(find_config(actor, flag=flag, **trust), system.inference_tp_size, world_size=world_size)
+        found += split_problems(
+            find_config(actor, flag=flag, **trust), system.inference_tp_size, world_size=world_size
+        )
     positions = {(flag, actor): plan.sizes["actor"].positions}
     if "critic" in plan.sizes:
-        positions["--critic_model_name_or_path", options.critic_model_name_or_path] = plan.sizes["critic"].positions
+        positions["--critic_model_name_or_path", options.critic_model_name_or_path] = plan.sizes[
+            "critic"
+        ].positions
     for path in rewards:
         flag = f"--{'reward' if path in options.reward_model_name_or_path else 'critic'}_model_name_or_path"
         positions[flag, path] = named_size(path, flag=flag, reward=True, **trust).positions

@@ -14,7 +14,9 @@ from dschat.engine.ds_config import training_config
 from dschat.memory.model_size import ModelSize, power_of_two
 
 WIDTHS = {"fp32": 4, "bf16": 2, "fp16": 2}
-ZERO3_BUCKET = int(5e8)  # DeepSpeed's default reduce_bucket_size; engine/ds_config.py sets it for stages 1 and 2 only
+ZERO3_BUCKET = int(
+    5e8
+)  # DeepSpeed's default reduce_bucket_size; engine/ds_config.py sets it for stages 1 and 2 only
 ZERO3_SUB_GROUP = int(1e9)  # elements that DeepSpeed's ZeRO-3 optimizer steps at a time
 ZERO3_LIVE = int(3e7) * 2  # gathered parameters: stage3_max_live_parameters and one prefetch
 ZERO12_BUCKET = int(1e8)
@@ -30,8 +32,12 @@ class Footprint:
     average: float = 0.0  # --enable_ema
     buffers: float = 0.0  # of communication, and gathered weights: always there, or at any time
     gradients: float = 0.0  # from the end of a backward to the optimizer step
-    waiting: float = 0.0  # gradients of earlier micro-batches, and their bucket, during forward and backward
-    early: float = 0.0  # gradients and bucket of this one that stand beside the activations in backward
+    waiting: float = (
+        0.0  # gradients of earlier micro-batches, and their bucket, during forward and backward
+    )
+    early: float = (
+        0.0  # gradients and bucket of this one that stand beside the activations in backward
+    )
     reduce: float = 0.0  # beside the gradients at the end of a backward
     step: float = 0.0  # beside the gradients in the optimizer step
     freed: float = 0.0  # of the gradients, what is gone by then: `step` is less by it
@@ -40,7 +46,9 @@ class Footprint:
     host_weights: float = 0.0  # of that, the weights
     whole: float = 0.0  # all weights, as they are read into host memory
     read_once: bool = False  # by one process of all, instead of by each
-    idle: float = 0.0  # of what is resident, what --offload_idle_states moves to the host between updates
+    idle: float = (
+        0.0  # of what is resident, what --offload_idle_states moves to the host between updates
+    )
     idle_host: float = 0.0  # what that takes there
 
     @property
@@ -50,7 +58,13 @@ class Footprint:
 
 
 def inference_footprint(
-    size: ModelSize, *, stage: int, offload: bool, width: int, world_size: int, pin_memory: bool = True
+    size: ModelSize,
+    *,
+    stage: int,
+    offload: bool,
+    width: int,
+    world_size: int,
+    pin_memory: bool = True,
 ) -> Footprint:
     """Of a model that only evaluates: in parts under ZeRO-3, which offloaded weights run under at any stage; else whole."""
     whole, held = width * size.parameters, size.weight_bytes(width)
@@ -115,13 +129,25 @@ def training_footprint(
 def training_stage(system: SystemOptions, *, dtype: str) -> int:
     """The ZeRO stage that training really runs at: stage 0 with half precision or offload is stage 1."""
     config = training_config(
-        system, dtype=dtype, micro_batch_size=1, gradient_accumulation_steps=1, world_size=1, on_cpu=False
+        system,
+        dtype=dtype,
+        micro_batch_size=1,
+        gradient_accumulation_steps=1,
+        world_size=1,
+        on_cpu=False,
     )
     return config["zero_optimization"]["stage"]
 
 
 def _zero12(
-    size: ModelSize, system: SystemOptions, *, stage: int, width: int, world_size: int, accumulates: bool, average: float
+    size: ModelSize,
+    system: SystemOptions,
+    *,
+    stage: int,
+    width: int,
+    world_size: int,
+    accumulates: bool,
+    average: float,
 ) -> Footprint:
     whole, part = width * size.trained, width * size.trained / world_size
     group = max(size.groups) / world_size
@@ -154,7 +180,10 @@ def _zero12(
             buffers=width * size.largest_trained + dense,
             reduce=bucket,
             # Also two moments, and weights in `width`; further gradients, one by one, while they accumulate.
-            host=2 * fp32 + 8 * trained + in_width + average
+            host=2 * fp32
+            + 8 * trained
+            + in_width
+            + average
             + (whole * (size.rounding if system.pin_memory else 1.0) if accumulates else 0.0),
         )
     return Footprint(
@@ -173,14 +202,26 @@ def _zero12(
 
 
 def _zero3(
-    size: ModelSize, system: SystemOptions, *, stage: int, width: int, world_size: int, accumulates: bool, average: float
+    size: ModelSize,
+    system: SystemOptions,
+    *,
+    stage: int,
+    width: int,
+    world_size: int,
+    accumulates: bool,
+    average: float,
 ) -> Footprint:
     whole = width * size.parameters
     weights, part = size.weight_bytes(width) / world_size, size.trained / world_size
-    gathered = _gathered(size, width=width, world_size=world_size, offload=system.offload) + width * size.largest_int8
+    gathered = (
+        _gathered(size, width=width, world_size=world_size, offload=system.offload)
+        + width * size.largest_int8
+    )
     bucket = width * ZERO3_BUCKET
     shares = [group / world_size for group in size.groups]
-    fp32 = sum(_on_host(4 * chunk, system.pin_memory) for share in shares for chunk in _sub_groups(share))
+    fp32 = sum(
+        _on_host(4 * chunk, system.pin_memory) for share in shares for chunk in _sub_groups(share)
+    )
     if system.offload:
         # Frozen weights lie one by one, trained ones flat and page-locked in any case.
         frozen = (weights - width * part) * (size.rounding if system.pin_memory else 1.0)
@@ -188,7 +229,9 @@ def _zero3(
         # fp32 weights and two moments; gradients of all in `width`, and of the steps' groups in fp32.
         host = held + 12 * part + _on_host(width * part, system.pin_memory) + fp32 + average
         buffers = bucket + gathered
-        return Footprint(weights=0.0, buffers=buffers, host=host, host_weights=held, whole=whole, read_once=True)
+        return Footprint(
+            weights=0.0, buffers=buffers, host=host, host_weights=held, whole=whole, read_once=True
+        )
     return Footprint(
         weights=weights,
         master=4.0 * part,

@@ -102,14 +102,18 @@ def named_size(
 @functools.lru_cache
 def _counted(name, flag, trust_remote_code, reward, lora, system, role) -> ModelSize:
     config = find_config(name, flag=flag, trust_remote_code=trust_remote_code)
-    options = dict(reward=reward, lora=lora, system=system, role=role, trust_remote_code=trust_remote_code)
+    options = dict(
+        reward=reward, lora=lora, system=system, role=role, trust_remote_code=trust_remote_code
+    )
     # Making weights draws random numbers, and what has been counted before is not counted again: a run's own weights must
     # not depend on that.
     with torch.random.fork_rng(devices=[]):
         try:
             return model_size(config, **options)
         except (RuntimeError, TypeError, ZeroDivisionError) as error:
-            raise ValueError(f"{flag} {name!r}: no model can be made of its config.json: {error}") from error
+            raise ValueError(
+                f"{flag} {name!r}: no model can be made of its config.json: {error}"
+            ) from error
 
 
 def model_size(
@@ -133,7 +137,9 @@ def model_size(
     """
     text = config.get_text_config()
     layers, shallow = text.num_hidden_layers, _enough_layers(config, lora, system)
-    model = _on_meta(_with_layers(config, shallow), reward=reward, trust_remote_code=trust_remote_code)
+    model = _on_meta(
+        _with_layers(config, shallow), reward=reward, trust_remote_code=trust_remote_code
+    )
     if system is None:
         model.requires_grad_(False)
     else:
@@ -191,7 +197,9 @@ def power_of_two(count: int) -> int:
     return 1 << (count - 1).bit_length()
 
 
-def _enough_layers(config: PreTrainedConfig, lora: LoraOptions, system: SystemOptions | None) -> int:
+def _enough_layers(
+    config: PreTrainedConfig, lora: LoraOptions, system: SystemOptions | None
+) -> int:
     """Decoder layers to build for counting: a few where all are alike, which spares seconds; else all."""
     layers = config.get_text_config().num_hidden_layers
     frozen = 0 if system is None else system.freeze_layers
@@ -214,7 +222,9 @@ def _on_meta(config: PreTrainedConfig, *, reward: bool, trust_remote_code: bool)
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
         config.num_labels = 1
         return RewardModel(
-            AutoModelForSequenceClassification.from_config(config, trust_remote_code=trust_remote_code)
+            AutoModelForSequenceClassification.from_config(
+                config, trust_remote_code=trust_remote_code
+            )
         )
 
 
@@ -227,7 +237,11 @@ def _int8_counts(model: nn.Module, *, last: str, repeats: int) -> dict[str, int]
         numel = linear.weight.numel()
         times = repeats if name.startswith(last) else 1
         found["int8"] += times * numel
-        found["scales"] += times * numel // group_size(linear.nx if isinstance(linear, Conv1D) else linear.in_features)
+        found["scales"] += (
+            times
+            * numel
+            // group_size(linear.nx if isinstance(linear, Conv1D) else linear.in_features)
+        )
         found["largest_int8"] = max(found["largest_int8"], numel)
     return found
 
@@ -247,7 +261,9 @@ def _learned_positions(model: nn.Module, text: PreTrainedConfig) -> int | None:
     """How many positions the model has a learned vector for; None where it computes them."""
     most = getattr(text, "max_position_embeddings", None)
     tokens = pretrained(model).get_input_embeddings()
-    others = [m for m in embedding_modules(model) if isinstance(m, nn.Embedding) and m is not tokens]
+    others = [
+        m for m in embedding_modules(model) if isinstance(m, nn.Embedding) and m is not tokens
+    ]
     # OPT's table has two rows more. Other tables, such as Gemma's of the tokens for each layer, have many more.
     return most if most and any(most <= m.num_embeddings <= most + 8 for m in others) else None
 
@@ -263,8 +279,14 @@ def _trained_layers(model: nn.Module, prefix: str, layers: int) -> int:
     embeddings train."""
     if any(p.requires_grad for module in embedding_modules(model) for p in module.parameters()):
         return layers
-    trained = [name for name, p in model.named_parameters() if p.requires_grad and name.startswith(f"{prefix}.")]
-    return layers - min((int(name[len(prefix) + 1 :].split(".")[0]) for name in trained), default=layers)
+    trained = [
+        name
+        for name, p in model.named_parameters()
+        if p.requires_grad and name.startswith(f"{prefix}.")
+    ]
+    return layers - min(
+        (int(name[len(prefix) + 1 :].split(".")[0]) for name in trained), default=layers
+    )
 
 
 def _dropout(config: PreTrainedConfig, system: SystemOptions | None) -> float:

@@ -8,7 +8,16 @@ from dschat.memory.footprint import Footprint
 from dschat.memory.model_size import ModelSize
 
 # The kinds, in the order in which they are shown. Copies: what building an engine and the optimizer's step make.
-KINDS = ("weights", "optimizer", "gradients", "buffers", "activations", "KV cache", "replica", "copies")
+KINDS = (
+    "weights",
+    "optimizer",
+    "gradients",
+    "buffers",
+    "activations",
+    "KV cache",
+    "replica",
+    "copies",
+)
 Parts = Mapping[str, float]  # kind -> bytes
 
 
@@ -67,4 +76,7 @@ def training_phases(
         {"gradients": model.waiting + model.early, "activations": kept + working},
         {"gradients": model.gradients + model.reduce},
     )
-    return {f"{prefix}backward": together(there, backward), f"{prefix}step": together(there, stepping(model))}
+    return {
+        f"{prefix}backward": together(there, backward),
+        f"{prefix}step": together(there, stepping(model)),
+    }

@@ -43,7 +43,9 @@ class StepPlan:
         """What a host of so many processes must hold: what stays there, or a model while it is read."""
         weights = processes * sum(model.host_weights for model in self.models.values())
         stays = processes * sum(model.host for model in self.models.values())
-        reads = max(model.whole * (1 if model.read_once else processes) for model in self.models.values())
+        reads = max(
+            model.whole * (1 if model.read_once else processes) for model in self.models.values()
+        )
         return worst({"weights": weights, "optimizer": stays - weights}, {"weights": reads})
 
     def host_bytes(self, *, processes: int) -> float:
@@ -96,7 +98,16 @@ def _plan_supervised(config, *, world_size: int, dtype: str) -> StepPlan:
     there = together(beside, lying(model))
     parts = {
         "build": together(beside, {"weights": model.weights, "copies": model.build}),
-        **training_phases("", size, model, system, tokens=train, logits=train * size.vocab, width=width, there=there),
+        **training_phases(
+            "",
+            size,
+            model,
+            system,
+            tokens=train,
+            logits=train * size.vocab,
+            width=width,
+            there=there,
+        ),
         "evaluate": together(there, {"activations": evaluation}),
     }
     return StepPlan(models, sizes, {}, parts)
@@ -123,7 +134,9 @@ def _plan_ppo(config: PPOConfig, *, world_size: int, dtype: str) -> StepPlan:
     tokens, logits = train * (prompt + answer), train * (answer + 1) * actor.vocab
     scored = loss_bytes(rows * (answer + 1) * actor.vocab, width=width, sliced=True, backward=False)
     group = _group_size(config)
-    prompts = inference_bytes(actor, tokens=group * max(rows, held) * prompt, width=width, split=group)
+    prompts = inference_bytes(
+        actor, tokens=group * max(rows, held) * prompt, width=width, split=group
+    )
     exact_kl = kl_bytes(held * (answer + 1) * actor.vocab, width=width)
     critic = models.get("critic")
     parts = {
@@ -132,7 +145,12 @@ def _plan_ppo(config: PPOConfig, *, world_size: int, dtype: str) -> StepPlan:
             {"copies": max(model.build for model in models.values())},
         ),
         "generate": together(
-            waiting, passing, worst({"activations": prompts}, {"buffers": _whole_layers_bytes(config, actor, width=width)})
+            waiting,
+            passing,
+            worst(
+                {"activations": prompts},
+                {"buffers": _whole_layers_bytes(config, actor, width=width)},
+            ),
         ),
         "score": together(waiting, {"activations": max(scored, forward(rows, list(sizes)))}),
         "evaluate": together(waiting, {"activations": exact_kl + forward(held, ["actor"])}),
@@ -149,15 +167,25 @@ def _plan_ppo(config: PPOConfig, *, world_size: int, dtype: str) -> StepPlan:
         ),
     }
     if critic:
-        parts |= _critic_phases(config, sizes["critic"], models, tokens=tokens, width=width, there=there)
+        parts |= _critic_phases(
+            config, sizes["critic"], models, tokens=tokens, width=width, there=there
+        )
     if data.unsupervised_dataset_name:
         ptx = loss_bytes(tokens * actor.vocab, width=width, sliced=False, backward=True)
         kept = kept_bytes(
-            actor, tokens=tokens, width=width, checkpointing=config.actor_system.gradient_checkpointing
+            actor,
+            tokens=tokens,
+            width=width,
+            checkpointing=config.actor_system.gradient_checkpointing,
         )
         gradients = models["actor"].gradients + models["actor"].waiting
         parts["actor PTX"] = together(there, {"gradients": gradients, "activations": kept + ptx})
-    return StepPlan(models, sizes, {**resident, **{f"{k} (while generating)": v for k, v in passing.items()}}, parts)
+    return StepPlan(
+        models,
+        sizes,
+        {**resident, **{f"{k} (while generating)": v for k, v in passing.items()}},
+        parts,
+    )
 
 
 def _critic_phases(
@@ -201,7 +229,11 @@ def _ppo_models(config: PPOConfig, *, world_size: int, dtype: str) -> tuple[dict
             accumulation=config.schedule.gradient_accumulation_steps,
             average=options.enable_ema and role == "actor",
         )
-        return replace(found, host=found.host + found.idle_host) if system.offload_idle_states else found
+        return (
+            replace(found, host=found.host + found.idle_host)
+            if system.offload_idle_states
+            else found
+        )
 
     def frozen(size: ModelSize, stage: int, offload: bool) -> Footprint:
         more = dict(pin_memory=system.pin_memory, width=width, world_size=world_size)
@@ -215,7 +247,9 @@ def _ppo_models(config: PPOConfig, *, world_size: int, dtype: str) -> tuple[dict
         # In int8 where the actor is.
         packed = {name: getattr(own, name) for name in ("int8", "scales", "largest_int8")}
         sizes["reference"] = replace(size_of(actor, flags[0]), **packed)
-        models["reference"] = frozen(sizes["reference"], system.actor_zero_stage, system.offload_reference_model)
+        models["reference"] = frozen(
+            sizes["reference"], system.actor_zero_stage, system.offload_reference_model
+        )
     for i, path in enumerate(config.reward_models):
         if config.shares_reward and path == critic:
             continue
@@ -225,7 +259,12 @@ def _ppo_models(config: PPOConfig, *, world_size: int, dtype: str) -> tuple[dict
         models[name] = frozen(sizes[name], system.critic_zero_stage, system.offload_reward_model)
     if config.has_critic:
         sizes["critic"] = size_of(
-            critic, flags[1], reward=True, lora=config.critic_lora, system=config.critic_system, role="critic"
+            critic,
+            flags[1],
+            reward=True,
+            lora=config.critic_lora,
+            system=config.critic_system,
+            role="critic",
         )
         models["critic"] = trained("critic", sizes["critic"])
     return sizes, models
@@ -236,9 +275,14 @@ def _group_size(config: PPOConfig) -> int:
     return config.system.inference_tp_size if config.system.enable_hybrid_engine else 1
 
 
-def _for_generation(config: PPOConfig, actor: ModelSize, *, rows: int, width: int) -> tuple[Parts, Parts]:
+def _for_generation(
+    config: PPOConfig, actor: ModelSize, *, rows: int, width: int
+) -> tuple[Parts, Parts]:
     """KV cache and replica: what stays between generations, and what is freed."""
-    system, positions = config.system, config.data.max_prompt_seq_len + config.data.max_answer_seq_len
+    system, positions = (
+        config.system,
+        config.data.max_prompt_seq_len + config.data.max_answer_seq_len,
+    )
     resident, passing = {}, {}
     for name, size, frees in (
         # A tensor-parallel group of N processes generates N times the rows; each caches an Nth of their heads.

@@ -17,7 +17,9 @@ from dschat.tracking.table import table
 FEW_FLAGS = 3  # more than these are called many
 
 
-def plan_text(plan: StepPlan, *, processes: int, gpu_bytes: float = 0.0, all_host_bytes: float = 0.0) -> str:
+def plan_text(
+    plan: StepPlan, *, processes: int, gpu_bytes: float = 0.0, all_host_bytes: float = 0.0
+) -> str:
     """The plan as tables, with a verdict: each model, and each phase with all that lies there at its worst moment.
 
     Args:
@@ -46,11 +48,26 @@ def plan_text(plan: StepPlan, *, processes: int, gpu_bytes: float = 0.0, all_hos
 def _models_table(plan: StepPlan) -> str:
     columns = ("weights", "master", "adam", "average", "gradients", "buffers", "host")
     rows = [
-        [name, f"{plan.sizes[name].parameters / 1e6:,.0f}", f"{plan.sizes[name].trained / 1e6:,.0f}"]
+        [
+            name,
+            f"{plan.sizes[name].parameters / 1e6:,.0f}",
+            f"{plan.sizes[name].trained / 1e6:,.0f}",
+        ]
         + [_gib(getattr(model, column)) for column in columns]
         for name, model in plan.models.items()
     ]
-    header = ["GiB a process", "M param.", "trained", "weights", "fp32", "Adam", "EMA", "gradients", "buffers", "host"]
+    header = [
+        "GiB a process",
+        "M param.",
+        "trained",
+        "weights",
+        "fp32",
+        "Adam",
+        "EMA",
+        "gradients",
+        "buffers",
+        "host",
+    ]
     return table(rows, header=header)
 
 
@@ -66,7 +83,14 @@ def _phases_table(plan: StepPlan, *, processes: int) -> str:
 
 
 def check_fit(
-    config, plan: StepPlan, *, world_size: int, processes: int, dtype: str, gpu_bytes: float, all_host_bytes: float
+    config,
+    plan: StepPlan,
+    *,
+    world_size: int,
+    processes: int,
+    dtype: str,
+    gpu_bytes: float,
+    all_host_bytes: float,
 ) -> None:
     """Nothing where the plan fits.
 
@@ -92,7 +116,9 @@ def _advice(config, machine: Machine, *, dtype: str) -> str:
     found = find_remedy(config, machine, dtype=dtype)
     if not found.missing:
         text = f"It fits with {_with_sizes(found, machine)}."
-        return text if len(found.options) <= FEW_FLAGS else f"No {FEW_FLAGS} flags are enough. {text}"
+        return (
+            text if len(found.options) <= FEW_FLAGS else f"No {FEW_FLAGS} flags are enough. {text}"
+        )
     text = f"No flags make it fit {machine.world_size} GPU(s)"
     if found.options:
         text += f": with {_with_sizes(found, machine)} it is nearest, and {_gib(found.missing)} GiB too large"

@@ -36,9 +36,13 @@ def write_adapter(model: nn.Module, tensors: dict[str, torch.Tensor], path: Path
         model: a transformers model; its names and adapters' sizes are read, not its parameters.
         tensors: its whole tensors on the CPU, by the names of `model`.state_dict().
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    layers = {
+        name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)
+    }
     first = next(iter(layers.values()))
-    found = {name.replace(f".{ADAPTER}.", "."): tensors[name] for name in lora_parameter_names(model)}
+    found = {
+        name.replace(f".{ADAPTER}.", "."): tensors[name] for name in lora_parameter_names(model)
+    }
     is_reward = f"{HEAD}.weight" in tensors
     if is_reward:
         found[f"{HEAD}.weight"] = tensors[f"{HEAD}.weight"]
@@ -54,7 +58,9 @@ def write_adapter(model: nn.Module, tensors: dict[str, torch.Tensor], path: Path
     )
     path.mkdir()
     config.save_pretrained(path)
-    save_file({PREFIX + name: tensor.contiguous() for name, tensor in found.items()}, path / WEIGHTS)
+    save_file(
+        {PREFIX + name: tensor.contiguous() for name, tensor in found.items()}, path / WEIGHTS
+    )
 
 
 def adapter_has_head(folder: str | Path, *, flag: str) -> bool:
@@ -84,16 +90,25 @@ def merge_adapter(model: nn.Module, folder: str | Path, *, flag: str) -> int:
     folder = Path(folder)
     try:
         config = PeftConfig.from_pretrained(str(folder))
-    except Exception as error:  # unknown kinds and values that make no sense raise any of many kinds
-        raise ValueError(f"{flag} {str(folder)!r}: adapter_config.json cannot be used: {error!r}") from error
+    except (
+        Exception
+    ) as error:  # unknown kinds and values that make no sense raise any of many kinds
+        raise ValueError(
+            f"{flag} {str(folder)!r}: adapter_config.json cannot be used: {error!r}"
+        ) from error
     _check_kind(config, folder, flag=flag)
     deltas: dict[str, dict[str, torch.Tensor]] = {}
-    with readable_weights(str(folder), flag=flag), safe_open(folder / WEIGHTS, framework="pt") as file:
+    with (
+        readable_weights(str(folder), flag=flag),
+        safe_open(folder / WEIGHTS, framework="pt") as file,
+    ):
         for key in file.keys():
             layer, _, kind = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
             deltas.setdefault(layer or kind, {})[kind if layer else "whole"] = file.get_tensor(key)
     modules = dict(model.named_modules())
-    strange = sorted(name for name, parts in deltas.items() if not _fits(modules.get(name), name, parts))
+    strange = sorted(
+        name for name, parts in deltas.items() if not _fits(modules.get(name), name, parts)
+    )
     if strange:
         raise ValueError(
             f"{flag} {str(folder)!r}: {type(model).__name__} has no place for {', '.join(strange[:4])} of this adapter. "
@@ -104,9 +119,15 @@ def merge_adapter(model: nn.Module, folder: str | Path, *, flag: str) -> int:
         if "whole" in parts:
             _change(weight, lambda old, new=parts["whole"]: new)
             continue
-        alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), name), config.lora_alpha)
+        alpha = config.alpha_pattern.get(
+            get_pattern_key(config.alpha_pattern.keys(), name), config.lora_alpha
+        )
         dim = parts["lora_A"].shape[0]
-        update = alpha / (dim**0.5 if config.use_rslora else dim) * (parts["lora_B"].float() @ parts["lora_A"].float())
+        update = (
+            alpha
+            / (dim**0.5 if config.use_rslora else dim)
+            * (parts["lora_B"].float() @ parts["lora_A"].float())
+        )
         update = update.T if isinstance(modules[name], Conv1D) else update
         _change(weight, lambda old, update=update: old.float() + update.to(old.device))
     return len(deltas)
@@ -114,9 +135,13 @@ def merge_adapter(model: nn.Module, folder: str | Path, *, flag: str) -> int:
 
 def _fits(module: nn.Module | None, name: str, parts: dict[str, torch.Tensor]) -> bool:
     """True where `parts` are the head of `module`, or an adapter for its weight."""
-    if set(parts) != ({"whole"} if name == HEAD else {"lora_A", "lora_B"}) or not hasattr(module, "weight"):
+    if set(parts) != ({"whole"} if name == HEAD else {"lora_A", "lora_B"}) or not hasattr(
+        module, "weight"
+    ):
         return False
-    shape = tuple(getattr(module.weight, "ds_shape", module.weight.shape))  # under ZeRO-3 of the whole weight
+    shape = tuple(
+        getattr(module.weight, "ds_shape", module.weight.shape)
+    )  # under ZeRO-3 of the whole weight
     if name == HEAD:
         return tuple(parts["whole"].shape) == shape
     a, b = parts["lora_A"], parts["lora_B"]
@@ -132,7 +157,9 @@ def _check_kind(config: PeftConfig, folder: Path, *, flag: str) -> None:
     elif config.use_dora or config.bias != "none":
         faults.append("it has DoRA or biases")
     elif str(config.init_lora_weights).startswith(("pissa", "olora", "corda", "loftq")):
-        faults.append(f"its start ({config.init_lora_weights}) changes the weights of the base, which merging would have to repeat")
+        faults.append(
+            f"its start ({config.init_lora_weights}) changes the weights of the base, which merging would have to repeat"
+        )
     if not (folder / WEIGHTS).is_file():
         faults.append(f"{WEIGHTS} is missing")
     if faults:

@@ -40,7 +40,9 @@ def check_model_folder(folder: str | Path, *, flag: str) -> None:
     elif index is not None:
         missing += [name for name in shards_of(index, flag=flag) if not (folder / name).is_file()]
     else:
-        missing.append("weights (" + ", ".join(f"{name} or {name}.index.json" for name in WEIGHT_FILES) + ")")
+        missing.append(
+            "weights (" + ", ".join(f"{name} or {name}.index.json" for name in WEIGHT_FILES) + ")"
+        )
     if missing:
         raise ValueError(
             f"{flag} {str(folder)!r} is no complete model folder; missing: {', '.join(missing)}. "
@@ -95,10 +97,14 @@ def load_causal_lm(
         ValueError: nothing there, incomplete, a reward model, a tokenizer of another model, or weights that the
             architecture needs are absent.
     """
-    source, config = load_config(path, flag=flag, trust_remote_code=trust_remote_code, dropout=dropout)
+    source, config = load_config(
+        path, flag=flag, trust_remote_code=trust_remote_code, dropout=dropout
+    )
     architecture = next(iter(config.architectures or ()), "")
     if architecture.endswith("ForSequenceClassification"):
-        raise ValueError(f"{flag} {path!r} is a reward model ({architecture}); give a causal language model.")
+        raise ValueError(
+            f"{flag} {path!r} is a reward model ({architecture}); give a causal language model."
+        )
     if tokenizer is not None:
         check_vocabulary(tokenizer, config.get_text_config().vocab_size, path=path, flag=flag)
     with readable_weights(path, flag=flag):
@@ -118,31 +124,9 @@ def load_causal_lm(
     return model
 
 
-
-
 def merge_if_adapter(model: PreTrainedModel, path: str, *, flag: str) -> None:
     """Merge `path` into `model`, its base, where it is a PEFT adapter folder; ``merged_adapter`` then names it."""
     source, is_local = model_source(path, flag=flag)
     if is_local and adapter_base(source, flag=flag):
         merge_adapter(model, source, flag=flag)
         model.merged_adapter = source
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-

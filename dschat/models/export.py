@@ -21,9 +21,21 @@ from dschat.models.weights import first_names
 MAX_SHARD_SIZE = "5GB"
 # What belongs to a saved model, and goes when another takes its place; the rest of a folder (metrics, logs) stays.
 MODEL_FILES = (
-    *("model*.safetensors", "pytorch_model*.bin", "*.index.json", "config.json", "generation_config.json"),
+    *(
+        "model*.safetensors",
+        "pytorch_model*.bin",
+        "*.index.json",
+        "config.json",
+        "generation_config.json",
+    ),
     *VOCABULARY_FILES,
-    *("merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
+    *(
+        "merges.txt",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "chat_template.jinja",
+    ),
     "adapter",
 )
 
@@ -83,11 +95,15 @@ def _without_wrapper(model: nn.Module, tensors: dict[str, torch.Tensor]) -> dict
         return dict(tensors)
     strangers = [name for name in tensors if not name.startswith(f"{prefix}.")]
     if strangers:
-        raise ValueError(f"tensors outside of {type(inner).__name__} cannot be saved with it: {first_names(strangers)}")
+        raise ValueError(
+            f"tensors outside of {type(inner).__name__} cannot be saved with it: {first_names(strangers)}"
+        )
     return {name.removeprefix(f"{prefix}."): tensor for name, tensor in tensors.items()}
 
 
-def _complete_tensors(model: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _complete_tensors(
+    model: PreTrainedModel, tensors: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
     """One tensor for each name that `model` saves: tied ones once, buffers from `model` where they were left out."""
     own = {}
     for name, value in model.state_dict(keep_vars=True).items():
@@ -97,8 +113,14 @@ def _complete_tensors(model: PreTrainedModel, tensors: dict[str, torch.Tensor]) 
         # What is quantised has another name than the weight that it stands for, and another shape.
         own[f"{name.rpartition('.')[0]}.weight" if hasattr(value, "dense_shape") else name] = value
     for target, source in model.all_tied_weights_keys.items():
-        if target in tensors and source in tensors and not torch.equal(tensors[target], tensors[source]):
-            raise ValueError(f"{target} and {source} are one tensor in {type(model).__name__}, but differ here")
+        if (
+            target in tensors
+            and source in tensors
+            and not torch.equal(tensors[target], tensors[source])
+        ):
+            raise ValueError(
+                f"{target} and {source} are one tensor in {type(model).__name__}, but differ here"
+            )
         # Either of the two may be the one that named_parameters() knows.
         tensors.setdefault(source, tensors.get(target))
         tensors.pop(target, None)
@@ -121,11 +143,15 @@ def _complete_tensors(model: PreTrainedModel, tensors: dict[str, torch.Tensor]) 
 
 def _shape(value: torch.Tensor) -> tuple[int, ...]:
     """The shape that a tensor has in a saved model, whether it is quantised (dense_shape) or partitioned (ds_shape)."""
-    return tuple(next(getattr(value, n) for n in ("dense_shape", "ds_shape", "shape") if hasattr(value, n)))
+    return tuple(
+        next(getattr(value, n) for n in ("dense_shape", "ds_shape", "shape") if hasattr(value, n))
+    )
 
 
 def _savable_copy(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, generation_config: Optional[GenerationConfig]
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    generation_config: Optional[GenerationConfig],
 ) -> PreTrainedModel:
     """A shallow copy that can be saved: saving writes into both configurations, and the model in use keeps its own."""
     shell = copy.copy(model)
@@ -136,7 +162,9 @@ def _savable_copy(
 
 
 def sane_generation_config(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, generation_config: Optional[GenerationConfig] = None
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    generation_config: Optional[GenerationConfig] = None,
 ) -> GenerationConfig:
     """`generation_config` (default: the model's own) with the ids of the tokenizer, in a state that can be saved.
 
@@ -153,7 +181,9 @@ def sane_generation_config(
     config = copy.deepcopy(base)
     for name, value in ids.items():
         setattr(config, name, value)
-    config._from_model_config = False  # or loading would take the model configuration's single end id instead
+    config._from_model_config = (
+        False  # or loading would take the model configuration's single end id instead
+    )
     try:
         config.validate(strict=True)
     except ValueError:
@@ -189,7 +219,9 @@ def mend_folder(path: Path) -> None:
 
     Afterwards `path` is the new folder with all that belongs there, or the old one, and nothing lies beside it.
     """
-    ours = re.compile(rf"\.{re.escape(path.name)}\.[a-z0-9_]{{8}}\.(tmp|old)")  # as tempfile.mkdtemp names them
+    ours = re.compile(
+        rf"\.{re.escape(path.name)}\.[a-z0-9_]{{8}}\.(tmp|old)"
+    )  # as tempfile.mkdtemp names them
     for aside in [entry for entry in path.parent.glob(".*") if ours.fullmatch(entry.name)]:
         old = aside / path.name
         if aside.suffix == ".old" and old.is_dir():
@@ -203,7 +235,9 @@ def mend_folder(path: Path) -> None:
 def files_of_a_model(folder: Path) -> list[str]:
     """What goes when a model is saved to `folder`."""
     names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
-    return [name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in MODEL_FILES)]
+    return [
+        name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in MODEL_FILES)
+    ]
 
 
 def _move_the_rest(old: Path, path: Path) -> None:

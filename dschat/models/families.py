@@ -40,7 +40,9 @@ class Shape:
     positions: int
     tied: bool  # the output head shares the input embedding
     kv_heads: Optional[int] = None  # None: as many as heads
-    word_embed_proj_dim: Optional[int] = None  # OPT: width of the embedding and of the head; None: hidden
+    word_embed_proj_dim: Optional[int] = (
+        None  # OPT: width of the embedding and of the head; None: hidden
+    )
     norm_before: bool = True  # OPT-350m alone normalises after each block and has no final norm
     rope_theta: float = 10000.0
 
@@ -64,7 +66,9 @@ class Shape:
             )
         if self.family == "gpt2":
             # The defaults of these three ids lie outside a small vocabulary.
-            return GPT2Config(**sizes, n_inner=self.intermediate, bos_token_id=None, eos_token_id=None)
+            return GPT2Config(
+                **sizes, n_inner=self.intermediate, bos_token_id=None, eos_token_id=None
+            )
         if self.family == "bloom":
             return BloomConfig(
                 vocab_size=self.vocab,
@@ -83,7 +87,9 @@ class Shape:
             return Qwen2Config(**sizes, **rotary, **rope)
         if self.family == "mistral":
             return MistralConfig(**sizes, **rotary, **rope, sliding_window=None)
-        raise ValueError(f"family {self.family!r} has no configuration here; known: {', '.join(FAMILIES)}")
+        raise ValueError(
+            f"family {self.family!r} has no configuration here; known: {', '.join(FAMILIES)}"
+        )
 
 
 FAMILIES = ("opt", "llama", "gpt2", "gpt_neox", "qwen2", "mistral")
@@ -97,7 +103,17 @@ def _opt(hidden: int, layers: int, heads: int, **more) -> Shape:
 
 def _llama2(hidden: int, layers: int, heads: int, intermediate: int, **more) -> Shape:
     """Llama 2 (Touvron et al. 2023)."""
-    return Shape("llama", hidden, layers, heads, intermediate, vocab=32000, positions=4096, tied=False, **more)
+    return Shape(
+        "llama",
+        hidden,
+        layers,
+        heads,
+        intermediate,
+        vocab=32000,
+        positions=4096,
+        tied=False,
+        **more,
+    )
 
 
 def tiny_shape(
@@ -121,7 +137,9 @@ def tiny_shape(
     )
 
 
-TINY_VOCAB = 264  # three special tokens and 256 bytes, rounded up to a multiple of 8 as large models do
+TINY_VOCAB = (
+    264  # three special tokens and 256 bytes, rounded up to a multiple of 8 as large models do
+)
 
 SHAPES: dict[str, Shape] = {
     "opt-125m": _opt(768, 12, 12),
@@ -140,9 +158,20 @@ SHAPES: dict[str, Shape] = {
     "bloom-1b1": Shape("bloom", 1536, 24, 16, 6144, vocab=250880, positions=2048, tied=True),
     "mgpt": Shape("gpt2", 2048, 24, 16, 8192, vocab=100000, positions=2048, tied=True),
     "chat-opt-1.3b-sft-deepspeed": _opt(2048, 24, 32),
-    "chat-opt-350m-reward-deepspeed": _opt(1024, 24, 16, word_embed_proj_dim=512, norm_before=False),
+    "chat-opt-350m-reward-deepspeed": _opt(
+        1024, 24, 16, word_embed_proj_dim=512, norm_before=False
+    ),
     "smollm2-135m": Shape(
-        "llama", 576, 30, 9, 1536, vocab=49152, positions=8192, tied=True, kv_heads=3, rope_theta=100000.0
+        "llama",
+        576,
+        30,
+        9,
+        1536,
+        vocab=49152,
+        positions=8192,
+        tied=True,
+        kv_heads=3,
+        rope_theta=100000.0,
     ),
     **{f"tiny-{family}": tiny_shape(family, vocab=TINY_VOCAB) for family in FAMILIES},
 }

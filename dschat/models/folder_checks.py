@@ -8,7 +8,13 @@ from torch import distributed, nn
 
 # What transformers and PEFT read as objects. tokenizer.json has many megabytes, and its reader names its faults.
 OBJECTS = (
-    *("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *(
+        "config.json",
+        "generation_config.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+    ),
     *("adapter_config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json"),
 )
 
@@ -34,9 +40,13 @@ def read_object(file: Path, *, flag: str) -> dict:
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{flag} {str(file.parent)!r}: {file.name} is damaged: {error}. Copy it anew.") from error
+        raise ValueError(
+            f"{flag} {str(file.parent)!r}: {file.name} is damaged: {error}. Copy it anew."
+        ) from error
     if not isinstance(value, dict):
-        raise ValueError(f"{flag} {str(file.parent)!r}: {file.name} holds a {type(value).__name__}, not an object. Copy it anew.")
+        raise ValueError(
+            f"{flag} {str(file.parent)!r}: {file.name} holds a {type(value).__name__}, not an object. Copy it anew."
+        )
     return value
 
 
@@ -66,7 +76,11 @@ def check_finite(model: nn.Module, *, path: str, flag: str) -> None:
         in_pieces |= hasattr(parameter, "ds_tensor")
         # Both ends are finite where all between them is, and a NaN is both; forty times as fast as isfinite on a CPU.
         data = _own_part(parameter)
-        if data.dtype.itemsize > 1 and data.numel() and not torch.stack(torch.aminmax(data)).isfinite().all():
+        if (
+            data.dtype.itemsize > 1
+            and data.numel()
+            and not torch.stack(torch.aminmax(data)).isfinite().all()
+        ):
             dtype = str(parameter.dtype).removeprefix("torch.")
             fault = (
                 f"{flag} {path!r}: {name} holds values that are no finite numbers in {dtype}. Its training has diverged, or "

@@ -68,7 +68,9 @@ def add_lora(
     return len(targets)
 
 
-def target_names(inner: nn.Module, module_name: Optional[str] = None, *, flag: str = "--lora_module_name") -> list[str]:
+def target_names(
+    inner: nn.Module, module_name: Optional[str] = None, *, flag: str = "--lora_module_name"
+) -> list[str]:
     """The names, in the transformers model `inner`, of the linear layers that ``add_lora`` adapts.
 
     Raises:
@@ -87,7 +89,11 @@ def target_names(inner: nn.Module, module_name: Optional[str] = None, *, flag: s
 
 
 def _set_trainable(
-    model: nn.Module, adapted: dict[str, LoraLayer], *, previously: set[int], only_optimize_lora: bool
+    model: nn.Module,
+    adapted: dict[str, LoraLayer],
+    *,
+    previously: set[int],
+    only_optimize_lora: bool,
 ) -> None:
     """PEFT has frozen everything but the adapters: thaw what else trains."""
     inner = pretrained(model)
@@ -114,7 +120,9 @@ def lora_parameter_names(model: nn.Module) -> set[str]:
     """The names, as named_parameters() gives them, of the adapters' A and B matrices."""
     names = set()
     for prefix, layer in _lora_layers(model).items():
-        inside = {name for name, _ in layer.named_parameters() if not name.startswith("base_layer.")}
+        inside = {
+            name for name, _ in layer.named_parameters() if not name.startswith("base_layer.")
+        }
         names |= {f"{prefix}.{name}" for name in inside}
     return names
 
@@ -139,7 +147,9 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
             layer._disable_adapters = was_disabled
 
 
-def merged_state_dict(model: nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def merged_state_dict(
+    model: nn.Module, tensors: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
     """`tensors` with every adapter merged into its weight, W + s B A, under the names of the model without LoRA.
 
     The sum is taken in fp32 and rounded once, to the dtype of W. Neither `model` nor `tensors` is changed, so training

@@ -39,7 +39,9 @@ def prepare_for_training(
     return lora_parameter_names(model)
 
 
-def freeze_lower_layers(model: nn.Module, num_layers: int, *, flag: str = "--freeze_layers") -> None:
+def freeze_lower_layers(
+    model: nn.Module, num_layers: int, *, flag: str = "--freeze_layers"
+) -> None:
     """Freeze the token and position embeddings and the lowest `num_layers` decoder layers; 0 freezes nothing.
 
     Where the head is tied to the embedding it is the same matrix, and is frozen with it. Call it after add_lora,
@@ -68,7 +70,10 @@ def enable_checkpointing(model: nn.Module, *, use_reentrant: bool = False) -> No
     """
     inner = pretrained(model)
     # The older of the two names is deprecated by transformers 5.23, and the only one that 5.17 has.
-    enable = getattr(inner, "activation_checkpointing_enable", None) or inner.gradient_checkpointing_enable
+    enable = (
+        getattr(inner, "activation_checkpointing_enable", None)
+        or inner.gradient_checkpointing_enable
+    )
     enable({"use_reentrant": use_reentrant})
     if not use_reentrant:
         # transformers makes the embedding's output need a gradient. Reentrant checkpoints need that where the embedding

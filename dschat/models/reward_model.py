@@ -32,11 +32,16 @@ from dschat.models.weights import readable_weights, require_complete
 
 logger = logging.getLogger(__name__)
 
-HEAD = "score"  # the name that every decoder-only sequence classifier of transformers gives its head
+HEAD = (
+    "score"  # the name that every decoder-only sequence classifier of transformers gives its head
+)
 # How DeepSpeed-Chat's wrapper named the base model and the head in its checkpoints.
 DEEPSPEED_CHAT_BASE = "rwtransformer."
 DEEPSPEED_CHAT_HEAD = "v_head.weight"
-INITIALIZER_STDS = ("initializer_range", "init_std")  # the configuration entries that transformers initialises by
+INITIALIZER_STDS = (
+    "initializer_range",
+    "init_std",
+)  # the configuration entries that transformers initialises by
 
 
 class RewardModel(nn.Module):
@@ -92,7 +97,9 @@ class RewardModel(nn.Module):
         known = input_ids.clamp(max=self.model.get_input_embeddings().num_embeddings - 1)
         inputs = dict(input_ids=known, attention_mask=attention_mask, use_cache=False)
         if self._takes_position_ids:
-            inputs["position_ids"] = position_ids_from_mask(attention_mask) if position_ids is None else position_ids
+            inputs["position_ids"] = (
+                position_ids_from_mask(attention_mask) if position_ids is None else position_ids
+            )
         hidden = self.model.base_model(**inputs).last_hidden_state
         head = self.reward_head if self.use_reward_head else self.model.score
         return head(hidden.to(head.weight.dtype)).squeeze(-1).float()
@@ -129,7 +136,9 @@ def load_reward_model(
         ValueError: nothing there, incomplete, more than one label, a head that is missing or unusable, or
             (DeepSpeed-Chat) any weight that is missing, left over or of another shape.
     """
-    source, config = load_config(path, flag=flag, trust_remote_code=trust_remote_code, dropout=dropout)
+    source, config = load_config(
+        path, flag=flag, trust_remote_code=trust_remote_code, dropout=dropout
+    )
     is_classifier = next(iter(config.architectures or ()), "").endswith("ForSequenceClassification")
     if is_classifier and config.num_labels != 1:
         raise ValueError(
@@ -140,16 +149,25 @@ def load_reward_model(
     check_vocabulary(tokenizer, config.get_text_config().vocab_size, path=path, flag=flag)
     with readable_weights(path, flag=flag):
         old_checkpoint = _deepspeed_chat_tensors(source)
-    if old_checkpoint is None and not is_classifier and not fresh_head and not adapter_has_head(path, flag=flag):
+    if (
+        old_checkpoint is None
+        and not is_classifier
+        and not fresh_head
+        and not adapter_has_head(path, flag=flag)
+    ):
         raise ValueError(
             f"{flag} {path!r} is a language model without a reward head, and its scores would be random. Give a "
             "sequence classifier with one label, such as step 2 saves."
         )
     if old_checkpoint is not None:
-        model = _load_deepspeed_chat(old_checkpoint, config=config, dtype=dtype, path=path, flag=flag)
+        model = _load_deepspeed_chat(
+            old_checkpoint, config=config, dtype=dtype, path=path, flag=flag
+        )
     else:
         loading = dict(dtype=dtype, trust_remote_code=trust_remote_code)
-        model = _load_classifier(source, loading, config=config, fresh_head=not is_classifier, path=path, flag=flag)
+        model = _load_classifier(
+            source, loading, config=config, fresh_head=not is_classifier, path=path, flag=flag
+        )
     merge_if_adapter(model, path, flag=flag)
     check_finite(model, path=path, flag=flag)
     end_ids = as_ids(config.eos_token_id) | _generation_end_ids(source)
@@ -175,7 +193,9 @@ def _load_classifier(
     initial = {name: getattr(config, name) for name in INITIALIZER_STDS if hasattr(config, name)}
     if fresh_head:
         if not initial:
-            raise ValueError(f"{flag} {path!r}: no way is known to start a head for {type(config).__name__}.")
+            raise ValueError(
+                f"{flag} {path!r}: no way is known to start a head for {type(config).__name__}."
+            )
         # The head alone is initialised, by transformers, so its deviation is what the configuration says meanwhile.
         # Drawing it afterwards would need the parameter's data, of which ZeRO-3 leaves an empty shard.
         for name in initial:
@@ -183,49 +203,88 @@ def _load_classifier(
     with readable_weights(path, flag=flag):
         try:
             model, info = AutoModelForSequenceClassification.from_pretrained(
-                source, config=config, ignore_mismatched_sizes=True, output_loading_info=True, **loading
+                source,
+                config=config,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                **loading,
             )
-        except ValueError as error:  # transformers knows no such class for this configuration, and lists all it has
+        except (
+            ValueError
+        ) as error:  # transformers knows no such class for this configuration, and lists all it has
             reason = str(error).split("\n")[0]
-            raise ValueError(f"{flag} {path!r} cannot be loaded as a reward model: {reason}") from error
+            raise ValueError(
+                f"{flag} {path!r} cannot be loaded as a reward model: {reason}"
+            ) from error
     for name, value in initial.items():
         setattr(model.config, name, value)
-    require_complete(model, info, path=path, flag=flag, fresh=[f"{HEAD}.weight"] if fresh_head else [])
+    require_complete(
+        model, info, path=path, flag=flag, fresh=[f"{HEAD}.weight"] if fresh_head else []
+    )
     if fresh_head:
-        logger.info("%s %s: the reward head is new, drawn with standard deviation 1/sqrt(%d)", flag, path, width + 1)
+        logger.info(
+            "%s %s: the reward head is new, drawn with standard deviation 1/sqrt(%d)",
+            flag,
+            path,
+            width + 1,
+        )
     return model
 
 
 def _deepspeed_chat_tensors(source: str) -> Optional[dict[str, torch.Tensor]]:
     """The tensors of a DeepSpeed-Chat reward checkpoint; None where `source` is something else."""
-    optional = dict(_raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False)
-    if any(cached_file(source, name, **optional) for name in ("model.safetensors", "model.safetensors.index.json")):
+    optional = dict(
+        _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
+    )
+    if any(
+        cached_file(source, name, **optional)
+        for name in ("model.safetensors", "model.safetensors.index.json")
+    ):
         return None
     checkpoint = cached_file(source, "pytorch_model.bin", **optional)
     if checkpoint is None:
         return None
     # Mapped, not read: another model's many gigabytes are looked at for their names only.
-    tensors = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(checkpoint))
+    tensors = torch.load(
+        checkpoint, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(checkpoint)
+    )
     return tensors if any(name.startswith(DEEPSPEED_CHAT_BASE) for name in tensors) else None
 
 
 def _load_deepspeed_chat(
-    tensors: dict[str, torch.Tensor], *, config: PreTrainedConfig, dtype: torch.dtype, path: str, flag: str
+    tensors: dict[str, torch.Tensor],
+    *,
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    path: str,
+    flag: str,
 ) -> PreTrainedModel:
     """The sequence classifier with the weights of a DeepSpeed-Chat checkpoint, every one of which must fit."""
     if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
-        raise ValueError(f"{flag} {path!r}: transformers has no sequence classifier for {type(config).__name__}.")
+        raise ValueError(
+            f"{flag} {path!r}: transformers has no sequence classifier for {type(config).__name__}."
+        )
     model_class = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
     base = re.compile(f"^{re.escape(DEEPSPEED_CHAT_BASE)}")
-    renamed = {base.sub(f"{model_class.base_model_prefix}.", name): tensor for name, tensor in tensors.items()}
+    renamed = {
+        base.sub(f"{model_class.base_model_prefix}.", name): tensor
+        for name, tensor in tensors.items()
+    }
     if DEEPSPEED_CHAT_HEAD in renamed:
         renamed[f"{HEAD}.weight"] = renamed.pop(DEEPSPEED_CHAT_HEAD)
     model, info = model_class.from_pretrained(
-        None, config=config, state_dict=renamed, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True
+        None,
+        config=config,
+        state_dict=renamed,
+        dtype=dtype,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
     )
     # Tables that old transformers versions saved as buffers and new ones compute.
     known = [r"rotary_emb\.inv_freq$", *(model._keys_to_ignore_on_load_unexpected or ())]
     left_over = set(renamed) - set(model.state_dict())
-    left_over = {name for name in left_over if not any(re.search(pattern, name) for pattern in known)}
+    left_over = {
+        name for name in left_over if not any(re.search(pattern, name) for pattern in known)
+    }
     require_complete(model, info, path=path, flag=flag, left_over=left_over)
     return model

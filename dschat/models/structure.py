@@ -31,7 +31,9 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     base = pretrained(model).base_model
     prefix = next(name for name, module in model.named_modules() if module is base)
     for name, module in base.named_modules(prefix=prefix):
-        if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer in lists):
+        if isinstance(module, nn.ModuleList) and not any(
+            name.startswith(f"{outer}.") for outer in lists
+        ):
             lists[name] = module
     if not lists:
         raise ValueError(f"{type(pretrained(model)).__name__} has no list of decoder layers")
@@ -42,7 +44,9 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
 def linear_names(model: nn.Module) -> list[str]:
     """Full names of the nn.Linear and Conv1D modules inside the decoder layers; the head is never among them."""
     prefix, layers = decoder_layers(model)
-    return [f"{prefix}.{n}" for n, m in layers.named_modules() if isinstance(m, (nn.Linear, Conv1D))]
+    return [
+        f"{prefix}.{n}" for n, m in layers.named_modules() if isinstance(m, (nn.Linear, Conv1D))
+    ]
 
 
 def embedding_modules(model: nn.Module) -> Iterator[nn.Module]:

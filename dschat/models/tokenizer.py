@@ -35,8 +35,12 @@ def model_source(path: str, *, flag: str) -> tuple[str, bool]:
         return str(local), True
     if local.exists():
         raise ValueError(f"{flag} {path!r} is a file; give the folder that holds it.")
-    if str(path).startswith((".", "/", "~")) or str(path).count("/") > 1:  # a hub name is "name" or "owner/name"
-        raise ValueError(f"{flag} {path!r} does not exist; give an existing model folder or a hub name.")
+    if (
+        str(path).startswith((".", "/", "~")) or str(path).count("/") > 1
+    ):  # a hub name is "name" or "owner/name"
+        raise ValueError(
+            f"{flag} {path!r} does not exist; give an existing model folder or a hub name."
+        )
     return str(path), False
 
 
@@ -51,7 +55,9 @@ def adapter_base(source: str, *, flag: str) -> str | None:
         return None
     base = read_object(file, flag=flag).get("base_model_name_or_path")
     if not base or not isinstance(base, str):
-        raise ValueError(f"{flag} {source!r} is an adapter, and its {file.name} has no base_model_name_or_path.")
+        raise ValueError(
+            f"{flag} {source!r} is an adapter, and its {file.name} has no base_model_name_or_path."
+        )
     return base
 
 
@@ -113,11 +119,17 @@ def load_tokenizer(
     except Exception as error:  # damaged files raise any of many kinds
         refuse_remote_code(path, flag=flag, error=error)
         if is_local:
-            what = "the tokenizer cannot be read" if _reads_config(source) else "config.json cannot be used"
+            what = (
+                "the tokenizer cannot be read"
+                if _reads_config(source)
+                else "config.json cannot be used"
+            )
             raise ValueError(f"{flag} {path!r}: {what}: {error}") from error
         raise hub_error(path, flag=flag, what="tokenizer", error=error) from error
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
-        raise ValueError(f"{flag} {path!r}: the tokenizer is empty; give a folder with its vocabulary files.")
+        raise ValueError(
+            f"{flag} {path!r}: the tokenizer is empty; give a folder with its vocabulary files."
+        )
     if add_eot_token:
         tokenizer.add_special_tokens({"eos_token": eot_token})
     if tokenizer.eos_token_id is None:
@@ -133,13 +145,18 @@ def load_tokenizer(
 def _reads_config(folder: str) -> bool:
     """Whether what the tokenizer's loading reads first is in order."""
     try:
-        return not (Path(folder) / "config.json").is_file() or bool(AutoConfig.from_pretrained(folder))
+        return not (Path(folder) / "config.json").is_file() or bool(
+            AutoConfig.from_pretrained(folder)
+        )
     except Exception:  # values that make no sense raise any of many kinds
         return False
 
 
 def end_token_id(
-    tokenizer: PreTrainedTokenizerBase, *, add_eot_token: bool = False, eot_token: str = "<|endoftext|>"
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    add_eot_token: bool = False,
+    eot_token: str = "<|endoftext|>",
 ) -> int:
     """The id of the token that ends every training answer.
 
@@ -168,10 +185,14 @@ def eos_token_ids(config, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]
     """All ids that end an answer, sorted: those of a model or generation config (one, a list or none) and the
     tokenizer's own.
     """
-    return tuple(sorted(as_ids(getattr(config, "eos_token_id", None)) | as_ids(tokenizer.eos_token_id)))
+    return tuple(
+        sorted(as_ids(getattr(config, "eos_token_id", None)) | as_ids(tokenizer.eos_token_id))
+    )
 
 
-def ensure_unambiguous_pad(tokenizer: PreTrainedTokenizerBase, *, end_ids: Iterable[int] = ()) -> int:
+def ensure_unambiguous_pad(
+    tokenizer: PreTrainedTokenizerBase, *, end_ids: Iterable[int] = ()
+) -> int:
     """The id of a padding token that stands in no text; the tokenizer is changed where it had none.
 
     A saved reward model pools at the last token that is not padding, so a padding token that also ends texts
@@ -186,6 +207,8 @@ def ensure_unambiguous_pad(tokenizer: PreTrainedTokenizerBase, *, end_ids: Itera
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id not in taken:
         return tokenizer.pad_token_id
     vocabulary = tokenizer.get_vocab()
-    spare = [name for name in KNOWN_PAD_TOKENS if name in vocabulary and vocabulary[name] not in taken]
+    spare = [
+        name for name in KNOWN_PAD_TOKENS if name in vocabulary and vocabulary[name] not in taken
+    ]
     tokenizer.add_special_tokens({"pad_token": spare[0] if spare else PAD_TOKEN})
     return tokenizer.pad_token_id

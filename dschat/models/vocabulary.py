@@ -6,7 +6,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 VOCABULARY_MULTIPLE = 8  # rows; tensor cores want matrix sizes in eights
 
 
-def check_vocabulary(tokenizer: PreTrainedTokenizerBase, num_rows: int, *, path: str, flag: str) -> None:
+def check_vocabulary(
+    tokenizer: PreTrainedTokenizerBase, num_rows: int, *, path: str, flag: str
+) -> None:
     """Nothing where every id of `tokenizer` has a row in an embedding of `num_rows`, or gets one: tokens that were added
     make it grow.
 
@@ -37,7 +39,9 @@ def grow_vocabulary(model: PreTrainedModel, num_tokens: int) -> bool:
     old_rows = getattr(weight, "ds_shape", weight.shape)[0]
     if num_tokens <= old_rows:
         return False
-    model.resize_token_embeddings(num_tokens, pad_to_multiple_of=VOCABULARY_MULTIPLE, mean_resizing=False)
+    model.resize_token_embeddings(
+        num_tokens, pad_to_multiple_of=VOCABULARY_MULTIPLE, mean_resizing=False
+    )
     # Under ZeRO-3 too the new matrices are whole on every rank: transformers makes them outside of zero.Init, and
     # the engine partitions them later.
     head = model.get_output_embeddings()

@@ -21,7 +21,9 @@ def readable_weights(path: str, *, flag: str):
     try:
         yield
     except (pickle.UnpicklingError, SafetensorError, EOFError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not re.search("PytorchStreamReader|zip archive", str(error)):
+        if isinstance(error, RuntimeError) and not re.search(
+            "PytorchStreamReader|zip archive", str(error)
+        ):
             raise
         reason = f"{type(error).__name__}: " + str(error).split("\n")[0].split(". ")[0]
         raise ValueError(

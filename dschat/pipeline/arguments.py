@@ -36,22 +36,34 @@ def check_arguments(
     Raises:
         ValueError: it cannot; names every argument that is in the way.
     """
-    found = at_least("--num-processes", num_processes, 0) + at_least("--save-interval", save_interval, 0)
+    found = at_least("--num-processes", num_processes, 0) + at_least(
+        "--save-interval", save_interval, 0
+    )
     if num_gpus and num_processes > num_gpus:
-        found.append(f"--num-processes {num_processes}: this machine shows {num_gpus} GPU(s). Give as many at most.")
+        found.append(
+            f"--num-processes {num_processes}: this machine shows {num_gpus} GPU(s). Give as many at most."
+        )
     if several_hosts and num_processes > 0:
-        found.append(f"--num-processes {num_processes}: with multi_node the hostfile says how many. Leave it out.")
+        found.append(
+            f"--num-processes {num_processes}: with multi_node the hostfile says how many. Leave it out."
+        )
     if hostfile and not Path(hostfile).is_file():
-        found.append(f"--hostfile {hostfile}: no such file. Give DeepSpeed's, with a line \"HOST slots=8\" for each node.")
+        found.append(
+            f'--hostfile {hostfile}: no such file. Give DeepSpeed\'s, with a line "HOST slots=8" for each node.'
+        )
     elif hostfile and not several_hosts:
-        found.append(f"--hostfile {hostfile}: hosts are for --deployment-type multi_node. Give that, or leave it out.")
+        found.append(
+            f"--hostfile {hostfile}: hosts are for --deployment-type multi_node. Give that, or leave it out."
+        )
     try:
         Path(output_dir).mkdir(parents=True, exist_ok=True)
         fault = "" if os.access(output_dir, os.W_OK) else "Permission denied"
     except OSError as error:
         fault = error.strerror
     if fault:
-        found.append(f"--output-dir {output_dir}: no folder that can be written ({fault}). Give another.")
+        found.append(
+            f"--output-dir {output_dir}: no folder that can be written ({fault}). Give another."
+        )
     if found:
         raise ValueError("\n".join(found))
 
@@ -94,7 +106,10 @@ def default_reward_model(actor: str) -> str:
     is_opt = re.search(r"(^|[-_/])opt-", actor.lower()) is not None
     if folder.is_dir():
         try:
-            is_opt = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"] == "opt"
+            is_opt = (
+                json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
+                == "opt"
+            )
         except (OSError, ValueError, LookupError, TypeError):  # step 1 says what is wrong with it
             is_opt = False
     return "facebook/opt-350m" if is_opt else actor

@@ -58,7 +58,9 @@ def run_logged(start: Callable[[], tuple[int, TextIO]], log: Path) -> None:
                     file.write(line.encode())
                 except OSError as error:
                     if not lost:
-                        _show(f"{log} cannot be written ({error.strerror}): some of its lines will be missing")
+                        _show(
+                            f"{log} cannot be written ({error.strerror}): some of its lines will be missing"
+                        )
                     lost = True
                 if line.strip() and not NOISE.search(line):
                     last.append(line.rstrip())
@@ -70,7 +72,9 @@ def run_logged(start: Callable[[], tuple[int, TextIO]], log: Path) -> None:
     if signals.received:
         raise KeyboardInterrupt
     if status != 0:
-        cause = next((line for line in reversed(last) if line.startswith("error")), f"exit status {status}")
+        cause = next(
+            (line for line in reversed(last) if line.startswith("error")), f"exit status {status}"
+        )
         raise RuntimeError("last lines:\n  " + "\n  ".join(last) + f"\nwhole log: {log}\n{cause}")
 
 

@@ -5,7 +5,9 @@ import re
 import sys
 
 
-def launcher_command(*, port: int, processes: int, on_gpu: bool, several_hosts: bool, hostfile: str | None) -> list[str]:
+def launcher_command(
+    *, port: int, processes: int, on_gpu: bool, several_hosts: bool, hostfile: str | None
+) -> list[str]:
     """What stands in front of a main.
 
     Args:
@@ -19,7 +21,10 @@ def launcher_command(*, port: int, processes: int, on_gpu: bool, several_hosts: 
     words = [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", str(port)]
     if several_hosts:
         return words + (["--hostfile", hostfile] if hostfile else [])
-    words += ["--hostfile", ""]  # else it takes /job/hostfile, where there is one, and with it other machines
+    words += [
+        "--hostfile",
+        "",
+    ]  # else it takes /job/hostfile, where there is one, and with it other machines
     if not processes:
         return words
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")

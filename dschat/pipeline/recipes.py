@@ -1,8 +1,5 @@
 """What e2e_rlhf.py runs: the flags of the three steps for the embedded default, the tiny models and the real sizes."""
 
-
-
-
 # The embedded default: SmolLM2-135M-Instruct on film-review sentences. One row a step; the sizes were chosen so that
 # a CPU run of two cores ends in ten minutes, and a GPU run, which has time to spare, learns longer.
 DEMO_CPU = {
@@ -44,15 +41,9 @@ REAL = {
 }
 
 
-
-
-
-
-
-
-
-
-def step_flags(step: int, *, kind: str, on_gpu: bool, single_gpu: bool, actor_stage: str, reward_stage: str) -> list[str]:
+def step_flags(
+    step: int, *, kind: str, on_gpu: bool, single_gpu: bool, actor_stage: str, reward_stage: str
+) -> list[str]:
     """The flags of a step, without its model, data and output paths.
 
     Args:

@@ -76,7 +76,10 @@ def finish(folder: Path, command: list[str], seconds: float, *, later: list[Path
     with _all_locked(later):
         for stale in later:
             if _last_checkpoint(stale):
-                print(f"  {stale / 'checkpoints'}: deleted, as it began from a model that has been trained anew", flush=True)
+                print(
+                    f"  {stale / 'checkpoints'}: deleted, as it began from a model that has been trained anew",
+                    flush=True,
+                )
                 shutil.rmtree(stale / "checkpoints", ignore_errors=True)
 
 
@@ -124,5 +127,7 @@ def _all_locked(folders: list[Path]):
             try:
                 stack.enter_context(locked(folder))
             except BlockingIOError as error:
-                raise ValueError(f"{folder}: {error}. Wait for its end, or give another --output-dir.") from error
+                raise ValueError(
+                    f"{folder}: {error}. Wait for its end, or give another --output-dir."
+                ) from error
         yield

@@ -22,7 +22,9 @@ def paired_lower_bound(before: list[float], after: list[float], *, seed: int = 0
     Efron 1979; 10,000 resamples, the 2.5th percentile.
     """
     gains = np.asarray(after, dtype=np.float64) - np.asarray(before, dtype=np.float64)
-    picks = np.random.RandomState(seed).randint(0, len(gains), size=(BOOTSTRAP_RESAMPLES, len(gains)))
+    picks = np.random.RandomState(seed).randint(
+        0, len(gains), size=(BOOTSTRAP_RESAMPLES, len(gains))
+    )
     return float(np.percentile(gains[picks].mean(axis=1), 2.5))
 
 
@@ -38,7 +40,9 @@ def supervised_section(folder: str | Path, metric: str, name: str) -> dict[str, 
     return {f"{name}_before": before, f"{name}_after": after}
 
 
-def ppo_section(folder: str | Path, *, judge: Optional[Callable[[str], float]] = None) -> dict[str, float]:
+def ppo_section(
+    folder: str | Path, *, judge: Optional[Callable[[str], float]] = None
+) -> dict[str, float]:
     """Scores, KL, lengths and, with a judge, its opinion, before and after step 3, on the same held-out prompts.
 
     Args:
@@ -63,7 +67,10 @@ def ppo_section(folder: str | Path, *, judge: Optional[Callable[[str], float]] =
         "eos_rate_after": float(np.mean([row["ended"] for row in after])),
     }
     if judge is not None:
-        opinions = [[judge(row["prompt"].partition(": ")[2] + row["answer"]) for row in rows] for rows in (before, after)]
+        opinions = [
+            [judge(row["prompt"].partition(": ")[2] + row["answer"]) for row in rows]
+            for rows in (before, after)
+        ]
         section |= {
             "judge_before": float(np.mean(opinions[0])),
             "judge_after": float(np.mean(opinions[1])),
@@ -76,7 +83,11 @@ def summary_text(summary: dict) -> str:
     """A pipeline's summary as a table, three prompts with their answers, and the seconds of each stage."""
     sft, reward, ppo = summary["sft"], summary["reward"], summary["ppo"]
     rows = [
-        ["SFT: held-out perplexity", f"{sft['perplexity_before']:.1f}", f"{sft['perplexity_after']:.1f}"],
+        [
+            "SFT: held-out perplexity",
+            f"{sft['perplexity_before']:.1f}",
+            f"{sft['perplexity_after']:.1f}",
+        ],
         [
             "reward model: held-out accuracy",
             f"{100 * reward['accuracy_before']:.1f}%",
@@ -88,7 +99,9 @@ def summary_text(summary: dict) -> str:
         ["  answer length, tokens", f"{ppo['length_before']:.1f}", f"{ppo['length_after']:.1f}"],
     ]
     if "judge_before" in ppo:
-        rows.append(["  independent judge", f"{ppo['judge_before']:.3f}", f"{ppo['judge_after']:.3f}"])
+        rows.append(
+            ["  independent judge", f"{ppo['judge_before']:.3f}", f"{ppo['judge_after']:.3f}"]
+        )
     lines = ["", table(rows, header=["", "before", "after"])]
     for sample in summary["samples"]:
         lines += ["", sample["prompt"]]

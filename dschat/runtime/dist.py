@@ -35,7 +35,10 @@ def all_reduce(tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
     """A copy of `tensor`, reduced over all processes by "sum", "max" or "min"."""
     result = tensor.detach().clone()
     if has_peers():
-        dist.all_reduce(result, op={"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}[op])
+        dist.all_reduce(
+            result,
+            op={"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}[op],
+        )
     return result
 
 

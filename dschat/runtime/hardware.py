@@ -46,7 +46,9 @@ def op_build_name() -> str:
     """A file name for the versions and the folder that compiled DeepSpeed ops belong to."""
     found = versions()
     folder = os.environ.get("TORCH_EXTENSIONS_DIR", "")
-    return re.sub(r"[^A-Za-z0-9.]+", "_", f"{found['torch']}-{found['deepspeed']}-{found['python']}-{folder}")
+    return re.sub(
+        r"[^A-Za-z0-9.]+", "_", f"{found['torch']}-{found['deepspeed']}-{found['python']}-{folder}"
+    )
 
 
 def _cpu_name() -> str:

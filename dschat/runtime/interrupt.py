@@ -64,7 +64,11 @@ class Interruption:
             self._signal, self._when = number, now
             name = signal.Signals(number).name
             # Not through logging: a handler may come in the middle of another message.
-            what = "the model is being saved, and the run ends behind that" if self._over else "will stop behind this step"
+            what = (
+                "the model is being saved, and the run ends behind that"
+                if self._over
+                else "will stop behind this step"
+            )
             _say(f"\n{name}: {what} (rank {dist.rank()})\n")
         elif number == signal.SIGINT and now - self._when > REPEATED_WITHIN_S:
             raise KeyboardInterrupt
@@ -94,7 +98,9 @@ class PeerWatch:
         while not self._done.wait(WATCH_INTERVAL_S):
             gone = [rank for rank, pid in self._peers.items() if not _alive(pid)]
             if gone and not self._done.wait(GRACE_S):
-                _say(f"\nerror (rank {dist.rank()}): the process of rank {gone[0]} has ended; so this one ends too\n")
+                _say(
+                    f"\nerror (rank {dist.rank()}): the process of rank {gone[0]} has ended; so this one ends too\n"
+                )
                 with contextlib.suppress(OSError):
                     sys.stdout.flush()
                 os._exit(1)

@@ -43,7 +43,9 @@ def _lock(folder: Path) -> int:
         os.close(descriptor)
         raise BlockingIOError(f"another run writes to it ({holder})") from None
     except OSError as error:  # some network file systems have no locks
-        logger.warning(f"{folder}: cannot be locked ({error.strerror}): see yourself that no other run writes to it")
+        logger.warning(
+            f"{folder}: cannot be locked ({error.strerror}): see yourself that no other run writes to it"
+        )
     os.ftruncate(descriptor, 0)
     os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
     return descriptor

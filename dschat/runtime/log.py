@@ -82,7 +82,10 @@ def run_main(main) -> None:
         traceback.print_exc()
         words = str(error)
         # What the collectives of torch say when the other side is gone.
-        lost = any(word in words for word in ("Connection closed by peer", "Connection reset by peer", "Broken pipe"))
+        lost = any(
+            word in words
+            for word in ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+        )
         if lost:
             # At once, since the launcher may end this process while it gives the other one time to speak.
             words = f"another process of the run has ended: look for its error above ({words.splitlines()[0]})"
@@ -103,11 +106,19 @@ def advice(error: Exception) -> str:
             "what fits."
         )
     if isinstance(error, MemoryError) or "can't allocate memory" in text:
-        return "\nThe host's memory ran out: leave --offload out, or run fewer processes on each node."
+        return (
+            "\nThe host's memory ran out: leave --offload out, or run fewer processes on each node."
+        )
     # safetensors has an error of its own, with no number.
-    if (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "No space left on device" in text:
+    if (
+        isinstance(error, OSError) and error.errno == errno.ENOSPC
+    ) or "No space left on device" in text:
         return "\nThe disk is full: free some of it, or give another --output_dir."
-    if "NCCL" in text or type(error).__name__ in ("DistNetworkError", "DistStoreError", "DistBackendError"):
+    if "NCCL" in text or type(error).__name__ in (
+        "DistNetworkError",
+        "DistStoreError",
+        "DistBackendError",
+    ):
         return (
             "\nThe processes could not talk to each other: see that no other run uses the master port, that all nodes "
             "reach the first one, and what NCCL_DEBUG=INFO prints; python -m dschat.doctor looks at this machine."

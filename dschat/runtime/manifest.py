@@ -56,8 +56,6 @@ def file_entry(path: Path) -> dict:
     return {"size": size, "sha256": digest.hexdigest()}
 
 
-
-
 def write_manifest(folder: Path, entries: dict[str, dict]) -> None:
     """Write `folder`'s manifest of `entries`, by name relative to it, and have folder and manifest on disk."""
     write_json(folder / MANIFEST, {"files": entries})
@@ -75,7 +73,9 @@ def read_manifest(folder: Path) -> dict[str, dict]:
         entries = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
         sizes = {name: entry["size"] for name, entry in entries.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{MANIFEST} is not there or not readable ({type(error).__name__})") from error
+        raise ValueError(
+            f"{MANIFEST} is not there or not readable ({type(error).__name__})"
+        ) from error
     # Only names that are found here are ever opened, whatever the manifest says.
     found = {}
     for path in folder.rglob("*"):
@@ -85,7 +85,9 @@ def read_manifest(folder: Path) -> dict[str, dict]:
             found[path.relative_to(folder).as_posix()] = path.stat().st_size
     for name in sorted(set(sizes) | set(found)):
         if name not in found or name not in sizes:
-            raise ValueError(f"{name} is {'missing' if name not in found else 'not in ' + MANIFEST}")
+            raise ValueError(
+                f"{name} is {'missing' if name not in found else 'not in ' + MANIFEST}"
+            )
         if found[name] != sizes[name]:
             raise ValueError(f"{name} has {found[name]} bytes, not {sizes[name]}")
     return entries

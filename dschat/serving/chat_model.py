@@ -104,7 +104,9 @@ class ChatModel:
                 stopping_criteria=StoppingCriteriaList([_Stopped(lambda: shown.stopped or stop())]),
             )[0]
         new = sequence[len(ids) :].tolist()
-        return Answer(shown.text, len(new), shown.stopped or (bool(new) and new[-1] in self.end_ids))
+        return Answer(
+            shown.text, len(new), shown.stopped or (bool(new) and new[-1] in self.end_ids)
+        )
 
 
 class ShownText(BaseStreamer):
@@ -112,7 +114,13 @@ class ShownText(BaseStreamer):
     beginning of `stop_text`.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, stop_text: str | None, show: Callable[[str], None]):
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        stop_text: str | None,
+        show: Callable[[str], None],
+    ):
         self.tokenizer = tokenizer
         self.stop_text = stop_text
         self.show = show
@@ -135,7 +143,10 @@ class ShownText(BaseStreamer):
 
     def end(self) -> None:
         """No more tokens."""
-        self.take(self.tokenizer.decode(self._tokens or [], skip_special_tokens=True)[self._decoded :], last=True)
+        self.take(
+            self.tokenizer.decode(self._tokens or [], skip_special_tokens=True)[self._decoded :],
+            last=True,
+        )
 
     def take(self, text: str, *, last: bool = False) -> None:
         """The next piece of the text."""
@@ -146,7 +157,11 @@ class ShownText(BaseStreamer):
             ready, mark, _ = ready.partition(self.stop_text)
             self.stopped = bool(mark)
             if not mark and not last:
-                held = next(n for n in range(len(self.stop_text), -1, -1) if ready.endswith(self.stop_text[:n]))
+                held = next(
+                    n
+                    for n in range(len(self.stop_text), -1, -1)
+                    if ready.endswith(self.stop_text[:n])
+                )
                 ready, self._held = ready[: len(ready) - held], ready[len(ready) - held :]
         if ready:
             self.text += ready
@@ -159,5 +174,9 @@ class _Stopped(StoppingCriteria):
     def __init__(self, stopped: Callable[[], bool]):
         self.stopped = stopped
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
-        return torch.full(input_ids.shape[:1], self.stopped(), dtype=torch.bool, device=input_ids.device)
+    def __call__(
+        self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs
+    ) -> torch.BoolTensor:
+        return torch.full(
+            input_ids.shape[:1], self.stopped(), dtype=torch.bool, device=input_ids.device
+        )

@@ -1,6 +1,5 @@
 """A conversation to the ids that the model reads, by the same form as the rows of the steps; and requests by JSON."""
 
-
 from transformers import PreTrainedTokenizerBase
 
 from dschat.data.encoding import encode_prompt, leading_ids
@@ -42,8 +41,13 @@ def fit_conversation(
     for begin in begins:
         kept = [*system, *turns[begin:]]
         plain = prompt_format == "plain"
-        row = Row("".join(message["content"] for message in kept) if plain else kept, place="the conversation")
-        ids = encode_prompt(tokenizer, render(row, prompt_format=prompt_format, tokenizer=tokenizer)[0], lead)
+        row = Row(
+            "".join(message["content"] for message in kept) if plain else kept,
+            place="the conversation",
+        )
+        ids = encode_prompt(
+            tokenizer, render(row, prompt_format=prompt_format, tokenizer=tokenizer)[0], lead
+        )
         if not ids:
             raise ValueError("the message has no tokens; write at least one word.")
         if len(ids) <= max_tokens:
@@ -52,5 +56,3 @@ def fit_conversation(
         f"the last message alone makes {len(ids)} tokens, and there is room for {max_tokens}: shorten it, raise "
         "--max_prompt_seq_len, or lower --max_new_tokens where the model's positions are the limit."
     )
-
-

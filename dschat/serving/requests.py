@@ -24,7 +24,9 @@ def read_request(body: bytes, *, max_turns: int, max_new_tokens: int) -> tuple[l
     except (ValueError, RecursionError) as error:
         raise ValueError(f"the body is not JSON: {error}") from error
     if not isinstance(request, dict):
-        raise ValueError(f"the body is a JSON {type(request).__name__}, not an object with messages")
+        raise ValueError(
+            f"the body is a JSON {type(request).__name__}, not an object with messages"
+        )
     if unknown := sorted(set(request) - set(REQUEST_FIELDS)):
         raise ValueError(f"unknown field {unknown[0][:80]!r}; known: {', '.join(REQUEST_FIELDS)}")
     if "messages" not in request:
@@ -38,5 +40,7 @@ def read_request(body: bytes, *, max_turns: int, max_new_tokens: int) -> tuple[l
         )
     number = request.get("max_new_tokens", max_new_tokens)
     if type(number) is not int or not 1 <= number <= max_new_tokens:
-        raise ValueError(f"max_new_tokens is {json.dumps(number)[:40]}; give a whole number from 1 to {max_new_tokens}")
+        raise ValueError(
+            f"max_new_tokens is {json.dumps(number)[:40]}; give a whole number from 1 to {max_new_tokens}"
+        )
     return messages, number

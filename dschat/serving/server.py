@@ -89,7 +89,9 @@ class ChatServer(ThreadingHTTPServer):
         try:
             super().__init__((host, port), _Handler)
         except OSError as error:
-            raise ValueError(f"--host {host} --port {port}: cannot be listened on ({error}); give another.") from error
+            raise ValueError(
+                f"--host {host} --port {port}: cannot be listened on ({error}); give another."
+            ) from error
 
     def process_request(self, request, client_address) -> None:
         """A thread for a connection, while there are not too many."""
@@ -97,7 +99,9 @@ class ChatServer(ThreadingHTTPServer):
             self.shutdown_request(request)
             return
         # Not a daemon: the interpreter, too, waits for it.
-        thread = threading.Thread(target=self.process_request_thread, args=(request, client_address), daemon=False)
+        thread = threading.Thread(
+            target=self.process_request_thread, args=(request, client_address), daemon=False
+        )
         self._open[request] = thread
         try:
             thread.start()
@@ -146,7 +150,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._check_origin()
             function()
         except Refused as refused:
-            self._send_json(refused.status, {"error": str(refused)}, retry_after_s=refused.retry_after_s)
+            self._send_json(
+                refused.status, {"error": str(refused)}, retry_after_s=refused.retry_after_s
+            )
             self._drain()
 
     def _check_origin(self) -> None:
@@ -155,7 +161,9 @@ class _Handler(BaseHTTPRequestHandler):
         """
         hosts = self.headers.get_all("Host", [])
         if len(hosts) != 1 or not host_allowed(hosts[0], self.server.host):
-            raise Refused(403, "the Host header is not a name of this server: use its address, or localhost")
+            raise Refused(
+                403, "the Host header is not a name of this server: use its address, or localhost"
+            )
         if self.headers.get("Origin", f"http://{hosts[0]}") != f"http://{hosts[0]}":
             raise Refused(403, "requests from the pages of other sites are refused")
 
@@ -180,7 +188,9 @@ class _Handler(BaseHTTPRequestHandler):
             message = f"the model was busy for {limits.max_wait_s:g} s (--max_wait_s)"
             raise Refused(503, message, retry_after_s=max(1.0, limits.max_wait_s))
         try:
-            answer = {} if server.closing.is_set() else server.answer(request, server.closing.is_set)
+            answer = (
+                {} if server.closing.is_set() else server.answer(request, server.closing.is_set)
+            )
         except Exception as error:
             logger.exception("an answer failed")
             raise Refused(500, "the model failed; the server's log has the cause") from error

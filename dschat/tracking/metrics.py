@@ -71,7 +71,9 @@ class MetricsWriter:
         if self._file is not None:
             self._write_lines("")
             if self._unwritten:
-                logger.warning(f"{self._file.name} lacks its last {self._unwritten.count(NEWLINE)} lines")
+                logger.warning(
+                    f"{self._file.name} lacks its last {self._unwritten.count(NEWLINE)} lines"
+                )
             self._file.close()
         self._try_tensorboard(lambda writer: writer.close())
 
@@ -82,7 +84,9 @@ class MetricsWriter:
                 self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
         except OSError as error:
             if not before:
-                logger.warning(f"{self._file.name}: {error.strerror}; its lines are kept in memory meanwhile")
+                logger.warning(
+                    f"{self._file.name}: {error.strerror}; its lines are kept in memory meanwhile"
+                )
 
     def _try_tensorboard(self, action: Callable) -> None:
         if self._tensorboard is not None:

@@ -46,7 +46,9 @@ def clock(seconds: float) -> str:
 def memory_gib() -> tuple[float, float]:
     """Memory used and in all, GiB: of the accelerator (peak reserved), or of this process and the host."""
     if torch.cuda.is_available():
-        return torch.cuda.max_memory_reserved() / 2**30, torch.cuda.get_device_properties(0).total_memory / 2**30
+        return torch.cuda.max_memory_reserved() / 2**30, torch.cuda.get_device_properties(
+            0
+        ).total_memory / 2**30
     import psutil
 
     return psutil.Process().memory_info().rss / 2**30, psutil.virtual_memory().total / 2**30

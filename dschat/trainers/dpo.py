@@ -30,7 +30,9 @@ def build_reference(stage: Stage):
         world_size=dist.world_size(),
     )
     load = reference_loader(config.system, config.lora, flag="--lora_module_name")
-    return build_inference_engine(load_start(stage, load, ds_config, dropout=0.0), ds_config=ds_config)
+    return build_inference_engine(
+        load_start(stage, load, ds_config, dropout=0.0), ds_config=ds_config
+    )
 
 
 class DPOObjective:
@@ -69,7 +71,9 @@ class DPOObjective:
         """
 
         def rows_of(batch: PairBatch) -> torch.Tensor:  # [B, 4]
-            return torch.stack([half for values in self._logprobs(engine, batch) for half in values.chunk(2)], -1)
+            return torch.stack(
+                [half for values in self._logprobs(engine, batch) for half in values.chunk(2)], -1
+            )
 
         rows = evaluate_rows(engine, loader, num_rows, rows_of)
         chosen_logprobs, rejected_logprobs, *ref_logprobs = rows.unbind(-1)

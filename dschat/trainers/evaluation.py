@@ -54,10 +54,17 @@ class PolicyEvaluator:
             loader: PromptBatches in the data set's order.
             output_dir: answers go to evaluation/rollout_N.jsonl below it; None: nowhere.
         """
-        self.engines, self.rewards, self.loader, self.tokenizer = engines, rewards, loader, tokenizer
+        self.engines, self.rewards, self.loader, self.tokenizer = (
+            engines,
+            rewards,
+            loader,
+            tokenizer,
+        )
         self.seed, self.output_dir = seed, output_dir
         self.generation = sampling_config(
-            max_new_tokens=max_new_tokens, eos_token_ids=eos_token_ids, pad_token_id=tokenizer.pad_token_id
+            max_new_tokens=max_new_tokens,
+            eos_token_ids=eos_token_ids,
+            pad_token_id=tokenizer.pad_token_id,
         )
 
     def evaluate(self, rollout: int) -> dict[str, float]:
@@ -69,7 +76,9 @@ class PolicyEvaluator:
         shown = "  ".join(f"{key[5:]} {value:.4g}" for key, value in values.items())
         logger.info(f"PPO  evaluation, rollout {rollout}: {shown}")
         if self.output_dir is not None and dist.is_main():
-            self._write(result, Path(self.output_dir) / "evaluation" / f"rollout_{rollout:06d}.jsonl")
+            self._write(
+                result, Path(self.output_dir) / "evaluation" / f"rollout_{rollout:06d}.jsonl"
+            )
         return values
 
     def forget_behind(self, rollout: int) -> None:
@@ -85,7 +94,9 @@ class PolicyEvaluator:
         parts = []
         with _seeded(self.seed + dist.rank(), device):
             for prompts in self.loader:
-                answers = generate(engines.generator, prompts.to(device), generation=self.generation)
+                answers = generate(
+                    engines.generator, prompts.to(device), generation=self.generation
+                )
                 unused = self.generation.max_new_tokens - answers.tokens.shape[1]
                 columns = (
                     self.rewards(answers),
@@ -107,7 +118,9 @@ class PolicyEvaluator:
                 prompt = self.loader.dataset[i]["input_ids"]
                 line = {
                     "prompt": self.tokenizer.decode(prompt, skip_special_tokens=True),
-                    "answer": self.tokenizer.decode(result.tokens[i, :length], skip_special_tokens=True),
+                    "answer": self.tokenizer.decode(
+                        result.tokens[i, :length], skip_special_tokens=True
+                    ),
                     "score": result.scores[i].item(),
                     "kl": result.kl[i].item(),
                     "length": length,

@@ -17,16 +17,6 @@ from dschat.runtime.lock import lock_folder
 RECORD = "run.json"  # in every output folder, from the moment that a run has loaded its models
 
 
-
-
-
-
-
-
-
-
-
-
 def prepare_output_dir(output_dir: str | None, *, step: str, below: Iterable[str] = ()) -> None:
     """Make the output folder, see that it can be written, and keep other runs from it until this process ends.
 
@@ -53,7 +43,9 @@ def prepare_output_dir(output_dir: str | None, *, step: str, below: Iterable[str
     except FileNotFoundError:
         pass
     except OSError as error:  # a name that is too long, say
-        raise ValueError(f"--output_dir {output_dir}: not writable ({error.strerror}). Give another folder.") from error
+        raise ValueError(
+            f"--output_dir {output_dir}: not writable ({error.strerror}). Give another folder."
+        ) from error
     if path.is_mount() or (path.exists() and not os.access(path.parent, os.W_OK)):
         raise ValueError(
             f"--output_dir {output_dir}: a finished model takes its name by a rename, which a mount point or a folder "
@@ -68,7 +60,9 @@ def prepare_output_dir(output_dir: str | None, *, step: str, below: Iterable[str
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise ValueError(f"--output_dir {output_dir}: not writable ({error.strerror}). Give another folder.") from error
+        raise ValueError(
+            f"--output_dir {output_dir}: not writable ({error.strerror}). Give another folder."
+        ) from error
 
 
 def _other_model(path: Path, step: str, below: Iterable[str]) -> str:

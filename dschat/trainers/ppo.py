@@ -1,7 +1,7 @@
 """PPO on DeepSpeed engines: generate experience, then learn from it.
 
-    PromptBatch -> generate -> Answers -> rewards -> make_experience -> Experience
-        -> ppo_epochs x shuffled minibatches of policy_loss and value_loss (and, if asked, a PTX loss).
+PromptBatch -> generate -> Answers -> rewards -> make_experience -> Experience
+    -> ppo_epochs x shuffled minibatches of policy_loss and value_loss (and, if asked, a PTX loss).
 """
 
 import time
@@ -63,7 +63,12 @@ class DeepSpeedPPOTrainer:
             score_std: scores are divided by it; one constant for the whole run.
             ptx: endless batches of general text for the PTX loss.
         """
-        self.engines, self.config, self.rewards, self.score_std = engines, config, rewards, score_std
+        self.engines, self.config, self.rewards, self.score_std = (
+            engines,
+            config,
+            rewards,
+            score_std,
+        )
         self.pad_token_id, self.ptx = pad_token_id, ptx
         self.generation = sampling_config(
             max_new_tokens=config.data.max_answer_seq_len,
@@ -74,13 +79,20 @@ class DeepSpeedPPOTrainer:
         )
         self.kl = KLController(config.ppo.kl_coef, config.ppo.kl_target, config.ppo.kl_horizon)
         engines.train()  # after an evaluation the master weights, where an average begins, may be in host memory
-        self.ema = MovingAverage(engines.actor, decay=config.model.ema_decay) if config.model.enable_ema else None
+        self.ema = (
+            MovingAverage(engines.actor, decay=config.model.ema_decay)
+            if config.model.enable_ema
+            else None
+        )
         self.rollouts = 0
         self._order = torch.Generator().manual_seed(config.run.seed + 7919 * dist.rank())
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict]:
         """What changes from rollout to rollout, besides the engines; see ``RunState``."""
-        return {"order": self._order.get_state()}, {"rollouts": self.rollouts, "kl_coef": self.kl.coef}
+        return {"order": self._order.get_state()}, {
+            "rollouts": self.rollouts,
+            "kl_coef": self.kl.coef,
+        }
 
     def restore(self, saved: Saved) -> None:
         """Become what ``state`` was taken of."""
@@ -89,7 +101,9 @@ class DeepSpeedPPOTrainer:
         if saved.same_processes:
             self._order.set_state(tensors["order"])
 
-    def generate_experience(self, batches: list[PromptBatch]) -> tuple[Experience, list[Answers], dict[str, float]]:
+    def generate_experience(
+        self, batches: list[PromptBatch]
+    ) -> tuple[Experience, list[Answers], dict[str, float]]:
         """One rollout: answers to all prompt batches, scored, with whitened advantages.
 
         Returns:
@@ -101,7 +115,10 @@ class DeepSpeedPPOTrainer:
         started = time.monotonic()
         self.engines.eval()
         device, generator = self.engines.actor.device, self.engines.generator
-        answers = [generate(generator, prompts.to(device), generation=self.generation) for prompts in batches]
+        answers = [
+            generate(generator, prompts.to(device), generation=self.generation)
+            for prompts in batches
+        ]
         generator.end_rollout()
         generated = time.monotonic()
         pieces = [
@@ -115,7 +132,9 @@ class DeepSpeedPPOTrainer:
             )
             for batch in answers
         ]
-        told = logprob_gap([(p.logprobs, a.sampled_logprobs, p.response_mask) for p, a in zip(pieces, answers)])
+        told = logprob_gap(
+            [(p.logprobs, a.sampled_logprobs, p.response_mask) for p, a in zip(pieces, answers)]
+        )
         experience = concatenate(pieces, pad_token_id=self.pad_token_id)
         ended = torch.cat([batch.ended for batch in answers])
         metrics = rollout_metrics(
@@ -152,7 +171,11 @@ class DeepSpeedPPOTrainer:
             if engine is not None:
                 metrics[f"grad_norm/{role}"] = gradient_norm(engine)
                 metrics[f"lr/{role}"] = rates[role]
-        return {**metrics, "time/train_s": time.monotonic() - started, "perf/mem_gib": memory_gib()[0]}
+        return {
+            **metrics,
+            "time/train_s": time.monotonic() - started,
+            "perf/mem_gib": memory_gib()[0],
+        }
 
     def optimizer_step(self, window: list[Experience], totals: UpdateTotals) -> bool:
         """One optimizer step of actor and critic on the micro-batches of `window`.
@@ -184,7 +207,9 @@ class DeepSpeedPPOTrainer:
                 totals.add(sums, batch.response_mask.sum())
             boundary = actor.is_gradient_accumulation_boundary()
             if not step_together(*learning):
-                logger.info(f"rollout {self.rollouts + 1}: gradients are not finite, so no engine stepped")
+                logger.info(
+                    f"rollout {self.rollouts + 1}: gradients are not finite, so no engine stepped"
+                )
                 totals.skipped += 1
             elif self.ema is not None and boundary and actor in learning:
                 self.ema.update()
@@ -196,7 +221,9 @@ class DeepSpeedPPOTrainer:
         rows = self.config.batch.per_device_training_batch_size
         steps = self.config.schedule.gradient_accumulation_steps
         for _ in range(self.config.batch.ppo_epochs):
-            order = torch.randperm(len(experience.scores), generator=self._order).to(experience.scores.device)
+            order = torch.randperm(len(experience.scores), generator=self._order).to(
+                experience.scores.device
+            )
             for index in order.view(-1, steps, rows):
                 yield [trim(experience.rows(micro)) for micro in index]
 
@@ -208,9 +235,13 @@ class DeepSpeedPPOTrainer:
             return
         actor.set_gradient_accumulation_boundary(False)
         actor.backward(loss)
-        actor.set_gradient_accumulation_boundary(None)  # what was set would stay: let the engine count again
+        actor.set_gradient_accumulation_boundary(
+            None
+        )  # what was set would stay: let the engine count again
         batch = next(self.ptx).to(actor.device)
-        logits = forward_logits(actor, actor.module, input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+        logits = forward_logits(
+            actor, actor.module, input_ids=batch.input_ids, attention_mask=batch.attention_mask
+        )
         nll, tokens = (rows.sum() for rows in lm_loss_rows(logits, batch.labels))
         self._check_loss("PTX", nll)
         # A mean over this micro-batch of all processes, and over the micro-batches of the step.
@@ -218,14 +249,24 @@ class DeepSpeedPPOTrainer:
         actor.backward(self.config.data.unsup_coef * nll * share)
         totals.add({"ptx/loss": nll}, tokens)
 
-    def _actor_loss(self, batch: Experience) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
+    def _actor_loss(
+        self, batch: Experience
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
         """The loss sum, sums to log, and the largest ratio."""
         num_tokens = batch.response_mask.shape[1]
-        logits = answer_logits(self.engines.actor, batch.input_ids, batch.attention_mask, num_tokens)
+        logits = answer_logits(
+            self.engines.actor, batch.input_ids, batch.attention_mask, num_tokens
+        )
         tokens = batch.input_ids[:, -num_tokens:]
-        logprobs, entropy = token_logprobs(logits, tokens, temperature=self.config.sampling.temperature)
+        logprobs, entropy = token_logprobs(
+            logits, tokens, temperature=self.config.sampling.temperature
+        )
         loss, stats = policy_loss(
-            logprobs, batch.logprobs, batch.advantages, batch.response_mask, cliprange=self.config.ppo.cliprange
+            logprobs,
+            batch.logprobs,
+            batch.advantages,
+            batch.response_mask,
+            cliprange=self.config.ppo.cliprange,
         )
         entropy_sum = masked_sum(entropy, batch.response_mask)
         if self.config.ppo.entropy_coef:
@@ -240,7 +281,9 @@ class DeepSpeedPPOTrainer:
 
     def _critic_loss(self, batch: Experience) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         num_tokens = batch.response_mask.shape[1]
-        values = answer_values(self.engines.critic, batch.input_ids, batch.attention_mask, num_tokens)
+        values = answer_values(
+            self.engines.critic, batch.input_ids, batch.attention_mask, num_tokens
+        )
         loss, stats = value_loss(
             values,
             batch.values,

@@ -9,7 +9,12 @@ from dschat.runtime import dist
 
 
 def rollout_metrics(
-    experience: Experience, ended: torch.Tensor, *, score_std: float, reward_clip: float, has_critic: bool
+    experience: Experience,
+    ended: torch.Tensor,
+    *,
+    score_std: float,
+    reward_clip: float,
+    has_critic: bool,
 ) -> dict[str, float]:
     """Statistics of one rollout, before advantages are whitened.
 
@@ -20,7 +25,9 @@ def rollout_metrics(
     mask = experience.response_mask
     lengths = mask.sum(-1).double()
     per_row = {
-        "objective/score_clipped_frac": ((experience.scores / score_std).abs() > reward_clip).double().sum(),
+        "objective/score_clipped_frac": ((experience.scores / score_std).abs() > reward_clip)
+        .double()
+        .sum(),
         "objective/kl": masked_sum(experience.logprobs - experience.ref_logprobs, mask).double(),
         "objective/reward": masked_sum(experience.rewards, mask).double(),
         "response/length_mean": lengths.sum(),
@@ -51,7 +58,9 @@ def rollout_metrics(
     return metrics
 
 
-def rollout_flops(*, generated: list, scored: list, trained: list[tuple[torch.nn.Module, float]]) -> float:
+def rollout_flops(
+    *, generated: list, scored: list, trained: list[tuple[torch.nn.Module, float]]
+) -> float:
     """Floating-point operations that a rollout and its updates take for each token of its texts.
 
     By the usual count (Kaplan et al. 2020, table 1, without attention): 2 a parameter in a forward, 2 more for the
@@ -62,7 +71,10 @@ def rollout_flops(*, generated: list, scored: list, trained: list[tuple[torch.nn
         trained: models with the passes over the rollout that their updates made.
     """
     forward = 2.0 * sum(_parameters(model) for model in (*generated, *scored))
-    passes = ((4.0 * _parameters(model) + 2.0 * _parameters(model, trained=True), count) for model, count in trained)
+    passes = (
+        (4.0 * _parameters(model) + 2.0 * _parameters(model, trained=True), count)
+        for model, count in trained
+    )
     return forward + sum(flops * count for flops, count in passes)
 
 
@@ -72,7 +84,9 @@ def _parameters(model: torch.nn.Module, *, trained: bool = False) -> int:
     return sum(getattr(p, "ds_numel", p.numel()) for p in found)
 
 
-def logprob_gap(batches: list[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]]) -> dict[str, float]:
+def logprob_gap(
+    batches: list[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]],
+) -> dict[str, float]:
     """How far the generator's logprobs of the sampled tokens are from the training engine's: the mean of |difference|.
 
     Args:
@@ -80,7 +94,10 @@ def logprob_gap(batches: list[tuple[torch.Tensor, torch.Tensor | None, torch.Ten
     """
     if any(sampled is None for _, sampled, _ in batches):
         return {}
-    sums = [torch.stack([masked_sum((a - b).abs(), mask).double(), mask.sum().double()]) for a, b, mask in batches]
+    sums = [
+        torch.stack([masked_sum((a - b).abs(), mask).double(), mask.sum().double()])
+        for a, b, mask in batches
+    ]
     gap, tokens = dist.all_reduce(torch.stack(sums).sum(0)).tolist()
     return {"rollout/logprob_gap": gap / tokens}
 
@@ -95,7 +112,12 @@ class UpdateTotals:
         self._ratio_max: torch.Tensor | None = None
         self.skipped = 0
 
-    def add(self, sums: dict[str, torch.Tensor], tokens: torch.Tensor, ratio_max: torch.Tensor | None = None) -> None:
+    def add(
+        self,
+        sums: dict[str, torch.Tensor],
+        tokens: torch.Tensor,
+        ratio_max: torch.Tensor | None = None,
+    ) -> None:
         """Take in the sums of a micro-batch of `tokens` answer tokens."""
         for key, value in sums.items():
             self._sums[key] = self._sums.get(key, 0) + value.detach().double()

@@ -28,7 +28,13 @@ def run_state(trainer: DeepSpeedPPOTrainer, loader, metrics: MetricsWriter) -> R
 
 
 def train_ppo(
-    trainer: DeepSpeedPPOTrainer, state: RunState, evaluator, *, rollouts: int, metrics: MetricsWriter, tokenizer
+    trainer: DeepSpeedPPOTrainer,
+    state: RunState,
+    evaluator,
+    *,
+    rollouts: int,
+    metrics: MetricsWriter,
+    tokenizer,
 ) -> None:
     """Up to `rollouts`: generate experience, learn from it, report.
 
@@ -63,7 +69,9 @@ def train_ppo(
             state.end_step(last=step == rollouts)
 
 
-def stopped_by_reward(failure: RewardFailure, trainer: DeepSpeedPPOTrainer, state: RunState) -> RewardFailure:
+def stopped_by_reward(
+    failure: RewardFailure, trainer: DeepSpeedPPOTrainer, state: RunState
+) -> RewardFailure:
     """`failure` with what is left of the run, which is saved first: no more is lost than the rollout that failed."""
     trainer.engines.train()  # a checkpoint needs idle states back from host memory
     if not state.save_unfinished():
@@ -74,7 +82,9 @@ def stopped_by_reward(failure: RewardFailure, trainer: DeepSpeedPPOTrainer, stat
     )
 
 
-def _speed(experience: Experience, values: dict[str, float], trainer: DeepSpeedPPOTrainer) -> dict[str, float]:
+def _speed(
+    experience: Experience, values: dict[str, float], trainer: DeepSpeedPPOTrainer
+) -> dict[str, float]:
     tokens = dist.all_reduce(experience.attention_mask.sum()).item()
     seconds = values["time/generate_s"] + values["time/score_s"] + values["time/train_s"]
     engines, config = trainer.engines, trainer.config
@@ -107,12 +117,18 @@ def _pipeline_tags(values: dict[str, float]) -> dict[str, float]:
 
 
 def _shown(values: dict[str, float]) -> dict[str, str]:
-    critic = {"ev": f"{values['value/explained_variance']:.2f}"} if "value/explained_variance" in values else {}
+    critic = (
+        {"ev": f"{values['value/explained_variance']:.2f}"}
+        if "value/explained_variance" in values
+        else {}
+    )
     return {
         "score": f"{values['objective/score']:.3f}",
         "KL": f"{values['objective/kl']:.2f}",
         "len": f"{values['response/length_mean']:.1f}",
         **critic,
-        "s gen/score/train": "/".join(f"{values[f'time/{phase}_s']:.1f}" for phase in ("generate", "score", "train")),
+        "s gen/score/train": "/".join(
+            f"{values[f'time/{phase}_s']:.1f}" for phase in ("generate", "score", "train")
+        ),
         "tok/s": f"{values['perf/tokens_per_s']:,.0f}",
     }

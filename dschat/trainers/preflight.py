@@ -35,12 +35,21 @@ def show_plan(config, *, dtype: str, rewards: Iterable[str] = ()) -> None:
             models whose shapes do not go with the options.
     """
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", dist.world_size()))
-    gpu_bytes = float(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else 0.0
-    limits = dict(gpu_bytes=gpu_bytes, all_host_bytes=float(psutil.virtual_memory().total) if gpu_bytes else 0.0)
+    gpu_bytes = (
+        float(torch.cuda.get_device_properties(0).total_memory)
+        if torch.cuda.is_available()
+        else 0.0
+    )
+    limits = dict(
+        gpu_bytes=gpu_bytes,
+        all_host_bytes=float(psutil.virtual_memory().total) if gpu_bytes else 0.0,
+    )
     plan = checked_plan(config, world_size=dist.world_size(), dtype=dtype, rewards=rewards)
     logger.info("memory plan\n" + plan_text(plan, processes=processes, **limits))
     if gpu_bytes and not config.run.ignore_memory_plan:
-        check_fit(config, plan, world_size=dist.world_size(), processes=processes, dtype=dtype, **limits)
+        check_fit(
+            config, plan, world_size=dist.world_size(), processes=processes, dtype=dtype, **limits
+        )
 
 
 def dry_run(config) -> None:
@@ -57,7 +66,9 @@ def dry_run(config) -> None:
 def _show_dry_run(config) -> None:
     given = os.environ.get("WORLD_SIZE", "1")
     if not given.isdecimal() or int(given) < 1:
-        raise ValueError(f"WORLD_SIZE={given}: expected the number of GPUs to plan for, at least 1.")
+        raise ValueError(
+            f"WORLD_SIZE={given}: expected the number of GPUs to plan for, at least 1."
+        )
     world_size = int(given)
     dtype = "bf16" if config.model.dtype == "auto" else config.model.dtype
     plan = checked_plan(config, world_size=world_size, dtype=dtype)
@@ -115,13 +126,20 @@ def ds_configs(config, *, dtype: str, world_size: int) -> dict[str, dict]:
     )
     file = config.run.deepspeed_config or config.run.deepscale_config
     if not isinstance(config, PPOConfig):
-        rows, step = config.batch.per_device_train_batch_size, 1 if isinstance(config, SFTConfig) else 2
-        found = training_config(config.system, micro_batch_size=rows, tensorboard_name=f"step{step}_model", **shared)
+        rows, step = (
+            config.batch.per_device_train_batch_size,
+            1 if isinstance(config, SFTConfig) else 2,
+        )
+        found = training_config(
+            config.system, micro_batch_size=rows, tensorboard_name=f"step{step}_model", **shared
+        )
         return {"model": override(found, file)}
     rows = config.batch.per_device_training_batch_size
     configs = {}
     for role in ("actor", "critic") if config.has_critic else ("actor",):
         system = getattr(config, f"{role}_system")
-        found = training_config(system, micro_batch_size=rows, tensorboard_name=f"step3_{role}", **shared)
+        found = training_config(
+            system, micro_batch_size=rows, tensorboard_name=f"step3_{role}", **shared
+        )
         configs[role] = override(found, file)
     return configs

@@ -10,7 +10,9 @@ from dschat.models.causal_lm import load_causal_lm
 from dschat.models.lora import target_names
 
 
-def reference_loader(system: SystemOptions, lora: LoraOptions, *, flag: str) -> Callable[..., torch.nn.Module]:
+def reference_loader(
+    system: SystemOptions, lora: LoraOptions, *, flag: str
+) -> Callable[..., torch.nn.Module]:
     """``load_causal_lm``; with MixZ++ what follows it by rounding the weights that the trained model has in int8.
 
     Args:

@@ -39,17 +39,24 @@ class RewardPlan:
         if not model.reward_model_name_or_path:
             # The critic's start is not asked for its template: it has to read the actor's tokens anyway.
             return same_tokens(self.tokenizer, other)
-        formats = dict(prompt_format=self.config.data.prompt_format, reward_prompt_format=model.reward_prompt_format)
+        formats = dict(
+            prompt_format=self.config.data.prompt_format,
+            reward_prompt_format=model.reward_prompt_format,
+        )
         return reads_alike(self.tokenizer, other, **formats)
 
     def build(self, engines, dataset) -> WeightedRewards:
         """The rewards for answers to the prompts of `dataset`. Every process must call it."""
         if self._rewards is None:
             self._rewards = [self._model_reward(engines, path) for path in self.model_tokenizers]
-            self._rewards += [FunctionReward(function, name) for name, function in self.functions.items()]
+            self._rewards += [
+                FunctionReward(function, name) for name, function in self.functions.items()
+            ]
             for reward in self._rewards:
                 logger.info(f"reward: {reward.name} ({type(reward).__name__})")
-        return WeightedRewards(self._rewards, self.config.model.reward_weights, dataset, self.tokenizer)
+        return WeightedRewards(
+            self._rewards, self.config.model.reward_weights, dataset, self.tokenizer
+        )
 
     def _model_reward(self, engines, path: str) -> Reward:
         tokenizer = self.model_tokenizers[path]
@@ -58,7 +65,9 @@ class RewardPlan:
         engine = engines.add_reward(path, flag=flag, tokenizer=tokenizer)
         if self._reads_tokens(path):
             return ModelReward(engine, path)
-        logger.info(f"{path} has a tokenizer, template or format of its own: answers are decoded and tokenised again")
+        logger.info(
+            f"{path} has a tokenizer, template or format of its own: answers are decoded and tokenised again"
+        )
         return RetokenisedReward(
             engine,
             path,

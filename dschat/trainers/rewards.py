@@ -58,12 +58,19 @@ class RetokenisedReward:
     The end token follows an answer only where the policy ended it, as in training.
     """
 
-    def __init__(self, engine, name: str, tokenizer, *, prompt_format: str, max_tokens: int | None = None):
+    def __init__(
+        self, engine, name: str, tokenizer, *, prompt_format: str, max_tokens: int | None = None
+    ):
         """
         Args:
             max_tokens: longer texts lose their beginning, since the end is what is scored; None: no limit.
         """
-        self.engine, self.name, self.tokenizer, self.prompt_format = engine, name, tokenizer, prompt_format
+        self.engine, self.name, self.tokenizer, self.prompt_format = (
+            engine,
+            name,
+            tokenizer,
+            prompt_format,
+        )
         self.max_tokens = max_tokens
 
     def __call__(self, answers: Answers, texts) -> torch.Tensor:
@@ -76,7 +83,9 @@ class RetokenisedReward:
                 ids.append([self.tokenizer.eos_token_id])
         longest = max(len(row) for row in ids)
         device = answers.input_ids.device
-        mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in ids], device=device)
+        mask = torch.tensor(
+            [[1] * len(row) + [0] * (longest - len(row)) for row in ids], device=device
+        )
         pad = self.tokenizer.pad_token_id
         tokens = torch.tensor([row + [pad] * (longest - len(row)) for row in ids], device=device)
         # Also where an answer cannot be shown: under ZeRO-3 the others gather weights in this forward, and would wait there.
@@ -88,10 +97,14 @@ class RetokenisedReward:
     def _ids(self, row, answer: str, ended: bool) -> list[int]:
         row = replace(row, chosen=answer or " ", rejected=None)
         try:
-            prompt, chosen, _ = render(row, prompt_format=self.prompt_format, tokenizer=self.tokenizer)
+            prompt, chosen, _ = render(
+                row, prompt_format=self.prompt_format, tokenizer=self.tokenizer
+            )
         except ValueError as error:
             reason = str(error).replace("--prompt_format", "--reward_prompt_format")
-            raise RewardFailure(f"{self.name} cannot be shown the prompt {row.prompt!r}: {reason}") from error
+            raise RewardFailure(
+                f"{self.name} cannot be shown the prompt {row.prompt!r}: {reason}"
+            ) from error
         by_template = not isinstance(row.prompt, str) and self.tokenizer.chat_template
         in_template = self.prompt_format == "chat" or (self.prompt_format == "auto" and by_template)
         ids = self.tokenizer(prompt + chosen, add_special_tokens=not in_template)["input_ids"]
@@ -117,7 +130,9 @@ class FunctionReward:
             scores = self.function(known.prompts, known.answers, **columns)
         except (Exception, SystemExit) as error:
             raise RewardFailure(self._blame(known, columns, error)) from error
-        scores = scores.tolist() if hasattr(scores, "tolist") else scores  # numpy arrays and tensors
+        scores = (
+            scores.tolist() if hasattr(scores, "tolist") else scores
+        )  # numpy arrays and tensors
         if not hasattr(scores, "__len__") or len(scores) != len(known.answers):
             count = len(scores) if hasattr(scores, "__len__") else type(scores).__name__
             raise RewardFailure(
@@ -139,11 +154,16 @@ class FunctionReward:
             if time.monotonic() > deadline:  # a function that waits for a server, say
                 break
             try:
-                self.function([prompt], [answer], **{name: [values[i]] for name, values in columns.items()})
+                self.function(
+                    [prompt], [answer], **{name: [values[i]] for name, values in columns.items()}
+                )
             except (Exception, SystemExit):
                 culprit = f" on the prompt {prompt!r} and the answer {answer!r}"
                 break
-        culprit = culprit or f" on {len(known.answers)} answers, the first of them to the prompt {known.prompts[0]!r}"
+        culprit = (
+            culprit
+            or f" on {len(known.answers)} answers, the first of them to the prompt {known.prompts[0]!r}"
+        )
         return f"--reward_fn {self.name} raised {type(error).__name__}: {error}{culprit}."
 
 
@@ -166,7 +186,11 @@ class WeightedRewards:
         Raises:
             RewardFailure: on every process, where a reward failed on any of them.
         """
-        total, failure, known = torch.zeros(len(answers.ended), device=answers.ended.device), None, None
+        total, failure, known = (
+            torch.zeros(len(answers.ended), device=answers.ended.device),
+            None,
+            None,
+        )
 
         def texts() -> AnswerTexts:
             nonlocal known
@@ -234,7 +258,9 @@ def load_function(name: str) -> Callable:
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
-        raise ValueError(f"--reward_fn {name}: {path} does not run: {type(error).__name__}: {error}") from error
+        raise ValueError(
+            f"--reward_fn {name}: {path} does not run: {type(error).__name__}: {error}"
+        ) from error
     found = getattr(module, function, None)
     if not callable(found):
         raise ValueError(f"--reward_fn {name}: {path} has no function {function}.")

@@ -49,10 +49,14 @@ class DeepSpeedRLHFEngine:
         path = config.model.actor_model_name_or_path
         source = (load_causal_lm, path, "--actor_model_name_or_path", tokenizer)
         self.actor = self._training_engine("actor", source)
-        self.ref = AdaptersOff(self.actor) if config.shares_reference else self._reference_engine(source)
+        self.ref = (
+            AdaptersOff(self.actor) if config.shares_reference else self._reference_engine(source)
+        )
         self.rewards: list = []
         self.critic = None
-        self._to_be_shared: Replaceable | None = None  # the reward engine that the critic will stand in for
+        self._to_be_shared: Replaceable | None = (
+            None  # the reward engine that the critic will stand in for
+        )
         self._without_states: list = []  # engines whose idle states are in host memory
         if config.system.offload_idle_states and on_cpu():
             logger.info("--offload_idle_states has no effect on a CPU")
@@ -77,7 +81,9 @@ class DeepSpeedRLHFEngine:
         path = self._config.model.critic_model_name_or_path
         source = (load_reward_model, path, "--critic_model_name_or_path", tokenizer)
         if self._to_be_shared is not None:
-            logger.info("the reward model is loaded anew, as the critic with its adapters off and a head of its own")
+            logger.info(
+                "the reward model is loaded anew, as the critic with its adapters off and a head of its own"
+            )
             self._to_be_shared.discard()
         self.critic = self._training_engine("critic", source, score_std=score_std)
         if self._to_be_shared is not None:
@@ -179,7 +185,9 @@ class DeepSpeedRLHFEngine:
 
         load = reference_loader(self._config.actor_system, lora, flag="--actor_lora_module_name")
         return self._inference_engine(
-            (load, *source[1:]), stage=system.actor_zero_stage, offload=system.offload_reference_model
+            (load, *source[1:]),
+            stage=system.actor_zero_stage,
+            offload=system.offload_reference_model,
         )
 
     def _inference_engine(self, source: tuple, *, stage: int, offload: bool):

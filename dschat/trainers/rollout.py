@@ -27,7 +27,9 @@ class Answers:
     attention_mask: torch.Tensor  # [B, P + R] int64
     response_mask: torch.Tensor  # [B, R] bool
     ended: torch.Tensor  # [B] bool, True where the answer ended by itself, with an EOS
-    sampled_logprobs: torch.Tensor | None = None  # [B, R] fp32, as the generator saw them, where it tells
+    sampled_logprobs: torch.Tensor | None = (
+        None  # [B, R] fp32, as the generator saw them, where it tells
+    )
 
     @property
     def tokens(self) -> torch.Tensor:
@@ -90,7 +92,9 @@ def generate(generator, prompts: PromptBatch, *, generation: GenerationConfig) -
     )
 
 
-def answer_logits(engine, input_ids: torch.Tensor, attention_mask: torch.Tensor, num_answer_tokens: int) -> torch.Tensor:
+def answer_logits(
+    engine, input_ids: torch.Tensor, attention_mask: torch.Tensor, num_answer_tokens: int
+) -> torch.Tensor:
     """[B, R, V]: the logits that predict the last `num_answer_tokens` = R tokens of `input_ids` [B, P + R]."""
     logits = forward_logits(
         engine,
@@ -102,14 +106,22 @@ def answer_logits(engine, input_ids: torch.Tensor, attention_mask: torch.Tensor,
     return logits[:, :-1]
 
 
-def answer_values(engine, input_ids: torch.Tensor, attention_mask: torch.Tensor, num_answer_tokens: int) -> torch.Tensor:
+def answer_values(
+    engine, input_ids: torch.Tensor, attention_mask: torch.Tensor, num_answer_tokens: int
+) -> torch.Tensor:
     """[B, R]: V(s_t), read where token t is about to be chosen: one position before it."""
     values = engine(input_ids=input_ids, attention_mask=attention_mask)
     return values[:, -num_answer_tokens - 1 : -1]
 
 
 def make_experience(
-    engines, answers: Answers, scores: torch.Tensor, *, config: PPOConfig, score_std: float, kl_coef: float
+    engines,
+    answers: Answers,
+    scores: torch.Tensor,
+    *,
+    config: PPOConfig,
+    score_std: float,
+    kl_coef: float,
 ) -> Experience:
     """Everything that the updates will read of scored answers.
 
@@ -126,8 +138,12 @@ def make_experience(
     engines.eval()
     with torch.no_grad():
         # One model's logits at a time: together they would be the step's memory peak.
-        logprobs, _ = token_logprobs(answer_logits(engines.actor, *inputs), answers.tokens, temperature=temperature)
-        ref_logprobs, _ = token_logprobs(answer_logits(engines.ref, *inputs), answers.tokens, temperature=temperature)
+        logprobs, _ = token_logprobs(
+            answer_logits(engines.actor, *inputs), answers.tokens, temperature=temperature
+        )
+        ref_logprobs, _ = token_logprobs(
+            answer_logits(engines.ref, *inputs), answers.tokens, temperature=temperature
+        )
         zeros = torch.zeros_like(logprobs)
         values = answer_values(engines.critic, *inputs) if config.has_critic else zeros
         kl = kl_estimate(logprobs, ref_logprobs, ppo.kl_estimator)
@@ -167,7 +183,8 @@ def whiten(experience: Experience) -> Experience:
     """Advantages to mean 0 and standard deviation 1 over the answer tokens of all rows and all processes."""
     totals = dist.all_reduce(moments(experience.advantages, experience.response_mask))
     return replace(
-        experience, advantages=masked_whiten(experience.advantages, experience.response_mask, totals)
+        experience,
+        advantages=masked_whiten(experience.advantages, experience.response_mask, totals),
     )
 
 
@@ -226,7 +243,12 @@ def print_answers(batches: list[Answers], scores: torch.Tensor, tokenizer) -> No
     for batch in batches:
         rows = slice(start, start + len(batch.ended))
         start = rows.stop
-        columns = (batch.prompts.input_ids, batch.prompts.attention_mask, batch.tokens, batch.response_mask.long())
+        columns = (
+            batch.prompts.input_ids,
+            batch.prompts.attention_mask,
+            batch.tokens,
+            batch.response_mask.long(),
+        )
         # Tensors travel, not text: rows of rank r stand at r, r + world size, ...
         gathered = [dist.gather_rows(column).cpu() for column in columns]
         gathered_scores = dist.gather_rows(scores[rows]).tolist()

@@ -52,7 +52,9 @@ class SFTObjective:
 
     def evaluate(self, engine, loader, num_rows: int) -> dict[str, float]:
         """``eval/loss`` (nats a token) and ``eval/perplexity``, exact over all rows whatever the processes."""
-        rows = evaluate_rows(engine, loader, num_rows, lambda batch: torch.stack(self._rows(engine, batch), -1))
+        rows = evaluate_rows(
+            engine, loader, num_rows, lambda batch: torch.stack(self._rows(engine, batch), -1)
+        )
         nll, tokens = rows.sum(0).tolist()
         loss = nll / max(tokens, 1.0)
         return {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 700.0))}
@@ -72,11 +74,15 @@ class RewardObjective:
 
     def loss_sum(self, engine, batch: PairBatch):
         chosen, rejected = self._scores(engine, batch)
-        return pairwise_loss(chosen, rejected).sum(), {"train/accuracy": (chosen > rejected).sum().detach()}
+        return pairwise_loss(chosen, rejected).sum(), {
+            "train/accuracy": (chosen > rejected).sum().detach()
+        }
 
     def evaluate(self, engine, loader, num_rows: int) -> dict[str, float]:
         """``eval/accuracy`` (a tie is an error), ``eval/loss``, and the scores' means and margin."""
-        rows = evaluate_rows(engine, loader, num_rows, lambda batch: torch.stack(self._scores(engine, batch), -1))
+        rows = evaluate_rows(
+            engine, loader, num_rows, lambda batch: torch.stack(self._scores(engine, batch), -1)
+        )
         chosen, rejected = rows.unbind(-1)
         return {
             "eval/accuracy": (chosen > rejected).double().mean().item(),
@@ -159,7 +165,9 @@ def _optimizer_step(engine, objective: Objective, window: list, step: int) -> di
         engine.backward(loss * scale)
         step_together(engine)
     totals = dist.all_reduce(torch.stack([value.double() for value in sums.values()])) / weight
-    tokens = dist.all_reduce(torch.stack([batch.attention_mask.sum() for batch in window]).sum()).item()
+    tokens = dist.all_reduce(
+        torch.stack([batch.attention_mask.sum() for batch in window]).sum()
+    ).item()
     seconds = time.monotonic() - started
     return {
         **dict(zip(sums, totals.tolist())),
@@ -173,7 +181,9 @@ def _optimizer_step(engine, objective: Objective, window: list, step: int) -> di
 
 def answer_nll(engine, batch: TextBatch | PairBatch) -> tuple[torch.Tensor, torch.Tensor]:
     """The negative log-likelihood of each row's labels [B], fp32, and their number [B]; see ``lm_loss_rows``."""
-    logits = forward_logits(engine, engine.module, input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+    logits = forward_logits(
+        engine, engine.module, input_ids=batch.input_ids, attention_mask=batch.attention_mask
+    )
     return lm_loss_rows(logits, batch.labels)
 
 
@@ -190,9 +200,15 @@ def _shown(values: dict[str, float]) -> dict[str, str]:
     for key in ("train/accuracy", "rewards/accuracy"):
         if key in values:
             shown["acc"] = f"{100 * values[key]:.0f}%"
-    return {**shown, "lr": f"{values['train/lr']:.1e}", "tok/s": f"{values['perf/tokens_per_s']:,.0f}"}
+    return {
+        **shown,
+        "lr": f"{values['train/lr']:.1e}",
+        "tok/s": f"{values['perf/tokens_per_s']:,.0f}",
+    }
 
 
 def _report_evaluation(objective: Objective, when: str, values: dict[str, float]) -> None:
-    shown = "  ".join(f"{key[5:]} {value:.4g}" for key, value in values.items() if key.startswith("eval/"))
+    shown = "  ".join(
+        f"{key[5:]} {value:.4g}" for key, value in values.items() if key.startswith("eval/")
+    )
     logger.info(f"{objective.name}  evaluation, {when}: {shown}")

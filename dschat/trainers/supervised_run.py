@@ -69,7 +69,9 @@ def start_stage(config, *, number: int) -> Stage:
     return Stage(number, config, device, dtype, tokenizer, end, checkpoint)
 
 
-def train_stage(stage: Stage, objective: Objective, *, load_model, train_loader, eval_loader) -> torch.nn.Module:
+def train_stage(
+    stage: Stage, objective: Objective, *, load_model, train_loader, eval_loader
+) -> torch.nn.Module:
     """Load the model, train it and return it (still inside its engine, LoRA and ZeRO partitions).
 
     Args:
@@ -84,7 +86,9 @@ def train_stage(stage: Stage, objective: Objective, *, load_model, train_loader,
     events = f"{tensorboard}/step{stage.number}_tensorboard_logs" if tensorboard else None
     done = stage.checkpoint.step if stage.checkpoint else None
     metrics = MetricsWriter(run.output_dir, tensorboard_dir=events, resume_from=done)
-    record_run(config, run.output_dir, dtype=stage.dtype, total_steps=total_steps, resumed_from=done)
+    record_run(
+        config, run.output_dir, dtype=stage.dtype, total_steps=total_steps, resumed_from=done
+    )
     state = RunState(
         config,
         loader=train_loader,
@@ -151,7 +155,9 @@ def build_engine(stage: Stage, load_model, *, total_steps: int, tensorboard: str
     )
 
 
-def load_start(stage: Stage, load_model, ds_config: dict, *, dropout: float | None) -> torch.nn.Module:
+def load_start(
+    stage: Stage, load_model, ds_config: dict, *, dropout: float | None
+) -> torch.nn.Module:
     """The model that the step starts from, for an engine of `ds_config`; under ZeRO-3 in its partitions.
 
     Args:

@@ -75,7 +75,9 @@ def infinite_kl(rank: int) -> None:
         spoiled.calls += 1
         if spoiled.calls != BAD_STEP:
             return experience
-        return replace(experience, ref_logprobs=torch.full_like(experience.ref_logprobs, -float("inf")))
+        return replace(
+            experience, ref_logprobs=torch.full_like(experience.ref_logprobs, -float("inf"))
+        )
 
     spoiled.calls = 0
     ppo.make_experience = spoiled
@@ -90,11 +92,18 @@ def nothing_to_say(rank: int) -> None:
         calls.append(1)
         if len(calls) < BAD_STEP:
             return answers
-        first = torch.arange(answers.response_mask.shape[1], device=answers.response_mask.device) == 0
+        first = (
+            torch.arange(answers.response_mask.shape[1], device=answers.response_mask.device) == 0
+        )
         mask = first.expand_as(answers.response_mask)
         prompts = answers.attention_mask[:, : -mask.shape[1]]
         attended = torch.cat([prompts, mask.to(prompts.dtype)], -1)
-        return replace(answers, response_mask=mask, attention_mask=attended, ended=torch.ones_like(answers.ended))
+        return replace(
+            answers,
+            response_mask=mask,
+            attention_mask=attended,
+            ended=torch.ones_like(answers.ended),
+        )
 
     ppo.generate = silent
 
@@ -122,7 +131,10 @@ def slow(rank: int) -> None:
 
     SFTObjective.weight = slowly
     train = DeepSpeedPPOTrainer.train_rlhf
-    DeepSpeedPPOTrainer.train_rlhf = lambda self, experience: (time.sleep(0.1), train(self, experience))[1]
+    DeepSpeedPPOTrainer.train_rlhf = lambda self, experience: (
+        time.sleep(0.1),
+        train(self, experience),
+    )[1]
 
 
 def half_precision(rank: int) -> None:

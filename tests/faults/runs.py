@@ -28,14 +28,19 @@ class Run:
     def metrics(self) -> list[dict]:
         """The lines of metrics.jsonl without what differs from run to run."""
         lines = [json.loads(line) for line in (self.out / "metrics.jsonl").read_text().splitlines()]
-        return [{key: value for key, value in line.items() if key[:5] not in ("time/", "perf/")} for line in lines]
+        return [
+            {key: value for key, value in line.items() if key[:5] not in ("time/", "perf/")}
+            for line in lines
+        ]
 
     def weights(self) -> dict[str, str]:
         """The sum of each saved model's tensors, by model and name."""
         found = {}
         for file in sorted(self.out.glob("**/model*.safetensors")):
             for name, tensor in load_file(file).items():
-                found[f"{file.relative_to(self.out)} {name}"] = hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
+                found[f"{file.relative_to(self.out)} {name}"] = hashlib.sha256(
+                    tensor.numpy().tobytes()
+                ).hexdigest()
         return found
 
     def lost(self, whole: "Run") -> dict[str, int]:
@@ -51,7 +56,10 @@ class Run:
     def _bytes(self) -> dict[str, bytes]:
         files = self.out.glob("**/model*.safetensors")
         found = {str(file.relative_to(self.out)): file.read_bytes() for file in files}
-        return {**found, "metrics.jsonl": "\n".join(json.dumps(line) for line in self.metrics()).encode()}
+        return {
+            **found,
+            "metrics.jsonl": "\n".join(json.dumps(line) for line in self.metrics()).encode(),
+        }
 
     def checkpoints(self) -> list[str]:
         """The names in the folder of checkpoints."""
@@ -85,7 +93,9 @@ class Started:
         path = self.out / "metrics.jsonl"
         deadline = time.monotonic() + TIMEOUT_S
         while not (path.exists() and path.read_bytes().count(b"\n") > step):
-            assert time.monotonic() < deadline, f"no step {step} in {TIMEOUT_S} s: {self.log.read_text()[-3000:]}"
+            assert time.monotonic() < deadline, (
+                f"no step {step} in {TIMEOUT_S} s: {self.log.read_text()[-3000:]}"
+            )
             time.sleep(0.002)
 
 
@@ -116,8 +126,14 @@ class Zygote:
         """
         log = job.pop("log", out.with_suffix(".log"))
         seen = log.stat().st_size if log.exists() else 0
-        words = ["--output_dir", str(out), *(word.format(stock=self.stock, out=out) for word in argv.split())]
-        pids = self._ask({"main": str(MAINS[step]), "argv": words, "ranks": ranks, "log": str(log), **job})["pids"]
+        words = [
+            "--output_dir",
+            str(out),
+            *(word.format(stock=self.stock, out=out) for word in argv.split()),
+        ]
+        pids = self._ask(
+            {"main": str(MAINS[step]), "argv": words, "ranks": ranks, "log": str(log), **job}
+        )["pids"]
         return Started(out, pids, log, seen, time.monotonic())
 
     def wait(self, started: Started, *, timeout_s: float = TIMEOUT_S) -> Run:

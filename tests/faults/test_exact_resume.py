@@ -30,7 +30,9 @@ def flags(options: dict) -> str:
         hybrid = "--enable_hybrid_engine" if options["ranks"] == 2 or lora else ""
         return f"{PPO} --actor_zero_stage {zero} --critic_zero_stage {zero} {adapters} {hybrid}"
     # OPT has dropout, so that random numbers matter; accumulation and two passes are in it too.
-    model = "--model_name_or_path {stock}/base/opt --dropout 0.1 --data_split " + ("1,0,0" if options["step"] == 1 else "0,1,0")
+    model = "--model_name_or_path {stock}/base/opt --dropout 0.1 --data_split " + (
+        "1,0,0" if options["step"] == 1 else "0,1,0"
+    )
     rows = "--per_device_train_batch_size 4 --gradient_accumulation_steps 2"
     adapters = "--lora_dim 4 --lora_learning_rate 1e-2" if lora else ""
     if options["step"] == "dpo" and lora:
@@ -43,7 +45,8 @@ def params() -> list:
     return [
         pytest.param(
             row,
-            id=f"step{row['step']}-zero{row['zero']}-ranks{row['ranks']}" + ("-lora" if row["lora"] else ""),
+            id=f"step{row['step']}-zero{row['zero']}-ranks{row['ranks']}"
+            + ("-lora" if row["lora"] else ""),
             marks=[] if tuple(row.items()) in few else [pytest.mark.slow],
         )
         for row in product(AXES)
@@ -75,7 +78,9 @@ def test_the_loss_scale_is_not_tried_anew(zero, zygote, tmp_path, record):
     half = {"before": f"{HOOKS}:half_precision"}
     scaling = tmp_path / "scaling.json"
     scaling.write_text('{"fp16": {"enabled": true, "initial_scale_power": 20, "hysteresis": 1}}')
-    argv = flags({"step": 1, "zero": zero, "ranks": 1, "lora": False}).replace("--dtype fp32", "--dtype fp16")
+    argv = flags({"step": 1, "zero": zero, "ranks": 1, "lora": False}).replace(
+        "--dtype fp32", "--dtype fp16"
+    )
     argv += f" --deepspeed_config {scaling}"
     whole = zygote.run(1, tmp_path / "whole", argv.replace("--save_interval 5", ""), **half)
     assert whole.statuses == [0], whole.log[-3000:]

@@ -37,7 +37,9 @@ def steps_of(run) -> list[int]:
     return [line["step"] for line in run.metrics()]
 
 
-def test_twenty_kills_at_random_moments_lose_nothing_but_the_steps_behind_the_last_checkpoint(zygote, tmp_path, record):
+def test_twenty_kills_at_random_moments_lose_nothing_but_the_steps_behind_the_last_checkpoint(
+    zygote, tmp_path, record
+):
     draw, steps, every = random.Random(3), 240, 3
     argv = f"{SFT} --max_train_steps {steps} --save_interval {every}"
     whole = zygote.run(1, tmp_path / "whole", argv)
@@ -60,7 +62,9 @@ def test_twenty_kills_at_random_moments_lose_nothing_but_the_steps_behind_the_la
     resumed = zygote.run(1, out, f"{argv} --resume latest")
     assert resumed.statuses == [0], resumed.log[-3000:]
     lost.append(reached - begin(resumed))
-    assert in_save >= 3  # a save that was aimed at may have been over, the faster the machine the more often
+    assert (
+        in_save >= 3
+    )  # a save that was aimed at may have been over, the faster the machine the more often
     assert resumed.metrics() == whole.metrics() and resumed.weights() == whole.weights()
     assert 0 <= min(lost) and max(lost) <= every and last_step(out) == steps
     record(
@@ -104,12 +108,22 @@ def test_a_full_disk_costs_a_checkpoint_and_no_more(ranks, full_on, zygote, tmp_
     whole = zygote.run(1, tmp_path / "whole", argv, ranks=ranks)
     killed = zygote.run(1, tmp_path / "out", argv, ranks=ranks, kill_in_step=4)
     assert killed.checkpoints() == ["latest", "step_00000002"]
-    full = zygote.run(1, tmp_path / "out", f"{argv} --resume latest", ranks=ranks, file_bytes={full_on: 100_000})
-    assert "no checkpoint of step 4" in full.log and "File too large" in full.log and "the run goes on" in full.log
+    full = zygote.run(
+        1, tmp_path / "out", f"{argv} --resume latest", ranks=ranks, file_bytes={full_on: 100_000}
+    )
+    assert (
+        "no checkpoint of step 4" in full.log
+        and "File too large" in full.log
+        and "the run goes on" in full.log
+    )
     assert full.checkpoints() == ["latest", "step_00000002"]
     assert steps_of(full) == list(range(7)), full.log[-3000:]
     if full_on == 0:  # the rank that writes the model
-        assert full.statuses == [1] and "error (rank 0)" in full.log and "File too large" in full.log.split("error (rank 0)")[-1]
+        assert (
+            full.statuses == [1]
+            and "error (rank 0)" in full.log
+            and "File too large" in full.log.split("error (rank 0)")[-1]
+        )
     after = zygote.run(1, tmp_path / "out", f"{argv} --resume latest", ranks=ranks)
     assert after.statuses == [0] * ranks, after.log[-3000:]
     assert after.metrics() == whole.metrics() and after.weights() == whole.weights()
@@ -129,9 +143,13 @@ def test_the_others_end_when_a_rank_is_killed(victim, zygote, tmp_path):
 
 
 def test_a_rank_that_waits_for_a_dead_one_ends_itself(zygote, tmp_path):
-    started = zygote.start(1, tmp_path / "out", f"{SFT} --max_train_steps 20", ranks=2, **hook("deaf"))
+    started = zygote.start(
+        1, tmp_path / "out", f"{SFT} --max_train_steps 20", ranks=2, **hook("deaf")
+    )
     started.wait_for_step(2)
-    time.sleep(2)  # rank 0 has written step 2, and may not be deaf yet but in the last collective of it
+    time.sleep(
+        2
+    )  # rank 0 has written step 2, and may not be deaf yet but in the last collective of it
     started.kill_rank(1)
     run = zygote.wait(started, timeout_s=60)
     assert run.statuses == [1, -9] and run.seconds < 60
@@ -157,9 +175,19 @@ def test_a_nan_on_one_rank_ends_all_with_one_message(step, argv, name, zygote, t
 @pytest.mark.parametrize(
     "name, words",
     [
-        ("nan_in_value", ["the value loss, summed over processes, is nan", "the weights are as before", "--critic_learning_rate"]),
+        (
+            "nan_in_value",
+            [
+                "the value loss, summed over processes, is nan",
+                "the weights are as before",
+                "--critic_learning_rate",
+            ],
+        ),
         ("infinite_kl", ["the KL to the reference is inf", "--kl_coef", "--dtype fp16"]),
-        ("nothing_to_say", ["every answer is empty", "--min_answer_len", "--actor_model_name_or_path"]),
+        (
+            "nothing_to_say",
+            ["every answer is empty", "--min_answer_len", "--actor_model_name_or_path"],
+        ),
     ],
 )
 def test_a_rollout_that_means_nothing_ends_the_run_before_its_step(name, words, zygote, tmp_path):
@@ -167,7 +195,11 @@ def test_a_rollout_that_means_nothing_ends_the_run_before_its_step(name, words, 
     assert run.statuses == [1]
     (message,) = re.findall(r"error \(rank 0\): rollout 3: .*", run.log)
     assert all(word in message for word in words), message
-    assert run.checkpoints() == ["latest", "step_00000001", "step_00000002"] and steps_of(run) == [0, 1, 2]
+    assert run.checkpoints() == ["latest", "step_00000001", "step_00000002"] and steps_of(run) == [
+        0,
+        1,
+        2,
+    ]
 
 
 DAMAGES = {
@@ -229,7 +261,9 @@ def test_a_checkpoint_under_the_name_of_another_step_is_none(two_checkpoints, tm
     root = tmp_path / "checkpoints"
     shutil.copytree(two_checkpoints / "checkpoints", root)
     (root / "step_00000004").rename(root / "step_00000009")
-    with pytest.raises(ValueError, match="step_00000009 is no whole checkpoint: facts.json is of step 4"):
+    with pytest.raises(
+        ValueError, match="step_00000009 is no whole checkpoint: facts.json is of step 4"
+    ):
         open_checkpoint(root / "step_00000009")
     assert newest_checkpoint(root).step == 2
 
@@ -239,20 +273,29 @@ def test_a_checkpoint_from_elsewhere_costs_no_other_runs(zygote, two_checkpoints
         shutil.copytree(two_checkpoints, tmp_path / name)
     before = (tmp_path / "mine" / "metrics.jsonl").read_bytes()
     theirs = tmp_path / "theirs" / "checkpoints" / "step_00000002"
-    run = zygote.run(1, tmp_path / "mine", f"{SFT} --max_train_steps 6 --save_interval 2 --resume {theirs}")
+    run = zygote.run(
+        1, tmp_path / "mine", f"{SFT} --max_train_steps 6 --save_interval 2 --resume {theirs}"
+    )
     assert run.statuses == [1]
-    assert f"--resume {theirs} is of another folder, and --output_dir {tmp_path}/mine holds checkpoints" in run.log
+    assert (
+        f"--resume {theirs} is of another folder, and --output_dir {tmp_path}/mine holds checkpoints"
+        in run.log
+    )
     assert run.checkpoints() == ["latest", "step_00000002", "step_00000004"]
     assert (tmp_path / "mine" / "metrics.jsonl").read_bytes() == before
 
 
-def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(zygote, two_checkpoints, tmp_path, record):
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(
+    zygote, two_checkpoints, tmp_path, record
+):
     argv = f"{SFT} --max_train_steps 6 --save_interval 2"
     whole = zygote.run(1, tmp_path / "whole", argv)
     shutil.copytree(two_checkpoints, tmp_path / "out")
     flip(next((tmp_path / "out" / "checkpoints" / "step_00000004").glob("model/*optim_states.pt")))
     named = zygote.run(1, tmp_path / "out", f"{argv} --resume {{out}}/checkpoints/step_00000004")
-    assert named.statuses == [1] and "is no whole checkpoint" in named.log and "--resume" in named.log
+    assert (
+        named.statuses == [1] and "is no whole checkpoint" in named.log and "--resume" in named.log
+    )
     resumed = zygote.run(1, tmp_path / "out", f"{argv} --resume latest")
     assert resumed.statuses == [0], resumed.log[-3000:]
     assert "is no whole checkpoint" in resumed.log and "going on behind step 2" in resumed.log
@@ -260,9 +303,14 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(zygote, two_chec
     record(injected=2, survived=2, **resumed.lost(whole))  # the kill and the flipped bit
 
 
-@pytest.mark.parametrize("number, ranks, step", [(signal.SIGTERM, 1, 1), (signal.SIGINT, 2, 1), (signal.SIGTERM, 1, 3)])
+@pytest.mark.parametrize(
+    "number, ranks, step", [(signal.SIGTERM, 1, 1), (signal.SIGINT, 2, 1), (signal.SIGTERM, 1, 3)]
+)
 def test_a_signal_to_one_rank_saves_and_ends_all(number, ranks, step, zygote, tmp_path, record):
-    main, argv = step, f"{SFT} --max_train_steps 8" if step == 1 else PPO.replace("_steps 6", "_steps 8")
+    main, argv = (
+        step,
+        f"{SFT} --max_train_steps 8" if step == 1 else PPO.replace("_steps 6", "_steps 8"),
+    )
     whole = zygote.run(main, tmp_path / "whole", argv, ranks=ranks)
     started = zygote.start(main, tmp_path / "out", argv, ranks=ranks, **hook("slow"))
     started.wait_for_step(3)
@@ -270,7 +318,10 @@ def test_a_signal_to_one_rank_saves_and_ends_all(number, ranks, step, zygote, tm
     stopped = zygote.wait(started)
     assert stopped.statuses == [128 + number] * ranks, stopped.log[-3000:]
     step = steps_of(stopped)[-1]
-    assert f"stopped (rank 0): {number.name} behind step {step}: a checkpoint is written" in stopped.log
+    assert (
+        f"stopped (rank 0): {number.name} behind step {step}: a checkpoint is written"
+        in stopped.log
+    )
     assert 3 <= step < 8 and stopped.checkpoints() == ["latest", f"step_{step:08d}"]
     resumed = zygote.run(main, tmp_path / "out", f"{argv} --resume latest", ranks=ranks)
     assert resumed.statuses == [0] * ranks, resumed.log[-3000:]
@@ -296,7 +347,9 @@ def reward(prompts, answers, **columns):
     [(4, 2), (5, 3)],
     ids=["in-a-rollout", "in-an-evaluation"],
 )
-def test_a_reward_that_fails_ends_the_run_behind_a_checkpoint(fatal, done, zygote, tmp_path, record):
+def test_a_reward_that_fails_ends_the_run_behind_a_checkpoint(
+    fatal, done, zygote, tmp_path, record
+):
     function = tmp_path / "rewards.py"
     function.write_text(FAILING.replace("FATAL", str(fatal)))
     argv = f"{PPO} --reward_fn {function}:reward --advantage_estimator rloo --num_samples_per_prompt 2 --eval_interval 3"
@@ -317,7 +370,12 @@ def test_under_the_launcher_too_a_killed_rank_ends_the_run(stock, tmp_path):
     command = launcher(2) + [str(MAINS[1]), *argv, "--output_dir", str(tmp_path / "out")]
     with open(tmp_path / "log", "w") as log:
         process = subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, env=environment(), cwd=tmp_path, start_new_session=True
+            command,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment(),
+            cwd=tmp_path,
+            start_new_session=True,
         )
     try:
         metrics = tmp_path / "out" / "metrics.jsonl"

@@ -33,7 +33,9 @@ def fill(disk: Path) -> Path:
 
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_full_disk_costs_a_checkpoint_and_ends_the_run_at_the_model(ranks, disk, zygote, tmp_path, record):
+def test_a_full_disk_costs_a_checkpoint_and_ends_the_run_at_the_model(
+    ranks, disk, zygote, tmp_path, record
+):
     argv, out = f"{SFT} --max_train_steps 6 --save_interval 2", disk / "out"
     whole = zygote.run(1, tmp_path / "whole", argv, ranks=ranks)
     killed = zygote.run(1, out, argv, ranks=ranks, kill_in_step=4, log=tmp_path / "log")
@@ -45,7 +47,10 @@ def test_a_full_disk_costs_a_checkpoint_and_ends_the_run_at_the_model(ranks, dis
     assert "No space left on device" in full.log and "the run goes on" in full.log
     assert full.checkpoints() == ["latest", "step_00000002"] and steps_of(full) == list(range(7))
     # The rank that writes the model says so last, in words that help.
-    assert full.statuses[0] == 1 and "The disk is full: free some of it" in full.log.split("error (rank 0)")[-1]
+    assert (
+        full.statuses[0] == 1
+        and "The disk is full: free some of it" in full.log.split("error (rank 0)")[-1]
+    )
     assert not full.weights() and not list(disk.glob(".out*")), "half a model stayed behind"
     ballast.unlink()
     after = zygote.run(1, out, f"{argv} --resume latest", ranks=ranks, log=tmp_path / "log")

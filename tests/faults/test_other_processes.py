@@ -24,8 +24,20 @@ def flags(step: int | str, zero: int, ranks: int, lora: bool) -> str:
     return f"{ppo} {rows} {stages} {PPO_LORA if lora else ''}"
 
 
-CASES = [(1, 2, (2, 1), False), (2, 3, (2, 1), True), (3, 2, (1, 2), False), (1, 0, (1, 2), False), ("dpo", 3, (1, 2), True)]
-MORE_CASES = [(1, 3, (1, 2), True), (2, 2, (1, 2), True), (3, 3, (2, 1), True), (3, 0, (2, 1), True), (2, 3, (1, 2), False)]
+CASES = [
+    (1, 2, (2, 1), False),
+    (2, 3, (2, 1), True),
+    (3, 2, (1, 2), False),
+    (1, 0, (1, 2), False),
+    ("dpo", 3, (1, 2), True),
+]
+MORE_CASES = [
+    (1, 3, (1, 2), True),
+    (2, 2, (1, 2), True),
+    (3, 3, (2, 1), True),
+    (3, 0, (2, 1), True),
+    (2, 3, (1, 2), False),
+]
 MORE_CASES += [("dpo", 2, (2, 1), False), ("dpo", 0, (1, 2), True)]
 
 
@@ -38,7 +50,9 @@ PARAMS = [case(*row) for row in CASES] + [case(*row, pytest.mark.slow) for row i
 
 
 @pytest.mark.parametrize("step, zero, ranks, lora", PARAMS)
-def test_other_processes_take_exactly_the_weights_and_go_on_alike(step, zero, ranks, lora, zygote, tmp_path):
+def test_other_processes_take_exactly_the_weights_and_go_on_alike(
+    step, zero, ranks, lora, zygote, tmp_path
+):
     first, second = ranks
     argv = {number: flags(step, zero, number, lora) for number in ranks}
     short = {number: words.replace("_steps 12", "_steps 5") for number, words in argv.items()}
@@ -57,7 +71,9 @@ def test_other_processes_take_exactly_the_weights_and_go_on_alike(step, zero, ra
     if step in MODELS:  # answers are sampled by each process for itself
         whole = zygote.run(step, tmp_path / "whole", argv[first], ranks=first)
         for ours, theirs in zip(resumed.metrics(), whole.metrics(), strict=True):
-            assert {k for k, v in ours.items() if v is None} == {k for k, v in theirs.items() if v is None}
+            assert {k for k, v in ours.items() if v is None} == {
+                k for k, v in theirs.items() if v is None
+            }
             known = {key: value for key, value in theirs.items() if value is not None}
             assert {key: ours[key] for key in known} == pytest.approx(known, rel=2e-4, abs=1e-6)
 
@@ -74,12 +90,23 @@ def test_a_step_of_another_size_is_refused(zygote, tmp_path):
 def test_other_flags_are_refused_all_at_once(zygote, tmp_path):
     argv = flags(1, 0, 1, False)
     zygote.run(1, tmp_path / "out", argv, kill_in_step=7)
-    other = argv.replace("--learning_rate 1e-2", "--learning_rate 1e-3 --seed 7").replace("--save_interval 5", "")
+    other = argv.replace("--learning_rate 1e-2", "--learning_rate 1e-3 --seed 7").replace(
+        "--save_interval 5", ""
+    )
     run = zygote.run(1, tmp_path / "out", f"{other} --resume latest")
     assert run.statuses == [1]
-    assert "--learning_rate was 0.01 and is 0.001; --seed was 1234 and is 7" in run.log, run.log[-3000:]
+    assert "--learning_rate was 0.01 and is 0.001; --seed was 1234 and is 7" in run.log, run.log[
+        -3000:
+    ]
     assert "save_interval was" not in run.log
     again = zygote.run(1, tmp_path / "out", argv)
-    assert again.statuses == [1] and f"--output_dir {tmp_path}/out holds checkpoints up to step 5" in again.log
-    less = zygote.run(1, tmp_path / "out", argv.replace("{stock}/toy", "{stock}/toy {stock}/toy") + " --resume latest")
+    assert (
+        again.statuses == [1]
+        and f"--output_dir {tmp_path}/out holds checkpoints up to step 5" in again.log
+    )
+    less = zygote.run(
+        1,
+        tmp_path / "out",
+        argv.replace("{stock}/toy", "{stock}/toy {stock}/toy") + " --resume latest",
+    )
     assert "--data_path was" in less.log

@@ -44,18 +44,27 @@ def test_a_replacement_that_was_killed_is_mended(killed_at, tmp_path, monkeypatc
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", renaming)
-    monkeypatch.setattr(export.shutil, "rmtree", lambda *args, **kwargs: (_ for _ in ()).throw(Killed))
+    monkeypatch.setattr(
+        export.shutil, "rmtree", lambda *args, **kwargs: (_ for _ in ()).throw(Killed)
+    )
     with pytest.raises(Killed):
         replace_folder(new, old)
     monkeypatch.undo()
     mend_folder(old)
-    assert content(old) == {"config.json": "old" if killed_at <= 2 else "new", "metrics.jsonl": "lines", "log.txt": "log"}
+    assert content(old) == {
+        "config.json": "old" if killed_at <= 2 else "new",
+        "metrics.jsonl": "lines",
+        "log.txt": "log",
+    }
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_mending_leaves_what_belongs_to_others(tmp_path):
     out = folder(tmp_path / "out", config_json="mine")
-    others = [folder(tmp_path / name) for name in (".out.x.abcd1234.tmp", ".outer.abcd1234.tmp", ".out.abcd.tmp")]
+    others = [
+        folder(tmp_path / name)
+        for name in (".out.x.abcd1234.tmp", ".outer.abcd1234.tmp", ".out.abcd.tmp")
+    ]
     mend_folder(out)
     assert all(path.exists() for path in others) and content(out) == {"config.json": "mine"}
 
@@ -69,7 +78,9 @@ def test_the_second_run_in_a_folder_refuses(zygote, tmp_path):
     first.kill()
     zygote.wait(first)
     assert second.statuses == [1]
-    assert f"--output_dir {out}: another run writes to it (process {first.pids[0]} on " in second.log
+    assert (
+        f"--output_dir {out}: another run writes to it (process {first.pids[0]} on " in second.log
+    )
     third = zygote.run(1, out, argv.replace("2000", "1"))
     assert third.statuses == [0], "a run that was killed holds nothing"
 
@@ -79,12 +90,19 @@ def test_a_folder_that_cannot_be_written_is_refused(zygote, tmp_path):
     (tmp_path / "closed").chmod(stat.S_IRUSR | stat.S_IXUSR)
     run = zygote.run(1, tmp_path / "closed" / "out", SFT, log=tmp_path / "log", plain_user=True)
     assert run.statuses == [1]
-    assert f"--output_dir {tmp_path}/closed/out: not writable (Permission denied). Give another folder" in run.log
+    assert (
+        f"--output_dir {tmp_path}/closed/out: not writable (Permission denied). Give another folder"
+        in run.log
+    )
     (tmp_path / "only-read").mkdir()
     (tmp_path / "only-read").chmod(stat.S_IRUSR | stat.S_IXUSR)
     tmp_path.chmod(0o777)
     run = zygote.run(1, tmp_path / "only-read", SFT, log=tmp_path / "second.log", plain_user=True)
-    assert run.statuses == [1] and f"--output_dir {tmp_path}/only-read: " in run.log and "Permission denied" in run.log
+    assert (
+        run.statuses == [1]
+        and f"--output_dir {tmp_path}/only-read: " in run.log
+        and "Permission denied" in run.log
+    )
 
 
 @pytest.mark.parametrize(
@@ -94,7 +112,11 @@ def test_a_folder_that_cannot_be_written_is_refused(zygote, tmp_path):
         ("out", (), ["pytorch_model.bin"]),
         ("out", MODEL_FOLDERS, ["model-00001-of-00002.safetensors"]),
         ("out/actor", MODEL_FOLDERS, ["config.json"]),
-        ("out/critic", MODEL_FOLDERS, ["vocab.json", "merges.txt", "config.json", "generation_config.json"]),
+        (
+            "out/critic",
+            MODEL_FOLDERS,
+            ["vocab.json", "merges.txt", "config.json", "generation_config.json"],
+        ),
     ],
 )
 def test_a_model_that_no_run_here_has_written_stays(place, below, held, tmp_path):
@@ -102,9 +124,14 @@ def test_a_model_that_no_run_here_has_written_stays(place, below, held, tmp_path
     for name in held:
         (tmp_path / place / name).write_text("mine")
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(ValueError, match="--output_dir .*/out: .* holds a model that no run here has written") as refused:
+    with pytest.raises(
+        ValueError, match="--output_dir .*/out: .* holds a model that no run here has written"
+    ) as refused:
         prepare_output_dir(str(tmp_path / "out"), step="Step", below=below)
-    assert f"{tmp_path / place} holds a model that no run here has written ({', '.join(sorted(held)[:3])}" in str(refused.value)
+    assert (
+        f"{tmp_path / place} holds a model that no run here has written ({', '.join(sorted(held)[:3])}"
+        in str(refused.value)
+    )
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -112,8 +139,12 @@ def test_folders_of_earlier_runs_and_of_other_files_are_taken(tmp_path):
     ours = folder(tmp_path / "ours", config_json="{}", run_json="{}")
     other = folder(tmp_path / "other", notes_txt="of the user", training_log="lines")
     (other / "actor").mkdir()
-    (other / "actor" / "config.json").write_text("{}")  # of no concern to a step that saves to the folder itself
-    killed = folder(tmp_path / "killed", config_json="{}")  # while it was being replaced: the record is still in the old one
+    (other / "actor" / "config.json").write_text(
+        "{}"
+    )  # of no concern to a step that saves to the folder itself
+    killed = folder(
+        tmp_path / "killed", config_json="{}"
+    )  # while it was being replaced: the record is still in the old one
     folder(tmp_path / ".killed.abcd1234.old")
     folder(tmp_path / ".killed.abcd1234.old" / "killed", config_json="{}", run_json="{}")
     for path in (ours, other, killed, tmp_path / "new"):
@@ -124,23 +155,32 @@ def test_folders_of_earlier_runs_and_of_other_files_are_taken(tmp_path):
 def test_the_model_of_another_step_stays(tmp_path):
     record = '{"step": "Step 1, supervised fine-tuning"}'
     out = folder(tmp_path / "out", config_json="{}", run_json=record)
-    with pytest.raises(ValueError, match=f"--output_dir {out}: it holds the model of .Step 1, supervised fine-tuning., and"):
+    with pytest.raises(
+        ValueError,
+        match=f"--output_dir {out}: it holds the model of .Step 1, supervised fine-tuning., and",
+    ):
         prepare_output_dir(str(out), step="Step 2, reward model")
     prepare_output_dir(str(out), step="Step 1, supervised fine-tuning")
     with pytest.raises(ValueError, match="a run of .Step 3, PPO. would replace it or its run.json"):
-        prepare_output_dir(str(out), step="Step 3, PPO", below=MODEL_FOLDERS)  # which saves to folders in it
+        prepare_output_dir(
+            str(out), step="Step 3, PPO", below=MODEL_FOLDERS
+        )  # which saves to folders in it
     for text in ("{", "[]", "7"):
         (out / "run.json").write_text(text)
         with pytest.raises(ValueError, match="run.json in it is damaged"):
             prepare_output_dir(str(out), step="Step 1, supervised fine-tuning")
     # A run that was stopped before it had a model is in nobody's way.
-    prepare_output_dir(str(folder(tmp_path / "stopped", run_json=record)), step="Step 2, reward model")
+    prepare_output_dir(
+        str(folder(tmp_path / "stopped", run_json=record)), step="Step 2, reward model"
+    )
 
 
 def test_the_folder_one_is_in_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     for name in (".", str(tmp_path)):
-        with pytest.raises(ValueError, match="--output_dir .*: this is the folder you are in.*Give one below it"):
+        with pytest.raises(
+            ValueError, match="--output_dir .*: this is the folder you are in.*Give one below it"
+        ):
             prepare_output_dir(name, step="Step")
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]

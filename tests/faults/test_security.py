@@ -16,8 +16,12 @@ HOOKS = Path(__file__).with_name("hooks.py")
 
 @pytest.mark.parametrize("step", [1, 2, "dpo", 3])
 def test_no_step_reads_or_writes_a_pickle(step, zygote, tmp_path):
-    argv = flags({"step": step, "zero": 2, "ranks": 1, "lora": False}).replace("--save_interval 5", "")
-    run = zygote.run(step, tmp_path / "out", argv.replace("_steps 12", "_steps 2"), before=f"{HOOKS}:no_pickle")
+    argv = flags({"step": step, "zero": 2, "ranks": 1, "lora": False}).replace(
+        "--save_interval 5", ""
+    )
+    run = zygote.run(
+        step, tmp_path / "out", argv.replace("_steps 12", "_steps 2"), before=f"{HOOKS}:no_pickle"
+    )
     assert run.statuses == [0], run.log[-3000:]
     assert run.weights()
 
@@ -29,9 +33,13 @@ def test_resuming_reads_pickles_from_the_checkpoint_alone(zygote, tmp_path):
     assert killed.checkpoints() == ["latest", "step_00000005"]
     run = zygote.run(3, out, f"{argv} --resume latest", before=f"{HOOKS}:told_pickles")
     assert run.statuses == [0], run.log[-3000:]
-    read = {line.split(" ", 1)[1] for line in run.log.splitlines() if line.startswith("torch.load ")}
+    read = {
+        line.split(" ", 1)[1] for line in run.log.splitlines() if line.startswith("torch.load ")
+    }
     assert len(read) == 4  # of actor and critic the weights and the optimizer
-    assert {str(Path(path).parent.parent) for path in read} == {str(out / "checkpoints" / "step_00000005")}
+    assert {str(Path(path).parent.parent) for path in read} == {
+        str(out / "checkpoints" / "step_00000005")
+    }
 
 
 TRAP = """
@@ -62,25 +70,33 @@ PLACES = {
 }
 
 
-def trapped(place: str, stock: Path, folder: Path, target: Path, auto_map: dict, **config) -> tuple[int | str, str]:
+def trapped(
+    place: str, stock: Path, folder: Path, target: Path, auto_map: dict, **config
+) -> tuple[int | str, str]:
     """The step and the flags of a short run whose model, in `folder`, brings code that makes the file `target`."""
     step, flag, kind = PLACES[place]
     shutil.copytree(stock / kind / "llama", folder)
     (folder / "own.py").write_text(TRAP.format(target=str(target)))
     known = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**known, "auto_map": auto_map, **config}))
-    argv = flags({"step": step, "zero": 0, "ranks": 1, "lora": False}).replace("--save_interval 5", "")
+    argv = flags({"step": step, "zero": 0, "ranks": 1, "lora": False}).replace(
+        "--save_interval 5", ""
+    )
     return step, f"{argv.replace('_steps 12', '_steps 1')} {flag} {folder}"
 
 
 @pytest.mark.parametrize("place", PLACES)
 def test_code_that_comes_with_a_model_does_not_run(place, zygote, stock, tmp_path):
     folder, target = tmp_path / "own", tmp_path / "was-run"
-    step, argv = trapped(place, stock, folder, target, {"AutoConfig": "own.OwnConfig"}, model_type="own")
+    step, argv = trapped(
+        place, stock, folder, target, {"AutoConfig": "own.OwnConfig"}, model_type="own"
+    )
     run = zygote.run(step, tmp_path / "out", argv)
     assert run.statuses == [1] and not target.exists()
     (message,) = re.findall(r"error \(rank 0\): .*comes with Python code.*", run.log)
-    assert PLACES[place][1] in message and str(folder) in message and "--trust_remote_code" in message
+    assert (
+        PLACES[place][1] in message and str(folder) in message and "--trust_remote_code" in message
+    )
     # The trap is alive.
     AutoConfig.from_pretrained(folder, trust_remote_code=True)
     assert target.exists()
@@ -106,12 +122,24 @@ def test_texts_are_no_file_names(zygote, stock, tmp_path):
     data = tmp_path / "data"
     data.mkdir()
     absolute = Path("/tmp") / f"absolute-{uuid.uuid4().hex}"
-    names = ["../../up", str(absolute), "a/b", "..", "nul\0", "con:", "$(touch run)", "`touch run`", "x" * 300]
+    names = [
+        "../../up",
+        str(absolute),
+        "a/b",
+        "..",
+        "nul\0",
+        "con:",
+        "$(touch run)",
+        "`touch run`",
+        "x" * 300,
+    ]
     rows = [{"prompt": name, "chosen": f" {name}", "rejected": " no"} for name in names]
     for part in ("train", "eval"):
         (data / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     before = {path for path in tmp_path.rglob("*")}
-    argv = flags({"step": 3, "zero": 0, "ranks": 1, "lora": False}).replace("{stock}/toy", str(data))
+    argv = flags({"step": 3, "zero": 0, "ranks": 1, "lora": False}).replace(
+        "{stock}/toy", str(data)
+    )
     argv = argv.replace("_steps 12", "_steps 1").replace("--generation_batches 2", "")
     run = zygote.run(3, tmp_path / "out", f"{argv} --print_answers")
     assert run.statuses == [0], run.log[-3000:]
@@ -125,7 +153,11 @@ def test_texts_are_no_file_names(zygote, stock, tmp_path):
 def test_the_trap_of_the_malicious_weights_is_alive(stock, tmp_path):
     # Whoever reads them as a plain pickle runs their code; the steps refuse them, see test_bad_input.py.
     target = stock / "was-run"
-    for name in ("pickled/pytorch_model.bin", "pickled-reward/pytorch_model.bin", "pickled-adapter/adapter_model.bin"):
+    for name in (
+        "pickled/pytorch_model.bin",
+        "pickled-reward/pytorch_model.bin",
+        "pickled-adapter/adapter_model.bin",
+    ):
         torch.load(stock / "faulty" / name, weights_only=False)
         assert target.exists()
         target.unlink()

@@ -54,7 +54,10 @@ def become_rank(job: dict, rank: int, port: int) -> None:
             os.dup2(log, stream)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.environ.update(
-            RANK=str(rank), WORLD_SIZE=str(job["ranks"]), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1"
+            RANK=str(rank),
+            WORLD_SIZE=str(job["ranks"]),
+            LOCAL_RANK=str(rank),
+            MASTER_ADDR="127.0.0.1",
         )
         os.environ["MASTER_PORT"] = str(port)
         if str(rank) in job.get("file_bytes", {}):

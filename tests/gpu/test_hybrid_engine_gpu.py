@@ -43,7 +43,13 @@ def prompts(device) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def greedy(**more) -> GenerationConfig:
-    settings = dict(do_sample=False, max_new_tokens=ANSWER, eos_token_id=ENDS, pad_token_id=0, num_return_sequences=1)
+    settings = dict(
+        do_sample=False,
+        max_new_tokens=ANSWER,
+        eos_token_id=ENDS,
+        pad_token_id=0,
+        num_return_sequences=1,
+    )
     return GenerationConfig(**{**settings, **more})
 
 
@@ -65,18 +71,32 @@ def stand_in(model, device):
     """What a generator asks of an engine, around a plain module."""
     model = model.to(device).eval()
     return SimpleNamespace(
-        module=model, device=device, global_steps=0, eval=model.eval, zero_optimization_stage=lambda: 0
+        module=model,
+        device=device,
+        global_steps=0,
+        eval=model.eval,
+        zero_optimization_stage=lambda: 0,
     )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("heads, kv_heads, width", [(4, 4, 64), (8, 2, 128), (9, 3, 64), (4, 4, 80), (32, 1, 96)])
+@pytest.mark.parametrize(
+    "heads, kv_heads, width", [(4, 4, 64), (8, 2, 128), (9, 3, 64), (4, 4, 80), (32, 1, 96)]
+)
 def test_the_kernel_attends_within_its_bounds(heads, kv_heads, width, dtype, device):
     draw = torch.Generator(device).manual_seed(1)
     q = torch.randn(5, heads, 1, width, generator=draw, device=device).to(dtype)
-    k, v = (torch.randn(6, kv_heads, 1100, width, generator=draw, device=device).to(dtype)[:5] for _ in range(2))
-    bounds = torch.tensor([[0, 1100], [7, 8], [1000, 1037], [64, 128], [3, 700]], dtype=torch.int32, device=device)
-    new = [torch.randn(5, kv_heads, 1, width, generator=draw, device=device).to(dtype) for _ in range(2)]
+    k, v = (
+        torch.randn(6, kv_heads, 1100, width, generator=draw, device=device).to(dtype)[:5]
+        for _ in range(2)
+    )
+    bounds = torch.tensor(
+        [[0, 1100], [7, 8], [1000, 1037], [64, 128], [3, 700]], dtype=torch.int32, device=device
+    )
+    new = [
+        torch.randn(5, kv_heads, 1, width, generator=draw, device=device).to(dtype)
+        for _ in range(2)
+    ]
     expected = [t.clone() for t in (k, v)]
     for row, (_, end) in enumerate(bounds.tolist()):
         for cache, token in zip(expected, new):
@@ -84,10 +104,15 @@ def test_the_kernel_attends_within_its_bounds(heads, kv_heads, width, dtype, dev
     found = decode_attention(q, k, v, *new, bounds.view(5, 1, 1, 2), 0.3)
     assert torch.equal(k, expected[0]) and torch.equal(v, expected[1])
     for row, (first, end) in enumerate(bounds.tolist()):
-        keys, values = (t[row, :, first:end].double().repeat_interleave(heads // kv_heads, 0) for t in (k, v))
+        keys, values = (
+            t[row, :, first:end].double().repeat_interleave(heads // kv_heads, 0) for t in (k, v)
+        )
         weights = (0.3 * q[row].double() @ keys.transpose(-1, -2)).softmax(-1)
         gap = (found[row].double() - weights @ values).abs().max().item()
-        assert gap < {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype], (row, gap)
+        assert gap < {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype], (
+            row,
+            gap,
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -101,7 +126,10 @@ def test_fused_draws_are_those_of_torch(vocab, temperature, dtype, device):
     tokens, logprobs = fused_draw(logits, noise, temperature)
     scores = logits.float() / temperature
     # In half precision scores tie, and the noise alone decides; its last bit may.
-    chosen, best = (scores - noise.log()).gather(-1, tokens[:, None])[:, 0], (scores - noise.log()).amax(-1)
+    chosen, best = (
+        (scores - noise.log()).gather(-1, tokens[:, None])[:, 0],
+        (scores - noise.log()).amax(-1),
+    )
     assert (best - chosen).max().item() < 1e-5
     gap = (logprobs - scores.log_softmax(-1).gather(-1, tokens[:, None])[:, 0]).abs().max().item()
     assert gap < 2e-5
@@ -110,13 +138,17 @@ def test_fused_draws_are_those_of_torch(vocab, temperature, dtype, device):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rows", [1, 7, 16])
-@pytest.mark.parametrize("inner, widths", [(4096, (4096,)), (576, (576, 192, 192)), (136, (9000, 9000)), (11008, (100,))])
+@pytest.mark.parametrize(
+    "inner, widths", [(4096, (4096,)), (576, (576, 192, 192)), (136, (9000, 9000)), (11008, (100,))]
+)
 @pytest.mark.parametrize("biased", [False, True])
 def test_skinny_products_are_products(inner, widths, rows, biased, dtype, device):
     draw = torch.Generator(device).manual_seed(2)
     x = torch.randn(rows, inner, generator=draw, device=device).to(dtype)
     weights = [torch.randn(n, inner, generator=draw, device=device).to(dtype) for n in widths]
-    biases = [torch.randn(n, generator=draw, device=device).to(dtype) if biased else None for n in widths]
+    biases = [
+        torch.randn(n, generator=draw, device=device).to(dtype) if biased else None for n in widths
+    ]
     for weight, bias, found in zip(weights, biases, skinny_linear(x, weights, biases)):
         expected = x.double() @ weight.double().T + (0 if bias is None else bias.double())
         gap = ((found.double() - expected).norm() / expected.norm()).item()
@@ -181,10 +213,16 @@ def test_copies_of_a_prompt_and_logits_processors(device, tmp_path):
     ids, mask = prompts(device)
     hybrid, plain = HybridEngine(engine, compiled=False), PlainGenerator(engine)
     config = greedy(num_return_sequences=2, do_sample=True, top_k=1, temperature=0.7)
-    assert answers(hybrid.decode(ids, mask, config).tokens) == answers(plain.decode(ids, mask, config).tokens)
+    assert answers(hybrid.decode(ids, mask, config).tokens) == answers(
+        plain.decode(ids, mask, config).tokens
+    )
     config = greedy(repetition_penalty=1.4, min_new_tokens=6)
     expected = answers(plain.decode(ids, mask, config).tokens)
-    assert answers(hybrid.decode(ids, mask, config).tokens) == expected != answers(plain.decode(ids, mask, greedy()).tokens)
+    assert (
+        answers(hybrid.decode(ids, mask, config).tokens)
+        == expected
+        != answers(plain.decode(ids, mask, greedy()).tokens)
+    )
 
 
 @pytest.mark.parametrize("graph", [True, False], ids=["graph", "eager"])
@@ -195,32 +233,53 @@ def test_samples_follow_the_models_distribution(graph, device, tmp_path):
     ids, mask = (t[:1] for t in prompts(device))
     with torch.no_grad():
         model.lm_head.weight.mul_(0.1)  # std 0.5 makes one token certain
-    config = greedy(do_sample=True, top_k=0, top_p=1.0, num_return_sequences=2000, max_new_tokens=2, eos_token_id=[])
+    config = greedy(
+        do_sample=True,
+        top_k=0,
+        top_p=1.0,
+        num_return_sequences=2000,
+        max_new_tokens=2,
+        eos_token_id=[],
+    )
     torch.manual_seed(5)
     hybrid = HybridEngine(engine, cuda_graph=graph, compiled=False)
     found = torch.cat([hybrid.decode(ids, mask, config).tokens for _ in range(10)])
     counts = torch.bincount(found[:, 1], minlength=264).double().cpu()
     expected = (second_token_distribution(model, ids, mask) * counts.sum()).clamp(min=1e-9)
     common = expected >= 5
-    pooled = torch.stack([torch.cat([t[common], t[~common].sum().clamp(min=1e-9)[None]]) for t in (counts, expected)])
+    pooled = torch.stack(
+        [torch.cat([t[common], t[~common].sum().clamp(min=1e-9)[None]]) for t in (counts, expected)]
+    )
     chi2 = ((pooled[0] - pooled[1]) ** 2 / pooled[1]).sum().item()
     degrees = common.sum().item()
     assert degrees > 50
     # The statistic has mean `degrees` and variance 2 x `degrees`.
     assert abs(chi2 - degrees) < 4 * (2 * degrees) ** 0.5, (chi2, degrees)
     # Sharp: the first token's distribution would not do for the second.
-    wrong = ((counts - torch.bincount(found[:, 0], minlength=264).cpu()) ** 2 / (expected + 1)).sum().item()
+    wrong = (
+        ((counts - torch.bincount(found[:, 0], minlength=264).cpu()) ** 2 / (expected + 1))
+        .sum()
+        .item()
+    )
     assert wrong > 2 * chi2
 
 
 def second_token_distribution(model, ids, mask) -> torch.Tensor:
     """[V] float64: sum over first tokens of p(first) p(second | first), behind one prompt."""
     with torch.no_grad():
-        first = forward_logits(model, model, input_ids=ids, attention_mask=mask)[0, -1].double().softmax(-1)
+        first = (
+            forward_logits(model, model, input_ids=ids, attention_mask=mask)[0, -1]
+            .double()
+            .softmax(-1)
+        )
         every = torch.arange(len(first), device=ids.device)[:, None]
         texts = torch.cat([ids.expand(len(first), -1), every], -1)
         masks = torch.cat([mask, mask[:, -1:]], -1).expand(len(first), -1)
-        second = forward_logits(model, model, input_ids=texts, attention_mask=masks)[:, -1].double().softmax(-1)
+        second = (
+            forward_logits(model, model, input_ids=texts, attention_mask=masks)[:, -1]
+            .double()
+            .softmax(-1)
+        )
     return (first[:, None] * second).sum(0).cpu()
 
 
@@ -243,7 +302,12 @@ def test_answers_follow_the_weights(zero, lora, offload, grouped, device, tmp_pa
     """
     system = SystemOptions(zero_stage=zero, offload=offload)
     config = training_config(
-        system, dtype="bf16", micro_batch_size=4, gradient_accumulation_steps=1, world_size=1, on_cpu=device.type == "cpu"
+        system,
+        dtype="bf16",
+        micro_batch_size=4,
+        gradient_accumulation_steps=1,
+        world_size=1,
+        on_cpu=device.type == "cpu",
     )
     # In bf16 a merged weight is rounded; std 0.5 makes the model so steep that this alone shows.
     path = make_tiny_model(tmp_path / "llama", family="llama", std=0.1)
@@ -252,15 +316,24 @@ def test_answers_follow_the_weights(zero, lora, offload, grouped, device, tmp_pa
     if lora:
         add_lora(model, dim=4, alpha=16, only_optimize_lora=True)
     engine = build_training_engine(
-        model, ds_config=config, schedule=ScheduleOptions(lr_scheduler_type="constant"), total_steps=4,
-        learning_rate=0.05, weight_decay=0.0, lora_names=lora_parameter_names(model), lora_learning_rate=0.05,
+        model,
+        ds_config=config,
+        schedule=ScheduleOptions(lr_scheduler_type="constant"),
+        total_steps=4,
+        learning_rate=0.05,
+        weight_decay=0.0,
+        lora_names=lora_parameter_names(model),
+        lora_learning_rate=0.05,
     )
     ids, mask = prompts(device)
     group = TensorGroup(1, 0, 0, dist.new_group([0])) if grouped else None
     hybrid = HybridEngine(engine, lora_mode=lora or "auto", compiled=False, group=group)
     gaps, texts = [], []
     for step in range(3):
-        before = {n: getattr(p, "ds_tensor", p).detach().clone() for n, p in engine.module.named_parameters()}
+        before = {
+            n: getattr(p, "ds_tensor", p).detach().clone()
+            for n, p in engine.module.named_parameters()
+        }
         decoded = hybrid.decode(ids, mask, greedy())
         again = hybrid.decode(ids, mask, greedy())
         assert torch.equal(decoded.tokens, again.tokens)
@@ -275,7 +348,11 @@ def test_answers_follow_the_weights(zero, lora, offload, grouped, device, tmp_pa
         logits = forward_logits(engine, engine.module, input_ids=ids, attention_mask=mask)
         # Of the texts alone: two steps on padding, and every answer is padding.
         labels = ids.masked_fill(mask == 0, -100)
-        engine.backward(torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()))
+        engine.backward(
+            torch.nn.functional.cross_entropy(
+                logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()
+            )
+        )
         assert step_together(engine)
     assert texts[0] != texts[1] != texts[2]
     assert max(gaps) < 0.05, gaps

@@ -25,7 +25,9 @@ def pairwise(axes: dict[str, tuple], *, tries: int = 50) -> list[dict]:
     found = []
     while missing:
         wanted = dict(min(missing, key=lambda pair: sorted(map(repr, pair))))
-        candidates = [{name: wanted.get(name, draw.choice(axes[name])) for name in axes} for _ in range(tries)]
+        candidates = [
+            {name: wanted.get(name, draw.choice(axes[name])) for name in axes} for _ in range(tries)
+        ]
         best = max(candidates, key=lambda row: len(missing & _pairs(row)))
         missing -= _pairs(best)
         found.append(best)

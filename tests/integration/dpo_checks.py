@@ -18,10 +18,18 @@ def bloom(*, stock: str, out: str, argv: str) -> None:
     if dist.is_main():
         tokenizer = AutoTokenizer.from_pretrained(f"{stock}/base/llama")
         torch.manual_seed(0)
-        model = BloomForCausalLM(BloomConfig(vocab_size=len(tokenizer), hidden_size=32, n_layer=2, n_head=4))
+        model = BloomForCausalLM(
+            BloomConfig(vocab_size=len(tokenizer), hidden_size=32, n_layer=2, n_head=4)
+        )
         model.save_pretrained(path)
         tokenizer.save_pretrained(path)
     dist.barrier()
-    sys.argv = [str(MAINS["dpo"]), f"--local_rank={os.environ['LOCAL_RANK']}", "--output_dir", f"{out}/dpo", *argv.split()]
+    sys.argv = [
+        str(MAINS["dpo"]),
+        f"--local_rank={os.environ['LOCAL_RANK']}",
+        "--output_dir",
+        f"{out}/dpo",
+        *argv.split(),
+    ]
     sys.argv += ["--model_name_or_path", str(path)]
     load(str(MAINS["dpo"])).main()

@@ -26,7 +26,9 @@ from dschat.trainers.rewards import RetokenisedReward, RewardFailure, WeightedRe
 from dschat.trainers.rollout import Answers
 
 
-def planted(stock: str, *, zero: int, dtype: str, offload: bool, accumulation: int, value: str) -> dict:
+def planted(
+    stock: str, *, zero: int, dtype: str, offload: bool, accumulation: int, value: str
+) -> dict:
     """Two engines of which one gets a bad gradient, on rank 1 alone; every entry of the result should be true.
 
     Args:
@@ -52,9 +54,12 @@ def planted(stock: str, *, zero: int, dtype: str, offload: bool, accumulation: i
         "was planted": plant.done == (dist.rank() == 1),
         "sound steps are taken": all(first) and all(third),
         "a bad step is told, by every rank": second == [True] * (accumulation - 1) + [False],
-        "sound steps move both": moved(start, sound) == [True, True] and moved(bad, after) == [True, True],
+        "sound steps move both": moved(start, sound) == [True, True]
+        and moved(bad, after) == [True, True],
         "a bad step moves neither": moved(sound, bad) == [False, False],
-        "all stays finite": all(t.isfinite().all().item() for engine in after for t in engine.values()),
+        "all stays finite": all(
+            t.isfinite().all().item() for engine in after for t in engine.values()
+        ),
         "no micro-step is open": all(engine.micro_steps % accumulation == 0 for engine in engines),
     }
 
@@ -76,7 +81,9 @@ class Plant:
         return gradient
 
 
-def training_engine(path: str, load, stock: str, *, zero: int, dtype: str, offload: bool, accumulation: int):
+def training_engine(
+    path: str, load, stock: str, *, zero: int, dtype: str, offload: bool, accumulation: int
+):
     system = SystemOptions(zero_stage=zero, offload=offload)
     ds_config = training_config(
         system,
@@ -111,7 +118,11 @@ def window(engines, micro: int) -> bool:
     mask = torch.ones_like(ids)
     actor, critic = engines
     logits = forward_logits(actor, actor.module, input_ids=ids, attention_mask=mask)
-    actor.backward(torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten()))
+    actor.backward(
+        torch.nn.functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten()
+        )
+    )
     critic.backward(((critic(input_ids=ids, attention_mask=mask) - 1.0) ** 2).mean())
     return step_together(actor, critic)
 
@@ -128,24 +139,35 @@ def snapshot(engine) -> dict[str, torch.Tensor]:
     inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
     for number, (parameter, state) in enumerate(inner.state.items()):
         tensors = {"master": parameter, **state}
-        found |= {f"{number}.{key}": t.detach().clone() for key, t in tensors.items() if torch.is_tensor(t)}
+        found |= {
+            f"{number}.{key}": t.detach().clone()
+            for key, t in tensors.items()
+            if torch.is_tensor(t)
+        }
     return found
 
 
 def moved(before: list[dict], after: list[dict]) -> list[bool]:
     """Of each engine whether anything of it differs, to the bit."""
     pairs = zip(before, after)
-    return [set(a) != set(b) or any(not torch.equal(a[name], b[name]) for name in a) for a, b in pairs]
+    return [
+        set(a) != set(b) or any(not torch.equal(a[name], b[name]) for name in a) for a, b in pairs
+    ]
 
 
 def whole_weights(stock: str, *, family: str, dtype: str, reward: bool) -> dict:
     """ZeRO-3 pieces put together again, against the file they came from; every entry should be true."""
     path = f"{stock}/{'reward' if reward else 'sft'}/{family}"
     options = dict(zero=3, dtype=dtype, offload=False, accumulation=1)
-    engine = training_engine(path, load_reward_model if reward else load_causal_lm, stock, **options)
+    engine = training_engine(
+        path, load_reward_model if reward else load_causal_lm, stock, **options
+    )
     in_pieces = all(hasattr(p, "ds_id") for p in engine.module.parameters())
     found = full_tensors(engine.module)
-    expected = {name: t.to(TORCH_DTYPES[dtype]) for name, t in load_file(f"{path}/model.safetensors").items()}
+    expected = {
+        name: t.to(TORCH_DTYPES[dtype])
+        for name, t in load_file(f"{path}/model.safetensors").items()
+    }
     prefix = "model." if reward else ""
     result = {"in pieces": in_pieces, "only rank 0 holds them": bool(found) == dist.is_main()}
     if dist.is_main():
@@ -153,7 +175,9 @@ def whole_weights(stock: str, *, family: str, dtype: str, reward: bool) -> dict:
         tied = {"lm_head.weight"} if family in ("opt", "gpt2") and not reward else set()
         result["equal"] = all(torch.equal(found[name], tensor) for name, tensor in own.items())
         result["tied ones keep both names"] = set(found) - set(own) == tied
-        result["on the CPU, apart"] = all(t.device.type == "cpu" and t.data_ptr() for t in found.values())
+        result["on the CPU, apart"] = all(
+            t.device.type == "cpu" and t.data_ptr() for t in found.values()
+        )
     return result
 
 
@@ -161,7 +185,10 @@ def scaled_head(stock: str, *, zero: int) -> dict:
     """A head divided by 4 gives values divided by 4; every entry should be true."""
     path = f"{stock}/reward/llama"
     config = inference_config(
-        SystemOptions(zero_stage=zero), dtype="fp32", micro_batch_size=2, world_size=dist.world_size()
+        SystemOptions(zero_stage=zero),
+        dtype="fp32",
+        micro_batch_size=2,
+        world_size=dist.world_size(),
     )
     with partitioned_loading(config):
         model = load_reward_model(path, dtype=torch.float32, tokenizer=load_tokenizer(path))
@@ -174,8 +201,10 @@ def scaled_head(stock: str, *, zero: int) -> dict:
     return {
         "scaled": torch.equal(after, 0.25 * before),
         "not zero": before.abs().max().item() > 0,
-        "without gradient, in eval mode": not any(p.requires_grad for p in model.parameters()) and not model.training,
-        "partitioned where it should be": (zero == 3) == any(hasattr(p, "ds_id") for p in model.parameters()),
+        "without gradient, in eval mode": not any(p.requires_grad for p in model.parameters())
+        and not model.training,
+        "partitioned where it should be": (zero == 3)
+        == any(hasattr(p, "ds_id") for p in model.parameters()),
     }
 
 
@@ -194,12 +223,21 @@ def refused_prompt(stock: str, *, zero: int) -> str:
     path = f"{stock}/reward/llama"
     tokenizer = load_tokenizer(path)
     config = inference_config(
-        SystemOptions(zero_stage=zero), dtype="fp32", micro_batch_size=1, world_size=dist.world_size()
+        SystemOptions(zero_stage=zero),
+        dtype="fp32",
+        micro_batch_size=1,
+        world_size=dist.world_size(),
     )
     with partitioned_loading(config):
         model = load_reward_model(path, dtype=torch.float32, tokenizer=tokenizer)
-    tokenizer.chat_template = "{{ raise_exception('not this one') }}" if dist.rank() == 1 else "{{ messages[0]['content'] }}"
-    reward = RetokenisedReward(build_inference_engine(model, ds_config=config), "m", tokenizer, prompt_format="chat")
+    tokenizer.chat_template = (
+        "{{ raise_exception('not this one') }}"
+        if dist.rank() == 1
+        else "{{ messages[0]['content'] }}"
+    )
+    reward = RetokenisedReward(
+        build_inference_engine(model, ds_config=config), "m", tokenizer, prompt_format="chat"
+    )
     ids = here(torch.tensor([[5, 6]]))
     ones = torch.ones_like(ids)
     prompts = PromptBatch(ids[:, :1], ones[:, :1], torch.zeros_like(ids[0, :1]))

@@ -8,12 +8,25 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 PROMPT_LENGTHS = (9, 4, 7, 3, 9, 6, 5, 8)
 ANSWER_LENGTHS = (7, 1, 3, 7, 5, 2, 6, 4)
-ENDED = (False, True, True, True, True, True, False, True)  # by </s>; the two others ran out of room
+ENDED = (
+    False,
+    True,
+    True,
+    True,
+    True,
+    True,
+    False,
+    True,
+)  # by </s>; the two others ran out of room
 PAD, BOS, EOS = 0, 1, 2  # of the miniature tokenizers
 CLIP = 0.2
 PTX_COEF = 0.5
 ENTROPY_COEF = 0.3
-FAMILIES = ("llama", "gpt2", "opt")  # rotary positions, learned ones, and learned ones that begin at 2
+FAMILIES = (
+    "llama",
+    "gpt2",
+    "opt",
+)  # rotary positions, learned ones, and learned ones that begin at 2
 
 
 def write_experience(stock: Path) -> None:
@@ -22,7 +35,9 @@ def write_experience(stock: Path) -> None:
     The old logprobs and values lie near those of sft/FAMILY and reward/FAMILY, some of them outside of the clip.
     """
     for family in FAMILIES:
-        tensors = {name: tensor.contiguous() for name, tensor in fixed_experience(stock, family).items()}
+        tensors = {
+            name: tensor.contiguous() for name, tensor in fixed_experience(stock, family).items()
+        }
         save_file(tensors, stock / f"experience-{family}.safetensors")
     # Two batches of text of two rows; the second row of each is shorter.
     texts = torch.randint(3, 259, (2, 2, 12), generator=torch.Generator().manual_seed(6))
@@ -79,7 +94,9 @@ def plain_actor(stock: Path, family: str):
 
 
 def plain_critic(stock: Path, family: str):
-    return AutoModelForSequenceClassification.from_pretrained(stock / "reward" / family, dtype=torch.float32)
+    return AutoModelForSequenceClassification.from_pretrained(
+        stock / "reward" / family, dtype=torch.float32
+    )
 
 
 def positions(mask: torch.Tensor) -> torch.Tensor:
@@ -91,7 +108,9 @@ def plain_logprobs(model, ids, mask, num_answer: int) -> torch.Tensor:
     return plain_logprobs_and_entropy(model, ids, mask, num_answer)[0]
 
 
-def plain_logprobs_and_entropy(model, ids, mask, num_answer: int) -> tuple[torch.Tensor, torch.Tensor]:
+def plain_logprobs_and_entropy(
+    model, ids, mask, num_answer: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """[B, R] each."""
     logits = model(input_ids=ids, attention_mask=mask, position_ids=positions(mask)).logits
     logprobs = logits.log_softmax(-1)[:, -num_answer - 1 : -1]
@@ -101,7 +120,9 @@ def plain_logprobs_and_entropy(model, ids, mask, num_answer: int) -> tuple[torch
 
 def plain_values(model, ids, mask, num_answer: int) -> torch.Tensor:
     """[B, R], of the state before each answer token."""
-    hidden = model.base_model(input_ids=ids, attention_mask=mask, position_ids=positions(mask)).last_hidden_state
+    hidden = model.base_model(
+        input_ids=ids, attention_mask=mask, position_ids=positions(mask)
+    ).last_hidden_state
     return model.score(hidden).squeeze(-1)[:, -num_answer - 1 : -1]
 
 
@@ -117,7 +138,9 @@ def reference_gradients(
     e, live = experience, experience["response_mask"]
     actor, critic = plain_actor(stock, family), plain_critic(stock, family)
     num_answer = live.shape[1]
-    logprobs, entropy = plain_logprobs_and_entropy(actor, e["input_ids"], e["attention_mask"], num_answer)
+    logprobs, entropy = plain_logprobs_and_entropy(
+        actor, e["input_ids"], e["attention_mask"], num_answer
+    )
     ratio = (logprobs - e["logprobs"]).exp()
     gain = torch.minimum(ratio * e["advantages"], ratio.clamp(1 - CLIP, 1 + CLIP) * e["advantages"])
     loss = -(gain + ENTROPY_COEF * entropy)[live].sum() / live.sum()
@@ -134,4 +157,7 @@ def reference_gradients(
 
 
 def _gradients(model) -> dict[str, torch.Tensor]:
-    return {name: p.grad if p.grad is not None else torch.zeros_like(p) for name, p in model.named_parameters()}
+    return {
+        name: p.grad if p.grad is not None else torch.zeros_like(p)
+        for name, p in model.named_parameters()
+    }

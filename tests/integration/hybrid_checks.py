@@ -34,7 +34,10 @@ def greedy_tokens(stock: str, *, family: str, zero: int, lora: str, offload: boo
         lora: "", or how adapters get into the replica: "merge" or "attach".
     """
     engine = steep_engine(stock, family=family, zero=zero, lora=lora, offload=offload)
-    hybrid, plain = HybridEngine(engine, lora_mode=lora or "auto", compiled=False), PlainGenerator(engine)
+    hybrid, plain = (
+        HybridEngine(engine, lora_mode=lora or "auto", compiled=False),
+        PlainGenerator(engine),
+    )
     before = held(engine)
     first, again, other = (g.decode(*prompts(), greedy()).tokens for g in (hybrid, hybrid, plain))
     untouched = all(torch.equal(before[name], tensor) for name, tensor in held(engine).items())
@@ -60,7 +63,8 @@ def greedy_tokens(stock: str, *, family: str, zero: int, lora: str, offload: boo
         "a hidden position shows": not torch.equal(hidden[1], endless[1]),
         "others do not see it": torch.equal(hidden[2:], endless[2:]),
         "copied or shared as it should be": sharing_is_right(hybrid, zero=zero, lora=lora),
-        "as generate by captured steps": not on_cpu() or captured_steps_follow(engine, lora=lora, expected=expected),
+        "as generate by captured steps": not on_cpu()
+        or captured_steps_follow(engine, lora=lora, expected=expected),
     }
 
 
@@ -74,9 +78,13 @@ def captured_steps_follow(engine, *, lora: str, expected: torch.Tensor) -> bool:
         kept = [torch.empty_like(p) for p in hybrid.replica.model.parameters()]
         freed = hybrid.decode(*prompts(), greedy()).tokens
         step(engine)
-        moved, plain = (g.decode(*prompts(), greedy()).tokens for g in (hybrid, PlainGenerator(engine)))
+        moved, plain = (
+            g.decode(*prompts(), greedy()).tokens for g in (hybrid, PlainGenerator(engine))
+        )
     del kept
-    same = answers(first) == answers(freed) == answers(expected) and answers(moved) == answers(plain)
+    same = answers(first) == answers(freed) == answers(expected) and answers(moved) == answers(
+        plain
+    )
     return same and hybrid._graphs is not None
 
 
@@ -108,14 +116,17 @@ def split_tokens(stock: str, *, family: str, lora: bool, gather_layers: int) -> 
         "slices give the weights": slices_give_the_weights(hybrid),
         "layers gathered at a time": gathers_are_right(hybrid, gather_layers),
         "one rank's wrong slice stops all": wrong_slices_are_refused(engine, group),
-        "as generate by captured steps": not on_cpu() or captured_steps_agree(engine, group, reads, expected),
+        "as generate by captured steps": not on_cpu()
+        or captured_steps_agree(engine, group, reads, expected),
     }
 
 
 def drawn_twice(hybrid: HybridEngine, reads: tuple):
     """Two sampled answers to each prompt, as ``logprob_gap`` takes them."""
     torch.manual_seed(dist.rank())  # as a run does: ranks would draw differently
-    return hybrid.decode(*reads, greedy(do_sample=True, temperature=2.0, eos_token_id=[], num_return_sequences=2))
+    return hybrid.decode(
+        *reads, greedy(do_sample=True, temperature=2.0, eos_token_id=[], num_return_sequences=2)
+    )
 
 
 def captured_steps_agree(engine, group, reads: tuple, expected: torch.Tensor) -> bool:
@@ -130,8 +141,20 @@ def captured_steps_agree(engine, group, reads: tuple, expected: torch.Tensor) ->
 
 def split_other_families(stock: str, *, out: str) -> dict:
     """Families that only transformers' own plans know how to split, and unlike prompts; every entry should be true."""
-    sizes = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=264)
-    sizes |= dict(intermediate_size=96, max_position_embeddings=256, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    sizes = dict(
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=264,
+    )
+    sizes |= dict(
+        intermediate_size=96,
+        max_position_embeddings=256,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
     found = {}
     for make in (Qwen3Config, PhiConfig, Starcoder2Config):
         config, folder = make(**sizes), f"{out}/{make.model_type}"
@@ -151,7 +174,10 @@ def split_other_families(stock: str, *, out: str) -> dict:
             f"{stock}/steep/llama", load, stock, zero=3, dtype="fp32", offload=False, accumulation=1
         )
         engine.eval()
-        generators = (HybridEngine(engine, group=tensor_group(2), gather_layers=2), PlainGenerator(engine))
+        generators = (
+            HybridEngine(engine, group=tensor_group(2), gather_layers=2),
+            PlainGenerator(engine),
+        )
         tokens = [g.decode(*prompts_of_unlike_length(), greedy()).tokens for g in generators]
         found[make.model_type] = answers(tokens[0]) == answers(tokens[1])
     return found
@@ -182,7 +208,10 @@ def prompts_of_unlike_length() -> tuple[torch.Tensor, torch.Tensor]:
 def logprob_gap(engine, ids: torch.Tensor, mask: torch.Tensor, sampled) -> float:
     """The largest difference of two answers' logprobs to each prompt, at temperature 2, to the training module's."""
     ids, mask = ids.repeat_interleave(2, dim=0), mask.repeat_interleave(2, dim=0)
-    texts, masks = torch.cat([ids, sampled.tokens], -1), torch.cat([mask, torch.ones_like(sampled.tokens)], -1)
+    texts, masks = (
+        torch.cat([ids, sampled.tokens], -1),
+        torch.cat([mask, torch.ones_like(sampled.tokens)], -1),
+    )
     with torch.no_grad():
         logits = forward_logits(engine, engine.module, input_ids=texts, attention_mask=masks)
     scaled = torch.log_softmax(logits[:, ids.shape[1] - 1 : -1] / 2.0, -1)
@@ -209,7 +238,9 @@ def slices_give_the_weights(hybrid: HybridEngine) -> bool:
 
 def gathers_are_right(hybrid: HybridEngine, gather_layers: int) -> bool:
     """No gather holds more layers than it should; the miniature models have two."""
-    layers = [{w.block for w in weights if "layers." in w.block} for weights in hybrid.replica._gathers()]
+    layers = [
+        {w.block for w in weights if "layers." in w.block} for weights in hybrid.replica._gathers()
+    ]
     return max(map(len, layers)) == min(gather_layers, 2) and sum(map(len, layers)) == 2
 
 
@@ -233,7 +264,11 @@ def load_adapted(path: str, **options):
     model = load_causal_lm(path, **options)
     torch.manual_seed(3)
     add_lora(model, dim=4, alpha=16, only_optimize_lora=False)
-    matrices = [p for name, p in model.named_parameters() if name in lora_parameter_names(model) and "lora_B" in name]
+    matrices = [
+        p
+        for name, p in model.named_parameters()
+        if name in lora_parameter_names(model) and "lora_B" in name
+    ]
     for matrix in matrices:
         with gathered([matrix], modify=True), torch.no_grad():
             matrix.normal_(0.0, 0.2)
@@ -250,20 +285,28 @@ def prompts() -> tuple[torch.Tensor, torch.Tensor]:
 
 def greedy(**other) -> GenerationConfig:
     settings = dict(
-        do_sample=False, max_new_tokens=ANSWER, eos_token_id=ENDS, pad_token_id=0, num_return_sequences=1
+        do_sample=False,
+        max_new_tokens=ANSWER,
+        eos_token_id=ENDS,
+        pad_token_id=0,
+        num_return_sequences=1,
     )
     return GenerationConfig(**{**settings, **other})
 
 
 def answers(tokens: torch.Tensor) -> list[list[int]]:
     """Each answer up to its end."""
-    ends = [next((i + 1 for i, t in enumerate(row) if t in ENDS), len(row)) for row in tokens.tolist()]
+    ends = [
+        next((i + 1 for i, t in enumerate(row) if t in ENDS), len(row)) for row in tokens.tolist()
+    ]
     return [row[:end] for row, end in zip(tokens.tolist(), ends)]
 
 
 def held(engine) -> dict[str, torch.Tensor]:
     """Copies of what this rank holds of each parameter."""
-    return {n: getattr(p, "ds_tensor", p).detach().clone() for n, p in engine.module.named_parameters()}
+    return {
+        n: getattr(p, "ds_tensor", p).detach().clone() for n, p in engine.module.named_parameters()
+    }
 
 
 def step(engine) -> None:
@@ -271,7 +314,9 @@ def step(engine) -> None:
     ids, mask = prompts()
     engine.train()
     logits = forward_logits(engine, engine.module, input_ids=ids, attention_mask=mask)
-    engine.backward(torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()))
+    engine.backward(
+        torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    )
     assert step_together(engine)
     engine.eval()
 

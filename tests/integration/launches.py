@@ -18,7 +18,10 @@ MAINS = {
     "dpo": ROOT / "training" / "step2_dpo_finetuning" / "main.py",
     3: ROOT / "training" / "step3_rlhf_finetuning" / "main.py",
 }
-START_S, CASE_S = 120, 60  # seconds after which a launch counts as hung: for its start, and for each case
+START_S, CASE_S = (
+    120,
+    60,
+)  # seconds after which a launch counts as hung: for its start, and for each case
 
 
 @dataclass(frozen=True)
@@ -88,18 +91,26 @@ class Launches:
         results = self.folder / f"{ranks}"
         results.mkdir(parents=True, exist_ok=True)
         plan = results / f"plan-{cases[0].name}.json"
-        plan.write_text(json.dumps({"results": str(results), "cases": [self._entry(case) for case in cases]}))
+        plan.write_text(
+            json.dumps({"results": str(results), "cases": [self._entry(case) for case in cases]})
+        )
         log = plan.with_suffix(".log")
-        status = launch([str(WORKER), str(plan)], ranks=ranks, log=log, timeout_s=START_S + CASE_S * len(cases))
+        status = launch(
+            [str(WORKER), str(plan)], ranks=ranks, log=log, timeout_s=START_S + CASE_S * len(cases)
+        )
         for number, case in enumerate(cases):
             files = [results / f"{case.name}.{rank}.json" for rank in range(ranks)]
             found = [json.loads(file.read_text()) if file.exists() else None for file in files]
-            failed = next((result for result in found if result and not result["ok"] and not case.fails), None)
+            failed = next(
+                (result for result in found if result and not result["ok"] and not case.fails), None
+            )
             if failed is None and None not in found:
                 self._done[case.name] = Outcome(self._out(case), found)
                 continue
             tail = log.read_text(errors="replace")[-4000:]
-            self._failed[case.name] = failed["traceback"] if failed else f"no result, launch ended {status}\n{tail}"
+            self._failed[case.name] = (
+                failed["traceback"] if failed else f"no result, launch ended {status}\n{tail}"
+            )
             return number + 1
         return len(cases)
 
@@ -107,7 +118,11 @@ class Launches:
         return self.folder / f"{case.ranks}" / case.name
 
     def _entry(self, case: Case) -> dict:
-        places = {"stock": self.stock, "cases": self.folder / f"{case.ranks}", "out": self._out(case)}
+        places = {
+            "stock": self.stock,
+            "cases": self.folder / f"{case.ranks}",
+            "out": self._out(case),
+        }
 
         def filled(value):
             return value.format(**places) if isinstance(value, str) else value
@@ -115,10 +130,19 @@ class Launches:
         entry = {"name": case.name, "fails": case.fails, "argv": None}
         if case.step:
             argv = [filled(word) for word in case.argv.split()]
-            return {**entry, "file": str(MAINS[case.step]), "argv": ["--output_dir", str(self._out(case)), *argv]}
+            return {
+                **entry,
+                "file": str(MAINS[case.step]),
+                "argv": ["--output_dir", str(self._out(case)), *argv],
+            }
         file, _, function = case.function.partition(":")
         kwargs = {key: filled(value) for key, value in case.kwargs.items()}
-        return {**entry, "file": str(Path(__file__).parent / file), "function": function, "kwargs": kwargs}
+        return {
+            **entry,
+            "file": str(Path(__file__).parent / file),
+            "function": function,
+            "kwargs": kwargs,
+        }
 
 
 def launch(command: list[str], *, ranks: int, log: Path, timeout_s: float) -> int | str:

@@ -68,9 +68,13 @@ def lora_engine(
     )
     in_pieces(ds_config)
     if dtype == "fp16":
-        ds_config["fp16"]["initial_scale_power"] = 8  # the usual 16 overflows for longer than this runs
+        ds_config["fp16"]["initial_scale_power"] = (
+            8  # the usual 16 overflows for longer than this runs
+        )
     with partitioned_loading(ds_config):
-        model = load_causal_lm(path, dtype=TORCH_DTYPES[dtype], tokenizer=load_tokenizer(path), dropout=0.0)
+        model = load_causal_lm(
+            path, dtype=TORCH_DTYPES[dtype], tokenizer=load_tokenizer(path), dropout=0.0
+        )
     disable_dropout(model)
     torch.manual_seed(3)
     names = prepare_for_training(model, lora=LORA, system=system)
@@ -113,24 +117,38 @@ def train(engine, micro: int) -> float:
     engine.train()
     ids, mask = batch(micro)
     logits = forward_logits(engine, engine.module, input_ids=ids, attention_mask=mask)
-    loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+    loss = torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten()
+    )
     engine.backward(loss)
     assert step_together(engine)
     return loss.item()
 
 
-def shared_reference(stock: str, *, family: str, zero: int, dtype: str, offload: bool = False) -> dict:
+def shared_reference(
+    stock: str, *, family: str, zero: int, dtype: str, offload: bool = False
+) -> dict:
     """The actor without adapters against a model of its own, before, between and after steps; all should be true."""
     path = f"{stock}/sft/{family}"
     actor = lora_engine(path, zero=zero, dtype=dtype, offload=offload)
     config = inference_config(
-        SystemOptions(zero_stage=zero), dtype=dtype, micro_batch_size=2, world_size=dist.world_size()
+        SystemOptions(zero_stage=zero),
+        dtype=dtype,
+        micro_batch_size=2,
+        world_size=dist.world_size(),
     )
     in_pieces(config)
     with partitioned_loading(config):
-        model = load_causal_lm(path, dtype=TORCH_DTYPES[dtype], tokenizer=load_tokenizer(path), dropout=0.0)
+        model = load_causal_lm(
+            path, dtype=TORCH_DTYPES[dtype], tokenizer=load_tokenizer(path), dropout=0.0
+        )
     separate, shared = build_inference_engine(model, ds_config=config), AdaptersOff(actor)
-    same, apart, kept, names = [], [], [], {n for n, p in actor.module.named_parameters() if p.requires_grad}
+    same, apart, kept, names = (
+        [],
+        [],
+        [],
+        {n for n, p in actor.module.named_parameters() if p.requires_grad},
+    )
     for step in range(3):
         same.append(torch.equal(logits_of(shared, step), logits_of(separate, step)))
         before = logits_of(actor, step)
@@ -143,7 +161,8 @@ def shared_reference(stock: str, *, family: str, zero: int, dtype: str, offload:
         "the same as a model of its own": all(same),
         "the actor is as before": all(kept),
         "the actor moves away": apart == [False, True, True],
-        "adapters train on": names == {n for n, p in actor.module.named_parameters() if p.requires_grad},
+        "adapters train on": names
+        == {n for n, p in actor.module.named_parameters() if p.requires_grad},
         "in pieces": (zero == 3) == all(hasattr(p, "ds_id") for p in actor.module.parameters()),
     }
 
@@ -157,7 +176,9 @@ def quantised_training(
     at_once: list[bool] = []
 
     def look(model) -> None:
-        at_once.extend(hasattr(m.packed, "ds_id") for m in model.modules() if isinstance(m, QuantizedLinear))
+        at_once.extend(
+            hasattr(m.packed, "ds_id") for m in model.modules() if isinstance(m, QuantizedLinear)
+        )
 
     quantised = lora_engine(path, mixed=True, change=look, **options)
     dense = lora_engine(path, change=round_like_int8, **options)
@@ -169,7 +190,9 @@ def quantised_training(
     found, expected = full_tensors(quantised.module), full_tensors(dense.module)
     names = lora_parameter_names(quantised.module)
     result = {
-        "all adapted layers are int8": len(layers) == len(adapted_layer_names(quantised.module)) > 0,
+        "all adapted layers are int8": len(layers)
+        == len(adapted_layer_names(quantised.module))
+        > 0,
         "no gradient reaches them": all(layer.packed.grad is None for layer in layers),
         "they stay": all(torch.equal(a, piece(layer.packed)) for a, layer in zip(before, layers)),
         "int8 in every engine": all(piece(layer.packed).dtype == torch.int8 for layer in layers),
@@ -180,8 +203,12 @@ def quantised_training(
     if dist.is_main():
         saved = dequantized_state_dict(quantised.module, found)
         frozen = [name for name in saved if name not in names]
-        result["adapters take equal steps"] = all(close(found[n], expected[n], tolerance) for n in names)
-        result["adapters have moved"] = any(found[n].abs().max() > 1e-3 for n in names if "lora_B" in n)
+        result["adapters take equal steps"] = all(
+            close(found[n], expected[n], tolerance) for n in names
+        )
+        result["adapters have moved"] = any(
+            found[n].abs().max() > 1e-3 for n in names if "lora_B" in n
+        )
         result["saved as they computed"] = all(torch.equal(saved[n], expected[n]) for n in frozen)
     return result
 
@@ -191,7 +218,9 @@ def piece(parameter: torch.Tensor) -> torch.Tensor:
 
 
 def close(a: torch.Tensor, b: torch.Tensor, tolerance: float) -> bool:
-    return bool((a.float() - b.float()).abs().max() <= tolerance * b.float().abs().max().clamp(min=1.0))
+    return bool(
+        (a.float() - b.float()).abs().max() <= tolerance * b.float().abs().max().clamp(min=1.0)
+    )
 
 
 def round_like_int8(model) -> None:
@@ -234,7 +263,9 @@ def parameters_alive() -> list[torch.nn.Parameter]:
 def idle_states(stock: str, *, zero: int, dtype: str, offload: bool = False) -> dict:
     """Steps with states that went and came back between them, against steps without; all should be true."""
     path = f"{stock}/sft/llama"
-    travelled, stayed = (lora_engine(path, zero=zero, dtype=dtype, offload=offload) for _ in range(2))
+    travelled, stayed = (
+        lora_engine(path, zero=zero, dtype=dtype, offload=offload) for _ in range(2)
+    )
     went, shared, same = [], [], []
     pins = (True, False, True)
     for step, pin in enumerate(pins):
@@ -280,13 +311,17 @@ def idle_memory(stock: str, *, zero: int) -> dict:
     sizes["away"] = requested_bytes()
     reload_idle_states(engine)
     sizes["back"] = requested_bytes()
-    sizes["trained"] = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters() if p.requires_grad)
+    sizes["trained"] = sum(
+        getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters() if p.requires_grad
+    )
     return sizes
 
 
 def finite_in_pieces(stock: str) -> dict:
     """Weights in pieces that do not divide by the processes are numbers, whatever their padding holds; all should be true."""
-    config = inference_config(SystemOptions(zero_stage=3), dtype="fp32", micro_batch_size=1, world_size=dist.world_size())
+    config = inference_config(
+        SystemOptions(zero_stage=3), dtype="fp32", micro_batch_size=1, world_size=dist.world_size()
+    )
     torch.use_deterministic_algorithms(True, warn_only=True)  # memory that is never set is NaN
     with zero.Init(config_dict_or_path=config):
         model = torch.nn.Linear(3, 1)
@@ -300,7 +335,9 @@ def finite_in_pieces(stock: str) -> dict:
     try:
         check_finite(model, path="somewhere", flag="--model")
     except ValueError as error:
-        found["all name the one that has it"] = str(error).startswith("--model 'somewhere': weight holds values that are no finite")
+        found["all name the one that has it"] = str(error).startswith(
+            "--model 'somewhere': weight holds values that are no finite"
+        )
     return {"all name the one that has it": False, **found}
 
 
@@ -319,8 +356,12 @@ def adapter_in_pieces(stock: str, *, out: str) -> dict:
     if dist.is_main():
         start = load_causal_lm(path, dtype=torch.float32).state_dict()
         names = {name.replace(".base_layer.", "."): name for name in found if ".lora_" not in name}
-        result["merged alike"] = all(torch.equal(found[own], expected[name]) for name, own in names.items())
-        result["merged at all"] = any(not torch.equal(start[name], expected[name]) for name in names)
+        result["merged alike"] = all(
+            torch.equal(found[own], expected[name]) for name, own in names.items()
+        )
+        result["merged at all"] = any(
+            not torch.equal(start[name], expected[name]) for name in names
+        )
     return result
 
 
@@ -336,7 +377,9 @@ def int8_memory(stock: str, *, zero: int, out: str) -> list[dict]:
         gc.collect()
         held = requested_bytes() - before
         frozen = sum(2 * layer.in_features * layer.out_features for layer in layers)
-        found.append({"allocated": held, "frozen": frozen, "losses": [train(engine, 0) for _ in range(6)]})
+        found.append(
+            {"allocated": held, "frozen": frozen, "losses": [train(engine, 0) for _ in range(6)]}
+        )
     return found
 
 

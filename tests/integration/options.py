@@ -16,7 +16,11 @@ ZERO = {
     "3": "--zero_stage 3",
     "3-offload": "--zero_stage 3 --offload",
 }
-DTYPES = {"fp32": "--dtype fp32", "bf16": "--dtype bf16", "fp16": "--dtype fp16 --deepspeed_config {stock}/fp16.json"}
+DTYPES = {
+    "fp32": "--dtype fp32",
+    "bf16": "--dtype bf16",
+    "fp16": "--dtype fp16 --deepspeed_config {stock}/fp16.json",
+}
 LORA = {
     "": "",
     "lora": "--lora_dim 4 --lora_alpha 16 --lora_learning_rate 1e-2",
@@ -63,7 +67,9 @@ def supervised_case(step: int, options: dict) -> Case:
         LORA[options["lora"]],
         *(words for name, words in SWITCHES.items() if options[name]),
     ]
-    return Case(case_name(NAMES[step], options), ranks=options["ranks"], step=step, argv=" ".join(words))
+    return Case(
+        case_name(NAMES[step], options), ranks=options["ranks"], step=step, argv=" ".join(words)
+    )
 
 
 def case_params(
@@ -79,13 +85,19 @@ def case_params(
         turns: axes whose values take turns in the cover and in the product, instead of meeting all others.
         minor: axes for which that holds in the product only, or it would be many times as large.
     """
-    few = _take_turns(pairwise({name: values for name, values in axes.items() if name not in turns}), axes)
-    full = _take_turns(list(product({name: axes[name] for name in axes if name not in turns + minor})), axes)
+    few = _take_turns(
+        pairwise({name: values for name, values in axes.items() if name not in turns}), axes
+    )
+    full = _take_turns(
+        list(product({name: axes[name] for name in axes if name not in turns + minor})), axes
+    )
     params = {}
     for options, marks in [(row, []) for row in few] + [(row, [pytest.mark.slow]) for row in full]:
         case = make_case(options)
         mark = pytest.mark.cases(case)
-        params.setdefault(case.name, pytest.param(options, case, id=case.name, marks=[mark, *marks]))
+        params.setdefault(
+            case.name, pytest.param(options, case, id=case.name, marks=[mark, *marks])
+        )
     return list(params.values())
 
 

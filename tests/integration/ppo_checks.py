@@ -81,7 +81,11 @@ def update(
     if sgd:
         flags += f" --deepspeed_config {stock}/sgd.json"
     texts = load_file(f"{stock}/ptx.safetensors")["texts"]
-    ptx = (TextBatch(t, ptx_mask(t), torch.where(ptx_mask(t) == 1, t, -100)) for t in texts) if with_ptx else None
+    ptx = (
+        (TextBatch(t, ptx_mask(t), torch.where(ptx_mask(t) == 1, t, -100)) for t in texts)
+        if with_ptx
+        else None
+    )
     adamw, step_together = build.adamw, ppo.step_together
     gradients = {}
 
@@ -100,17 +104,28 @@ def update(
         kept = {name: tensor.clone() for name, tensor in vars(mine).items()}
         window = [mine.rows(index) for index in torch.arange(len(mine.scores)).split(rows)]
         trainer.engines.train()
-        trainer.optimizer_step([trim(batch) if trimmed else batch for batch in window], UpdateTotals())
+        trainer.optimizer_step(
+            [trim(batch) if trimmed else batch for batch in window], UpdateTotals()
+        )
     finally:
         build.adamw, ppo.step_together = adamw, step_together
     after = both_weights(trainer)
     average = trainer.ema.full_tensors()
     if dist.is_main():
         Path(out).mkdir(parents=True)
-        moved = {role: {name: after[role][name] - before[role][name] for name in before[role]} for role in before}
-        average = {"actor": {name: tensor - before["actor"][name] for name, tensor in average.items()}}
+        moved = {
+            role: {name: after[role][name] - before[role][name] for name in before[role]}
+            for role in before
+        }
+        average = {
+            "actor": {name: tensor - before["actor"][name] for name, tensor in average.items()}
+        }
         for name, tensors in (("gradients", gradients), ("changes", moved), ("ema", average)):
-            flat = {f"{role}.{key}": tensor.contiguous() for role in tensors for key, tensor in tensors[role].items()}
+            flat = {
+                f"{role}.{key}": tensor.contiguous()
+                for role in tensors
+                for key, tensor in tensors[role].items()
+            }
             save_file(flat, f"{out}/{name}.safetensors")
     return {
         "frozen": all(torch.equal(tensor, kept[name]) for name, tensor in vars(mine).items()),
@@ -118,15 +133,21 @@ def update(
     }
 
 
-def fixed_rollout(stock: str, *, family: str = "llama", fill: int = PAD, wider: bool = False) -> Experience:
+def fixed_rollout(
+    stock: str, *, family: str = "llama", fill: int = PAD, wider: bool = False
+) -> Experience:
     """The Experience that `experience.py` wrote."""
     tensors = load_file(f"{stock}/experience-{family}.safetensors")
     if wider:
         for name, tensor in tensors.items():
             if tensor.dim() == 2:
-                tensors[name] = F.pad(tensor, (3 if name in ("input_ids", "attention_mask") else 0, 2))
+                tensors[name] = F.pad(
+                    tensor, (3 if name in ("input_ids", "attention_mask") else 0, 2)
+                )
     live = tensors["attention_mask"].bool()
-    tensors["input_ids"] = torch.where(live, tensors["input_ids"], torch.full_like(tensors["input_ids"], fill))
+    tensors["input_ids"] = torch.where(
+        live, tensors["input_ids"], torch.full_like(tensors["input_ids"], fill)
+    )
     return Experience(**tensors)
 
 
@@ -136,14 +157,22 @@ def gradient_descent(model, **_) -> torch.optim.Optimizer:
 
 def full_gradients(engine) -> dict[str, torch.Tensor]:
     """The reduced gradient of every parameter, whole, as the optimizer is about to use it."""
-    read = safe_get_full_grad if engine.zero_optimization_stage() else lambda parameter: parameter.grad
-    return {name: read(parameter).clone() for name, parameter in pretrained(engine.module).named_parameters()}
+    read = (
+        safe_get_full_grad if engine.zero_optimization_stage() else lambda parameter: parameter.grad
+    )
+    return {
+        name: read(parameter).clone()
+        for name, parameter in pretrained(engine.module).named_parameters()
+    }
 
 
 def both_weights(trainer) -> dict[str, dict[str, torch.Tensor]]:
     """Whole copies of the weights of both models, on rank 0."""
     models = {"actor": trainer.engines.actor.module, "critic": trainer.engines.critic.module.model}
-    return {role: {name: t.clone() for name, t in full_tensors(model).items()} for role, model in models.items()}
+    return {
+        role: {name: t.clone() for name, t in full_tensors(model).items()}
+        for role, model in models.items()
+    }
 
 
 def whitening(stock: str) -> dict:
@@ -160,22 +189,35 @@ def whitening(stock: str) -> dict:
 
 def rollout(stock: str, *, family: str, zero: int) -> dict:
     """What must hold of a rollout that is really sampled; every entry of the result should be true."""
-    flags = f"--actor_zero_stage {zero} --critic_zero_stage {zero} --per_device_generation_batch_size 8"
-    trainer = make_trainer(stock, f"{flags} --per_device_training_batch_size 8 --max_answer_seq_len 20", family=family)
+    flags = (
+        f"--actor_zero_stage {zero} --critic_zero_stage {zero} --per_device_generation_batch_size 8"
+    )
+    trainer = make_trainer(
+        stock, f"{flags} --per_device_training_batch_size 8 --max_answer_seq_len 20", family=family
+    )
     eos, pad_id = trainer.generation.eos_token_id, trainer.pad_token_id
     draw = torch.Generator().manual_seed(dist.rank())
     texts = [torch.randint(3, 259, (n,), generator=draw).tolist() for n in (3, 8, 5, 8, 4, 6, 7, 8)]
     ids, mask = pad(texts, pad_id, left=True)
     move_away(trainer.engines.actor)
     torch.manual_seed(dist.rank())
-    experience, (answers,), metrics = trainer.generate_experience([PromptBatch(ids, mask, torch.arange(8))])
+    experience, (answers,), metrics = trainer.generate_experience(
+        [PromptBatch(ids, mask, torch.arange(8))]
+    )
     lengths = [first_end(row, eos) for row in answers.tokens.tolist()]
     live = torch.arange(answers.tokens.shape[1]) < torch.tensor(lengths)[:, None]
     ratio_error = largest_ratio_error(trainer, experience)
     raw = make_experience(
-        trainer.engines, answers, trainer.rewards(answers), config=trainer.config, score_std=1.0, kl_coef=0.3
+        trainer.engines,
+        answers,
+        trainer.rewards(answers),
+        config=trainer.config,
+        score_std=1.0,
+        kl_coef=0.3,
     )
-    other = torch.where(answers.attention_mask.bool(), answers.input_ids, torch.full_like(answers.input_ids, 99))
+    other = torch.where(
+        answers.attention_mask.bool(), answers.input_ids, torch.full_like(answers.input_ids, 99)
+    )
     perturbed = make_experience(
         trainer.engines,
         replace(answers, input_ids=other),
@@ -185,28 +227,37 @@ def rollout(stock: str, *, family: str, zero: int) -> dict:
         kl_coef=0.3,
     )
     by_k3 = replace(trainer.config, ppo=replace(trainer.config.ppo, kl_estimator="k3"))
-    k3 = make_experience(trainer.engines, answers, trainer.rewards(answers), config=by_k3, score_std=1.0, kl_coef=0.3)
+    k3 = make_experience(
+        trainer.engines, answers, trainer.rewards(answers), config=by_k3, score_std=1.0, kl_coef=0.3
+    )
     names = ("logprobs", "ref_logprobs", "values", "rewards", "advantages", "returns", "scores")
     kl = raw.logprobs - raw.ref_logprobs
     score = torch.tensor(lengths).float().clamp(-5, 5)
     on_last = F.one_hot(torch.tensor(lengths) - 1, live.shape[1]) * score[:, None]
     whole = concatenate([raw, fixed_rollout(stock)], pad_token_id=pad_id)
     return {
-        "some end early": len(set(lengths)) > 1 and torch.equal(answers.ended, ends(answers.tokens, lengths, eos)),
+        "some end early": len(set(lengths)) > 1
+        and torch.equal(answers.ended, ends(answers.tokens, lengths, eos)),
         "mask ends with the first EOS": torch.equal(answers.response_mask, live),
-        "attention is prompt and answer": torch.equal(answers.attention_mask, torch.cat([mask, live.long()], -1)),
+        "attention is prompt and answer": torch.equal(
+            answers.attention_mask, torch.cat([mask, live.long()], -1)
+        ),
         "prompts unchanged": torch.equal(answers.input_ids[:, : ids.shape[1]], ids),
         "nothing behind the end": all(not getattr(raw, n)[~live].any() for n in names[:-1]),
         "what stands behind the end is not read": all(
             torch.equal(getattr(raw, n), getattr(perturbed, n)) for n in names
         ),
-        "KL on each token, score on the last": torch.allclose(raw.rewards, -0.3 * kl + on_last, atol=1e-6),
+        "KL on each token, score on the last": torch.allclose(
+            raw.rewards, -0.3 * kl + on_last, atol=1e-6
+        ),
         "k3 is the estimate where it is asked for": torch.allclose(
             k3.rewards, -0.3 * torch.where(live, (-kl).exp() - 1 + kl, 0.0) + on_last, atol=1e-6
         ),
         "the policy has moved": kl.abs().max().item() > 1e-3,
         "advantages whitened": abs(metrics["advantage/std"] - 1) > 1e-3 and is_white(experience),
-        "rows survive concatenation": torch.equal(trim(whole.rows(torch.arange(8))).input_ids, raw.input_ids),
+        "rows survive concatenation": torch.equal(
+            trim(whole.rows(torch.arange(8))).input_ids, raw.input_ids
+        ),
         "the ratio is 1 before the first update": ratio_error < 1e-5,
         "no gradient": not any(tensor.requires_grad for tensor in vars(experience).values()),
     }
@@ -232,9 +283,12 @@ def largest_ratio_error(trainer, experience: Experience) -> float:
 def move_away(engine) -> None:
     """Change the actor a little, so that it is not the reference any more."""
     parameters = list(engine.module.parameters())
-    with deepspeed.zero.GatheredParameters(
-        [p for p in parameters if hasattr(p, "ds_id")], modifier_rank=0
-    ), torch.no_grad():
+    with (
+        deepspeed.zero.GatheredParameters(
+            [p for p in parameters if hasattr(p, "ds_id")], modifier_rank=0
+        ),
+        torch.no_grad(),
+    ):
         draw = torch.Generator().manual_seed(3)
         for parameter in parameters:
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=draw))
@@ -252,5 +306,7 @@ def ends(tokens: torch.Tensor, lengths: list[int], eos: list[int]) -> torch.Tens
 def is_white(experience: Experience) -> bool:
     """Mean 0 and deviation 1 over the answer tokens of all ranks."""
     mine = experience.advantages[experience.response_mask].double()
-    count, total, squares = dist.all_reduce(torch.stack([torch.ones_like(mine), mine, mine**2]).sum(-1)).tolist()
+    count, total, squares = dist.all_reduce(
+        torch.stack([torch.ones_like(mine), mine, mine**2]).sum(-1)
+    ).tolist()
     return abs(total / count) < 1e-5 and abs(squares / count - 1) < 1e-4

@@ -26,7 +26,9 @@ def samplings(stock: str, flags: list[str]) -> list[list[list[int]]]:
             sampling=config.sampling,
         )
         torch.manual_seed(2)
-        found.append(generate(trainer.engines.generator, prompts, generation=generation).tokens.tolist())
+        found.append(
+            generate(trainer.engines.generator, prompts, generation=generation).tokens.tolist()
+        )
     return found
 
 
@@ -34,4 +36,7 @@ def lora_rates(stock: str, flags: str) -> dict[str, list[float]]:
     """The learning rates of the parameter groups that each optimizer has."""
     engines = make_trainer(stock, flags).engines
     roles = {"actor": engines.actor, "critic": engines.critic}
-    return {role: sorted({group["lr"] for group in engine.optimizer.param_groups}) for role, engine in roles.items()}
+    return {
+        role: sorted({group["lr"] for group in engine.optimizer.param_groups})
+        for role, engine in roles.items()
+    }

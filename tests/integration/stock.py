@@ -54,14 +54,22 @@ def write_stock(folder: Path, *, matrix_model: str | None = None) -> Path:
     _write_items(folder / "items")
     (folder / "rewards.py").write_text(REWARDS)
     # At the usual threshold ZeRO-3 would keep every parameter of a miniature model whole.
-    (folder / "pieces.json").write_text(json.dumps({"zero_optimization": {"stage3_param_persistence_threshold": 0}}))
+    (folder / "pieces.json").write_text(
+        json.dumps({"zero_optimization": {"stage3_param_persistence_threshold": 0}})
+    )
     # The usual first loss scale of 2^16 overflows for longer than these runs last.
     (folder / "fp16.json").write_text(json.dumps({"fp16": {"initial_scale_power": 8}}))
-    (folder / "sgd.json").write_text(json.dumps({"zero_allow_untested_optimizer": True, "gradient_clipping": 0.0}))
+    (folder / "sgd.json").write_text(
+        json.dumps({"zero_allow_untested_optimizer": True, "gradient_clipping": 0.0})
+    )
     texts = [f"{word} " * 40 for word in ("one", "two", "three", "four")]
-    (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (folder / "texts.jsonl").write_text(
+        "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    )
     for family in FAMILIES:
-        base = make_tiny_model(folder / "base" / family, family=family, pad_is_eos=family in PAD_IS_EOS)
+        base = make_tiny_model(
+            folder / "base" / family, family=family, pad_is_eos=family in PAD_IS_EOS
+        )
         make_tiny_model(folder / "steep" / family, family=family, std=0.5)
         for kind in ("", "-eot"):
             sft, reward = (folder / f"{name}{kind}" / family for name in ("sft", "reward"))
@@ -98,8 +106,12 @@ def _write_sft(base: str, rows: Path, path: Path, *, add_eot_token: bool) -> Non
     for step in range(SFT_STEPS):
         items = [data[(16 * step + i) % len(data)] for i in range(16)]
         batch = collate_text(items, pad_id=tokenizer.pad_token_id)
-        logits = forward_logits(model, model, input_ids=batch.input_ids, attention_mask=batch.attention_mask)
-        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten())
+        logits = forward_logits(
+            model, model, input_ids=batch.input_ids, attention_mask=batch.attention_mask
+        )
+        loss = torch.nn.functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten()
+        )
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -126,11 +138,15 @@ def _write_matrix(folder: Path, model: str | None) -> None:
 def _write_without(roles: tuple[str, ...], model: Path, folder: Path) -> None:
     for role in roles:
         path = shutil.copytree(model, folder / f"{role}-{model.parent.name}")
-        core, settings, config = (json.loads((path / name).read_text()) for name in TOKENIZER_AND_CONFIG)
+        core, settings, config = (
+            json.loads((path / name).read_text()) for name in TOKENIZER_AND_CONFIG
+        )
         token = settings.pop(f"{role}_token")
         # Not even an unused token of that name.
         core["model"]["vocab"]["<unused>"] = core["model"]["vocab"].pop(token)
-        core["added_tokens"] = [added for added in core["added_tokens"] if added["content"] != token]
+        core["added_tokens"] = [
+            added for added in core["added_tokens"] if added["content"] != token
+        ]
         if role == "bos":
             core["post_processor"] = None
         config[f"{role}_token_id"] = None
@@ -142,22 +158,47 @@ def _write_faulty(folder: Path) -> None:
     faulty = folder / "faulty"
     faulty.mkdir()
     lines = (folder / "toy" / "train.jsonl").read_text().splitlines()
-    (faulty / "broken.jsonl").write_text("\n".join([*lines[:2], '{"prompt": "the film', *lines[3:]]) + "\n")
-    (faulty / "no-pairs.jsonl").write_text('{"prompt": "a", "chosen": " b"}\n{"prompt": "c", "chosen": " d"}\n')
-    shutil.copytree(folder / "base" / "llama", faulty / "no-weights", ignore=shutil.ignore_patterns("*.safetensors"))
-    shutil.copytree(folder / "base" / "llama", faulty / "no-tokenizer", ignore=shutil.ignore_patterns("tokenizer*"))
+    (faulty / "broken.jsonl").write_text(
+        "\n".join([*lines[:2], '{"prompt": "the film', *lines[3:]]) + "\n"
+    )
+    (faulty / "no-pairs.jsonl").write_text(
+        '{"prompt": "a", "chosen": " b"}\n{"prompt": "c", "chosen": " d"}\n'
+    )
+    shutil.copytree(
+        folder / "base" / "llama",
+        faulty / "no-weights",
+        ignore=shutil.ignore_patterns("*.safetensors"),
+    )
+    shutil.copytree(
+        folder / "base" / "llama",
+        faulty / "no-tokenizer",
+        ignore=shutil.ignore_patterns("tokenizer*"),
+    )
     (faulty / "file").write_text("")
     (faulty / "empty.jsonl").write_text("\n\n")
     good = '{"prompt": "a", "chosen": " b", "rejected": " c"}'
-    many = [good, '{"question": "a"}', '{"prompt": 7, "chosen": " b"}', '{"prompt": "a", "chosen": " \\u200b\\n"}']
-    many += ['{"prompt": "a", "chosen": " b", "rejected": "b "}', "[1]", '{"prompt": "a", "rejected": " b"}']
+    many = [
+        good,
+        '{"question": "a"}',
+        '{"prompt": 7, "chosen": " b"}',
+        '{"prompt": "a", "chosen": " \\u200b\\n"}',
+    ]
+    many += [
+        '{"prompt": "a", "chosen": " b", "rejected": "b "}',
+        "[1]",
+        '{"prompt": "a", "rejected": " b"}',
+    ]
     many += ['{"prompt": "\\ud800", "chosen": " b"}', "{"]
     (faulty / "many.jsonl").write_text("\n".join(many) + "\n")
-    (faulty / "latin.jsonl").write_bytes(good.encode() + b"\n" + '{"prompt": "café", "chosen": " b"}'.encode("latin-1"))
+    (faulty / "latin.jsonl").write_bytes(
+        good.encode() + b"\n" + '{"prompt": "café", "chosen": " b"}'.encode("latin-1")
+    )
     for name, prompt in (("unseen", " \u200b\ufeff\u2060"), ("huge", "word " * 2**19)):
         rows = [good, json.dumps({**json.loads(good), "prompt": prompt}), good, good]
         (faulty / f"{name}.jsonl").write_text("\n".join(rows) + "\n")
-    (faulty / "rewards.py").write_text("def constant(prompts, answers, **columns):\n    return [0.0] * len(answers)\n")
+    (faulty / "rewards.py").write_text(
+        "def constant(prompts, answers, **columns):\n    return [0.0] * len(answers)\n"
+    )
     (faulty / "ending.py").write_text("raise SystemExit(0)\n")
     (faulty / "halves.json").write_text('{"fp16": {"enabled": true}, "bf16": {"enabled": true}}')
     (faulty / "broken.py").write_text("f = 1 / 0\n")
@@ -170,7 +211,9 @@ def _write_faulty_models(folder: Path) -> None:
         shutil.copytree(base, faulty / name)
     (faulty / "no-config" / "config.json").unlink()
     weights = base / "model.safetensors"
-    (faulty / "cut" / "model.safetensors").write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+    (faulty / "cut" / "model.safetensors").write_bytes(
+        weights.read_bytes()[: weights.stat().st_size // 2]
+    )
     config = json.loads((base / "tokenizer_config.json").read_text())
     config.pop("eos_token")
     (faulty / "no-eos" / "tokenizer_config.json").write_text(json.dumps(config))
@@ -181,11 +224,21 @@ def _write_faulty_models(folder: Path) -> None:
         tensors[name][..., 0] = float("nan")
         save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     (faulty / "pickled" / "model.safetensors").unlink()
-    torch.save({"model.embed_tokens.weight": Malicious(folder / "was-run")}, faulty / "pickled" / "pytorch_model.bin")
+    torch.save(
+        {"model.embed_tokens.weight": Malicious(folder / "was-run")},
+        faulty / "pickled" / "pytorch_model.bin",
+    )
     shutil.copytree(faulty / "pickled", faulty / "pickled-reward")
-    torch.save({"v_head.weight": Malicious(folder / "was-run")}, faulty / "pickled-reward" / "pytorch_model.bin")
-    LoraConfig(base_model_name_or_path=str(base), task_type="CAUSAL_LM").save_pretrained(faulty / "pickled-adapter")
-    torch.save({"weight": Malicious(folder / "was-run")}, faulty / "pickled-adapter" / "adapter_model.bin")
+    torch.save(
+        {"v_head.weight": Malicious(folder / "was-run")},
+        faulty / "pickled-reward" / "pytorch_model.bin",
+    )
+    LoraConfig(base_model_name_or_path=str(base), task_type="CAUSAL_LM").save_pretrained(
+        faulty / "pickled-adapter"
+    )
+    torch.save(
+        {"weight": Malicious(folder / "was-run")}, faulty / "pickled-adapter" / "adapter_model.bin"
+    )
 
 
 def _write_wide_tokenizers(folder: Path) -> None:

@@ -9,14 +9,31 @@ from launches import ROOT, environment
 
 
 def bench(*words: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "scripts" / "bench_generation.py"), "--shape", "tiny-llama", *words]
+    command = [
+        sys.executable,
+        str(ROOT / "scripts" / "bench_generation.py"),
+        "--shape",
+        "tiny-llama",
+        *words,
+    ]
     return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=180)
 
 
 def test_two_processes_answer_under_zero_3_and_tell_what_gathering_takes(tmp_path):
     file = tmp_path / "rows.json"
     paths = ["zero3", "zero3-compiled", "zero3-tp"]
-    sizes = ["--batch", "2", "--prompt", "8", "--answer", "6", "--repeats", "1", "--dtype", "float32"]
+    sizes = [
+        "--batch",
+        "2",
+        "--prompt",
+        "8",
+        "--answer",
+        "6",
+        "--repeats",
+        "1",
+        "--dtype",
+        "float32",
+    ]
     done = bench("--gpus", "2", "--paths", *paths, *sizes, "--json", str(file))
     assert done.returncode == 0, done.stderr[-2000:]
     rows = {row["path"]: row for row in json.loads(file.read_text())["rows"]}
@@ -27,15 +44,23 @@ def test_two_processes_answer_under_zero_3_and_tell_what_gathering_takes(tmp_pat
         # Weights are gathered for every rollout, not for the first alone; finding nothing to gather takes microseconds.
         assert (1e-4 < row["gather_s"] < row["rollout_s"]) == (path != "zero3")
     assert rows["zero3-tp"]["limit_ms"] < rows["zero3-compiled"]["limit_ms"]
-    assert done.stdout.count("Hybrid Engine under ZeRO-3, tensor parallel") == 1, "one process reports"
+    assert done.stdout.count("Hybrid Engine under ZeRO-3, tensor parallel") == 1, (
+        "one process reports"
+    )
 
 
 @pytest.mark.parametrize(
     "words, message",
     [
-        (("--gpus", "2", "--paths", "plain", "zero3"), "--paths plain: on several GPUs only paths under ZeRO-3"),
+        (
+            ("--gpus", "2", "--paths", "plain", "zero3"),
+            "--paths plain: on several GPUs only paths under ZeRO-3",
+        ),
         (("--paths", "zero3-tp"), "--paths zero3-tp needs --gpus 2 or more"),
-        (("--gpus", "3", "--paths", "zero3-tp"), "--inference_tp_size 3 does not divide the model's 4 attention heads"),
+        (
+            ("--gpus", "3", "--paths", "zero3-tp"),
+            "--inference_tp_size 3 does not divide the model's 4 attention heads",
+        ),
     ],
 )
 def test_what_cannot_be_measured_is_refused_before_anything_starts(words, message):

@@ -20,7 +20,8 @@ PPO = (
     "--save_interval 1 --print_answers --whiten_advantages --num_warmup_steps 0"
 )
 ARGV |= {
-    f"3-{stage}": f"{PPO} --actor_zero_stage {stage} --critic_zero_stage {stage}{' --offload' * (stage == 2)}" for stage in (2, 3)
+    f"3-{stage}": f"{PPO} --actor_zero_stage {stage} --critic_zero_stage {stage}{' --offload' * (stage == 2)}"
+    for stage in (2, 3)
 }
 
 
@@ -30,11 +31,16 @@ def step_of(name: int | str) -> int | str:
 
 def with_peers(prefix: str, name: int | str) -> Case:
     kwargs = {"step": step_of(name), "argv": ARGV[name], "out": "{out}"}
-    return Case(f"{prefix}-{name}", function="collective_checks.py:run_as_with_peers", kwargs=kwargs)
+    return Case(
+        f"{prefix}-{name}", function="collective_checks.py:run_as_with_peers", kwargs=kwargs
+    )
 
 
 def pair(name: int | str):
-    peers, alone = with_peers("peers", name), Case(f"alone-{name}", step=step_of(name), argv=ARGV[name])
+    peers, alone = (
+        with_peers("peers", name),
+        Case(f"alone-{name}", step=step_of(name), argv=ARGV[name]),
+    )
     return pytest.param(peers, alone, id=str(name), marks=pytest.mark.cases(peers, alone))
 
 
@@ -49,6 +55,8 @@ GPU = [with_peers("gpu-peers", name) for name in ARGV]
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", [pytest.param(case, id=case.name, marks=pytest.mark.cases(case)) for case in GPU])
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, id=case.name, marks=pytest.mark.cases(case)) for case in GPU]
+)
 def test_nccl_takes_what_the_collectives_get(case, launches):
     assert launches[case].value > 20

@@ -22,26 +22,39 @@ RUNS = {
     "zero3-bf16-only-lora": ("llama", f"{PIECES} {ONLY_LORA} --dtype bf16"),
     "zero2": ("gpt2", "--zero_stage 2 --gradient_checkpointing --gradient_accumulation_steps 2"),
     "zero3": ("opt", f"{PIECES} --add_eot_token"),
-    "zero2-offloaded-reference": ("llama", "--zero_stage 2 --offload_reference_model --label_smoothing 0.1"),
+    "zero2-offloaded-reference": (
+        "llama",
+        "--zero_stage 2 --offload_reference_model --label_smoothing 0.1",
+    ),
     "zero3-offloaded-both": ("llama", f"{PIECES} --offload --offload_reference_model"),
     "lora": ("gpt_neox", f"--zero_stage 2 {LORA}"),
     "only-lora": ("llama", f"--zero_stage 0 {ONLY_LORA} --offload_reference_model"),
     "only-lora-apart": ("llama", f"--zero_stage 0 {ONLY_LORA} --no_share_reference"),
     "only-lora-zero3": ("gpt2", f"{PIECES} {ONLY_LORA} --gradient_checkpointing"),
-    "only-lora-int8-apart": ("llama", f"{PIECES} {ONLY_LORA} --no_share_reference --enable_mixed_precision_lora"),
+    "only-lora-int8-apart": (
+        "llama",
+        f"{PIECES} {ONLY_LORA} --no_share_reference --enable_mixed_precision_lora",
+    ),
 }
 COMMON = (
     "--data_path {stock}/toy --data_split 0,1,0 --max_seq_len 48 --dtype fp32 --per_device_train_batch_size 4 "
     "--per_device_eval_batch_size 3 --learning_rate 1e-3 --max_train_steps 4 --eval_interval 2"
 )
 CASES = {
-    name: Case(f"dpo-{name}", ranks=2, step="dpo", argv=f"--model_name_or_path {{stock}}/sft/{family} {COMMON} {flags}")
+    name: Case(
+        f"dpo-{name}",
+        ranks=2,
+        step="dpo",
+        argv=f"--model_name_or_path {{stock}}/sft/{family} {COMMON} {flags}",
+    )
     for name, (family, flags) in RUNS.items()
 }
 
 
 def each(names):
-    return pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.cases(CASES[n])) for n in names])
+    return pytest.mark.parametrize(
+        "name", [pytest.param(n, marks=pytest.mark.cases(CASES[n])) for n in names]
+    )
 
 
 def toy_rows(stock: Path) -> list[dict]:
@@ -54,7 +67,9 @@ def plain_logprobs(folder: Path, tokenizer, rows: list[dict]) -> torch.Tensor:
     for row in rows:
         start = len(tokenizer(row["prompt"])["input_ids"])
         for answer in (row["chosen"], row["rejected"]):
-            ids = torch.tensor([tokenizer(row["prompt"] + answer)["input_ids"] + [tokenizer.eos_token_id]])
+            ids = torch.tensor(
+                [tokenizer(row["prompt"] + answer)["input_ids"] + [tokenizer.eos_token_id]]
+            )
             with torch.no_grad():
                 table = model(ids).logits[0, :-1].log_softmax(-1)
             found.append(table.gather(-1, ids[0, 1:, None])[start - 1 :].sum())
@@ -67,12 +82,20 @@ def test_the_run_begins_at_log_2_and_its_reference_stays(name, launches):
     lines = [line for line in outcome.metrics() if "eval/loss" in line]
     assert [line["step"] for line in lines] == [0, 2, 4]
     # Policy and reference are one model at the start, to the bit.
-    assert (lines[0]["eval/margin"], lines[0]["eval/chosen_reward"], lines[0]["eval/accuracy"]) == (0, 0, 0)
+    assert (lines[0]["eval/margin"], lines[0]["eval/chosen_reward"], lines[0]["eval/accuracy"]) == (
+        0,
+        0,
+        0,
+    )
     assert lines[0]["eval/loss"] == pytest.approx(math.log(2), abs=1e-7)
     first = outcome.metrics()[1]
-    assert first["train/loss"] == pytest.approx(math.log(2), abs=1e-6) and first["rewards/margin"] == 0
+    assert (
+        first["train/loss"] == pytest.approx(math.log(2), abs=1e-6) and first["rewards/margin"] == 0
+    )
     for answer in ("chosen", "rejected"):
-        ref_logprobs = [line[f"eval/{answer}_logprob"] - line[f"eval/{answer}_reward"] / BETA for line in lines]
+        ref_logprobs = [
+            line[f"eval/{answer}_logprob"] - line[f"eval/{answer}_reward"] / BETA for line in lines
+        ]
         assert ref_logprobs == pytest.approx([ref_logprobs[0]] * 3, rel=1e-5)
     assert lines[-1]["eval/margin"] > 0.05 and lines[-1]["eval/loss"] < lines[0]["eval/loss"] - 0.02
 
@@ -99,13 +122,18 @@ def test_the_numbers_and_the_saved_model_are_those_of_a_plain_loop(name, launche
         assert rewards.mean(0).tolist() == pytest.approx(
             [reported["eval/chosen_reward"], reported["eval/rejected_reward"]], rel=1e-3, abs=1e-4
         )
-        margin, smoothing = rewards[:, 0] - rewards[:, 1], 0.1 if "--label_smoothing 0.1" in flags else 0.0
+        margin, smoothing = (
+            rewards[:, 0] - rewards[:, 1],
+            0.1 if "--label_smoothing 0.1" in flags else 0.0,
+        )
         right, wrong = torch.sigmoid(margin).log(), torch.sigmoid(-margin).log()
         loss = -(1 - smoothing) * right - smoothing * wrong
         assert loss.mean().item() == pytest.approx(reported["eval/loss"], rel=1e-4)
         assert margin.mean().item() == pytest.approx(reported["eval/margin"], rel=1e-3)
         assert (margin > 0).double().mean().item() == reported["eval/accuracy"]
-    lora = "only-lora" if "--only_optimize_lora" in flags else "lora" if "--lora_dim" in flags else ""
+    lora = (
+        "only-lora" if "--only_optimize_lora" in flags else "lora" if "--lora_dim" in flags else ""
+    )
     check_changes(load_plainly(outcome.out), start, lora=lora, exact=True)
     assert (outcome.out / "adapter").is_dir() == (lora == "only-lora")
 
@@ -115,7 +143,9 @@ def test_sharing_the_reference_changes_no_number(launches):
     shared, apart = (launches[CASES[name]].metrics() for name in ("only-lora", "only-lora-apart"))
     for key in ("train/loss", "rewards/margin", "logprobs/rejected", "eval/loss", "eval/margin"):
         pairs = [(a[key], b[key]) for a, b in zip(shared, apart) if key in a]
-        assert len(pairs) >= 3 and all(a == pytest.approx(b, rel=1e-6, abs=1e-7) for a, b in pairs), key
+        assert len(pairs) >= 3 and all(
+            a == pytest.approx(b, rel=1e-6, abs=1e-7) for a, b in pairs
+        ), key
 
 
 LEARNING = Case(
@@ -131,9 +161,13 @@ LEARNING = Case(
 def test_pairs_that_were_held_out_are_told_apart(launches, stock):
     outcome = launches[LEARNING]
     tokenizer, rows = AutoTokenizer.from_pretrained(outcome.out), toy_rows(stock)
-    before, after = (plain_logprobs(path, tokenizer, rows) for path in (stock / "base" / "llama", outcome.out))
+    before, after = (
+        plain_logprobs(path, tokenizer, rows) for path in (stock / "base" / "llama", outcome.out)
+    )
     # A random model prefers either answer; its own log-probabilities turn, not only those against the reference.
-    assert (before[:, 0] > before[:, 1]).double().mean() < 0.5 and (after[:, 0] > after[:, 1]).double().mean() > 0.75
+    assert (before[:, 0] > before[:, 1]).double().mean() < 0.5 and (
+        after[:, 0] > after[:, 1]
+    ).double().mean() > 0.75
     accuracy, loss = outcome.per_step("eval/accuracy"), outcome.per_step("eval/loss")
     assert len(accuracy) == 7 and accuracy[-1] == 1.0 and min(accuracy[1:]) > 0.85
     assert loss == sorted(loss, reverse=True) and loss[-1] < 0.35
@@ -143,7 +177,11 @@ BLOOM = Case(
     "dpo-bloom",
     ranks=2,
     function="dpo_checks.py:bloom",
-    kwargs={"stock": "{stock}", "out": "{out}", "argv": f"{COMMON} {ONLY_LORA} --gradient_checkpointing --zero_stage 2"},
+    kwargs={
+        "stock": "{stock}",
+        "out": "{out}",
+        "argv": f"{COMMON} {ONLY_LORA} --gradient_checkpointing --zero_stage 2",
+    },
 )
 
 

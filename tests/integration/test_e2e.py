@@ -16,7 +16,13 @@ from outputs import load_plainly
 def e2e(*words: str, cwd: Path) -> subprocess.CompletedProcess:
     command = [sys.executable, str(ROOT / "e2e_rlhf.py"), *words]
     return subprocess.run(
-        command, cwd=cwd, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600
+        command,
+        cwd=cwd,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=600,
     )
 
 
@@ -38,13 +44,25 @@ def finished(tmp_path_factory) -> tuple[Path, str]:
 
 def check_summary(output: Path) -> dict:
     summary = json.loads((output / "summary.json").read_text())
-    assert {"sft", "reward", "ppo", "samples", "models", "hardware", "versions", "seconds"} <= set(summary)
+    assert {"sft", "reward", "ppo", "samples", "models", "hardware", "versions", "seconds"} <= set(
+        summary
+    )
     assert summary["sft"]["perplexity_after"] < summary["sft"]["perplexity_before"]
     assert summary["reward"]["accuracy_after"] > 0.9
-    wanted = {"score_before", "score_after", "score_gain_sd", "score_gain_lower95", "kl", "length_after", "prompts"}
+    wanted = {
+        "score_before",
+        "score_after",
+        "score_gain_sd",
+        "score_gain_lower95",
+        "kl",
+        "length_after",
+        "prompts",
+    }
     assert wanted <= set(summary["ppo"])
     assert summary["ppo"]["kl"] > 0
-    assert len(summary["samples"]) == 3 and all({"prompt", "base", "sft", "rlhf"} == set(s) for s in summary["samples"])
+    assert len(summary["samples"]) == 3 and all(
+        {"prompt", "base", "sft", "rlhf"} == set(s) for s in summary["samples"]
+    )
     assert {"sft", "reward", "ppo", "summary", "total"} <= set(summary["seconds"])
     for name, path in summary["models"].items():
         load_plainly(Path(path), reward=name in ("reward", "critic"))
@@ -54,10 +72,17 @@ def check_summary(output: Path) -> dict:
 def test_one_command_trains_all_three_and_sums_up(finished):
     output, screen = finished
     check_summary(output)
-    assert "independent judge" not in screen and str(output / "summary.json") in screen.splitlines()[-1]
+    assert (
+        "independent judge" not in screen
+        and str(output / "summary.json") in screen.splitlines()[-1]
+    )
     for title in ("Step 1: supervised fine-tuning", "Step 2: reward model", "Step 3: PPO"):
         assert title in screen
-    noise = [line for line in screen.splitlines() if "[INFO]" in line or "[WARNING]" in line or "Warning:" in line]
+    noise = [
+        line
+        for line in screen.splitlines()
+        if "[INFO]" in line or "[WARNING]" in line or "Warning:" in line
+    ]
     # The command's own process may still print what importing says.
     assert len(noise) <= 1, noise
 
@@ -80,9 +105,13 @@ def test_a_step_that_fails_ends_with_its_log_and_its_cause(finished, tmp_path):
     done = tiny("llama", output, tmp_path, "--step", "3")
     assert done.returncode == 1
     *_, log, cause = done.stdout.rstrip().splitlines()
-    assert cause.startswith(f"error (rank 0): --critic_model_name_or_path '{broken}'"), done.stdout[-3000:]
+    assert cause.startswith(f"error (rank 0): --critic_model_name_or_path '{broken}'"), done.stdout[
+        -3000:
+    ]
     assert "model.safetensors" in cause
-    assert log.startswith("whole log: ") and cause in Path(log.removeprefix("whole log: ")).read_text()
+    assert (
+        log.startswith("whole log: ") and cause in Path(log.removeprefix("whole log: ")).read_text()
+    )
     assert "Traceback" not in done.stdout
     assert not list(output.glob("step3-models/*/finished.json"))
 
@@ -96,15 +125,22 @@ def test_an_interrupted_step_goes_on_from_its_checkpoint(finished, tmp_path):
     command = [sys.executable, str(ROOT / "e2e_rlhf.py"), *models, "--output-dir", str(output)]
     (ppo / "metrics.jsonl").unlink()
     with open(tmp_path / "log", "w") as log:
-        process = subprocess.Popen(command, cwd=tmp_path, env=environment(), stdout=log, stderr=subprocess.STDOUT)
-        while not (ppo / "metrics.jsonl").exists() or (ppo / "metrics.jsonl").read_text().count("\n") < 3:
+        process = subprocess.Popen(
+            command, cwd=tmp_path, env=environment(), stdout=log, stderr=subprocess.STDOUT
+        )
+        while (
+            not (ppo / "metrics.jsonl").exists()
+            or (ppo / "metrics.jsonl").read_text().count("\n") < 3
+        ):
             assert process.poll() is None, (tmp_path / "log").read_text()[-3000:]
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
         assert process.wait(120) == 1
     screen = (tmp_path / "log").read_text()
     assert "SIGTERM behind step" in screen and "a checkpoint is written" in screen, screen[-3000:]
-    assert screen.rstrip().endswith("interrupted; the same command goes on with the step that was running")
+    assert screen.rstrip().endswith(
+        "interrupted; the same command goes on with the step that was running"
+    )
     done = tiny("llama", output, tmp_path)
     assert done.returncode == 0 and "going on behind step" in done.stdout, done.stdout[-3000:]
     assert done.stdout.count("finished before") == 2
@@ -112,7 +148,10 @@ def test_an_interrupted_step_goes_on_from_its_checkpoint(finished, tmp_path):
     assert 0 < log.find("a checkpoint is written") < log.find("going on behind step")
     check_summary(output)
     before, after = (
-        [{k: v for k, v in json.loads(line).items() if k[:5] not in ("time/", "perf/")} for line in file.open()]
+        [
+            {k: v for k, v in json.loads(line).items() if k[:5] not in ("time/", "perf/")}
+            for line in file.open()
+        ]
         for file in (next(finished[0].glob("step3-models/*/metrics.jsonl")), ppo / "metrics.jsonl")
     )
     assert before == after

@@ -43,7 +43,9 @@ def models(tmp_path_factory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("models")
     return {
         "baseline": str(make_tiny_model(folder / "llama", family="llama", std=0.5)),
-        "finetune": str(make_tiny_model(folder / "gpt2", family="gpt2", std=0.5, seed=2, pad_is_eos=True)),
+        "finetune": str(
+            make_tiny_model(folder / "gpt2", family="gpt2", std=0.5, seed=2, pad_is_eos=True)
+        ),
     }
 
 
@@ -80,7 +82,9 @@ def alone(path: str, prompt: str, num_tokens: int) -> str:
 @pytest.mark.parametrize("role", ["baseline", "finetune"])
 def test_padded_answers_equal_those_to_single_prompts(models, role):
     config = parse_config(PromptEvalConfig, [*two_models(models), "--max_new_tokens", "12"])
-    found = load(PROMPT_EVAL).answer([Row(p) for p in PROMPTS], models[role], flag="--x", config=config)
+    found = load(PROMPT_EVAL).answer(
+        [Row(p) for p in PROMPTS], models[role], flag="--x", config=config
+    )
     texts = [answers["greedy"][0] for answers in found]
     assert texts == [alone(models[role], prompt, 12) for prompt in PROMPTS]
     assert all(len(set(text)) >= 5 for text in texts) and len(set(texts)) == 3
@@ -92,7 +96,9 @@ def test_the_models_own_generation_settings_have_no_say(models, tmp_path):
     for file in Path(models["baseline"]).iterdir():
         (changed / file.name).write_bytes(file.read_bytes())
     settings = json.loads((changed / "generation_config.json").read_text())
-    banned = load_tokenizer(models["baseline"])(alone(models["baseline"], PROMPTS[0], 12))["input_ids"][3:]
+    banned = load_tokenizer(models["baseline"])(alone(models["baseline"], PROMPTS[0], 12))[
+        "input_ids"
+    ][3:]
     settings.update(repetition_penalty=5.0, suppress_tokens=banned, do_sample=True, temperature=9.0)
     (changed / "generation_config.json").write_text(json.dumps(settings))
     config = parse_config(PromptEvalConfig, [*two_models(models), "--max_new_tokens", "12"])
@@ -100,10 +106,19 @@ def test_the_models_own_generation_settings_have_no_say(models, tmp_path):
     assert found[0]["greedy"] == [alone(models["baseline"], PROMPTS[0], 12)]
 
 
-def test_prompt_eval_shows_every_kind_of_answer_of_both_models(models, monkeypatch, capsys, tmp_path):
+def test_prompt_eval_shows_every_kind_of_answer_of_both_models(
+    models, monkeypatch, capsys, tmp_path
+):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("one\n\ntwo words\n", encoding="utf-8")
-    argv = two_models(models) + ["--prompts_file", str(prompts), "--max_new_tokens", "4", "--batch_size", "1"]
+    argv = two_models(models) + [
+        "--prompts_file",
+        str(prompts),
+        "--max_new_tokens",
+        "4",
+        "--batch_size",
+        "1",
+    ]
     argv += ["--num_beams", "2", "--num_return_sequences", "3", "--penalty_alpha", "0.5"]
     out = run(PROMPT_EVAL, argv, monkeypatch, capsys)
     assert "prompt 1 of 2\none\n" in out and "prompt 2 of 2\ntwo words\n" in out
@@ -126,7 +141,10 @@ def test_built_in_prompts_of_every_language(models, monkeypatch, capsys):
 # Flags, and what the message must hold.
 BAD_PROMPT_EVAL = {
     "beam groups": (["--num_beam_groups", "2"], ["--num_beam_groups 2", "leave it at 1"]),
-    "numbers": (["--num_beams", "0", "--max_new_tokens", "0"], ["--num_beams 0", "--max_new_tokens 0"]),
+    "numbers": (
+        ["--num_beams", "0", "--max_new_tokens", "0"],
+        ["--num_beams 0", "--max_new_tokens 0"],
+    ),
     "no file": (["--prompts_file", "none.txt"], ["--prompts_file none.txt: no such file"]),
 }
 
@@ -147,12 +165,21 @@ def test_both_models_are_required(monkeypatch, capsys):
 
 
 def test_a_missing_model_is_the_last_line_and_exit_status_1(models):
-    argv = ["--model_name_or_path_baseline", "./nowhere", "--model_name_or_path_finetune", models["finetune"]]
+    argv = [
+        "--model_name_or_path_baseline",
+        "./nowhere",
+        "--model_name_or_path_finetune",
+        models["finetune"],
+    ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, PROMPT_EVAL, *argv], capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [sys.executable, PROMPT_EVAL, *argv], capture_output=True, text=True, env=environment
+    )
     assert done.returncode == 1
-    assert done.stderr.strip().splitlines()[-1].startswith(
-        "error (rank 0): --model_name_or_path_baseline './nowhere' does not exist"
+    assert (
+        done.stderr.strip()
+        .splitlines()[-1]
+        .startswith("error (rank 0): --model_name_or_path_baseline './nowhere' does not exist")
     )
 
 
@@ -168,7 +195,9 @@ def score_alone(folder: str, text: str) -> float:
 
 
 def test_rw_eval_scores_are_those_of_the_saved_classifier(reward_folder, monkeypatch, capsys):
-    out = run(RW_EVAL, ["--model_name_or_path", reward_folder, "--batch_size", "3"], monkeypatch, capsys)
+    out = run(
+        RW_EVAL, ["--model_name_or_path", reward_folder, "--batch_size", "3"], monkeypatch, capsys
+    )
     for prompt, good, bad in load(RW_EVAL).EXAMPLES:
         for word, answer in (("good", good), ("bad ", bad)):
             score = score_alone(reward_folder, f"\n\nHuman: {prompt}\n\nAssistant: {answer}")
@@ -184,7 +213,14 @@ def test_rw_eval_reports_the_accuracy_on_pairs(reward_folder, monkeypatch, capsy
     assert 0 < right < 7
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    argv = ["--model_name_or_path", reward_folder, "--pairs_file", str(pairs), "--num_padding_at_beginning", "0"]
+    argv = [
+        "--model_name_or_path",
+        reward_folder,
+        "--pairs_file",
+        str(pairs),
+        "--num_padding_at_beginning",
+        "0",
+    ]
     out = run(RW_EVAL, argv, monkeypatch, capsys)
     assert f"accuracy {right / 7:.4f} ({right} of 7 pairs" in out
     mean = sum(scores[row["chosen"]] for row in rows) / 7
@@ -194,15 +230,24 @@ def test_rw_eval_reports_the_accuracy_on_pairs(reward_folder, monkeypatch, capsy
 
 def test_rw_eval_ends_answers_with_the_token_that_was_added(reward_folder, monkeypatch, capsys):
     plain = run(RW_EVAL, ["--model_name_or_path", reward_folder], monkeypatch, capsys)
-    other = run(RW_EVAL, ["--model_name_or_path", reward_folder, "--add_eot_token"], monkeypatch, capsys)
+    other = run(
+        RW_EVAL, ["--model_name_or_path", reward_folder, "--add_eot_token"], monkeypatch, capsys
+    )
     assert plain.count("good") == other.count("good") and plain != other
 
 
 def test_rw_eval_names_the_bad_rows_before_any_model_loads(monkeypatch, capsys, tmp_path):
     pairs = tmp_path / "pairs.jsonl"
-    pairs.write_text('{"prompt": "q", "chosen": "a"}\n{"chosen": "a"}\n{"prompt": "q", "chosen": "a", "rejected": "b"}\n')
+    pairs.write_text(
+        '{"prompt": "q", "chosen": "a"}\n{"chosen": "a"}\n{"prompt": "q", "chosen": "a", "rejected": "b"}\n'
+    )
     with pytest.raises(ValueError) as error:
-        run(RW_EVAL, ["--model_name_or_path", "./nowhere", "--pairs_file", str(pairs)], monkeypatch, capsys)
+        run(
+            RW_EVAL,
+            ["--model_name_or_path", "./nowhere", "--pairs_file", str(pairs)],
+            monkeypatch,
+            capsys,
+        )
     lines = str(error.value).splitlines()
     assert len(lines) == 2 and all(line.startswith(f"--pairs_file {pairs}, line") for line in lines)
     assert 'line 2: no field "prompt"' in lines[0] and 'line 1: no field "rejected"' in lines[1]
@@ -210,15 +255,34 @@ def test_rw_eval_names_the_bad_rows_before_any_model_loads(monkeypatch, capsys, 
 
 def test_texts_longer_than_the_learned_positions_are_refused(models, tmp_path, monkeypatch, capsys):
     learned = models["finetune"]  # GPT-2, with 512
-    both = ["--model_name_or_path_baseline", models["baseline"], "--model_name_or_path_finetune", learned]
-    with pytest.raises(ValueError, match=f"--max_new_tokens 512: --model_name_or_path_finetune {learned} has learned 512"):
+    both = [
+        "--model_name_or_path_baseline",
+        models["baseline"],
+        "--model_name_or_path_finetune",
+        learned,
+    ]
+    with pytest.raises(
+        ValueError,
+        match=f"--max_new_tokens 512: --model_name_or_path_finetune {learned} has learned 512",
+    ):
         run(PROMPT_EVAL, [*both, "--max_new_tokens", "512"], monkeypatch, capsys)
     (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "a long way " * 100}) + "\n")
     words = [*both, "--max_new_tokens", "300", "--prompts_file", str(tmp_path / "long.jsonl")]
-    assert "[fine-tuned, greedy]" in run(PROMPT_EVAL, words, monkeypatch, capsys)  # of a prompt that was cut
+    assert "[fine-tuned, greedy]" in run(
+        PROMPT_EVAL, words, monkeypatch, capsys
+    )  # of a prompt that was cut
     reward = tmp_path / "reward"
     tokenizer = load_tokenizer(learned)
-    load_reward_model(learned, dtype=torch.float32, tokenizer=tokenizer).model.save_pretrained(reward)
+    load_reward_model(learned, dtype=torch.float32, tokenizer=tokenizer).model.save_pretrained(
+        reward
+    )
     tokenizer.save_pretrained(reward)
-    with pytest.raises(ValueError, match="--max_seq_len 1024: .* has learned 512 positions. Give 512 or less"):
-        run(RW_EVAL, ["--model_name_or_path", str(reward), "--max_seq_len", "1024"], monkeypatch, capsys)
+    with pytest.raises(
+        ValueError, match="--max_seq_len 1024: .* has learned 512 positions. Give 512 or less"
+    ):
+        run(
+            RW_EVAL,
+            ["--model_name_or_path", str(reward), "--max_seq_len", "1024"],
+            monkeypatch,
+            capsys,
+        )

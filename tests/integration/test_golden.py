@@ -28,8 +28,19 @@ RUNS = {
         ("train/loss", "eval/loss", "eval/margin", "eval/accuracy"),
     ),
     "dpo": (
-        Case("golden-dpo", step="dpo", argv=f"--data_split 0,1,0 {SUPERVISED} {COMMON} --label_smoothing 0.1"),
-        ("train/loss", "rewards/margin", "logprobs/chosen", "eval/loss", "eval/margin", "eval/rejected_reward"),
+        Case(
+            "golden-dpo",
+            step="dpo",
+            argv=f"--data_split 0,1,0 {SUPERVISED} {COMMON} --label_smoothing 0.1",
+        ),
+        (
+            "train/loss",
+            "rewards/margin",
+            "logprobs/chosen",
+            "eval/loss",
+            "eval/margin",
+            "eval/rejected_reward",
+        ),
     ),
     "ppo": (
         Case(
@@ -42,7 +53,14 @@ RUNS = {
             f"--actor_learning_rate 1e-3 --critic_learning_rate 1e-3 {COMMON}",
         ),
         (
-            *("objective/score", "objective/kl", "objective/entropy", "policy/loss", "policy/approx_kl", "value/loss"),
+            *(
+                "objective/score",
+                "objective/kl",
+                "objective/entropy",
+                "policy/loss",
+                "policy/approx_kl",
+                "value/loss",
+            ),
             *("value/explained_variance", "response/length_mean", "eval/score", "eval/kl"),
         ),
     ),
@@ -50,14 +68,17 @@ RUNS = {
 
 
 @pytest.mark.parametrize(
-    "name, case, keys", [pytest.param(n, c, k, id=n, marks=pytest.mark.cases(c)) for n, (c, k) in RUNS.items()]
+    "name, case, keys",
+    [pytest.param(n, c, k, id=n, marks=pytest.mark.cases(c)) for n, (c, k) in RUNS.items()],
 )
 def test_the_numbers_are_those_of_before(name, case, keys, launches):
     found = {key: launches[case].per_step(key) for key in keys}
     assert all(found.values())
     golden = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
     if os.environ.get("DSCHAT_WRITE_GOLDEN"):
-        golden[name] = {key: [float(f"{value:.7g}") for value in values] for key, values in found.items()}
+        golden[name] = {
+            key: [float(f"{value:.7g}") for value in values] for key, values in found.items()
+        }
         GOLDEN.write_text(json.dumps(golden, indent=1) + "\n")
         pytest.skip(f"wrote the {name} part of {GOLDEN.name}")
     for key in keys:

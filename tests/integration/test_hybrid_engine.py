@@ -17,7 +17,10 @@ AXES = {
 def params() -> list:
     few, found = pairwise(AXES), []
     for options in list(product(AXES)):
-        kwargs = {"stock": "{stock}", **{name: value for name, value in options.items() if name != "ranks"}}
+        kwargs = {
+            "stock": "{stock}",
+            **{name: value for name, value in options.items() if name != "ranks"},
+        }
         case = Case(
             case_name("hybrid", {**options, "zero": f"z{options['zero']}"}),
             ranks=options["ranks"],
@@ -51,7 +54,10 @@ ZERO = {stage: f"--actor_zero_stage {stage} --critic_zero_stage {stage}" for sta
 # Sampled answers of a group are other draws than those of two ranks alone, and would set another scale of the rewards.
 PARTS = f"{ZERO[3]} --deepspeed_config {{stock}}/pieces.json --no_normalize_reward"
 REWARDS = {
-    "shared": (rewards_case("without-2", ZERO[2]), rewards_case("with-2", ZERO[2], "--enable_hybrid_engine")),
+    "shared": (
+        rewards_case("without-2", ZERO[2]),
+        rewards_case("with-2", ZERO[2], "--enable_hybrid_engine"),
+    ),
     "split": (
         rewards_case("without-3", PARTS),
         rewards_case(
@@ -64,7 +70,11 @@ REWARDS = {
 
 
 @pytest.mark.parametrize(
-    "without, with_it", [pytest.param(*pair, id=name, marks=pytest.mark.cases(*pair)) for name, pair in REWARDS.items()]
+    "without, with_it",
+    [
+        pytest.param(*pair, id=name, marks=pytest.mark.cases(*pair))
+        for name, pair in REWARDS.items()
+    ],
 )
 def test_rewards_are_the_same_with_and_without_it(without, with_it, launches):
     without, with_it = launches[without], launches[with_it]
@@ -104,7 +114,10 @@ def test_greedy_tokens_of_a_tensor_parallel_group_are_those_of_generate(case, la
 
 
 OTHERS = Case(
-    "split-others", ranks=2, function="hybrid_checks.py:split_other_families", kwargs={"stock": "{stock}", "out": "{out}"}
+    "split-others",
+    ranks=2,
+    function="hybrid_checks.py:split_other_families",
+    kwargs={"stock": "{stock}", "out": "{out}"},
 )
 
 

@@ -35,7 +35,10 @@ printf '\\n' >>"$STUB_NOTES"
 printf '%s\\n' "${STUB_SAYS:-}"
 exit "${STUB_STATUS:-0}"
 """
-SCRIPTS = {str(path.relative_to(ROOT / "training")): path for path in sorted((ROOT / "training").rglob("run_*.sh"))}
+SCRIPTS = {
+    str(path.relative_to(ROOT / "training")): path
+    for path in sorted((ROOT / "training").rglob("run_*.sh"))
+}
 SWEEPS = [name for name in SCRIPTS if name.endswith("_sweep.sh")]
 EVALUATIONS = [name for name in SCRIPTS if "evaluation_scripts" in name]
 LAUNCHING = [name for name in SCRIPTS if name not in SWEEPS + EVALUATIONS]
@@ -79,16 +82,24 @@ class Bench:
 
     folder: Path  # the working directory of the scripts; its path holds a space
 
-    def run(self, script: str, *words: str, gpus: int = 0, **variables: str) -> subprocess.CompletedProcess:
+    def run(
+        self, script: str, *words: str, gpus: int = 0, **variables: str
+    ) -> subprocess.CompletedProcess:
         tools = self.folder.parent / "tools"
         tools.mkdir(exist_ok=True)
         (tools / "python").write_text(INTERPRETER)
         listing = "".join(f"GPU {i}: a card\\n  MIG 1g a part of it\\n" for i in range(gpus))
-        (tools / "nvidia-smi").write_text(f"#!/bin/sh\n{f'printf {shlex.quote(listing)}' if gpus else 'exit 1'}\n")
+        (tools / "nvidia-smi").write_text(
+            f"#!/bin/sh\n{f'printf {shlex.quote(listing)}' if gpus else 'exit 1'}\n"
+        )
         (tools / "pdsh").write_text("#!/bin/sh\n")
         for tool in tools.iterdir():
             tool.chmod(0o755)
-        outside = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "MASTER_PORT")}
+        outside = {
+            key: value
+            for key, value in os.environ.items()
+            if key not in ("RANK", "WORLD_SIZE", "MASTER_PORT")
+        }
         stub = {
             "PYTHON": str(tools / "python"),
             "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}",
@@ -108,7 +119,11 @@ class Bench:
     def notes(self) -> list[list[str]]:
         """Of each call of the interpreter: its folder, $WORLD_SIZE and its words."""
         path = self.folder.parent / "notes"
-        return [line.split("\0")[:-1] for line in path.read_text().splitlines()] if path.exists() else []
+        return (
+            [line.split("\0")[:-1] for line in path.read_text().splitlines()]
+            if path.exists()
+            else []
+        )
 
 
 @pytest.fixture
@@ -125,7 +140,10 @@ def models(name: str) -> list[str]:
     size = Path(name).stem.removeprefix("run_").removesuffix("_lora").removesuffix("_mixz")
     pair = (f"meta-llama/{size.replace('llama2', 'Llama-2')}-hf".replace("_", "-"),) * 2
     if not size.startswith("llama2"):
-        pair = ("facebook/opt-1.3b" if size == "single" else f"facebook/opt-{size}", "facebook/opt-350m")
+        pair = (
+            "facebook/opt-1.3b" if size == "single" else f"facebook/opt-{size}",
+            "facebook/opt-350m",
+        )
     if name.endswith("_lora.sh") and "llama2" not in name:
         return ["--actor_model_name_or_path", pair[0], "--critic_model_name_or_path", pair[1]]
     return list(pair)
@@ -139,7 +157,9 @@ def test_every_script_plans_by_dry_run(name, bench, capsys, monkeypatch):
     step = Path(name).parts[0]
     assert folder == str(bench.folder) and main == str(ROOT / "training" / step / "main.py")
     assert list(bench.folder.iterdir()) == []
-    planned = {"single_gpu": 1, "multi_node": 64}.get(Path(name).parent.name, 64 if "70b" in name else 8)
+    planned = {"single_gpu": 1, "multi_node": 64}.get(
+        Path(name).parent.name, 64 if "70b" in name else 8
+    )
     assert int(world_size) == planned
     config = parse_config(CONFIGS[step], words)
     assert config.run.dry_run and config.run.output_dir and config.run.deepspeed
@@ -148,7 +168,11 @@ def test_every_script_plans_by_dry_run(name, bench, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", world_size)
     dry_run(config)
     shown = capsys.readouterr().out
-    assert f"for {planned} GPU(s)" in shown and "GiB on a GPU" in shown and '"train_batch_size": ' in shown
+    assert (
+        f"for {planned} GPU(s)" in shown
+        and "GiB on a GPU" in shown
+        and '"train_batch_size": ' in shown
+    )
 
 
 @pytest.mark.parametrize("name", LAUNCHING)
@@ -170,10 +194,22 @@ def test_every_script_really_runs_by_dry_run(name, bench):
 
 
 def test_a_dry_run_through_the_interpreter(bench):
-    words = ["facebook/opt-6.7b", "facebook/opt-350m", "3", "2", "--per_device_training_batch_size", "2", "--dry_run"]
+    words = [
+        "facebook/opt-6.7b",
+        "facebook/opt-350m",
+        "3",
+        "2",
+        "--per_device_training_batch_size",
+        "2",
+        "--dry_run",
+    ]
     done = bench.run(PPO, *words, PYTHON=sys.executable, NUM_GPUS="2")
     assert done.returncode == 0, done.stdout[-2000:]
-    assert "for 2 GPU(s)" in done.stdout and "reference" in done.stdout and '"train_batch_size": 4,' in done.stdout
+    assert (
+        "for 2 GPU(s)" in done.stdout
+        and "reference" in done.stdout
+        and '"train_batch_size": 4,' in done.stdout
+    )
     assert done.stdout.index('"stage": 3') < done.stdout.index("configuration of the critic")
 
 
@@ -183,11 +219,17 @@ def test_positional_arguments_end_at_the_first_flag(bench):
     (words,) = bench.notes()
     # The last of a flag's values counts, so the user's stand behind the script's.
     assert words[-3:] == ["--learning_rate", "1e-4", "9"]
-    assert words[words.index("--zero_stage") + 1] == "3" and words[words.index("--output_dir") + 1] == "my output"
+    assert (
+        words[words.index("--zero_stage") + 1] == "3"
+        and words[words.index("--output_dir") + 1] == "my output"
+    )
     assert (bench.folder / "my output" / "training.log").exists()
     bench.run(SINGLE_NODE, "", "--x")
     (words,) = bench.notes()
-    assert words[words.index("--zero_stage") + 1] == "2" and words[words.index("--output_dir") + 1] == "./output"
+    assert (
+        words[words.index("--zero_stage") + 1] == "2"
+        and words[words.index("--output_dir") + 1] == "./output"
+    )
 
 
 def test_the_repository_may_lie_in_a_folder_with_a_space(bench, tmp_path, monkeypatch):
@@ -203,15 +245,27 @@ def test_the_repository_may_lie_in_a_folder_with_a_space(bench, tmp_path, monkey
 def test_the_output_folder_may_come_as_a_flag(bench):
     for form in (["--output_dir", "a folder"], ["--output_dir=another folder"]):
         assert bench.run(SINGLE_NODE, "positional", *form, STUB_SAYS="words").returncode == 0
-        assert (bench.folder / form[-1].removeprefix("--output_dir=") / "training.log").read_text() == "words\n"
+        assert (
+            bench.folder / form[-1].removeprefix("--output_dir=") / "training.log"
+        ).read_text() == "words\n"
     assert not (bench.folder / "positional").exists()
 
 
 @pytest.mark.parametrize(
     "script, words, variables, message",
     [
-        (SINGLE_NODE, ["out", "2", "3"], {}, "too many positional arguments: '3' has no place. usage: bash run_1.3b."),
-        (PPO.replace("1.3b", "6.7b"), [], {}, "ACTOR_PATH is missing. usage: bash run_6.7b.sh ACTOR_PATH CRITIC_PATH"),
+        (
+            SINGLE_NODE,
+            ["out", "2", "3"],
+            {},
+            "too many positional arguments: '3' has no place. usage: bash run_1.3b.",
+        ),
+        (
+            PPO.replace("1.3b", "6.7b"),
+            [],
+            {},
+            "ACTOR_PATH is missing. usage: bash run_6.7b.sh ACTOR_PATH CRITIC_PATH",
+        ),
         (PPO.replace("1.3b", "30b_lora"), ["a"], {}, "too many positional arguments: 'a'"),
         (SINGLE_NODE, ["file"], {}, "--output_dir file: no folder that can be written"),
         (SINGLE_NODE, ["file/below"], {}, "--output_dir file/below: no folder that can be written"),
@@ -220,11 +274,21 @@ def test_the_output_folder_may_come_as_a_flag(bench):
         (SINGLE_NODE, [], {"NUM_GPUS": "some"}, "NUM_GPUS=some: expected a number"),
         (SINGLE_NODE, ["--dry_run"], {"NUM_GPUS": "some"}, "NUM_GPUS=some: expected a number"),
         (SINGLE_NODE, [], {"NUM_GPUS": "0"}, "NUM_GPUS=0: expected a number, at least 1"),
-        (SINGLE_NODE, [], {"STUB_PYTHON": "false"}, "PYTHON has no torch and deepspeed. Run scripts/quickstart.sh"),
+        (
+            SINGLE_NODE,
+            [],
+            {"STUB_PYTHON": "false"},
+            "PYTHON has no torch and deepspeed. Run scripts/quickstart.sh",
+        ),
         (MULTI_NODE, [], {"HOSTFILE": "none"}, "run_66b.sh needs several nodes: set HOSTFILE"),
         (MULTI_NODE, [], {"HOSTFILE": "one"}, "HOSTFILE one names 1 node(s)"),
         (SINGLE_NODE, [], {"PYTHON": "/no/python"}, "no /no/python here"),
-        (SINGLE_NODE.replace("run_1.3b", "sweep/run_single"), ["2", "yes"], {}, "OFFLOAD=yes: true or false"),
+        (
+            SINGLE_NODE.replace("run_1.3b", "sweep/run_single"),
+            ["2", "yes"],
+            {},
+            "OFFLOAD=yes: true or false",
+        ),
     ],
 )
 def test_a_mistake_is_one_message_before_anything_starts(script, words, variables, message, bench):
@@ -279,7 +343,11 @@ def test_the_launcher_follows_the_machine(script, variables, command, bench):
 
 @pytest.mark.parametrize(
     "visible, message",
-    [("-1", "no GPU here"), ("1,-1,2", "--include localhost:1"), ("GPU-8932f937", "knows GPUs by their numbers alone")],
+    [
+        ("-1", "no GPU here"),
+        ("1,-1,2", "--include localhost:1"),
+        ("GPU-8932f937", "knows GPUs by their numbers alone"),
+    ],
 )
 def test_the_gpus_that_are_seen_are_those_that_cuda_sees(visible, message, bench):
     done = bench.run(SINGLE_NODE, gpus=4, CUDA_VISIBLE_DEVICES=visible)
@@ -288,11 +356,18 @@ def test_the_gpus_that_are_seen_are_those_that_cuda_sees(visible, message, bench
 
 def test_flags_may_have_dashes_within(bench):
     done = bench.run(SINGLE_NODE, "--output-dir", "elsewhere", STUB_SAYS="words")
-    assert done.returncode == 0 and (bench.folder / "elsewhere" / "training.log").read_text() == "words\n"
+    assert (
+        done.returncode == 0
+        and (bench.folder / "elsewhere" / "training.log").read_text() == "words\n"
+    )
     assert not (bench.folder / "output").exists()
     bench.run(SINGLE_NODE, "--output-dir=third", STUB_SAYS="words")
     assert (bench.folder / "third" / "training.log").exists()
-    for words, is_dry in ((["--dry-run"], True), (["--dry_run"], True), (["--dry-run=false"], False)):
+    for words, is_dry in (
+        (["--dry-run"], True),
+        (["--dry_run"], True),
+        (["--dry-run=false"], False),
+    ):
         bench.run(SINGLE_NODE, *words)
         assert ("deepspeed.launcher.runner" not in bench.notes()[-1]) == is_dry, words
 
@@ -326,8 +401,16 @@ def test_the_whole_output_is_shown_and_logged(bench):
             ["error (rank 0): --zero_stage 5: no stage.", "--max_seq_len 1: too few."],
             "--zero_stage --max_seq_len",
         ),
-        ("exits with return code = -9", ["error: a process was killed, most often because"], "--offload"),
-        ("ValueError: early\nValueError: no host answers\nbye", ["error: ValueError: no host answers"], "--help lists"),
+        (
+            "exits with return code = -9",
+            ["error: a process was killed, most often because"],
+            "--offload",
+        ),
+        (
+            "ValueError: early\nValueError: no host answers\nbye",
+            ["error: ValueError: no host answers"],
+            "--help lists",
+        ),
         ("something else", ["error: exit status 3"], "--help lists them"),
     ],
     ids=["cause", "killed", "launcher", "unknown"],
@@ -337,7 +420,9 @@ def test_a_failure_ends_with_cause_flag_and_log(said, cause, flags, bench):
     assert done.returncode == 1
     *before, shown, log = done.stdout.splitlines()
     assert [line[: len(want)] for line, want in zip(before[-len(cause) :], cause)] == cause
-    assert shown.startswith(f"flags to look at: {flags}") and log == "whole log: ./output/training.log"
+    assert (
+        shown.startswith(f"flags to look at: {flags}") and log == "whole log: ./output/training.log"
+    )
     assert (bench.folder / "output" / "training.log").read_text() == said + "\n"
 
 
@@ -347,7 +432,9 @@ def test_a_failure_behind_the_real_launcher_ends_the_same_way(bench):
     done = bench.run(script, *words, PYTHON=sys.executable, HF_HUB_OFFLINE="1")
     assert done.returncode == 1
     said, *last = done.stdout.rsplit("\n\n", 1)
-    assert "exits with return code = 1" in said and "Traceback" not in done.stdout  # the launcher's words, before
+    assert (
+        "exits with return code = 1" in said and "Traceback" not in done.stdout
+    )  # the launcher's words, before
     assert last[0].splitlines() == [
         "error (rank 0): --model_name_or_path '/no such model' does not exist; give an existing model folder or a hub name.",
         "flags to look at: --model_name_or_path",
@@ -358,7 +445,12 @@ def test_a_failure_behind_the_real_launcher_ends_the_same_way(bench):
 
 
 def test_a_second_run_keeps_the_log_of_the_first_and_fails_by_its_own_words(bench):
-    assert bench.run(SINGLE_NODE, STUB_SAYS="error (rank 0): --max_seq_len 1: of yesterday", STUB_STATUS="1").returncode == 1
+    assert (
+        bench.run(
+            SINGLE_NODE, STUB_SAYS="error (rank 0): --max_seq_len 1: of yesterday", STUB_STATUS="1"
+        ).returncode
+        == 1
+    )
     done = bench.run(SINGLE_NODE, STUB_SAYS="two", STUB_STATUS="3")
     assert "error: exit status 3" in done.stdout and "yesterday" not in done.stdout
     log = (bench.folder / "output" / "training.log").read_text()
@@ -371,7 +463,9 @@ def test_the_log_of_a_run_that_lasts_is_not_touched(bench):
     code = "import sys; from pathlib import Path; from dschat.runtime.lock import lock_folder; "
     code += "lock_folder(Path(sys.argv[1])); print('locked', flush=True); input()"
     words = [sys.executable, "-c", code, str(output)]
-    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment()) as holder:
+    with subprocess.Popen(
+        words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment()
+    ) as holder:
         assert holder.stdout.readline() == "locked\n"
         done = bench.run(SINGLE_NODE, STUB_SAYS="one")
         holder.communicate("\n")
@@ -396,9 +490,16 @@ def test_the_tasks_of_one_run_do_not_refuse_each_other(tmp_path):
     command = ["bash", str(SCRIPTS[MULTI_NODE]), "out", "--resume", "latest"]
     tasks = []
     for rank in range(4):
-        variables = {"PYTHON": str(stub), "STUB_PYTHON": sys.executable, "RANK": str(rank), "WORLD_SIZE": "4"}
+        variables = {
+            "PYTHON": str(stub),
+            "STUB_PYTHON": sys.executable,
+            "RANK": str(rank),
+            "WORLD_SIZE": "4",
+        }
         options = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        tasks.append(subprocess.Popen(command, cwd=tmp_path, env={**os.environ, **variables}, **options))
+        tasks.append(
+            subprocess.Popen(command, cwd=tmp_path, env={**os.environ, **variables}, **options)
+        )
     said = [task.communicate(timeout=60)[0] for task in tasks]
     assert [task.returncode for task in tasks] == [0] * 4, said
 
@@ -411,14 +512,18 @@ wait
 """
 
 
-@pytest.mark.parametrize("to_group, number", [(True, signal.SIGINT), (False, signal.SIGTERM)], ids=["ctrl-c", "sigterm"])
+@pytest.mark.parametrize(
+    "to_group, number", [(True, signal.SIGINT), (False, signal.SIGTERM)], ids=["ctrl-c", "sigterm"]
+)
 def test_a_signal_to_the_script_lets_the_run_save(to_group, number, tmp_path):
     stub = tmp_path / "python"
     stub.write_text(SAVING)
     stub.chmod(0o755)
     variables = {**os.environ, "PYTHON": str(stub), "STUB_PYTHON": sys.executable}
     command = ["bash", str(SCRIPTS[SINGLE_NODE]), "out"]
-    options = dict(cwd=tmp_path, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    options = dict(
+        cwd=tmp_path, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     with subprocess.Popen(command, start_new_session=True, **options) as script:
         while script.stdout.readline() != "begun\n":
             pass
@@ -429,14 +534,20 @@ def test_a_signal_to_the_script_lets_the_run_save(to_group, number, tmp_path):
 
 
 def test_ctrl_c_at_a_script_saves_a_run_that_goes_on_later(stock, tmp_path):
-    words = f"{TINY_SFT} --learning_rate 1e-3".replace("--max_train_steps 2", "--max_train_steps 80").format(stock=stock)
+    words = f"{TINY_SFT} --learning_rate 1e-3".replace(
+        "--max_train_steps 2", "--max_train_steps 80"
+    ).format(stock=stock)
     command = ["bash", str(SCRIPTS[SINGLE_NODE]), "out", "2", *words.split()]
     variables = {**environment(), "PYTHON": sys.executable, "NUM_GPUS": "2"}
-    options = dict(cwd=tmp_path, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    options = dict(
+        cwd=tmp_path, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     metrics = tmp_path / "out" / "metrics.jsonl"
     with subprocess.Popen(command, start_new_session=True, **options) as script:
         deadline = time.monotonic() + 120
-        while script.poll() is None and not (metrics.exists() and metrics.read_bytes().count(b"\n") > 2):
+        while script.poll() is None and not (
+            metrics.exists() and metrics.read_bytes().count(b"\n") > 2
+        ):
             assert time.monotonic() < deadline, "no step in two minutes"
             time.sleep(0.05)
         os.killpg(script.pid, signal.SIGINT)
@@ -444,7 +555,9 @@ def test_ctrl_c_at_a_script_saves_a_run_that_goes_on_later(stock, tmp_path):
     assert "a checkpoint is written" in said and script.returncode == 143, said[-3000:]
     (step,) = (int(path.name[5:]) for path in (tmp_path / "out" / "checkpoints").glob("step_*"))
     done = subprocess.run([*command, "--resume", "latest"], timeout=200, **options)
-    assert done.returncode == 0 and f"going on behind step {step}" in done.stdout, done.stdout[-3000:]
+    assert done.returncode == 0 and f"going on behind step {step}" in done.stdout, done.stdout[
+        -3000:
+    ]
     log = (tmp_path / "out" / "training.log").read_text()
     assert "a checkpoint is written" in log and f"going on behind step {step}" in log
 
@@ -486,10 +599,19 @@ TINY_PPO = f"{TINY} --max_prompt_seq_len 24 --max_answer_seq_len 4 --eval_prompt
 )
 def test_the_two_command_lines_of_a_newcomer(name, words, bench, stock):
     variables = {key: environment()[key] for key in ("OMP_NUM_THREADS", "HF_HUB_OFFLINE")}
-    done = bench.run(name, *(word.format(stock=stock) for word in words.split()), PYTHON=sys.executable, **variables)
+    done = bench.run(
+        name,
+        *(word.format(stock=stock) for word in words.split()),
+        PYTHON=sys.executable,
+        **variables,
+    )
     assert done.returncode == 0, done.stdout[-3000:]
     output = bench.folder / "out"
-    (model,) = output.rglob("model.safetensors") if "step1" in name else output.rglob("actor/model.safetensors")
+    (model,) = (
+        output.rglob("model.safetensors")
+        if "step1" in name
+        else output.rglob("actor/model.safetensors")
+    )
     assert model.stat().st_size > 0 and list(output.glob("**/events.out.tfevents*"))
     log = (output / "training.log").read_text()
     assert log in done.stdout and "memory plan" in log

@@ -7,7 +7,12 @@ from outputs import check_model_folder, load_plainly
 
 
 def check_case(name: str, function: str, *, ranks: int = 2, **kwargs):
-    case = Case(name, ranks=ranks, function=f"memory_checks.py:{function}", kwargs={"stock": "{stock}", **kwargs})
+    case = Case(
+        name,
+        ranks=ranks,
+        function=f"memory_checks.py:{function}",
+        kwargs={"stock": "{stock}", **kwargs},
+    )
     return pytest.param(case, id=name, marks=pytest.mark.cases(case))
 
 
@@ -23,7 +28,8 @@ def run_case(name: str, argv: str, *, family: str = "llama", ranks: int = 2) -> 
 
 
 ADAPTERS = " ".join(
-    f"--{role}_lora_dim 4 --{role}_lora_alpha 16 --{role}_lora_learning_rate 1e-2" for role in ("actor", "critic")
+    f"--{role}_lora_dim 4 --{role}_lora_alpha 16 --{role}_lora_learning_rate 1e-2"
+    for role in ("actor", "critic")
 )
 ZERO = {
     "0": "--actor_zero_stage 0 --critic_zero_stage 0",
@@ -36,14 +42,26 @@ ZERO = {
 def failing(launches, case) -> list[str]:
     """What did not hold, and on which rank."""
     found = enumerate(launches[case].ranks)
-    return [f"rank {rank}: {name}" for rank, result in found for name, holds in result["value"].items() if not holds]
+    return [
+        f"rank {rank}: {name}"
+        for rank, result in found
+        for name, holds in result["value"].items()
+        if not holds
+    ]
 
 
 SHARED = [
     check_case("shared-0-llama", "shared_reference", family="llama", zero=0, dtype="fp32"),
     check_case("shared-2-opt", "shared_reference", family="opt", zero=2, dtype="bf16"),
     check_case("shared-3-llama", "shared_reference", family="llama", zero=3, dtype="fp32"),
-    check_case("shared-3-gpt2-offload", "shared_reference", family="gpt2", zero=3, dtype="bf16", offload=True),
+    check_case(
+        "shared-3-gpt2-offload",
+        "shared_reference",
+        family="gpt2",
+        zero=3,
+        dtype="bf16",
+        offload=True,
+    ),
 ]
 
 
@@ -53,7 +71,13 @@ def test_the_actor_without_adapters_is_the_reference(case, launches):
 
 
 def quantised_case(
-    zero: int, family: str, dtype: str, *, ranks: int = 2, checkpointing: bool = False, offload: bool = False
+    zero: int,
+    family: str,
+    dtype: str,
+    *,
+    ranks: int = 2,
+    checkpointing: bool = False,
+    offload: bool = False,
 ):
     more = ("-checkpointing" if checkpointing else "") + ("-offload" if offload else "")
     return check_case(
@@ -87,7 +111,10 @@ def test_int8_layers_train_adapters_as_dense_layers_of_the_same_values_do(case, 
 
 MEMORY = {
     zero: Case(
-        f"frozen-{zero}", ranks=2, function="memory_checks.py:frozen_memory", kwargs={"stock": "{stock}", "zero": zero}
+        f"frozen-{zero}",
+        ranks=2,
+        function="memory_checks.py:frozen_memory",
+        kwargs={"stock": "{stock}", "zero": zero},
     )
     for zero in (2, 3)
 }
@@ -114,7 +141,9 @@ def test_states_that_leave_the_device_come_back_the_same(case, launches):
     assert failing(launches, case) == []
 
 
-GPU_IDLE = {zero: check_case(f"gpu-idle-{zero}", "idle_memory", ranks=1, zero=zero) for zero in (1, 2, 3)}
+GPU_IDLE = {
+    zero: check_case(f"gpu-idle-{zero}", "idle_memory", ranks=1, zero=zero) for zero in (1, 2, 3)
+}
 
 
 @pytest.mark.gpu
@@ -129,7 +158,9 @@ def test_idle_states_leave_the_gpu(case, launches):
 def numbers(launches, case: Case) -> list[dict]:
     """What a run logged, without times and memory."""
     lines = launches[case].metrics()
-    numbers = [{k: v for k, v in line.items() if not k.startswith(("time/", "perf/"))} for line in lines]
+    numbers = [
+        {k: v for k, v in line.items() if not k.startswith(("time/", "perf/"))} for line in lines
+    ]
     # In fp32 without ZeRO DeepSpeed tells no gradient norm.
     return [{k: v for k, v in line.items() if v is not None} for line in numbers]
 
@@ -144,8 +175,12 @@ def same_runs(launches, one: Case, other: Case) -> None:
 def shared_pair(zero: str, family: str):
     argv = f"{ADAPTERS} --only_optimize_lora {ZERO[zero]}"
     shared = run_case(f"share-{zero}-{family}", argv, family=family)
-    apart = run_case(f"apart-{zero}-{family}", f"{argv} --no_share_reference --no_share_reward", family=family)
-    return pytest.param(shared, apart, id=f"{zero}-{family}", marks=pytest.mark.cases(shared, apart))
+    apart = run_case(
+        f"apart-{zero}-{family}", f"{argv} --no_share_reference --no_share_reward", family=family
+    )
+    return pytest.param(
+        shared, apart, id=f"{zero}-{family}", marks=pytest.mark.cases(shared, apart)
+    )
 
 
 PAIRS = [shared_pair("0", "gpt2"), shared_pair("2-offload", "llama"), shared_pair("3", "opt")]
@@ -158,14 +193,19 @@ def test_runs_with_two_models_in_one_are_runs_with_a_copy(shared, apart, launche
 
 HOST = "--offload_reference_model --offload_reward_model"
 HOSTED = {
-    zero: (run_case(f"host-{zero}", f"{argv} {HOST}"), run_case(f"no-host-{zero}", argv)) for zero, argv in ZERO.items() if zero != "2"
+    zero: (run_case(f"host-{zero}", f"{argv} {HOST}"), run_case(f"no-host-{zero}", argv))
+    for zero, argv in ZERO.items()
+    if zero != "2"
 }
 
 
 @pytest.mark.parametrize(
-    "hosted, plain", [pytest.param(*pair, id=zero, marks=pytest.mark.cases(*pair)) for zero, pair in HOSTED.items()]
+    "hosted, plain",
+    [pytest.param(*pair, id=zero, marks=pytest.mark.cases(*pair)) for zero, pair in HOSTED.items()],
 )
-def test_reference_and_reward_answer_the_same_from_host_memory_at_every_stage(hosted, plain, launches):
+def test_reference_and_reward_answer_the_same_from_host_memory_at_every_stage(
+    hosted, plain, launches
+):
     same_runs(launches, hosted, plain)
 
 
@@ -173,7 +213,9 @@ def travelling_pair(zero: str):
     argv = f"{ZERO[zero]} --enable_ema --eval_interval 2"
     stayed = run_case(f"stayed-{zero}", argv)
     away = {"argv": f"{stayed.argv} --offload_idle_states", "out": "{out}"}
-    away = Case(f"away-{zero}", ranks=2, function="memory_checks.py:run_with_travelling_states", kwargs=away)
+    away = Case(
+        f"away-{zero}", ranks=2, function="memory_checks.py:run_with_travelling_states", kwargs=away
+    )
     return pytest.param(away, stayed, id=zero, marks=pytest.mark.cases(away, stayed))
 
 
@@ -188,9 +230,12 @@ def test_a_run_whose_states_travel_is_the_same_run(away, stayed, launches):
 MANY = "--per_device_generation_batch_size 32"
 MIXED = {
     "shared": run_case(
-        "mixed-shared", f"{ADAPTERS} --only_optimize_lora --enable_mixed_precision_lora --enable_ema {ZERO['3']} {MANY}"
+        "mixed-shared",
+        f"{ADAPTERS} --only_optimize_lora --enable_mixed_precision_lora --enable_ema {ZERO['3']} {MANY}",
     ),
-    "copies": run_case("mixed-copies", f"{ADAPTERS} --enable_mixed_precision_lora {ZERO['3']}", ranks=1),
+    "copies": run_case(
+        "mixed-copies", f"{ADAPTERS} --enable_mixed_precision_lora {ZERO['3']}", ranks=1
+    ),
     "plain": run_case("not-mixed", f"{ADAPTERS} --only_optimize_lora {ZERO['3']} {MANY}"),
 }
 
@@ -202,9 +247,15 @@ def test_int8_runs_begin_at_their_reference_and_stay_near_unquantised_ones(launc
         assert [lines[0]["eval/kl"], lines[1]["objective/kl"]] == pytest.approx([0, 0], abs=1e-6)
         assert lines[-1]["eval/kl"] > 0
         for role, start, reward in (("actor", "sft", False), ("critic", "reward", True)):
-            options = {"dtype": "fp32", "lora": "only-lora" if name == "shared" else "lora", "eot": False}
+            options = {
+                "dtype": "fp32",
+                "lora": "only-lora" if name == "shared" else "lora",
+                "eot": False,
+            }
             folder = launches[MIXED[name]].out / role
-            check_model_folder(folder, start=stock / start / "llama", reward=reward, options=options)
+            check_model_folder(
+                folder, start=stock / start / "llama", reward=reward, options=options
+            )
             assert (folder / "adapter").exists() == (name == "shared")
     load_plainly(launches[MIXED["shared"]].out / "actor_ema")
     mixed, plain = (launches[MIXED[name]].metrics()[1] for name in ("shared", "plain"))
@@ -224,10 +275,14 @@ def supervised_int8(step: int, ranks: int):
     return pytest.param(case, kind, id=case.name, marks=pytest.mark.cases(case))
 
 
-@pytest.mark.parametrize("case, kind", [supervised_int8(1, 1), supervised_int8(1, 2), supervised_int8(2, 2)])
+@pytest.mark.parametrize(
+    "case, kind", [supervised_int8(1, 1), supervised_int8(1, 2), supervised_int8(2, 2)]
+)
 def test_steps_1_and_2_train_adapters_on_int8_weights(case, kind, launches, stock):
     outcome, options = launches[case], {"dtype": "fp32", "lora": "only-lora", "eot": False}
-    check_model_folder(outcome.out, start=stock / kind / "llama", reward=case.step == 2, options=options)
+    check_model_folder(
+        outcome.out, start=stock / kind / "llama", reward=case.step == 2, options=options
+    )
     assert (outcome.out / "adapter" / "adapter_model.safetensors").exists()
     losses = outcome.per_step("eval/loss")
     assert losses[-1] < losses[0]
@@ -243,14 +298,19 @@ def greedy_pair(zero: str, more: str = ""):
 
 
 @pytest.mark.parametrize(
-    "plain, hybrid", [greedy_pair("2-offload"), greedy_pair("3"), greedy_pair("3", "--inference_tp_size 2")]
+    "plain, hybrid",
+    [greedy_pair("2-offload"), greedy_pair("3"), greedy_pair("3", "--inference_tp_size 2")],
 )
-def test_the_hybrid_engine_generates_with_int8_weights_as_the_training_module_does(plain, hybrid, launches):
+def test_the_hybrid_engine_generates_with_int8_weights_as_the_training_module_does(
+    plain, hybrid, launches
+):
     found, expected = numbers(launches, hybrid)[1:], numbers(launches, plain)[1:]
     assert len(found) == 3 and expected[-1]["objective/kl"] != 0
     for mine, theirs in zip(found, expected):
         keys = [key for key in theirs if not key.startswith("eval/")]  # which is sampled
-        assert {key: mine[key] for key in keys} == pytest.approx({key: theirs[key] for key in keys}, rel=1e-4, abs=1e-5)
+        assert {key: mine[key] for key in keys} == pytest.approx(
+            {key: theirs[key] for key in keys}, rel=1e-4, abs=1e-5
+        )
 
 
 IN_PIECES = check_case("adapter-in-pieces", "adapter_in_pieces", out="{out}")
@@ -266,7 +326,10 @@ def test_an_adapter_is_merged_into_weights_in_pieces(case, launches):
     assert failing(launches, case) == []
 
 
-GPU_INT8 = {zero: check_case(f"gpu-int8-{zero}", "int8_memory", ranks=1, zero=zero, out="{out}") for zero in (2, 3)}
+GPU_INT8 = {
+    zero: check_case(f"gpu-int8-{zero}", "int8_memory", ranks=1, zero=zero, out="{out}")
+    for zero in (2, 3)
+}
 
 
 @pytest.mark.gpu

@@ -34,7 +34,11 @@ def documented(step) -> set[str]:
     text = (TRAINING / STEPS[step] / "README.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| ([^|`]+) \|", text, re.MULTILINE)
     names = {name.strip() for row in rows for name in row.split(",")}
-    return {name for name in names if re.fullmatch(r"[a-z_]+/[a-z_]+|kl_coef|reward|(actor|critic)_loss(_sum)?", name)}
+    return {
+        name
+        for name in names
+        if re.fullmatch(r"[a-z_]+/[a-z_]+|kl_coef|reward|(actor|critic)_loss(_sum)?", name)
+    }
 
 
 def written(output: Path) -> list[set[str]]:
@@ -71,7 +75,15 @@ def outputs(tmp_path_factory) -> dict[int | str, Path]:
     }
     runs = []
     for step, output in found.items():
-        argv = [*models[step], "--data_path", data, "--output_dir", output, *COMMON.split(), *FLAGS[step].split()]
+        argv = [
+            *models[step],
+            "--data_path",
+            data,
+            "--output_dir",
+            output,
+            *COMMON.split(),
+            *FLAGS[step].split(),
+        ]
         runs.append([str(TRAINING / STEPS[step] / "main.py"), [str(word) for word in argv]])
     done = subprocess.run(
         [sys.executable, "-c", RUN_ALL, json.dumps(runs)],

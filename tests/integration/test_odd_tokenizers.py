@@ -36,16 +36,24 @@ def params(*lacking: str) -> list:
     """(step, one case for each of `lacking`)."""
     rows = {step: [case(step, lacks) for lacks in lacking] for step in FLAGS}
     needed = {step: cases if step != 3 else [*rows[2], *cases] for step, cases in rows.items()}
-    return [pytest.param(step, *rows[step], id=f"step {step}", marks=pytest.mark.cases(*needed[step])) for step in rows]
+    return [
+        pytest.param(step, *rows[step], id=f"step {step}", marks=pytest.mark.cases(*needed[step]))
+        for step in rows
+    ]
 
 
 def values(outcome) -> list[dict]:
     """The lines of metrics.jsonl without what differs from run to run."""
-    return [{k: v for k, v in line.items() if k[:5] not in ("time/", "perf/")} for line in outcome.metrics()]
+    return [
+        {k: v for k, v in line.items() if k[:5] not in ("time/", "perf/")}
+        for line in outcome.metrics()
+    ]
 
 
 @pytest.mark.parametrize("step, without, normal", params("pad", ""))
-def test_without_a_padding_token_the_end_token_pads_and_nothing_changes(step, without, normal, launches, stock):
+def test_without_a_padding_token_the_end_token_pads_and_nothing_changes(
+    step, without, normal, launches, stock
+):
     found = values(launches[without])
     assert len(found) == 4 and found == values(launches[normal])
     if step == 2:
@@ -72,6 +80,10 @@ def test_without_a_beginning_texts_begin_with_themselves(step, without, launches
 def check_scores(outcome, stock) -> None:
     """The saved reward model scores padded batches by itself as the evaluation did."""
     reported = outcome.metrics()[-1]
-    chosen, rejected = (plain_scores(outcome.out, toy_rows(stock), answer) for answer in ("chosen", "rejected"))
+    chosen, rejected = (
+        plain_scores(outcome.out, toy_rows(stock), answer) for answer in ("chosen", "rejected")
+    )
     assert chosen.mean().item() == pytest.approx(reported["eval/chosen_score"], rel=1e-3, abs=1e-5)
-    assert (chosen - rejected).mean().item() == pytest.approx(reported["eval/margin"], rel=1e-3, abs=1e-5)
+    assert (chosen - rejected).mean().item() == pytest.approx(
+        reported["eval/margin"], rel=1e-3, abs=1e-5
+    )

@@ -19,7 +19,8 @@ ZERO = {
     "3": "--actor_zero_stage 3 --critic_zero_stage 2",
 }
 ADAPTERS = " ".join(
-    f"--{role}_lora_dim 4 --{role}_lora_alpha 16 --{role}_lora_learning_rate 1e-2" for role in ("actor", "critic")
+    f"--{role}_lora_dim 4 --{role}_lora_alpha 16 --{role}_lora_learning_rate 1e-2"
+    for role in ("actor", "critic")
 )
 LORA = {"": "", "lora": ADAPTERS, "only-lora": f"{ADAPTERS} --only_optimize_lora"}
 # How a rollout of 4 or 8 rows per process becomes optimizer steps.
@@ -48,9 +49,29 @@ AXES = {
 MINOR = ("eot", "tensorboard", "ema", "ptx")
 EVALUATED = {"eval/score", "eval/score_sd", "eval/kl", "eval/length", "eval/eos_rate"}
 REPORTED = {
-    *("objective/score", "objective/kl", "objective/entropy", "policy/loss", "policy/clipfrac", "policy/approx_kl"),
-    *("policy/ratio_max", "value/loss", "value/clipfrac", "value/explained_variance", "advantage/std"),
-    *("response/length_mean", "response/eos_rate", "grad_norm/actor", "grad_norm/critic", "lr/actor", "lr/critic"),
+    *(
+        "objective/score",
+        "objective/kl",
+        "objective/entropy",
+        "policy/loss",
+        "policy/clipfrac",
+        "policy/approx_kl",
+    ),
+    *(
+        "policy/ratio_max",
+        "value/loss",
+        "value/clipfrac",
+        "value/explained_variance",
+        "advantage/std",
+    ),
+    *(
+        "response/length_mean",
+        "response/eos_rate",
+        "grad_norm/actor",
+        "grad_norm/critic",
+        "lr/actor",
+        "lr/critic",
+    ),
     *("time/generate_s", "time/score_s", "time/train_s", "perf/tokens_per_s", "perf/tflops"),
     "perf/mem_gib",
 }
@@ -78,11 +99,15 @@ def ppo_case(options: dict) -> Case:
     return Case(case_name("ppo", options), ranks=options["ranks"], step=3, argv=" ".join(words))
 
 
-@pytest.mark.parametrize("options, case", case_params(ppo_case, AXES, turns=("family",), minor=MINOR))
+@pytest.mark.parametrize(
+    "options, case", case_params(ppo_case, AXES, turns=("family",), minor=MINOR)
+)
 def test_ppo_leaves_complete_trained_models(options, case, launches, stock):
     outcome, (sft, reward) = launches[case], start_models(options)
     folders = {"actor", "critic"} | ({"actor_ema"} if options["ema"] else set())
-    assert {path.name for path in outcome.out.iterdir() if (path / "config.json").exists()} == folders
+    assert {
+        path.name for path in outcome.out.iterdir() if (path / "config.json").exists()
+    } == folders
     check_model_folder(outcome.out / "actor", start=stock / sft, reward=False, options=options)
     check_model_folder(outcome.out / "critic", start=stock / reward, reward=True, options=options)
     if options["ema"]:
@@ -101,10 +126,14 @@ def check_metrics(lines: list[dict], options: dict) -> None:
     assert all(wanted <= set(line) for line in lines[1:])
     untold = {f"grad_norm/{role}" for role in without_norm(options)}
     for line in lines:
-        assert all(value is None if key in untold else math.isfinite(value) for key, value in line.items())
+        assert all(
+            value is None if key in untold else math.isfinite(value) for key, value in line.items()
+        )
     # Before the first update the policy is the reference, and the exact KL of equal distributions is 0.
     first = lines[1]
-    assert first["objective/kl"] == pytest.approx(0, abs=1e-6) and lines[0]["eval/kl"] == pytest.approx(0, abs=1e-6)
+    assert first["objective/kl"] == pytest.approx(0, abs=1e-6) and lines[0][
+        "eval/kl"
+    ] == pytest.approx(0, abs=1e-6)
     if options["updates"] in ("one-step", "accumulation"):
         tolerance = {"fp32": 1e-5, "bf16": 5e-2, "fp16": 5e-3}[options["dtype"]]
         assert first["policy/ratio_max"] == pytest.approx(1, abs=tolerance)
@@ -117,15 +146,24 @@ def check_metrics(lines: list[dict], options: dict) -> None:
 def without_norm(options: dict) -> list[str]:
     """The models whose gradient norm DeepSpeed does not tell: those in fp32 without ZeRO."""
     stages = ZERO[options["zero"]].split()[1:4:2]
-    return [role for role, stage in zip(("actor", "critic"), stages) if stage == "0" and options["dtype"] == "fp32"]
+    return [
+        role
+        for role, stage in zip(("actor", "critic"), stages)
+        if stage == "0" and options["dtype"] == "fp32"
+    ]
 
 
 def check_evaluations(outcome) -> None:
     files = sorted((outcome.out / "evaluation").iterdir())
-    assert [file.name for file in files] == ["rollout_000000.jsonl", f"rollout_{ROLLOUTS:06d}.jsonl"]
+    assert [file.name for file in files] == [
+        "rollout_000000.jsonl",
+        f"rollout_{ROLLOUTS:06d}.jsonl",
+    ]
     for file, line in zip(files, (outcome.metrics()[0], outcome.metrics()[-1])):
         rows = [json.loads(row) for row in file.read_text().splitlines()]
         assert len(rows) == NUM_PROMPTS
         assert len({row["prompt"] for row in rows}) > 4
-        assert sum(row["score"] for row in rows) / len(rows) == pytest.approx(line["eval/score"], rel=1e-5, abs=1e-6)
+        assert sum(row["score"] for row in rows) / len(rows) == pytest.approx(
+            line["eval/score"], rel=1e-5, abs=1e-6
+        )
         assert sum(row["length"] for row in rows) / len(rows) == pytest.approx(line["eval/length"])

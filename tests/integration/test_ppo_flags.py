@@ -48,16 +48,29 @@ SAMPLED = case(
 FUNCTION = case("function", TOY, CRITIC, ROWS, "--reward_fn {stock}/rewards.py:vowels", rollouts=1)
 WEIGHTS = (2.0, -0.5)
 LORA_RATES = {"actor": 3e-3, "critic": 7e-3}
-LORA = " ".join(f"--{role}_lora_dim 4 --{role}_lora_learning_rate {rate}" for role, rate in LORA_RATES.items())
+LORA = " ".join(
+    f"--{role}_lora_dim 4 --{role}_lora_learning_rate {rate}" for role, rate in LORA_RATES.items()
+)
 BOTH = case(
     "both",
     f"{TOY} {CRITIC} {ROWS} {LORA} --only_optimize_lora --reward_model_name_or_path {{stock}}/reward/llama",
     f"--reward_fn {{stock}}/rewards.py:vowels --reward_weights {WEIGHTS[0]} {WEIGHTS[1]}",
     rollouts=1,
 )
-DRAWS = ["--greedy_rollouts", "--top_k 1", "--top_p 1e-4", "--temperature 1e-4", "--top_k 0 --top_p 1"]
+DRAWS = [
+    "--greedy_rollouts",
+    "--top_k 1",
+    "--top_p 1e-4",
+    "--temperature 1e-4",
+    "--top_k 0 --top_p 1",
+]
 SAMPLINGS, GROUPS = (
-    Case(f"flags-{name}", ranks=RANKS, function=f"ppo_flag_checks.py:{name}", kwargs={"stock": "{stock}", "flags": flags})
+    Case(
+        f"flags-{name}",
+        ranks=RANKS,
+        function=f"ppo_flag_checks.py:{name}",
+        kwargs={"stock": "{stock}", "flags": flags},
+    )
     for name, flags in (
         ("samplings", DRAWS),
         ("lora_rates", f"{LORA} --actor_learning_rate 1e-3 --critic_learning_rate 2e-3"),
@@ -80,14 +93,18 @@ def reward(stock: Path, name: str):
 @pytest.mark.cases(RLOO)
 def test_rloo_takes_scores_from_a_function_and_builds_no_critic(launches, stock):
     outcome = launches[RLOO]
-    assert not (outcome.out / "critic").exists() and (outcome.out / "actor" / "config.json").exists()
+    assert (
+        not (outcome.out / "critic").exists() and (outcome.out / "actor" / "config.json").exists()
+    )
     names = {name for line in outcome.metrics() for name in line}
     assert not {name for name in names if "critic" in name or name.startswith("value/")}
     assert {"policy/loss", "actor_loss", "objective/score"} <= names
     for rollout in (0, 2):
         rows = evaluation(outcome, rollout)
         numbers = [int(row["prompt"].split()[1]) for row in rows]
-        expected = reward(stock, "number")([row["prompt"] for row in rows], [row["answer"] for row in rows], number=numbers)
+        expected = reward(stock, "number")(
+            [row["prompt"] for row in rows], [row["answer"] for row in rows], number=numbers
+        )
         assert [row["score"] for row in rows] == expected and len(set(expected)) == 8
     # The function raises where a sampled answer's prompt has another one's number.
     assert all(line["objective/score_std"] > 1 for line in outcome.metrics()[1:])
@@ -96,7 +113,9 @@ def test_rloo_takes_scores_from_a_function_and_builds_no_critic(launches, stock)
 @pytest.mark.cases(WARMUP, WARMUP_ALONE)
 def test_the_actor_rests_while_the_critic_warms_up(launches, stock):
     lines = launches[WARMUP].metrics()[1:]
-    assert [("policy/loss" in line, "actor_loss" in line, "value/loss" in line) for line in lines] == [
+    assert [
+        ("policy/loss" in line, "actor_loss" in line, "value/loss" in line) for line in lines
+    ] == [
         *[(False, False, True)] * 2,
         *[(True, True, True)] * 2,
     ]
@@ -108,7 +127,9 @@ def test_the_actor_rests_while_the_critic_warms_up(launches, stock):
     rates = [lines[3][f"lr/{name}"] for name in ("actor", "critic")]
     assert rates == pytest.approx([RATE * 1 / 2, RATE * 1 / 4])
     outcome = launches[WARMUP_ALONE]
-    before, after = (load_plainly(path).state_dict() for path in (stock / "sft" / "llama", outcome.out / "actor"))
+    before, after = (
+        load_plainly(path).state_dict() for path in (stock / "sft" / "llama", outcome.out / "actor")
+    )
     assert all(torch.equal(after[name], before[name]) for name in before)
     folders = (stock / "reward" / "llama", outcome.out / "critic")
     before, after = (load_plainly(path, reward=True).state_dict() for path in folders)
@@ -125,7 +146,9 @@ def test_evaluations_come_at_every_interval_and_at_the_end(launches):
     for line in outcome.metrics():
         if "eval/score" in line:
             scores = [row["score"] for row in evaluation(outcome, line["step"])]
-            assert sum(scores) / len(scores) == pytest.approx(line["eval/score"], rel=1e-5, abs=1e-6)
+            assert sum(scores) / len(scores) == pytest.approx(
+                line["eval/score"], rel=1e-5, abs=1e-6
+            )
 
 
 @pytest.mark.parametrize(
@@ -141,18 +164,29 @@ def test_what_ran_is_what_is_counted(which, passes, launches, stock):
     lines = outcome.metrics()[1:]
     for role in ("actor", "critic"):
         # The rate falls to 0 over the 16 planned steps, and tells how many were taken before.
-        assert [line[f"lr/{role}"] for line in lines] == pytest.approx([RATE, RATE * (1 - updates / 16)])
-    assert all(line["policy/micro_batches"] == line["value/micro_batches"] == updates for line in lines)
+        assert [line[f"lr/{role}"] for line in lines] == pytest.approx(
+            [RATE, RATE * (1 - updates / 16)]
+        )
+    assert all(
+        line["policy/micro_batches"] == line["value/micro_batches"] == updates for line in lines
+    )
     actor = sum(p.numel() for p in load_plainly(stock / "sft" / "llama").parameters())
-    critic = sum(p.numel() for p in load_plainly(stock / "reward" / "llama", reward=True).parameters())
+    critic = sum(
+        p.numel() for p in load_plainly(stock / "reward" / "llama", reward=True).parameters()
+    )
     per_token = 2 * (3 * actor + 2 * critic) + passes * 6 * (actor + critic)
     for line in lines:
-        assert line["perf/tflops"] * 1e12 * RANKS / line["perf/tokens_per_s"] == pytest.approx(per_token)
+        assert line["perf/tflops"] * 1e12 * RANKS / line["perf/tokens_per_s"] == pytest.approx(
+            per_token
+        )
     check_pipeline_tags(outcome, lines, updates)
 
 
 def check_pipeline_tags(outcome: Outcome, lines: list[dict], updates: int) -> None:
-    (folder,) = {path.parent for path in (outcome.out / "events" / "step3_tensorboard_logs").rglob("events.out.*")}
+    (folder,) = {
+        path.parent
+        for path in (outcome.out / "events" / "step3_tensorboard_logs").rglob("events.out.*")
+    }
     events = EventAccumulator(str(folder)).Reload()
     expected = {
         "reward": [line["objective/score"] for line in lines],
@@ -167,7 +201,9 @@ def check_pipeline_tags(outcome: Outcome, lines: list[dict], updates: int) -> No
         assert [(event.step, event.value) for event in events.Scalars(tag)] == [
             (step, pytest.approx(value, rel=1e-6)) for step, value in enumerate(values, 1)
         ], tag
-    assert set(events.Tags()["scalars"]) == {name for line in outcome.metrics() for name in line} - {"step"}
+    assert set(events.Tags()["scalars"]) == {
+        name for line in outcome.metrics() for name in line
+    } - {"step"}
 
 
 @pytest.mark.cases(SAMPLED)
@@ -179,7 +215,9 @@ def test_temperature_shortest_answer_and_penalties_do_what_they_say(launches):
     assert all(line["rollout/logprob_gap"] < 1e-5 for line in lines[1:])
     # At least four tokens stand before an end, so that five are an answer's least and most.
     assert lines[0]["eval/length"] < 5
-    assert all(line["response/length_mean"] == line["response/length_max"] == 5 for line in lines[1:])
+    assert all(
+        line["response/length_mean"] == line["response/length_max"] == 5 for line in lines[1:]
+    )
     assert 0 < first["response/eos_rate"] < 1
     # Equal scores are not divided, and the penalty is larger than their bound.
     assert first["objective/score"] == 0.25
@@ -193,7 +231,9 @@ def test_temperature_shortest_answer_and_penalties_do_what_they_say(launches):
 @pytest.mark.cases(SAMPLED)
 def test_the_first_step_on_a_rollout_has_the_ratio_1_and_advantages_as_they_are(launches):
     for line in launches[SAMPLED].metrics()[1:]:
-        assert line["policy/ratio_max"] == pytest.approx(1, abs=1e-5) and line["policy/clipfrac"] == 0
+        assert (
+            line["policy/ratio_max"] == pytest.approx(1, abs=1e-5) and line["policy/clipfrac"] == 0
+        )
         assert line["policy/approx_kl"] == pytest.approx(0, abs=1e-9)
         assert line["policy/loss"] == pytest.approx(-line["advantage/mean"], rel=1e-4)
         assert abs(line["advantage/mean"]) > 0.1, "whitening would make it 0"
@@ -210,7 +250,11 @@ def test_the_narrowest_sampling_is_greedy(launches):
 def test_several_rewards_are_summed_with_their_weights(launches, stock):
     # All three runs answer the same prompts with the same model and the same draws.
     model, function, both = (evaluation(launches[case], 0) for case in (WARMUP, FUNCTION, BOTH))
-    assert [row["answer"] for row in model] == [row["answer"] for row in function] == [row["answer"] for row in both]
+    assert (
+        [row["answer"] for row in model]
+        == [row["answer"] for row in function]
+        == [row["answer"] for row in both]
+    )
     by_hand = reward(stock, "vowels")([], [row["answer"] for row in function])
     assert [row["score"] for row in function] == by_hand and len(set(by_hand)) > 1
     sums = [WEIGHTS[0] * a["score"] + WEIGHTS[1] * b["score"] for a, b in zip(model, function)]
@@ -225,7 +269,9 @@ def test_scores_are_divided_by_their_deviation_before_training(launches):
     assert score_std == pytest.approx(scores.std().item(), rel=1e-5) and abs(score_std - 1) > 0.1
     first = outcome.metrics()[1]
     assert first["objective/score_clipped_frac"] == 0 and first["objective/score"] != 0
-    assert first["objective/reward"] == pytest.approx(first["objective/score"] / score_std, abs=1e-5)
+    assert first["objective/reward"] == pytest.approx(
+        first["objective/score"] / score_std, abs=1e-5
+    )
 
 
 @pytest.mark.cases(BOTH, GROUPS)

@@ -14,7 +14,15 @@ STAGES = (0, 1, 2, 3)
 
 def update_case(name: str, layout: str = "1x8", zero: int = 0, sgd: bool = True, **more) -> Case:
     ranks, rows, accumulation = LAYOUTS[layout]
-    kwargs = dict(stock="{stock}", out="{out}", rows=rows, accumulation=accumulation, zero=zero, sgd=sgd, **more)
+    kwargs = dict(
+        stock="{stock}",
+        out="{out}",
+        rows=rows,
+        accumulation=accumulation,
+        zero=zero,
+        sgd=sgd,
+        **more,
+    )
     return Case(f"update-{name}", ranks=ranks, function="ppo_checks.py:update", kwargs=kwargs)
 
 
@@ -27,17 +35,24 @@ SPLITS = {
     for sgd in (True, False)
 }
 PTX = [
-    update_case(f"ptx-{layout}-{zero}", layout, zero, with_ptx=True) for layout in ("1x8", "1x4x2") for zero in STAGES
+    update_case(f"ptx-{layout}-{zero}", layout, zero, with_ptx=True)
+    for layout in ("1x8", "1x4x2")
+    for zero in STAGES
 ]
 PLAIN = SPLITS[True][0]
-PLAINS = {"llama": PLAIN, **{family: update_case(family, family=family) for family in ("gpt2", "opt")}}
+PLAINS = {
+    "llama": PLAIN,
+    **{family: update_case(family, family=family) for family in ("gpt2", "opt")},
+}
 PADDED = {
     "pad is eos": update_case("pad-is-eos", fill=EOS),
     "any token stands in the padding": update_case("pad-is-any", fill=77),
     "wider": update_case("wider", wider=True, trimmed=False),
     "untrimmed": update_case("untrimmed", trimmed=False),
 }
-WHITENING = Case("whitening", ranks=2, function="ppo_checks.py:whitening", kwargs={"stock": "{stock}"})
+WHITENING = Case(
+    "whitening", ranks=2, function="ppo_checks.py:whitening", kwargs={"stock": "{stock}"}
+)
 ROLLOUTS = [
     Case(
         f"rollout-{family}-{ranks}-{zero}",
@@ -53,22 +68,34 @@ def result(launches, case: Case, name: str) -> dict[str, torch.Tensor]:
     return load_file(launches[case].out / f"{name}.safetensors")
 
 
-def distance(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], prefix: str = "") -> float:
+def distance(
+    found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], prefix: str = ""
+) -> float:
     """Norm of the difference over the norm of what is expected."""
     names = [name for name in expected if name.startswith(prefix)]
     assert names and {name for name in found if name.startswith(prefix)} == set(names)
     difference = torch.cat([(found[name] - expected[name]).double().flatten() for name in names])
-    return (difference.norm() / torch.cat([expected[name].double().flatten() for name in names]).norm()).item()
+    return (
+        difference.norm() / torch.cat([expected[name].double().flatten() for name in names]).norm()
+    ).item()
 
 
-def plain_gradients(stock: Path, family: str = "llama", *, num_texts: int = 0) -> dict[str, torch.Tensor]:
+def plain_gradients(
+    stock: Path, family: str = "llama", *, num_texts: int = 0
+) -> dict[str, torch.Tensor]:
     texts = load_file(stock / "ptx.safetensors")["texts"][:num_texts]
-    found = reference_gradients(stock, family, load_file(stock / f"experience-{family}.safetensors"), texts=texts)
+    found = reference_gradients(
+        stock, family, load_file(stock / f"experience-{family}.safetensors"), texts=texts
+    )
     return {f"{role}.{name}": gradient for role in found for name, gradient in found[role].items()}
 
 
 @pytest.mark.parametrize(
-    "family, case", [pytest.param(name, case, id=name, marks=pytest.mark.cases(case)) for name, case in PLAINS.items()]
+    "family, case",
+    [
+        pytest.param(name, case, id=name, marks=pytest.mark.cases(case))
+        for name, case in PLAINS.items()
+    ],
 )
 def test_the_gradient_is_that_of_the_equations(family, case, launches, stock):
     expected = plain_gradients(stock, family)
@@ -84,8 +111,14 @@ def test_the_split_changes_neither_gradient_nor_a_plain_step(launches):
     assert distance({name: -tensor for name, tensor in changes.items()}, gradients) < 1e-5
     for case in SPLITS[True]:
         for role in ("actor.", "critic."):
-            assert distance(result(launches, case, "gradients"), gradients, role) < 1e-5, (case.name, role)
-            assert distance(result(launches, case, "changes"), changes, role) < 1e-5, (case.name, role)
+            assert distance(result(launches, case, "gradients"), gradients, role) < 1e-5, (
+                case.name,
+                role,
+            )
+            assert distance(result(launches, case, "changes"), changes, role) < 1e-5, (
+                case.name,
+                role,
+            )
 
 
 @pytest.mark.cases(*SPLITS[False])
@@ -93,13 +126,18 @@ def test_the_split_hardly_changes_an_adam_step(launches):
     changes = result(launches, SPLITS[False][0], "changes")
     for case in SPLITS[False][1:]:
         for role in ("actor.", "critic."):
-            assert distance(result(launches, case, "changes"), changes, role) < 1e-3, (case.name, role)
+            assert distance(result(launches, case, "changes"), changes, role) < 1e-3, (
+                case.name,
+                role,
+            )
 
 
 @pytest.mark.cases(*SPLITS[False])
 def test_the_moving_average_takes_its_share_of_the_step(launches):
     for case in SPLITS[False]:
-        expected = {name: 0.25 * tensor for name, tensor in result(launches, case, "changes").items()}
+        expected = {
+            name: 0.25 * tensor for name, tensor in result(launches, case, "changes").items()
+        }
         assert distance(result(launches, case, "ema"), expected, "actor.") < 1e-4, case.name
 
 
@@ -109,14 +147,23 @@ def test_ptx_adds_its_gradient_in_the_same_step(launches, stock):
         micro_batches = case.kwargs["accumulation"]
         expected = plain_gradients(stock, num_texts=micro_batches)
         for role in ("actor.", "critic."):
-            assert distance(result(launches, case, "gradients"), expected, role) < 1e-5, (case.name, role)
+            assert distance(result(launches, case, "gradients"), expected, role) < 1e-5, (
+                case.name,
+                role,
+            )
         assert launches[case].value["micro_steps"] == [0, 0], case.name
         moved = result(launches, case, "changes")
-        assert distance({name: -tensor for name, tensor in moved.items()}, expected) < 1e-5, case.name
+        assert distance({name: -tensor for name, tensor in moved.items()}, expected) < 1e-5, (
+            case.name
+        )
 
 
 @pytest.mark.parametrize(
-    "case", [pytest.param(case, id=name, marks=pytest.mark.cases(PLAIN, case)) for name, case in PADDED.items()]
+    "case",
+    [
+        pytest.param(case, id=name, marks=pytest.mark.cases(PLAIN, case))
+        for name, case in PADDED.items()
+    ],
 )
 def test_padding_changes_nothing(case, launches):
     expected = result(launches, PLAIN, "gradients")
@@ -138,7 +185,9 @@ def test_advantages_are_whitened_over_all_ranks(launches):
         assert rank["value"]["alone"] > 1e-2
 
 
-@pytest.mark.parametrize("case", [pytest.param(case, id=case.name, marks=pytest.mark.cases(case)) for case in ROLLOUTS])
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, id=case.name, marks=pytest.mark.cases(case)) for case in ROLLOUTS]
+)
 def test_a_rollout_is_what_its_masks_say(case, launches):
     for rank in launches[case].ranks:
         assert [name for name, holds in rank["value"].items() if not holds] == []

@@ -31,14 +31,24 @@ def printed(tmp_path_factory) -> dict[str, list[str]]:
     script.write_text(SCRIPT)
     options = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     outside = environment()
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(RANKS)]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        str(RANKS),
+    ]
     running = {"torchrun": [subprocess.Popen([*torchrun, str(script)], env=outside, **options)]}
     running["srun"] = [
         subprocess.Popen([sys.executable, str(script)], env={**outside, **_slurm(rank)}, **options)
         for rank in range(RANKS)
     ]
     running["python"] = [subprocess.Popen([sys.executable, str(script)], env=outside, **options)]
-    return {name: [process.communicate(timeout=120)[0] for process in group] for name, group in running.items()}
+    return {
+        name: [process.communicate(timeout=120)[0] for process in group]
+        for name, group in running.items()
+    }
 
 
 def _slurm(rank: int) -> dict[str, str]:
@@ -51,7 +61,9 @@ def _slurm(rank: int) -> dict[str, str]:
         "SLURM_JOB_ID": str(os.getpid()),
         "SLURM_STEP_ID": "0",
         "SLURM_STEP_NODELIST": "127.0.0.1",
-        "LOCAL_SIZE": str(RANKS),  # as the deepspeed launcher sets it: then DeepSpeed makes its shared memory
+        "LOCAL_SIZE": str(
+            RANKS
+        ),  # as the deepspeed launcher sets it: then DeepSpeed makes its shared memory
     }
 
 

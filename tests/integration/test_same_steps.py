@@ -16,7 +16,9 @@ def step_case(step: int | str, layout: str, zero: str, dtype: str = "fp32") -> C
         f"--max_seq_len 48 --max_train_steps 4 --learning_rate 1e-3 {DTYPES[dtype]} {ZERO[zero]}",
         f"--per_device_train_batch_size {rows} --gradient_accumulation_steps {accumulation}",
     )
-    return Case(f"same-{NAMES[step]}-{layout}-{zero}-{dtype}", ranks=ranks, step=step, argv=" ".join(words))
+    return Case(
+        f"same-{NAMES[step]}-{layout}-{zero}-{dtype}", ranks=ranks, step=step, argv=" ".join(words)
+    )
 
 
 def equal_runs(cases: list[Case], id: str):
@@ -24,11 +26,17 @@ def equal_runs(cases: list[Case], id: str):
 
 
 BY_LAYOUT = [
-    equal_runs([step_case(step, layout, zero) for zero in ("0", "2", "3") for layout in LAYOUTS], NAMES[step])
+    equal_runs(
+        [step_case(step, layout, zero) for zero in ("0", "2", "3") for layout in LAYOUTS],
+        NAMES[step],
+    )
     for step in (1, 2)
-] + [equal_runs([step_case("dpo", layout, zero) for zero in ("0", "3") for layout in LAYOUTS], "dpo")]
+] + [
+    equal_runs([step_case("dpo", layout, zero) for zero in ("0", "3") for layout in LAYOUTS], "dpo")
+]
 BY_STAGE = [
-    equal_runs([step_case(1, "2x4", zero, dtype) for zero in ZERO], dtype) for dtype in ("fp32", "bf16", "fp16")
+    equal_runs([step_case(1, "2x4", zero, dtype) for zero in ZERO], dtype)
+    for dtype in ("fp32", "bf16", "fp16")
 ]
 
 

@@ -42,8 +42,14 @@ def copy(root: Path) -> Path:
     return root
 
 
-def run(root: Path, *argv: str, script: str = "quickstart.sh", **environment: str) -> subprocess.CompletedProcess:
-    outside = {name: value for name, value in os.environ.items() if name not in ("TORCH_EXTENSIONS_DIR", "DSCHAT_TORCH")}
+def run(
+    root: Path, *argv: str, script: str = "quickstart.sh", **environment: str
+) -> subprocess.CompletedProcess:
+    outside = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("TORCH_EXTENSIONS_DIR", "DSCHAT_TORCH")
+    }
     stub = {
         "PYTHON": str(root.parent / "python"),
         "STUB_LOG": str(root.parent / "log"),
@@ -81,8 +87,16 @@ def test_the_first_run_installs_and_the_second_only_runs(repository):
     first = run(root, "--a", "b c", STUB_NO_TORCH="1")
     assert first.returncode == 0, first.stderr
     pip = "-m pip install --disable-pip-version-check --no-input"
-    assert log(root) == [f"venv -m venv {root}/.venv", f"{pip} torch==2.13.0", f"{pip} --editable {root}[demo]"]
-    ran = [f"<{root}/e2e_rlhf.py><--a><b c>", f"{root.parent}/cache/torch_extensions/torch9.9-python3.11", f"{root}/.venv/bin"]
+    assert log(root) == [
+        f"venv -m venv {root}/.venv",
+        f"{pip} torch==2.13.0",
+        f"{pip} --editable {root}[demo]",
+    ]
+    ran = [
+        f"<{root}/e2e_rlhf.py><--a><b c>",
+        f"{root.parent}/cache/torch_extensions/torch9.9-python3.11",
+        f"{root}/.venv/bin",
+    ]
     assert first.stdout.splitlines()[-3:] == ran
     second = run(root, "--a", "b c")
     assert second.stdout.splitlines()[-3:] == ran and "(complete" in second.stdout
@@ -97,7 +111,10 @@ def test_the_tests_need_more_than_the_demo_and_the_demo_no_more_than_the_tests(r
     shutil.rmtree(root / ".venv")
     run(root)
     run(root, script="test.sh")
-    assert [line.rsplit("[")[-1] for line in log(root)[2:] if "editable" in line] == ["demo]", "test]"]
+    assert [line.rsplit("[")[-1] for line in log(root)[2:] if "editable" in line] == [
+        "demo]",
+        "test]",
+    ]
 
 
 def test_changed_requirements_are_installed_into_the_same_environment(repository):
@@ -112,7 +129,9 @@ def test_changed_requirements_are_installed_into_the_same_environment(repository
 def test_a_torch_in_range_is_kept(repository):
     root = repository
     assert "torch 9.9 (there already)" in run(root).stdout
-    assert log(root)[0] == f"venv -m venv --system-site-packages {root}/.venv" and len(log(root)) == 2
+    assert (
+        log(root)[0] == f"venv -m venv --system-site-packages {root}/.venv" and len(log(root)) == 2
+    )
     shutil.rmtree(root / ".venv")
     # What lies in a virtual environment of its own cannot be seen from another.
     run(root, STUB_IN_VENV="1")
@@ -125,7 +144,11 @@ def test_on_a_gpu_and_as_the_user_says(repository):
     assert log(root)[1].endswith(" torch==8.8")
     shutil.rmtree(root / ".venv")
     run(root, STUB_NO_TORCH="1", PATH=path_with_gpu(root))
-    wanted = next(line for line in (ROOT / "requirements.txt").read_text().splitlines() if line.startswith("torch>="))
+    wanted = next(
+        line
+        for line in (ROOT / "requirements.txt").read_text().splitlines()
+        if line.startswith("torch>=")
+    )
     assert log(root)[4].endswith(f" {wanted}")
 
 
@@ -143,13 +166,19 @@ def test_a_failing_installation_shows_pips_last_words_and_is_tried_again(reposit
 def test_interpreters_and_environments_that_cannot_be_used(repository):
     root = repository
     done = run(root, STUB_TOO_OLD="1", STUB_VERSION="3.8.1")
-    assert done.returncode == 1 and "is Python 3.8.1; 3.10 or later is needed. Set PYTHON" in done.stderr
+    assert (
+        done.returncode == 1
+        and "is Python 3.8.1; 3.10 or later is needed. Set PYTHON" in done.stderr
+    )
     done = run(root, PYTHON="/no/python")
     assert done.returncode == 1 and "no /no/python here" in done.stderr
     (root / ".venv").mkdir()
     (root / ".venv" / "mine").touch()
     done = run(root)
-    assert done.returncode == 1 and f"{root}/.venv exists and was not made by this script" in done.stderr
+    assert (
+        done.returncode == 1
+        and f"{root}/.venv exists and was not made by this script" in done.stderr
+    )
     assert (root / ".venv" / "mine").exists() and log(root) == []
 
 
@@ -168,7 +197,9 @@ def test_a_repository_whose_path_has_a_space(repository):
     assert done.returncode == 0, done.stderr
     environment = (root / ".venv").resolve()
     assert environment.parent == root.parent / "cache" / "venv" and " " not in str(environment)
-    assert log(root)[0].endswith(str(environment)) and log(root)[1].endswith(f"--editable {root}[demo]")
+    assert log(root)[0].endswith(str(environment)) and log(root)[1].endswith(
+        f"--editable {root}[demo]"
+    )
     assert done.stdout.splitlines()[-3::2] == [f"<{root}/e2e_rlhf.py><b c>", f"{environment}/bin"]
     assert "(complete" in run(root).stdout and len(log(root)) == 2
 
@@ -178,7 +209,10 @@ def test_a_repository_whose_path_has_a_space(repository):
     [
         ({"CXX": "no-compiler"}, "no C++ compiler (no-compiler): "),
         ({"STUB_HEADERS": "/nowhere"}, "no /nowhere/Python.h: "),
-        ({"DSCHAT_CACHE": "/tmp/with space"}, "the cache folder /tmp/with space has a space in its name: "),
+        (
+            {"DSCHAT_CACHE": "/tmp/with space"},
+            "the cache folder /tmp/with space has a space in its name: ",
+        ),
     ],
 )
 def test_without_a_gpu_what_compiling_needs_is_checked_first(missing, message, repository):

@@ -15,13 +15,23 @@ EVALUATED = {
     1: {"eval/loss", "eval/perplexity"},
     2: {"eval/accuracy", "eval/loss", "eval/chosen_score", "eval/rejected_score", "eval/margin"},
 }
-TRAINED = {"step", "train/loss", "train/lr", "train/grad_norm", "time/step_s", "perf/tokens_per_s", "perf/mem_gib"}
+TRAINED = {
+    "step",
+    "train/loss",
+    "train/lr",
+    "train/grad_norm",
+    "time/step_s",
+    "perf/tokens_per_s",
+    "perf/mem_gib",
+}
 
 
 def params(step: int) -> list:
     # Step 1 has met every family with everything else.
     turns = ("family",) if step == 2 else ()
-    return case_params(partial(supervised_case, step), AXES, turns=turns, minor=("family", "eot", "tensorboard"))
+    return case_params(
+        partial(supervised_case, step), AXES, turns=turns, minor=("family", "eot", "tensorboard")
+    )
 
 
 def check_outputs(outcome, step: int, options: dict, stock: Path) -> None:
@@ -30,10 +40,19 @@ def check_outputs(outcome, step: int, options: dict, stock: Path) -> None:
     check_model_folder(out, start=start, reward=step == 2, options=options)
     check_metrics(outcome.metrics(), step, options)
     run = json.loads((out / "run.json").read_text())
-    assert (run["processes"], run["dtype"], run["total_steps"]) == (options["ranks"], options["dtype"], STEPS)
+    assert (run["processes"], run["dtype"], run["total_steps"]) == (
+        options["ranks"],
+        options["dtype"],
+        STEPS,
+    )
     assert run["step"].startswith(f"Step {step}, ")
-    events = {path.parent.relative_to(out / "events").parts[0] for path in (out / "events").rglob("events.out.*")}
-    wanted = {f"step{step}_tensorboard_logs", "ds_tensorboard_logs"} if options["tensorboard"] else set()
+    events = {
+        path.parent.relative_to(out / "events").parts[0]
+        for path in (out / "events").rglob("events.out.*")
+    }
+    wanted = (
+        {f"step{step}_tensorboard_logs", "ds_tensorboard_logs"} if options["tensorboard"] else set()
+    )
     assert events == wanted
 
 
@@ -63,7 +82,9 @@ def plain_sft_loss(folder: Path, rows: list[dict]) -> float:
         start = len(tokenizer(row["prompt"])["input_ids"])
         with torch.no_grad():
             logits = model(torch.tensor([ids])).logits[0, start - 1 : -1]
-        nll += torch.nn.functional.cross_entropy(logits, torch.tensor(ids[start:]), reduction="sum").item()
+        nll += torch.nn.functional.cross_entropy(
+            logits, torch.tensor(ids[start:]), reduction="sum"
+        ).item()
         tokens += len(ids) - start
     return nll / tokens
 
@@ -74,7 +95,9 @@ def plain_scores(folder: Path, rows: list[dict], answer: str) -> torch.Tensor:
     texts = [row["prompt"] + row[answer] + tokenizer.eos_token for row in rows]
     batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right")
     with torch.no_grad():
-        return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.squeeze(-1)
+        return model(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
+        ).logits.squeeze(-1)
 
 
 @pytest.mark.parametrize("options, case", params(1))
@@ -92,7 +115,13 @@ def test_reward_training_leaves_a_complete_trained_model(options, case, launches
     check_outputs(outcome, 2, options, stock)
     if options["dtype"] == "fp32":
         rows, reported = toy_rows(stock), outcome.metrics()[-1]
-        chosen, rejected = (plain_scores(outcome.out, rows, answer) for answer in ("chosen", "rejected"))
-        assert (chosen - rejected).mean().item() == pytest.approx(reported["eval/margin"], rel=1e-3, abs=1e-5)
-        assert chosen.mean().item() == pytest.approx(reported["eval/chosen_score"], rel=1e-3, abs=1e-5)
+        chosen, rejected = (
+            plain_scores(outcome.out, rows, answer) for answer in ("chosen", "rejected")
+        )
+        assert (chosen - rejected).mean().item() == pytest.approx(
+            reported["eval/margin"], rel=1e-3, abs=1e-5
+        )
+        assert chosen.mean().item() == pytest.approx(
+            reported["eval/chosen_score"], rel=1e-3, abs=1e-5
+        )
         assert (chosen > rejected).float().mean().item() == pytest.approx(reported["eval/accuracy"])

@@ -48,7 +48,13 @@ def run(case: dict):
 
 def run_main(step: int | str, *, argv: str, out: str) -> None:
     """The main of a step, for functions that change something around it."""
-    sys.argv = [str(MAINS[step]), f"--local_rank={os.environ['LOCAL_RANK']}", "--output_dir", out, *argv.split()]
+    sys.argv = [
+        str(MAINS[step]),
+        f"--local_rank={os.environ['LOCAL_RANK']}",
+        "--output_dir",
+        out,
+        *argv.split(),
+    ]
     load(str(MAINS[step])).main()
 
 

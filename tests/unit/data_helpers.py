@@ -25,9 +25,15 @@ def make_tokenizer(*, bos: bool = False, eos: bool = False, chat_template: str |
     core.decoder = decoders.ByteLevel()
     if bos or eos:
         form = f"{'<s> ' if bos else ''}$A{' </s>' if eos else ''}"
-        core.post_processor = processors.TemplateProcessing(single=form, special_tokens=[("<s>", BOS), ("</s>", EOS)])
+        core.post_processor = processors.TemplateProcessing(
+            single=form, special_tokens=[("<s>", BOS), ("</s>", EOS)]
+        )
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>", clean_up_tokenization_spaces=False
+        tokenizer_object=core,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        clean_up_tokenization_spaces=False,
     )
     tokenizer.chat_template = chat_template
     return tokenizer
@@ -44,7 +50,11 @@ def write_lines(path: Path, rows: list) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "wb") as file:
         for row in rows:
-            line = row if isinstance(row, bytes) else (row if isinstance(row, str) else json.dumps(row)).encode()
+            line = (
+                row
+                if isinstance(row, bytes)
+                else (row if isinstance(row, str) else json.dumps(row)).encode()
+            )
             file.write(line + b"\n")
     return str(path)
 

@@ -15,9 +15,15 @@ _ROOT = tempfile.TemporaryDirectory(prefix="dschat-tiny-")
 @functools.cache
 def tiny(family: str, *, pad_is_eos: bool = False, std: float = 0.5, overrides: tuple = ()) -> str:
     """The folder of a tiny model; `overrides` are (name, value) pairs of its configuration. Not to be written to."""
-    name = "-".join(str(part) for part in (family, pad_is_eos, std, *(f"{k}={v}" for k, v in overrides)))
+    name = "-".join(
+        str(part) for part in (family, pad_is_eos, std, *(f"{k}={v}" for k, v in overrides))
+    )
     path = Path(_ROOT.name) / name
-    return str(make_tiny_model(path, family=family, pad_is_eos=pad_is_eos, std=std, overrides=dict(overrides)))
+    return str(
+        make_tiny_model(
+            path, family=family, pad_is_eos=pad_is_eos, std=std, overrides=dict(overrides)
+        )
+    )
 
 
 # A tiny OPT of the shape that OPT-350m alone has: a narrow embedding, projections, normalisation after each block.
@@ -43,4 +49,6 @@ def pad(texts: list[torch.Tensor], *, side: str, pad_id: int) -> tuple[torch.Ten
 
 def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> bool:
     """Equal to `tolerance` of the largest expected magnitude."""
-    return (actual - expected).abs().max().item() <= tolerance * max(expected.abs().max().item(), 1e-12)
+    return (actual - expected).abs().max().item() <= tolerance * max(
+        expected.abs().max().item(), 1e-12
+    )

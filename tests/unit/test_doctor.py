@@ -27,16 +27,30 @@ def test_every_line_is_good_or_says_what_to_do_and_a_stale_lock_stops(tmp_path):
     (builds / "deepspeed_shm_comm" / "lock").touch()
     done = run(TORCH_EXTENSIONS_DIR=str(builds))
     lines = done.stdout.splitlines()
-    assert done.returncode == 1 and done.stderr.endswith("what is BAD above has to be mended first\n")
+    assert done.returncode == 1 and done.stderr.endswith(
+        "what is BAD above has to be mended first\n"
+    )
     found = [line for line in lines if line[:6] in ("good  ", "note  ", "BAD   ")]
     assert len(found) > 15 and all(": " in line for line in found if not line.startswith("good"))
     (bad,) = [line for line in lines if line.startswith("BAD")]
     assert str(builds / "deepspeed_shm_comm" / "lock") in bad and "--build_ops" in bad
-    for word in ("Python", "torch", "deepspeed", "cores", "ninja", "/dev/shm", "cache folder", "HF_HUB_OFFLINE"):
+    for word in (
+        "Python",
+        "torch",
+        "deepspeed",
+        "cores",
+        "ninja",
+        "/dev/shm",
+        "cache folder",
+        "HF_HUB_OFFLINE",
+    ):
         assert any(word in line for line in found), word
 
 
-@pytest.mark.parametrize("there, line", [(True, "torch is not installed: pip install 'torch"), (False, "packages: not even")])
+@pytest.mark.parametrize(
+    "there, line",
+    [(True, "torch is not installed: pip install 'torch"), (False, "packages: not even")],
+)
 def test_a_missing_package_is_named_without_a_traceback(there, line, tmp_path):
     # An environment in which nothing is installed but this interpreter's own library, and packaging or not even that.
     code = (

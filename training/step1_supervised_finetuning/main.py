@@ -34,7 +34,11 @@ def main() -> None:
         seed=config.run.seed,
     )
     model = train_stage(
-        stage, SFTObjective(), load_model=load_causal_lm, train_loader=train_loader, eval_loader=eval_loader
+        stage,
+        SFTObjective(),
+        load_model=load_causal_lm,
+        train_loader=train_loader,
+        eval_loader=eval_loader,
     )
     save_stage(stage, model)
 

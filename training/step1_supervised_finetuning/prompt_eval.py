@@ -49,11 +49,18 @@ def decodings(answering: Answering, **ids) -> dict[str, GenerationConfig]:
     common = dict(max_new_tokens=answering.max_new_tokens, **ids)
     kinds = {"greedy": GenerationConfig(do_sample=False, num_beams=1, **common)}
     if answering.num_beams > 1:
-        kinds[f"{answering.num_beams} beams"] = GenerationConfig(do_sample=False, num_beams=answering.num_beams, **common)
+        kinds[f"{answering.num_beams} beams"] = GenerationConfig(
+            do_sample=False, num_beams=answering.num_beams, **common
+        )
     if answering.num_return_sequences > 1:
         number = answering.num_return_sequences
         kinds["sampled"] = GenerationConfig(
-            do_sample=True, temperature=1.0, top_k=answering.top_k, top_p=1.0, num_return_sequences=number, **common
+            do_sample=True,
+            temperature=1.0,
+            top_k=answering.top_k,
+            top_p=1.0,
+            num_return_sequences=number,
+            **common,
         )
     return kinds
 
@@ -69,11 +76,15 @@ def prompt_room(path: str, config: PromptEvalConfig, *, flag: str) -> int:
     if most is None:
         return limit
     if new >= most:
-        raise ValueError(f"--max_new_tokens {new}: {flag} {path} has learned {most} positions for prompt and answer; give less.")
+        raise ValueError(
+            f"--max_new_tokens {new}: {flag} {path} has learned {most} positions for prompt and answer; give less."
+        )
     return min(limit, most - new)
 
 
-def answer(rows: list[Row], path: str, *, flag: str, config: PromptEvalConfig) -> list[dict[str, list[str]]]:
+def answer(
+    rows: list[Row], path: str, *, flag: str, config: PromptEvalConfig
+) -> list[dict[str, list[str]]]:
     """For each row the answers of the model at `path`, by kind."""
     device, dtype = inference_placement(config.model.dtype)
     options = dict(trust_remote_code=config.model.trust_remote_code, flag=flag)
@@ -86,7 +97,9 @@ def answer(rows: list[Row], path: str, *, flag: str, config: PromptEvalConfig) -
     kinds = decodings(config.answering, eos_token_id=eos, pad_token_id=tokenizer.pad_token_id)
     # transformers fills what these leave open from the model's own settings, which may ban or force tokens.
     model.generation_config = GenerationConfig()
-    prompts = PromptDataset(rows, tokenizer, max_prompt_len=room, prompt_format=config.prompts.prompt_format)
+    prompts = PromptDataset(
+        rows, tokenizer, max_prompt_len=room, prompt_format=config.prompts.prompt_format
+    )
     pad = partial(collate_prompts, pad_id=tokenizer.pad_token_id)
     answers: list[dict[str, list[str]]] = []
     torch.manual_seed(config.answering.seed)
@@ -96,9 +109,13 @@ def answer(rows: list[Row], path: str, *, flag: str, config: PromptEvalConfig) -
         for kind, generation in kinds.items():
             with torch.no_grad():
                 sequences = model.generate(
-                    input_ids=batch.input_ids, attention_mask=batch.attention_mask, generation_config=generation
+                    input_ids=batch.input_ids,
+                    attention_mask=batch.attention_mask,
+                    generation_config=generation,
                 )
-            texts = tokenizer.batch_decode(sequences[:, batch.input_ids.shape[1] :], skip_special_tokens=True)
+            texts = tokenizer.batch_decode(
+                sequences[:, batch.input_ids.shape[1] :], skip_special_tokens=True
+            )
             number = len(texts) // len(found)
             for i, row_answers in enumerate(found):
                 row_answers[kind] = texts[i * number : (i + 1) * number]
@@ -113,7 +130,10 @@ def main() -> None:
     if config.prompts.prompts_file:
         rows = read_rows(config.prompts.prompts_file, flag="--prompts_file")
     else:
-        rows = [Row(f"\n\nHuman: {question}\n\nAssistant:") for question in QUESTIONS[config.prompts.language]]
+        rows = [
+            Row(f"\n\nHuman: {question}\n\nAssistant:")
+            for question in QUESTIONS[config.prompts.language]
+        ]
     # One model after the other: only one has to fit into memory.
     answers = {
         title: answer(rows, getattr(config.model, name), flag=f"--{name}", config=config)

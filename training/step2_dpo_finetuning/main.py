@@ -17,7 +17,10 @@ def main() -> None:
         return dry_run(config)
     stage = start_stage(config, number=2)
     train_data, eval_data = build_pair_data(
-        config.data, stage.tokenizer, max_seq_len=config.data.max_seq_len, end_token_id=stage.end_token_id
+        config.data,
+        stage.tokenizer,
+        max_seq_len=config.data.max_seq_len,
+        end_token_id=stage.end_token_id,
     )
     train_loader, eval_loader = make_loaders(
         train_data,
@@ -33,7 +36,11 @@ def main() -> None:
         build_reference(stage), beta=config.dpo.beta, label_smoothing=config.dpo.label_smoothing
     )
     model = train_stage(
-        stage, objective, load_model=load_causal_lm, train_loader=train_loader, eval_loader=eval_loader
+        stage,
+        objective,
+        load_model=load_causal_lm,
+        train_loader=train_loader,
+        eval_loader=eval_loader,
     )
     save_stage(stage, model)
 

@@ -40,7 +40,11 @@ def main() -> None:
         seed=config.run.seed,
     )
     model = train_stage(
-        stage, RewardObjective(), load_model=load_reward_model, train_loader=train_loader, eval_loader=eval_loader
+        stage,
+        RewardObjective(),
+        load_model=load_reward_model,
+        train_loader=train_loader,
+        eval_loader=eval_loader,
     )
     save_stage(stage, model.model)
 

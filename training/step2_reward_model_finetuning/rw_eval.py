@@ -61,11 +61,19 @@ def main() -> None:
     options, pairs = config.model, config.pairs
     if options.num_padding_at_beginning != 1:
         print("--num_padding_at_beginning has no effect: positions come from the attention mask")
-    rows = read_rows(pairs.pairs_file, flag="--pairs_file", needs="rejected") if pairs.pairs_file else []
+    rows = (
+        read_rows(pairs.pairs_file, flag="--pairs_file", needs="rejected")
+        if pairs.pairs_file
+        else []
+    )
     device, dtype = inference_placement(options.dtype)
     ending = dict(add_eot_token=options.add_eot_token, eot_token=options.eot_token)
     path, remote = options.model_name_or_path, dict(trust_remote_code=options.trust_remote_code)
-    check_length(pairs.max_seq_len, named_size(path, flag="--model_name_or_path", reward=True, **remote), path)
+    check_length(
+        pairs.max_seq_len,
+        named_size(path, flag="--model_name_or_path", reward=True, **remote),
+        path,
+    )
     tokenizer = load_tokenizer(path, **ending, **remote)
     model = load_reward_model(path, dtype=dtype, tokenizer=tokenizer, **remote).to(device).eval()
     encode = partial(
@@ -75,16 +83,23 @@ def main() -> None:
         prompt_format=pairs.prompt_format,
         end_token_id=end_token_id(tokenizer, **ending),
     )
-    examples = [Row(f"\n\nHuman: {prompt}\n\nAssistant:", f" {good}", f" {bad}") for prompt, good, bad in EXAMPLES]
+    examples = [
+        Row(f"\n\nHuman: {prompt}\n\nAssistant:", f" {good}", f" {bad}")
+        for prompt, good, bad in EXAMPLES
+    ]
     found = scores(encode(examples), model, batch_size=pairs.batch_size).tolist()
     for (prompt, good, bad), (good_score, bad_score) in zip(EXAMPLES, found):
-        print(f"\nprompt: {prompt}\n  good {good_score:8.3f}  {good}\n  bad  {bad_score:8.3f}  {bad}")
+        print(
+            f"\nprompt: {prompt}\n  good {good_score:8.3f}  {good}\n  bad  {bad_score:8.3f}  {bad}"
+        )
     if rows:
         dataset = encode(rows)
         print(f"\n{pairs.pairs_file}: {truncation_report(dataset, len(dataset))}")
         chosen, rejected = scores(dataset, model, batch_size=pairs.batch_size).double().unbind(-1)
         right = int((chosen > rejected).sum())
-        print(f"accuracy {right / len(rows):.4f} ({right} of {len(rows)} pairs; a tie counts as wrong)")
+        print(
+            f"accuracy {right / len(rows):.4f} ({right} of {len(rows)} pairs; a tie counts as wrong)"
+        )
         print(f"mean score: chosen {chosen.mean():.3f}, rejected {rejected.mean():.3f}")
 
 

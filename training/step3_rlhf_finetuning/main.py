@@ -63,7 +63,9 @@ def main() -> None:
         output_dir=run.output_dir,
     )
     before = None if checkpoint else evaluator.evaluate(0)
-    score_std = reward_scale(config, before["eval/score_sd"]) if before else checkpoint.facts["score_std"]
+    score_std = (
+        reward_scale(config, before["eval/score_sd"]) if before else checkpoint.facts["score_std"]
+    )
     if config.has_critic:
         engines.build_critic(tokenizer=plan.critic_tokenizer, score_std=score_std)
     record_run(
@@ -113,7 +115,9 @@ def train(
     state = run_state(trainer, loader, metrics)
     state.restore(checkpoint)
     evaluator.forget_behind(state.step)
-    train_ppo(trainer, state, evaluator, rollouts=rollouts, metrics=metrics, tokenizer=plan.tokenizer)
+    train_ppo(
+        trainer, state, evaluator, rollouts=rollouts, metrics=metrics, tokenizer=plan.tokenizer
+    )
     metrics.close()
     trainer.engines.generator.shutdown()  # frees memory for saving; CUDA graphs must go before their process groups
     save(config, trainer, plan.tokenizer, plan.critic_tokenizer)
@@ -135,7 +139,9 @@ def reward_scale(config: PPOConfig, score_sd: float) -> float:
     if not config.ppo.normalize_reward:
         return 1.0
     if not score_sd > SMALLEST_SCORE_STD:
-        logger.warning(f"the first scores hardly differ (standard deviation {score_sd:.3g}): they are not divided by it")
+        logger.warning(
+            f"the first scores hardly differ (standard deviation {score_sd:.3g}): they are not divided by it"
+        )
         return 1.0
     logger.info(f"scores are divided by {score_sd:.4g}, their standard deviation before training")
     return score_sd
@@ -144,7 +150,9 @@ def reward_scale(config: PPOConfig, score_sd: float) -> float:
 def load_data(config: PPOConfig, tokenizer):
     """Loaders of training and held-out prompts, and the endless PTX batches or None."""
     data, run = config.data, config.run
-    train_data, eval_data = build_prompt_data(data, tokenizer, max_prompt_len=data.max_prompt_seq_len)
+    train_data, eval_data = build_prompt_data(
+        data, tokenizer, max_prompt_len=data.max_prompt_seq_len
+    )
     train_loader, eval_loader = make_loaders(
         train_data,
         first_rows(eval_data, run.eval_prompts),
@@ -158,7 +166,11 @@ def load_data(config: PPOConfig, tokenizer):
     ptx = None
     if data.unsupervised_dataset_name:
         ptx = PTXBatches(
-            load_texts(data.unsupervised_dataset_name, data.unsupervised_dataset_config_name, data.data_output_path),
+            load_texts(
+                data.unsupervised_dataset_name,
+                data.unsupervised_dataset_config_name,
+                data.data_output_path,
+            ),
             tokenizer,
             batch_size=config.batch.per_device_training_batch_size,
             block_size=data.max_prompt_seq_len + data.max_answer_seq_len,
@@ -178,7 +190,12 @@ def save(config: PPOConfig, trainer: DeepSpeedPPOTrainer, tokenizer, critic_toke
     if engines.critic is not None:
         save_model(engines.critic.module.model, critic_tokenizer, output / "critic")
     if trainer.ema is not None:
-        save_model(engines.actor.module, tokenizer, output / "actor_ema", tensors=trainer.ema.full_tensors())
+        save_model(
+            engines.actor.module,
+            tokenizer,
+            output / "actor_ema",
+            tensors=trainer.ema.full_tensors(),
+        )
 
 
 if __name__ == "__main__":

@@ -44,7 +44,9 @@ def forget_handed_over() -> None:
     _handed_over.clear()
 
 
-def attention_forward(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
+def attention_forward(
+    module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs
+):
     """As transformers' attention functions: query [B, H, T, D], key and value [B, K, L, D] to [B, T, H, D].
 
     Args:
@@ -57,7 +59,9 @@ def attention_forward(module, query, key, value, attention_mask, dropout=0.0, sc
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     new_key, new_value = _handed_over.pop()
-    return decode_attention(query, key, value, new_key, new_value, attention_mask, scale).transpose(1, 2), None
+    return decode_attention(query, key, value, new_key, new_value, attention_mask, scale).transpose(
+        1, 2
+    ), None
 
 
 def decode_attention(
@@ -83,7 +87,10 @@ def decode_attention(
     group = heads // kv_heads
     rows = 1 if group == 1 else max(16, next_power_of_2(group))
     block, num_stages = limits.attention_block(
-        rows=rows, width=next_power_of_2(width), itemsize=query.element_size(), shared=limits.shared_bytes
+        rows=rows,
+        width=next_power_of_2(width),
+        itemsize=query.element_size(),
+        shared=limits.shared_bytes,
     )
     splits = max(1, min(MAX_SPLITS, PROGRAMS // (batch * kv_heads), key.shape[2] // block))
     query = query.reshape(batch, heads, width).contiguous()
@@ -129,12 +136,34 @@ if triton is not None:
 
     @triton.jit
     def _attend(
-        query, key, value, new_key, new_value, bounds, out, parts, sums,
-        key_b, key_h, key_l, value_b, value_h, value_l,
-        KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, SCALE: tl.constexpr,
-        WIDTH: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr,
+        query,
+        key,
+        value,
+        new_key,
+        new_value,
+        bounds,
+        out,
+        parts,
+        sums,
+        key_b,
+        key_h,
+        key_l,
+        value_b,
+        value_h,
+        value_l,
+        KV_HEADS: tl.constexpr,
+        GROUP: tl.constexpr,
+        ROWS: tl.constexpr,
+        SCALE: tl.constexpr,
+        WIDTH: tl.constexpr,
+        PADDED: tl.constexpr,
+        BLOCK: tl.constexpr,
+        SPLITS: tl.constexpr,
     ):
-        b, h = (tl.program_id(0) // KV_HEADS).to(tl.int64), (tl.program_id(0) % KV_HEADS).to(tl.int64)
+        b, h = (
+            (tl.program_id(0) // KV_HEADS).to(tl.int64),
+            (tl.program_id(0) % KV_HEADS).to(tl.int64),
+        )
         split = tl.program_id(1)
         # What is read of the cache ends before the new token.
         first, newest = tl.load(bounds + 2 * b), tl.load(bounds + 2 * b + 1) - 1
@@ -160,8 +189,14 @@ if triton is not None:
         for start in range(first, end, BLOCK):
             n = start + tl.arange(0, BLOCK)
             live = (n < end)[:, None] & (d < WIDTH)[None, :]
-            k = tl.load(key + b * key_b + h * key_h + n[:, None] * key_l + d[None, :], mask=live, other=0.0)
-            v = tl.load(value + b * value_b + h * value_h + n[:, None] * value_l + d[None, :], mask=live, other=0.0)
+            k = tl.load(
+                key + b * key_b + h * key_h + n[:, None] * key_l + d[None, :], mask=live, other=0.0
+            )
+            v = tl.load(
+                value + b * value_b + h * value_h + n[:, None] * value_l + d[None, :],
+                mask=live,
+                other=0.0,
+            )
             if ROWS == 1:
                 s = tl.sum(q.to(tl.float32) * k.to(tl.float32), 1)[None, :]
             else:
@@ -179,7 +214,11 @@ if triton is not None:
             highest = higher
         if SPLITS == 1:
             result = result / total[:, None]
-            tl.store(out + heads[:, None] * WIDTH + d[None, :], result.to(out.dtype.element_ty), mask=there)
+            tl.store(
+                out + heads[:, None] * WIDTH + d[None, :],
+                result.to(out.dtype.element_ty),
+                mask=there,
+            )
         else:
             part = heads * SPLITS + split
             tl.store(parts + part[:, None] * WIDTH + d[None, :], result, mask=there)

@@ -16,7 +16,9 @@ def look() -> None:
         shared_bytes = torch.cuda.get_device_properties().shared_memory_per_block_optin
 
 
-def product_stages(most: int, *, rows: int, block_n: int, block_k: int, itemsize: int, shared: int) -> int:
+def product_stages(
+    most: int, *, rows: int, block_n: int, block_k: int, itemsize: int, shared: int
+) -> int:
     """Stages, at most `most`, of a pipeline that holds blocks [rows, block_k] and [block_n, block_k] for all but one."""
     return max(1, min(most, 1 + shared // ((rows + block_n) * block_k * itemsize)))
 

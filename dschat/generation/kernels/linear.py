@@ -52,7 +52,9 @@ class SkinnyLinear(nn.Linear):
         # One called out of turn computes for itself alone.
         layers = self.group if self.group[0] is self else (self,)
         flat = x.reshape(rows, x.shape[-1]).contiguous()
-        found = skinny_linear(flat, [layer.weight for layer in layers], [layer.bias for layer in layers])
+        found = skinny_linear(
+            flat, [layer.weight for layer in layers], [layer.bias for layer in layers]
+        )
         found = [out.view(*x.shape[:-1], out.shape[-1]) for out in found]
         self.waiting[:] = found[1:]
         return found[0]
@@ -138,9 +140,27 @@ if triton is not None:
 
     @triton.jit
     def _skinny(
-        x, weight_0, weight_1, weight_2, bias_0, bias_1, bias_2, out_0, out_1, out_2, m, n_0, n_1, n_2,
-        K: tl.constexpr, NUM: tl.constexpr, BIASED: tl.constexpr, EVEN: tl.constexpr,
-        BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, LEFT: tl.constexpr,
+        x,
+        weight_0,
+        weight_1,
+        weight_2,
+        bias_0,
+        bias_1,
+        bias_2,
+        out_0,
+        out_1,
+        out_2,
+        m,
+        n_0,
+        n_1,
+        n_2,
+        K: tl.constexpr,
+        NUM: tl.constexpr,
+        BIASED: tl.constexpr,
+        EVEN: tl.constexpr,
+        BLOCK_N: tl.constexpr,
+        BLOCK_K: tl.constexpr,
+        LEFT: tl.constexpr,
     ):
         program = tl.program_id(0)
         weight, bias, out, n = weight_0, bias_0, out_0, n_0

@@ -17,7 +17,9 @@ except ImportError:  # builds of torch for CPUs come without
 BLOCK = 2048  # tokens that a program looks at
 
 
-def draw(logits: torch.Tensor, noise: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+def draw(
+    logits: torch.Tensor, noise: torch.Tensor, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens [B] int64 and their logprobs [B] fp32.
 
     argmax(score_i + G_i) with standard Gumbel noise G = -log E, E ~ Exp(1), draws i with its softmax probability.
@@ -33,7 +35,9 @@ def draw(logits: torch.Tensor, noise: torch.Tensor, temperature: float) -> tuple
     places = torch.empty(rows, chunks, dtype=torch.int32, device=logits.device)
     tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
     logprobs = torch.empty(rows, dtype=torch.float32, device=logits.device)
-    _draw_chunk[(rows, chunks)](logits, noise, parts, places, temperature, vocab, CHUNKS=chunks, BLOCK=BLOCK)
+    _draw_chunk[(rows, chunks)](
+        logits, noise, parts, places, temperature, vocab, CHUNKS=chunks, BLOCK=BLOCK
+    )
     _join_chunks[(rows,)](
         logits, parts, places, tokens, logprobs, temperature, vocab, CHUNKS=chunks,
         PADDED=next_power_of_2(chunks), num_warps=1,
@@ -44,11 +48,16 @@ def draw(logits: torch.Tensor, noise: torch.Tensor, temperature: float) -> tuple
 if triton is not None:
 
     @triton.jit
-    def _draw_chunk(logits, noise, parts, places, temperature, vocab, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
+    def _draw_chunk(
+        logits, noise, parts, places, temperature, vocab, CHUNKS: tl.constexpr, BLOCK: tl.constexpr
+    ):
         row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
         at = chunk * BLOCK + tl.arange(0, BLOCK)
         live = at < vocab
-        score = tl.load(logits + row * vocab + at, mask=live, other=-float("inf")).to(tl.float32) / temperature
+        score = (
+            tl.load(logits + row * vocab + at, mask=live, other=-float("inf")).to(tl.float32)
+            / temperature
+        )
         gumbel = -tl.log(tl.load(noise + row * vocab + at, mask=live, other=1.0))
         best, place = tl.max(score + gumbel, 0, return_indices=True)
         # A chunk may hold nothing but -inf: its highest must not be, or exp gets inf - inf.
@@ -61,7 +70,15 @@ if triton is not None:
 
     @triton.jit
     def _join_chunks(
-        logits, parts, places, tokens, logprobs, temperature, vocab, CHUNKS: tl.constexpr, PADDED: tl.constexpr
+        logits,
+        parts,
+        places,
+        tokens,
+        logprobs,
+        temperature,
+        vocab,
+        CHUNKS: tl.constexpr,
+        PADDED: tl.constexpr,
     ):
         row = tl.program_id(0).to(tl.int64)
         chunk = tl.arange(0, PADDED)
@@ -71,7 +88,9 @@ if triton is not None:
         highest = tl.load(part + CHUNKS, mask=live, other=-1e30)
         total = tl.load(part + 2 * CHUNKS, mask=live, other=0.0)
         # NaN compares with nothing, and its place might be behind the last token.
-        token = tl.minimum(tl.load(places + row * CHUNKS + tl.minimum(tl.argmax(best, 0), CHUNKS - 1)), vocab - 1)
+        token = tl.minimum(
+            tl.load(places + row * CHUNKS + tl.minimum(tl.argmax(best, 0), CHUNKS - 1)), vocab - 1
+        )
         peak = tl.max(highest, 0)
         normaliser = peak + tl.log(tl.sum(total * tl.exp(highest - peak), 0))
         score = tl.load(logits + row * vocab + token).to(tl.float32) / temperature

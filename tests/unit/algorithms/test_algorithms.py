@@ -64,7 +64,9 @@ def test_masked_sums_ignore_what_lies_outside_even_nan():
 
 def test_whitening_by_hand_and_over_two_ranks():
     values, mask = torch.tensor([[1.0, 3.0, 99.0]]), torch.tensor([[True, True, False]])
-    torch.testing.assert_close(masked_whiten(values, mask), torch.tensor([[-1.0, 1.0, 0.0]]), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        masked_whiten(values, mask), torch.tensor([[-1.0, 1.0, 0.0]]), rtol=0, atol=1e-6
+    )
     (rows, *_), mask = random_rows(batch=8)
     whole = masked_whiten(rows, mask)
     totals = moments(rows[:3], mask[:3]) + moments(rows[3:], mask[3:])
@@ -83,7 +85,9 @@ def test_no_penalty_is_hidden_by_the_clip_of_the_score():
     kl, mask = torch.zeros(4, 2), torch.ones(4, 2, dtype=torch.bool)
     penalties = torch.tensor([1.0, 0.0, 1.0, 3.0])
     options = dict(kl_coef=0.1, reward_clip=5.0)
-    rewards = shape_rewards(torch.tensor([9.0, 9.0, -9.0, 2.0]), kl, mask, penalties=penalties, **options)
+    rewards = shape_rewards(
+        torch.tensor([9.0, 9.0, -9.0, 2.0]), kl, mask, penalties=penalties, **options
+    )
     assert rewards.tolist() == [[0.0, 4.0], [0.0, 5.0], [0.0, -6.0], [0.0, -1.0]]
 
 
@@ -112,12 +116,19 @@ def test_gae_equals_its_definition_as_a_sum(gamma, lam):
 
 def test_what_lies_behind_the_answer_changes_nothing():
     (rewards, values, logprobs, old), mask = random_rows()
-    spoiled = [torch.where(mask, x, torch.full_like(x, float("nan"))) for x in (rewards, values, logprobs, old)]
-    for clean, dirty in zip(gae(rewards, values, mask, gamma=1.0, lam=0.95), gae(*spoiled[:2], mask, gamma=1.0, lam=0.95)):
+    spoiled = [
+        torch.where(mask, x, torch.full_like(x, float("nan")))
+        for x in (rewards, values, logprobs, old)
+    ]
+    for clean, dirty in zip(
+        gae(rewards, values, mask, gamma=1.0, lam=0.95),
+        gae(*spoiled[:2], mask, gamma=1.0, lam=0.95),
+    ):
         torch.testing.assert_close(clean, dirty, rtol=0, atol=0)
-    assert policy_loss(logprobs, old, rewards, mask, cliprange=0.2)[0] == policy_loss(
-        spoiled[2], spoiled[3], spoiled[0], mask, cliprange=0.2
-    )[0]
+    assert (
+        policy_loss(logprobs, old, rewards, mask, cliprange=0.2)[0]
+        == policy_loss(spoiled[2], spoiled[3], spoiled[0], mask, cliprange=0.2)[0]
+    )
 
 
 def test_kl_estimators_by_hand():
@@ -135,7 +146,9 @@ def test_k1_and_k3_estimate_the_exact_kl():
     logits, ref_logits = (torch.randn(1, 1, 6, generator=draw) for _ in range(2))
     p, q = logits.log_softmax(-1).flatten(), ref_logits.log_softmax(-1).flatten()
     exact = full_kl(logits, ref_logits).item()
-    assert exact == pytest.approx(sum(math.exp(a) * (a - b) for a, b in zip(p.tolist(), q.tolist())), abs=1e-6)
+    assert exact == pytest.approx(
+        sum(math.exp(a) * (a - b) for a, b in zip(p.tolist(), q.tolist())), abs=1e-6
+    )
     for estimator in ("k1", "k3"):
         mean = (p.exp() * kl_estimate(p, q, estimator)).sum().item()
         assert mean == pytest.approx(exact, abs=1e-6)
@@ -161,8 +174,12 @@ def test_the_adaptive_coefficient_stays_positive_with_more_answers_than_its_hori
 def test_the_exact_kl_leaves_out_what_neither_can_say():
     barred = torch.tensor([[[0.0, math.log(3.0), -float("inf")]]])
     other = torch.tensor([[[0.0, 0.0, -float("inf")]]])
-    assert full_kl(barred, other).item() == pytest.approx(0.25 * math.log(0.5) + 0.75 * math.log(1.5))
-    assert full_kl(torch.zeros(1, 1, 3), other).item() == float("inf")  # what the reference alone cannot say
+    assert full_kl(barred, other).item() == pytest.approx(
+        0.25 * math.log(0.5) + 0.75 * math.log(1.5)
+    )
+    assert full_kl(torch.zeros(1, 1, 3), other).item() == float(
+        "inf"
+    )  # what the reference alone cannot say
 
 
 @pytest.mark.parametrize("dtype,tolerance", [(torch.float64, 1e-6), (torch.bfloat16, 1e-6)])
@@ -176,7 +193,9 @@ def test_chunked_logprobs_and_entropy_equal_a_plain_loop(dtype, tolerance):
         for t in range(5):
             row = [x / 0.7 for x in logits[b, t].double().tolist()]
             normaliser = math.log(sum(math.exp(x) for x in row))
-            assert logprobs[b, t].item() == pytest.approx(row[tokens[b, t]] - normaliser, rel=tolerance, abs=5e-6)
+            assert logprobs[b, t].item() == pytest.approx(
+                row[tokens[b, t]] - normaliser, rel=tolerance, abs=5e-6
+            )
             expected = -sum(math.exp(x - normaliser) * (x - normaliser) for x in row)
             assert entropy[b, t].item() == pytest.approx(expected, rel=tolerance, abs=5e-6)
 
@@ -189,7 +208,9 @@ def test_chunked_logprobs_have_the_plain_gradient_and_keep_no_fp32_copy():
     (gradient,) = torch.autograd.grad((logprobs - 0.1 * entropy).sum(), logits)
     plain = logits.log_softmax(-1)
     expected = plain.gather(-1, tokens[..., None]).sum() + 0.1 * (plain.exp() * plain).sum()
-    torch.testing.assert_close(gradient, torch.autograd.grad(expected, logits)[0], rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        gradient, torch.autograd.grad(expected, logits)[0], rtol=0, atol=1e-6
+    )
 
 
 def test_entropy_of_a_masked_vocabulary_is_finite():
@@ -225,8 +246,12 @@ def test_the_largest_ratio_is_that_of_an_answer_token():
     """Outside of the mask the ratio is 1, which a policy that became less sure of every token would hide behind."""
     mask = torch.tensor([[True, True, False]])
     logprobs, zeros = torch.full((1, 3), math.log(0.9)), torch.zeros(1, 3)
-    assert policy_loss(logprobs, zeros, zeros, mask, cliprange=0.2)[1]["ratio_max"].item() == pytest.approx(0.9)
-    assert policy_loss(logprobs, zeros, zeros, mask & False, cliprange=0.2)[1]["ratio_max"].item() == 0
+    assert policy_loss(logprobs, zeros, zeros, mask, cliprange=0.2)[1][
+        "ratio_max"
+    ].item() == pytest.approx(0.9)
+    assert (
+        policy_loss(logprobs, zeros, zeros, mask & False, cliprange=0.2)[1]["ratio_max"].item() == 0
+    )
 
 
 def test_policy_loss_has_no_gradient_where_the_clip_bites():
@@ -248,7 +273,9 @@ def test_value_loss_by_hand():
 
 def test_pairwise_loss_by_hand():
     loss = pairwise_loss(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 3.0]))
-    assert loss.tolist() == pytest.approx([math.log(1 + math.exp(-1)), math.log(1 + math.exp(3))], abs=1e-6)
+    assert loss.tolist() == pytest.approx(
+        [math.log(1 + math.exp(-1)), math.log(1 + math.exp(3))], abs=1e-6
+    )
 
 
 def test_lm_loss_rows_counts_labelled_tokens_only():
@@ -269,9 +296,13 @@ def test_lm_loss_reads_the_position_before_each_label():
 def test_explained_variance_by_hand():
     returns, mask = torch.tensor([[0.0, 2.0, 4.0]]), torch.ones(1, 3)
     assert explained_variance(value_moments(returns, returns, mask)) == pytest.approx(1.0)
-    assert explained_variance(value_moments(torch.full((1, 3), 9.0), returns, mask)) == pytest.approx(0.0)
+    assert explained_variance(
+        value_moments(torch.full((1, 3), 9.0), returns, mask)
+    ) == pytest.approx(0.0)
     # errors (0, 1, 2): variance 2/3 against 8/3
-    assert explained_variance(value_moments(torch.tensor([[0.0, 1.0, 2.0]]), returns, mask)) == pytest.approx(0.75)
+    assert explained_variance(
+        value_moments(torch.tensor([[0.0, 1.0, 2.0]]), returns, mask)
+    ) == pytest.approx(0.75)
 
 
 def test_group_advantages_by_hand():
@@ -287,7 +318,12 @@ def test_group_advantages_by_hand():
     expected = torch.tensor([[scale, scale], [-scale, -scale], [-scale, -scale], [scale, 0.0]])
     torch.testing.assert_close(estimate("grpo"), expected, rtol=0, atol=1e-5)
     # Rewards to go, minus the group's mean R of 2.
-    assert estimate("reinforce_baseline").tolist() == [[1.0, 0.0], [-1.0, -1.0], [-2.0, -1.0], [2.0, 0.0]]
+    assert estimate("reinforce_baseline").tolist() == [
+        [1.0, 0.0],
+        [-1.0, -1.0],
+        [-2.0, -1.0],
+        [2.0, 0.0],
+    ]
     with pytest.raises(ValueError, match="gae"):
         estimate("gae")
 
@@ -315,7 +351,11 @@ def test_grpo_and_reinforce_baseline_equal_a_plain_loop(estimator, gamma):
         for i, row in enumerate(rewards[start : start + 4].tolist(), start):
             for t in range(int(mask[i].sum())):
                 to_go = sum(gamma**k * reward for k, reward in enumerate(row[t:]))
-                expected = (totals[i - start] - mean) / (deviation + 1e-6) if estimator == "grpo" else to_go - mean
+                expected = (
+                    (totals[i - start] - mean) / (deviation + 1e-6)
+                    if estimator == "grpo"
+                    else to_go - mean
+                )
                 assert found[i, t].item() == pytest.approx(expected, abs=1e-12)
     assert not found[~mask].any()
 

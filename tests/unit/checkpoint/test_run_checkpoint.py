@@ -19,7 +19,13 @@ from dschat.runtime.interrupt import Interruption
 
 def save(root, step: int, *, keep: int = 0, engines=()) -> bool:
     facts = {"step": step, "processes": 1}
-    options = dict(engines=dict.fromkeys(engines), facts=facts, tensors={"t": torch.ones(2)}, state={}, keep=keep)
+    options = dict(
+        engines=dict.fromkeys(engines),
+        facts=facts,
+        tensors={"t": torch.ones(2)},
+        state={},
+        keep=keep,
+    )
     return save_checkpoint(root, step, **options)
 
 
@@ -51,7 +57,9 @@ def test_a_run_that_began_anew_keeps_its_checkpoints_before_damaged_ones(tmp_pat
     assert folders(tmp_path)[1:3] == ["step_00000200", "step_00000300"]
 
 
-def test_a_file_that_another_host_keeps_to_itself_makes_no_checkpoint(tmp_path, monkeypatch, warnings):
+def test_a_file_that_another_host_keeps_to_itself_makes_no_checkpoint(
+    tmp_path, monkeypatch, warnings
+):
     assert save(tmp_path, 1)
 
     def elsewhere(engine, folder, name):
@@ -59,13 +67,20 @@ def test_a_file_that_another_host_keeps_to_itself_makes_no_checkpoint(tmp_path, 
 
     monkeypatch.setattr(run_checkpoint, "save_engine", elsewhere)
     assert not save(tmp_path, 2, engines=["model"], keep=1)
-    assert "rank_00001.pt is missing" in warnings.text and "is it shared by all hosts?" in warnings.text
-    assert folders(tmp_path) == ["latest", "step_00000001"] and newest_checkpoint(tmp_path).step == 1
+    assert (
+        "rank_00001.pt is missing" in warnings.text
+        and "is it shared by all hosts?" in warnings.text
+    )
+    assert (
+        folders(tmp_path) == ["latest", "step_00000001"] and newest_checkpoint(tmp_path).step == 1
+    )
 
 
 def test_a_folder_that_not_all_see_is_told_from_one_that_they_share(tmp_path, monkeypatch):
     assert is_shared(tmp_path) and not list(tmp_path.iterdir())
-    monkeypatch.setattr(dist, "is_main", lambda: False)  # the first process makes its mark on another host
+    monkeypatch.setattr(
+        dist, "is_main", lambda: False
+    )  # the first process makes its mark on another host
     assert not is_shared(tmp_path)
 
 
@@ -77,23 +92,34 @@ def test_only_what_checkpoints_need_asks_for_a_shared_folder(tmp_path, monkeypat
     monkeypatch.setattr(run_state, "is_shared", lambda folder: False)
     assert run_state.find_checkpoint(Config) is None
     Config.run.save_interval = 5
-    with pytest.raises(ValueError, match="--output_dir .* is not the same folder for all processes.*--save_interval"):
+    with pytest.raises(
+        ValueError,
+        match="--output_dir .* is not the same folder for all processes.*--save_interval",
+    ):
         run_state.find_checkpoint(Config)
 
 
 def test_a_plan_may_be_ignored_on_going_on(monkeypatch, tmp_path):
     monkeypatch.setattr(run_state, "config_dict", lambda config: config)
     config = {"ignore_memory_plan": True, "seed": 1}
-    before = Checkpoint(tmp_path, 1, {"processes": 1, "config": {"ignore_memory_plan": False, "seed": 1}})
+    before = Checkpoint(
+        tmp_path, 1, {"processes": 1, "config": {"ignore_memory_plan": False, "seed": 1}}
+    )
     run_state._check_flags(config, before)
     with pytest.raises(AttributeError):  # it has no run.resume to tell of
         run_state._check_flags(config | {"seed": 2}, before)
 
 
-@pytest.mark.parametrize("stage, processes, read", [(0, 4, [0]), (2, 2, [1]), (3, 2, [1]), (2, 3, [0, 1, 2])])
+@pytest.mark.parametrize(
+    "stage, processes, read", [(0, 4, [0]), (2, 2, [1]), (3, 2, [1]), (2, 3, [0, 1, 2])]
+)
 def test_an_average_reads_the_files_that_hold_its_pieces(stage, processes, read, monkeypatch):
     average = MovingAverage.__new__(MovingAverage)
-    average.engine = type("Engine", (), {"module": torch.nn.Linear(1, 1), "zero_optimization_stage": lambda self: stage})()
+    average.engine = type(
+        "Engine",
+        (),
+        {"module": torch.nn.Linear(1, 1), "zero_optimization_stage": lambda self: stage},
+    )()
     average._pieces, asked = {}, []
 
     class Saved:

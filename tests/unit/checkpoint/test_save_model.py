@@ -75,7 +75,9 @@ def test_adapters_are_merged_and_given_tensors_take_the_models_place(tmp_path, m
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     with torch.no_grad():
         assert torch.allclose(merged(ids).logits, model(ids).logits, atol=1e-3, rtol=1e-4)
-        assert not torch.allclose(merged(ids).logits, AutoModelForCausalLM.from_pretrained(tiny("llama"))(ids).logits)
+        assert not torch.allclose(
+            merged(ids).logits, AutoModelForCausalLM.from_pretrained(tiny("llama"))(ids).logits
+        )
 
 
 def test_full_tensors_are_copies_and_tied_ones_share(model_and_tokenizer):

@@ -160,7 +160,11 @@ STEPS = {
     "step 1": (SFTConfig, STEP1, {"model_name_or_path": "m"}),
     "step 2": (RewardConfig, STEP2, {"model_name_or_path": "m"}),
     "DPO": (DPOConfig, DPO, {"model_name_or_path": "m"}),
-    "step 3": (PPOConfig, STEP3, {"actor_model_name_or_path": "a", "critic_model_name_or_path": "c"}),
+    "step 3": (
+        PPOConfig,
+        STEP3,
+        {"actor_model_name_or_path": "a", "critic_model_name_or_path": "c"},
+    ),
 }
 
 
@@ -225,16 +229,33 @@ def test_a_required_model_is_asked_for(step):
 
 
 def test_learning_schedules_of_deepspeed_chat_are_known():
-    for name in ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"):
+    for name in (
+        "linear",
+        "cosine",
+        "cosine_with_restarts",
+        "polynomial",
+        "constant",
+        "constant_with_warmup",
+    ):
         argv = ["--model_name_or_path", "m", "--lr_scheduler_type", name]
         assert parse_config(SFTConfig, argv).schedule.lr_scheduler_type == name
 
 
 def test_old_names_of_the_batch_flags():
     required = words(STEPS["step 3"][2])
-    old = ["--per_device_train_batch_size=8", "--per_device_mini_train_batch_size", "4", "--generation_batch_numbers", "3"]
+    old = [
+        "--per_device_train_batch_size=8",
+        "--per_device_mini_train_batch_size",
+        "4",
+        "--generation_batch_numbers",
+        "3",
+    ]
     batch = parse_config(PPOConfig, required + old).batch
-    sizes = (batch.per_device_generation_batch_size, batch.per_device_training_batch_size, batch.generation_batches)
+    sizes = (
+        batch.per_device_generation_batch_size,
+        batch.per_device_training_batch_size,
+        batch.generation_batches,
+    )
     assert sizes == (8, 4, 3)
     # In steps 1 and 2 the first of them is a flag of its own.
     argv = ["--model_name_or_path", "m", "--per_device_train_batch_size", "8"]
@@ -248,10 +269,14 @@ def test_a_file_says_the_same_as_flags(step, suffix, tmp_path):
     config_class, _, required = STEPS[step]
     given = {**required, **{name: other_value(name, value) for name, value in ours(step).items()}}
     path = tmp_path / f"run{suffix}"
-    path.write_text(json.dumps(given) if suffix == ".json" else yaml.safe_dump(given), encoding="utf-8")
+    path.write_text(
+        json.dumps(given) if suffix == ".json" else yaml.safe_dump(given), encoding="utf-8"
+    )
     assert parse_config(config_class, [str(path)]) == parse_config(config_class, words(given))
     # The launcher puts its flag in front.
-    assert parse_config(config_class, ["--local_rank=0", str(path)]) == parse_config(config_class, words(given))
+    assert parse_config(config_class, ["--local_rank=0", str(path)]) == parse_config(
+        config_class, words(given)
+    )
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -270,7 +295,13 @@ def test_files_take_numbers_as_yaml_reads_them_null_false_and_old_names(tmp_path
         "normalize_reward: false\ngeneration_batch_numbers: 2\ndata_path: [x.jsonl]\n"
     )
     found = parsed(PPOConfig, [str(path)])
-    names = ("actor_learning_rate", "critic_dropout", "normalize_reward", "generation_batches", "data_path")
+    names = (
+        "actor_learning_rate",
+        "critic_dropout",
+        "normalize_reward",
+        "generation_batches",
+        "data_path",
+    )
     assert [found[name] for name in names] == [5e-5, None, False, 2, ["x.jsonl"]]
 
 
@@ -278,7 +309,9 @@ def test_switches_that_are_on_can_be_put_off():
     required = words(STEPS["step 3"][2])
     assert parsed(PPOConfig, required)["normalize_reward"] is True
     assert parsed(PPOConfig, [*required, "--no_normalize_reward"])["normalize_reward"] is False
-    assert parsed(PPOConfig, [*required, "--normalize_reward", "false"])["normalize_reward"] is False
+    assert (
+        parsed(PPOConfig, [*required, "--normalize_reward", "false"])["normalize_reward"] is False
+    )
 
 
 BAD_FILES = {
@@ -287,8 +320,16 @@ BAD_FILES = {
     "no json": ("run.json", "{", "run.json: not readable as JSON"),
     "no date": ("run.yaml", "seed: 2024-13-45", "run.yaml: not readable as YAML"),
     "a list": ("run.json", "[1]", "run.json: expected flag names and values, found list"),
-    "unknown": ("run.yaml", "learnin_rate: 1", "--learnin_rate: no flag of that name (Step 1, supervised fine-tuning)"),
-    "wrong type": ("run.yaml", "zero_stage: two", "run.yaml: argument --zero_stage/--zero-stage: invalid int value: 'two'"),
+    "unknown": (
+        "run.yaml",
+        "learnin_rate: 1",
+        "--learnin_rate: no flag of that name (Step 1, supervised fine-tuning)",
+    ),
+    "wrong type": (
+        "run.yaml",
+        "zero_stage: two",
+        "run.yaml: argument --zero_stage/--zero-stage: invalid int value: 'two'",
+    ),
     "wrong choice": ("run.yaml", "dtype: int8", "argument --dtype: invalid choice: 'int8'"),
 }
 
@@ -303,7 +344,10 @@ def test_a_bad_file_is_named_with_its_fault(case, tmp_path):
 
 
 def test_a_file_may_begin_with_a_byte_order_mark(tmp_path):
-    for name, text in (("run.json", '{"model_name_or_path": "m"}'), ("run.yaml", "model_name_or_path: m")):
+    for name, text in (
+        ("run.json", '{"model_name_or_path": "m"}'),
+        ("run.yaml", "model_name_or_path: m"),
+    ):
         (tmp_path / name).write_text(text, encoding="utf-8-sig")
         assert parse_config(SFTConfig, [str(tmp_path / name)]).model.model_name_or_path == "m"
 
@@ -330,11 +374,23 @@ def test_unknown_flags_are_named_with_the_nearest_known_one():
 def test_a_stray_word_and_a_file_beside_flags(tmp_path):
     assert message(SFTConfig, ["stray"]).startswith("stray: no flag of that name")
     found = message(SFTConfig, ["run.yaml", "--zero_stage", "2"])
-    assert found == "run.yaml: a configuration file takes no flags beside it; write them into the file."
+    assert (
+        found
+        == "run.yaml: a configuration file takes no flags beside it; write them into the file."
+    )
 
 
 def test_all_problems_are_reported_at_once():
-    argv = ["--zero_stage", "4", "--max_seq_len", "1", "--lora_dim", "-1", "--num_train_epochs", "-2"]
+    argv = [
+        "--zero_stage",
+        "4",
+        "--max_seq_len",
+        "1",
+        "--lora_dim",
+        "-1",
+        "--num_train_epochs",
+        "-2",
+    ]
     assert message(SFTConfig, argv).splitlines() == [
         "--model_name_or_path is required: a model folder or a hub id.",
         "--num_train_epochs -2: must be at least 0.",
@@ -350,8 +406,14 @@ BAD_VALUES = {
         ("--eval_fraction 0", "--eval_fraction 0.0: must be above 0."),
         ("--eval_fraction 0.95", "--eval_fraction 0.95: must lie between 0.0 and 0.9."),
         ("--gradient_accumulation_steps 0", "--gradient_accumulation_steps 0: must be at least 1."),
-        ("--output_dir=", "--output_dir has no value: give a folder, or leave the flag out to save nothing."),
-        ("--seed 99999999999999999999999", "--seed 99999999999999999999999: must lie between 0 and 4294967295."),
+        (
+            "--output_dir=",
+            "--output_dir has no value: give a folder, or leave the flag out to save nothing.",
+        ),
+        (
+            "--seed 99999999999999999999999",
+            "--seed 99999999999999999999999: must lie between 0 and 4294967295.",
+        ),
         ("--seed -1", "--seed -1: must lie between 0 and 4294967295."),
         ("--max_train_steps -1", "--max_train_steps -1: must be at least 0."),
         ("--num_warmup_steps -1", "--num_warmup_steps -1: must be at least 0."),
@@ -395,8 +457,14 @@ BAD_VALUES = {
         ("--actor_learning_rate -1", "--actor_learning_rate -1.0: must be at least 0."),
         ("--critic_weight_decay -1", "--critic_weight_decay -1.0: must be at least 0."),
         ("--actor_freeze_layers -1", "--actor_freeze_layers -1: must be at least 0."),
-        ("--per_device_generation_batch_size 0", "--per_device_generation_batch_size 0: must be at least 1."),
-        ("--per_device_training_batch_size 0", "--per_device_training_batch_size 0: must be at least 1."),
+        (
+            "--per_device_generation_batch_size 0",
+            "--per_device_generation_batch_size 0: must be at least 1.",
+        ),
+        (
+            "--per_device_training_batch_size 0",
+            "--per_device_training_batch_size 0: must be at least 1.",
+        ),
         ("--generation_batches 0", "--generation_batches 0: must be at least 1."),
         ("--ppo_epochs 0", "--ppo_epochs 0: must be at least 1."),
         ("--max_prompt_seq_len 0", "--max_prompt_seq_len 0: must be at least 1."),
@@ -442,7 +510,8 @@ BAD_VALUES = {
 
 
 @pytest.mark.parametrize(
-    ("step", "flags", "line"), [(step, *case) for step, cases in BAD_VALUES.items() for case in cases]
+    ("step", "flags", "line"),
+    [(step, *case) for step, cases in BAD_VALUES.items() for case in cases],
 )
 def test_a_bad_value_is_named_with_its_flag(step, flags, line):
     config_class, _, required = STEPS[step]
@@ -460,7 +529,9 @@ MODELS = {
 def float_flags(config_class) -> list[str]:
     """Every flag that takes a number with a point, or a list of such."""
     groups = typing.get_type_hints(config_class).values()
-    options = [(name, kind) for group in groups for name, kind in typing.get_type_hints(group).items()]
+    options = [
+        (name, kind) for group in groups for name, kind in typing.get_type_hints(group).items()
+    ]
     return [name for name, kind in options if float in (kind, *typing.get_args(kind))]
 
 
@@ -468,10 +539,19 @@ def float_flags(config_class) -> list[str]:
 @pytest.mark.parametrize("config_class", MODELS, ids=lambda config_class: config_class.__name__)
 def test_no_flag_takes_what_is_no_finite_number(config_class, value):
     flags = float_flags(config_class)
-    assert len(flags) >= {SFTConfig: 6, RewardConfig: 6, DPOConfig: 6, PPOConfig: 25, ChatConfig: 4, PromptEvalConfig: 1}.get(config_class, 0)
+    assert len(flags) >= {
+        SFTConfig: 6,
+        RewardConfig: 6,
+        DPOConfig: 6,
+        PPOConfig: 25,
+        ChatConfig: 4,
+        PromptEvalConfig: 1,
+    }.get(config_class, 0)
     for name in flags:
         more = ["--serve"] if name == "max_wait_s" else []
-        lines = message(config_class, [*MODELS[config_class], *more, f"--{name}={value}"]).splitlines()
+        lines = message(
+            config_class, [*MODELS[config_class], *more, f"--{name}={value}"]
+        ).splitlines()
         assert len(lines) == 1 and lines[0].startswith(f"--{name} {value}: must "), lines
 
 
@@ -479,14 +559,42 @@ def test_no_flag_takes_what_is_no_finite_number(config_class, value):
     "step, flags, named",
     [
         ("step 1", "--model_name_or_path base --output_dir base", "--model_name_or_path base"),
-        ("step 2", "--model_name_or_path ./base/ --output_dir x/../base", "--model_name_or_path ./base/"),
-        ("DPO", "--model_name_or_path out/adapter --output_dir out", "--model_name_or_path out/adapter"),
+        (
+            "step 2",
+            "--model_name_or_path ./base/ --output_dir x/../base",
+            "--model_name_or_path ./base/",
+        ),
+        (
+            "DPO",
+            "--model_name_or_path out/adapter --output_dir out",
+            "--model_name_or_path out/adapter",
+        ),
         ("step 1", "--model_name_or_path link --output_dir base", "--model_name_or_path link"),
-        ("step 1", "--model_name_or_path facebook/opt --output_dir facebook/opt", "--model_name_or_path facebook/opt"),
-        ("step 3", "--actor_model_name_or_path out --output_dir out", "--actor_model_name_or_path out"),
-        ("step 3", "--actor_model_name_or_path out/actor --output_dir out", "--actor_model_name_or_path out/actor"),
-        ("step 3", "--critic_model_name_or_path out/critic --output_dir out/", "--critic_model_name_or_path out/critic"),
-        ("step 3", "--reward_model_name_or_path r out/critic --output_dir out", "--reward_model_name_or_path out/critic"),
+        (
+            "step 1",
+            "--model_name_or_path facebook/opt --output_dir facebook/opt",
+            "--model_name_or_path facebook/opt",
+        ),
+        (
+            "step 3",
+            "--actor_model_name_or_path out --output_dir out",
+            "--actor_model_name_or_path out",
+        ),
+        (
+            "step 3",
+            "--actor_model_name_or_path out/actor --output_dir out",
+            "--actor_model_name_or_path out/actor",
+        ),
+        (
+            "step 3",
+            "--critic_model_name_or_path out/critic --output_dir out/",
+            "--critic_model_name_or_path out/critic",
+        ),
+        (
+            "step 3",
+            "--reward_model_name_or_path r out/critic --output_dir out",
+            "--reward_model_name_or_path out/critic",
+        ),
     ],
 )
 def test_no_model_that_is_read_is_written_over(step, flags, named, tmp_path, monkeypatch):
@@ -505,8 +613,14 @@ def test_no_model_that_is_read_is_written_over(step, flags, named, tmp_path, mon
         ("step 1", "--model_name_or_path base --output_dir base/out"),
         ("step 1", "--model_name_or_path out/base --output_dir out"),
         ("step 1", "--model_name_or_path out/actor --output_dir out"),
-        ("step 3", "--actor_model_name_or_path models/actor --critic_model_name_or_path models/critic --output_dir models/3"),
-        ("step 3", "--actor_model_name_or_path first/actor --critic_model_name_or_path first/critic --output_dir second"),
+        (
+            "step 3",
+            "--actor_model_name_or_path models/actor --critic_model_name_or_path models/critic --output_dir models/3",
+        ),
+        (
+            "step 3",
+            "--actor_model_name_or_path first/actor --critic_model_name_or_path first/critic --output_dir second",
+        ),
     ],
 )
 def test_models_beside_above_and_below_the_output_folder_may_be_read(step, flags):
@@ -519,7 +633,9 @@ def test_a_folder_called_tilde_is_nobodys_wish():
     assert found == "--output_dir ~/out: give the path in full, without ~."
 
 
-@pytest.mark.parametrize("flags", ["--zero_stage two", "--dtype int8", "--learning_rate fast", "--offload maybe"])
+@pytest.mark.parametrize(
+    "flags", ["--zero_stage two", "--dtype int8", "--learning_rate fast", "--offload maybe"]
+)
 def test_a_value_of_the_wrong_type_is_named_with_its_flag(flags):
     flag, value = flags.split()
     found = message(SFTConfig, ["--model_name_or_path", "m", flag, value])
@@ -543,11 +659,24 @@ def test_sizes_that_follow_from_the_options():
     config = parse_config(PPOConfig, required + flags.split())
     assert (config.rollout_rows, config.updates_per_rollout) == (24, 12)
     # Only the model that has adapters can train them alone.
-    assert (config.actor_lora.only_optimize_lora, config.critic_lora.only_optimize_lora) == (False, True)
+    assert (config.actor_lora.only_optimize_lora, config.critic_lora.only_optimize_lora) == (
+        False,
+        True,
+    )
     assert (config.critic_lora.lora_dim, config.critic_lora.lora_learning_rate) == (4, 0.5)
     actor, critic = config.actor_system, config.critic_system
-    assert (actor.zero_stage, actor.offload, actor.freeze_layers, actor.dropout) == (2, True, 1, 0.0)
-    assert (critic.zero_stage, critic.offload, critic.freeze_layers, critic.dropout) == (0, True, 0, 0.0)
+    assert (actor.zero_stage, actor.offload, actor.freeze_layers, actor.dropout) == (
+        2,
+        True,
+        1,
+        0.0,
+    )
+    assert (critic.zero_stage, critic.offload, critic.freeze_layers, critic.dropout) == (
+        0,
+        True,
+        0,
+        0.0,
+    )
 
 
 def test_int8_is_for_the_models_that_have_adapters():
@@ -564,9 +693,21 @@ def test_int8_is_for_the_models_that_have_adapters():
         ("--actor_lora_dim 4 --only_optimize_lora", True, False),
         ("--critic_lora_dim 4 --only_optimize_lora", False, True),
         ("--actor_lora_dim 4 --critic_lora_dim 4 --only_optimize_lora", True, True),
-        ("--actor_lora_dim 4 --critic_lora_dim 4 --only_optimize_lora --no_share_reference", False, True),
-        ("--actor_lora_dim 4 --critic_lora_dim 4 --only_optimize_lora --no_share_reward", True, False),
-        ("--critic_lora_dim 4 --only_optimize_lora --reward_model_name_or_path other", False, False),
+        (
+            "--actor_lora_dim 4 --critic_lora_dim 4 --only_optimize_lora --no_share_reference",
+            False,
+            True,
+        ),
+        (
+            "--actor_lora_dim 4 --critic_lora_dim 4 --only_optimize_lora --no_share_reward",
+            True,
+            False,
+        ),
+        (
+            "--critic_lora_dim 4 --only_optimize_lora --reward_model_name_or_path other",
+            False,
+            False,
+        ),
         ("--critic_lora_dim 4 --only_optimize_lora --reward_fn file.py:f", False, False),
         (
             "--critic_lora_dim 4 --only_optimize_lora --advantage_estimator rloo --num_samples_per_prompt 2",
@@ -581,7 +722,9 @@ def test_models_are_shared_only_where_all_but_adapters_is_frozen(flags, referenc
 
 
 def test_the_documentation_names_every_default_that_differs():
-    text = (Path(__file__).resolve().parents[3] / "docs" / "differences_from_deepspeed_chat.md").read_text()
+    text = (
+        Path(__file__).resolve().parents[3] / "docs" / "differences_from_deepspeed_chat.md"
+    ).read_text()
     missing = [name for name in OURS if f"--{name}" not in text]
     assert missing == []
     section = text.partition("\n## DPO\n")[2].partition("\n## ")[0]

@@ -32,11 +32,19 @@ VALUES = st.recursive(
     max_leaves=6,
 )
 MESSAGES = st.lists(
-    st.fixed_dictionaries({}, optional={"role": st.sampled_from(["user", "assistant", "system", "x"]) | VALUES, "content": VALUES}),
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "role": st.sampled_from(["user", "assistant", "system", "x"]) | VALUES,
+            "content": VALUES,
+        },
+    ),
     max_size=4,
 )
 FIELDS = st.dictionaries(
-    st.sampled_from(["prompt", "chosen", "rejected", "response", "messages", "more"]), VALUES | MESSAGES, max_size=5
+    st.sampled_from(["prompt", "chosen", "rejected", "response", "messages", "more"]),
+    VALUES | MESSAGES,
+    max_size=5,
 )
 GOOD = {"prompt": "a", "chosen": " b", "rejected": " c"}
 # White space, controls, zero-width characters, marks of direction, fillers, a variation selector, and a tag.
@@ -58,7 +66,11 @@ FIELDS_OF_TEXT = {
 
 def conversation(*texts: str) -> dict:
     """A row of messages, of the user and the assistant by turns."""
-    return {"messages": [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]}
+    return {
+        "messages": [
+            {"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)
+        ]
+    }
 
 
 @given(raw=FIELDS)
@@ -69,14 +81,23 @@ def test_fields_of_any_kind_make_a_row_or_an_error(raw):
     except ValueError as error:
         assert str(error)
         return
-    texts = [row.prompt] if isinstance(row.prompt, str) else [message["content"] for message in row.prompt if message["content"]]
+    texts = (
+        [row.prompt]
+        if isinstance(row.prompt, str)
+        else [message["content"] for message in row.prompt if message["content"]]
+    )
     for text in [*texts, *(answer for answer in (row.chosen, row.rejected) if answer is not None)]:
         assert isinstance(text, str) and text.encode("utf-8") is not None
         assert not set(text) <= set(UNSEEN)
     assert row.rejected is None or row.rejected != row.chosen
 
 
-@given(lines=st.lists(st.binary(max_size=30) | FIELDS.map(lambda raw: json.dumps(raw).encode()), max_size=5), skip=st.booleans())
+@given(
+    lines=st.lists(
+        st.binary(max_size=30) | FIELDS.map(lambda raw: json.dumps(raw).encode()), max_size=5
+    ),
+    skip=st.booleans(),
+)
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv"])
 @QUICK
 def test_any_file_is_read_or_named(tmp_path_factory, suffix, lines, skip):
@@ -110,7 +131,11 @@ def check_items(row: Row, tokenizer) -> None:
             assert name not in item or 0 < len(item[name]) <= 12
 
 
-@given(good=st.integers(0, 6), more=st.integers(0, 6), bad=st.sampled_from(['{"prompt"', "7", "{}", '{"prompt": 1}', "\\"]))
+@given(
+    good=st.integers(0, 6),
+    more=st.integers(0, 6),
+    bad=st.sampled_from(['{"prompt"', "7", "{}", '{"prompt": 1}', "\\"]),
+)
 @QUICK
 def test_the_line_of_a_fault_is_named_exactly(tmp_path_factory, good, more, bad):
     path = tmp_path_factory.mktemp("line") / "rows.jsonl"
@@ -129,11 +154,17 @@ def check_that_a_row_is_named_or_left_out(folder, row: dict, *words: str) -> Non
     path.write_text("".join(json.dumps(line) + "\n" for line in (GOOD, row, GOOD, GOOD)))
     with pytest.raises(ValueError) as caught:
         load_source(str(path), eval_fraction=0.5, data_seed=0)
-    assert [word for word in ("rows.jsonl, line 2: ", *words, "--skip_bad_rows") if word not in str(caught.value)] == []
+    assert [
+        word
+        for word in ("rows.jsonl, line 2: ", *words, "--skip_bad_rows")
+        if word not in str(caught.value)
+    ] == []
     with mock.patch.object(sources.logger, "warning") as warning:
         source = load_source(str(path), eval_fraction=0.5, data_seed=0, skip_bad_rows=True)
     assert len(source.train) + len(source.eval) == 3
-    assert (warning.call_args[0][0] % warning.call_args[0][1:]).startswith("left out 1 bad rows of 4; the first: ")
+    assert (warning.call_args[0][0] % warning.call_args[0][1:]).startswith(
+        "left out 1 bad rows of 4; the first: "
+    )
 
 
 @given(text=st.text(alphabet=UNSEEN, max_size=8))
@@ -141,9 +172,17 @@ def check_that_a_row_is_named_or_left_out(folder, row: dict, *words: str) -> Non
 @settings(max_examples=15, deadline=None, derandomize=True, database=None)
 def test_a_text_that_cannot_be_seen_is_named_or_left_out(tmp_path_factory, name, text):
     # An answer to nothing can be learned, and turns of the assistant may have called a tool.
-    assume(not (name == "prompt" and text == "") and not (name == "messages[1].content" and not text.strip()))
-    words = f'field "{name}" is empty ({" ".join(json.dumps(text).split())})', "it needs at least one word"
-    check_that_a_row_is_named_or_left_out(tmp_path_factory.mktemp("unseen"), FIELDS_OF_TEXT[name](text), *words)
+    assume(
+        not (name == "prompt" and text == "")
+        and not (name == "messages[1].content" and not text.strip())
+    )
+    words = (
+        f'field "{name}" is empty ({" ".join(json.dumps(text).split())})',
+        "it needs at least one word",
+    )
+    check_that_a_row_is_named_or_left_out(
+        tmp_path_factory.mktemp("unseen"), FIELDS_OF_TEXT[name](text), *words
+    )
 
 
 @given(unseen=st.text(alphabet=UNSEEN, max_size=4), behind=st.booleans())
@@ -168,7 +207,11 @@ def test_an_empty_message_of_the_system_says_that_there_is_none(text):
 def test_a_text_of_two_megabytes_is_named_or_left_out(tmp_path, name, letter):
     text = letter * (2**21 // len(letter.encode()))
     started = time.monotonic()
-    words = f'field "{name}" is a text of {len(text.encode()):,} bytes', "the most is 1,000,000", "split it into rows"
+    words = (
+        f'field "{name}" is a text of {len(text.encode()):,} bytes',
+        "the most is 1,000,000",
+        "split it into rows",
+    )
     check_that_a_row_is_named_or_left_out(tmp_path, FIELDS_OF_TEXT[name](text), *words)
     assert time.monotonic() - started < 5
 
@@ -180,7 +223,9 @@ def test_the_lines_of_a_file_of_prompts_are_checked_too(tmp_path):
         read_rows(str(path), flag="--prompts_file")
     first, second = str(caught.value).splitlines()
     assert first.startswith(f'--prompts_file {path}, line 3: field "prompt" is empty')
-    assert second.startswith(f'--prompts_file {path}, line 4: field "prompt" is a text of 2,097,152 bytes')
+    assert second.startswith(
+        f'--prompts_file {path}, line 4: field "prompt" is a text of 2,097,152 bytes'
+    )
 
 
 def test_the_longest_text_is_just_that():
@@ -208,12 +253,34 @@ def test_any_split_is_a_partition_or_an_error(shares, rows):
 FLAGS = st.dictionaries(
     st.sampled_from(
         [
-            *("zero_stage", "max_seq_len", "per_device_eval_batch_size", "gradient_accumulation_steps", "lora_dim"),
-            *("num_train_epochs", "max_train_steps", "save_interval", "save_total_limit", "freeze_layers"),
-            *("learning_rate", "weight_decay", "eval_fraction", "lora_alpha", "seed", "output_dir", "resume"),
+            *(
+                "zero_stage",
+                "max_seq_len",
+                "per_device_eval_batch_size",
+                "gradient_accumulation_steps",
+                "lora_dim",
+            ),
+            *(
+                "num_train_epochs",
+                "max_train_steps",
+                "save_interval",
+                "save_total_limit",
+                "freeze_layers",
+            ),
+            *(
+                "learning_rate",
+                "weight_decay",
+                "eval_fraction",
+                "lora_alpha",
+                "seed",
+                "output_dir",
+                "resume",
+            ),
         ]
     ),
-    st.integers(-3, 5) | st.floats(allow_nan=False, width=16) | st.text(string.ascii_letters, min_size=1, max_size=4),
+    st.integers(-3, 5)
+    | st.floats(allow_nan=False, width=16)
+    | st.text(string.ascii_letters, min_size=1, max_size=4),
     max_size=4,
 )
 

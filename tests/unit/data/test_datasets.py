@@ -12,7 +12,9 @@ SPACE_A = 259  # the one token of two bytes, " a"
 
 def sft(row, *, bos=False, max_seq_len=100, prompt_format="plain", **options):
     tokenizer = make_tokenizer(bos=bos, **options)
-    return SFTDataset([row], tokenizer, max_seq_len=max_seq_len, prompt_format=prompt_format, end_token_id=EOS)[0]
+    return SFTDataset(
+        [row], tokenizer, max_seq_len=max_seq_len, prompt_format=prompt_format, end_token_id=EOS
+    )[0]
 
 
 def pair_data(rows, *, bos=False, max_seq_len=100, **options):
@@ -23,7 +25,9 @@ def pair_data(rows, *, bos=False, max_seq_len=100, **options):
 
 def prompt_data(rows, *, bos=False, max_prompt_len=100, chat_template=None, prompt_format="plain"):
     tokenizer = make_tokenizer(bos=bos, chat_template=chat_template)
-    return PromptDataset(rows, tokenizer, max_prompt_len=max_prompt_len, prompt_format=prompt_format)
+    return PromptDataset(
+        rows, tokenizer, max_prompt_len=max_prompt_len, prompt_format=prompt_format
+    )
 
 
 def test_leading_ids_are_those_in_front_alone():
@@ -75,7 +79,9 @@ def test_token_across_the_border_is_split_so_that_the_prompt_keeps_its_ids():
         (True, 2, "x", 1),
     ],
 )
-def test_truncation_takes_the_prompt_from_the_left_then_the_answer_from_the_right(bos, max_seq_len, text, labels):
+def test_truncation_takes_the_prompt_from_the_left_then_the_answer_from_the_right(
+    bos, max_seq_len, text, labels
+):
     item = sft(Row("uvw", "xy"), bos=bos, max_seq_len=max_seq_len)
     expected = [BOS] * bos + ids_of(text) + [EOS] * (labels == 3)
     assert item["input_ids"] == expected and len(expected) == max_seq_len
@@ -84,15 +90,26 @@ def test_truncation_takes_the_prompt_from_the_left_then_the_answer_from_the_righ
 
 def test_pair_item():
     item = pair_data([Row("p", "good", "no")], bos=True)[0]
-    assert item == {"chosen_ids": [BOS, *ids_of("pgood"), EOS], "rejected_ids": [BOS, *ids_of("pno"), EOS], "num_prompt": 2}
+    assert item == {
+        "chosen_ids": [BOS, *ids_of("pgood"), EOS],
+        "rejected_ids": [BOS, *ids_of("pno"), EOS],
+        "num_prompt": 2,
+    }
 
 
 def test_pair_keeps_one_prompt_when_one_answer_is_too_long():
     item = pair_data([Row("uvw", "good", "no")], bos=True, max_seq_len=7)[0]
-    answers = {"chosen_ids": [BOS, *ids_of("wgood"), EOS], "rejected_ids": [BOS, *ids_of("wno"), EOS]}
+    answers = {
+        "chosen_ids": [BOS, *ids_of("wgood"), EOS],
+        "rejected_ids": [BOS, *ids_of("wno"), EOS],
+    }
     assert item == {**answers, "num_prompt": 2}
     item = pair_data([Row("uvw", "good", "no")], bos=True, max_seq_len=4)[0]
-    assert item == {"chosen_ids": [BOS, *ids_of("goo")], "rejected_ids": [BOS, *ids_of("no"), EOS], "num_prompt": 1}
+    assert item == {
+        "chosen_ids": [BOS, *ids_of("goo")],
+        "rejected_ids": [BOS, *ids_of("no"), EOS],
+        "num_prompt": 1,
+    }
 
 
 def test_cut_pairs_have_equal_length_and_no_end():
@@ -104,7 +121,9 @@ def test_cut_pairs_have_equal_length_and_no_end():
     lengths = {len(item["chosen_ids"]) - 1 for item in cut}
     assert lengths == {2, 3, 4, 5}
     for item in cut:
-        assert len(item["chosen_ids"]) == len(item["rejected_ids"]) and EOS not in item["rejected_ids"]
+        assert (
+            len(item["chosen_ids"]) == len(item["rejected_ids"]) and EOS not in item["rejected_ids"]
+        )
     assert all(item["rejected_ids"][-1] == EOS for item in items if item not in cut)
     again = pair_data(rows, cut_fraction=0.5, seed=3)
     assert items == [again[i] for i in range(len(rows))]
@@ -113,9 +132,19 @@ def test_cut_pairs_have_equal_length_and_no_end():
 
 
 def test_cut_answers_still_differ():
-    data = pair_data([Row("p", "samex", "samey"), Row("p", "same", "samex"), Row("p", "x", "y")], cut_fraction=1.0)
-    assert data[0] == {"chosen_ids": ids_of("psamex"), "rejected_ids": ids_of("psamey"), "num_prompt": 1}
-    assert data[1]["chosen_ids"] == [*ids_of("psame"), EOS]  # one begins the other: cutting would make them equal
+    data = pair_data(
+        [Row("p", "samex", "samey"), Row("p", "same", "samex"), Row("p", "x", "y")],
+        cut_fraction=1.0,
+    )
+    assert data[0] == {
+        "chosen_ids": ids_of("psamex"),
+        "rejected_ids": ids_of("psamey"),
+        "num_prompt": 1,
+    }
+    assert data[1]["chosen_ids"] == [
+        *ids_of("psame"),
+        EOS,
+    ]  # one begins the other: cutting would make them equal
     assert data[2]["chosen_ids"] == [*ids_of("px"), EOS]  # shorter than the shortest cut
 
 
@@ -131,7 +160,10 @@ def test_prompt_item_is_the_beginning_of_the_sft_item(bos):
 
 def test_long_prompt_keeps_its_end_and_bos():
     assert prompt_data([Row("uvwxy")], max_prompt_len=3)[0]["input_ids"] == ids_of("wxy")
-    assert prompt_data([Row("uvwxy")], bos=True, max_prompt_len=3)[0]["input_ids"] == [BOS, *ids_of("xy")]
+    assert prompt_data([Row("uvwxy")], bos=True, max_prompt_len=3)[0]["input_ids"] == [
+        BOS,
+        *ids_of("xy"),
+    ]
     assert prompt_data([Row("uvwxy")], max_prompt_len=3).prompt_text(0) == "uvwxy"
 
 
@@ -149,7 +181,9 @@ def test_missing_answers_name_the_row():
 
 def test_truncation_report():
     rows = [Row("p" * length, "a") for length in (1, 2, 3, 4, 50)]
-    data = SFTDataset(rows, make_tokenizer(), max_seq_len=4, prompt_format="plain", end_token_id=EOS)
+    data = SFTDataset(
+        rows, make_tokenizer(), max_seq_len=4, prompt_format="plain", end_token_id=EOS
+    )
     assert truncation_report(data, sample=4) == (
         "2 of the first 4 rows are longer than --max_seq_len 4 and are cut (longest: 6 tokens)"
     )
@@ -173,10 +207,16 @@ def test_truncation_report_looks_at_a_part_of_every_source():
 
     def report(*pieces):
         read.clear()
-        return truncation_report(prompt_data(Blend([(Rows(), Pieces(piece)) for piece in pieces]), max_prompt_len=4))
+        return truncation_report(
+            prompt_data(Blend([(Rows(), Pieces(piece)) for piece in pieces]), max_prompt_len=4)
+        )
 
-    assert report(short, long).startswith("500 of 1000 rows, the first of each source, are longer than")
-    assert report(short * 100, long).startswith("50 of 1000 rows, the first of each source, are longer than")
+    assert report(short, long).startswith(
+        "500 of 1000 rows, the first of each source, are longer than"
+    )
+    assert report(short * 100, long).startswith(
+        "50 of 1000 rows, the first of each source, are longer than"
+    )
     assert report(short * 100, long[:3]).startswith("3 of 1000 rows")
     assert report(*[short] * 40, long).startswith("24 of 1000 rows") and len(read) == 1000
     assert report(short).startswith("0 of the first 1000 rows")
@@ -190,16 +230,24 @@ def test_pairs_that_are_equal_once_cut_are_counted_and_all_of_them_refused():
     def report(rows, limit):
         return truncation_report(PairDataset(rows, make_tokenizer(), max_seq_len=limit, **options))
 
-    assert report([far, near], 5).endswith("; 1 pairs of these have no difference left, and teach nothing")
+    assert report([far, near], 5).endswith(
+        "; 1 pairs of these have no difference left, and teach nothing"
+    )
     assert "difference" not in report([far, near], 8)
     dataset = PairDataset([far], make_tokenizer(), max_seq_len=5, **options)
     assert "1 pairs of these have no difference left" in truncation_report(dataset, trained=False)
-    with pytest.raises(ValueError, match="--max_seq_len 5: f.jsonl, line 7: .* all 1 pairs looked at. Give a larger --max_seq_len"):
+    with pytest.raises(
+        ValueError,
+        match="--max_seq_len 5: f.jsonl, line 7: .* all 1 pairs looked at. Give a larger --max_seq_len",
+    ):
         report([far], 5)
 
 
 def test_collate_text_pads_right_by_length():
-    items = [{"input_ids": [5, PAD, 6], "labels": [-100, PAD, 6]}, {"input_ids": [7], "labels": [7]}]
+    items = [
+        {"input_ids": [5, PAD, 6], "labels": [-100, PAD, 6]},
+        {"input_ids": [7], "labels": [7]},
+    ]
     batch = collate_text(items, PAD)
     assert batch.input_ids.tolist() == [[5, PAD, 6], [7, PAD, PAD]]
     assert batch.attention_mask.tolist() == [[1, 1, 1], [1, 0, 0]]  # a pad id inside a text counts
@@ -212,15 +260,27 @@ def test_collate_pairs_puts_the_chosen_first():
         {"chosen_ids": [6, 5, EOS], "rejected_ids": [6, 5, 8, 9], "num_prompt": 2},
     ]
     batch = collate_pairs(items, EOS)  # the padding token is the end token
-    assert batch.input_ids.tolist() == [[3, 4, EOS, EOS], [6, 5, EOS, EOS], [3, EOS, EOS, EOS], [6, 5, 8, 9]]
+    assert batch.input_ids.tolist() == [
+        [3, 4, EOS, EOS],
+        [6, 5, EOS, EOS],
+        [3, EOS, EOS, EOS],
+        [6, 5, 8, 9],
+    ]
     assert batch.attention_mask.tolist() == [[1, 1, 1, 0], [1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 1]]
     none = -100
-    answers = [[none, 4, EOS, none], [none, none, EOS, none], [none, EOS, none, none], [none, none, 8, 9]]
+    answers = [
+        [none, 4, EOS, none],
+        [none, none, EOS, none],
+        [none, EOS, none, none],
+        [none, none, 8, 9],
+    ]
     assert batch.labels.tolist() == answers
 
 
 def test_collate_prompts_pads_left():
-    batch = collate_prompts([{"input_ids": [3], "index": 7}, {"input_ids": [4, 5], "index": 2}], PAD)
+    batch = collate_prompts(
+        [{"input_ids": [3], "index": 7}, {"input_ids": [4, 5], "index": 2}], PAD
+    )
     assert batch.input_ids.tolist() == [[PAD, 3], [4, 5]]
     assert batch.attention_mask.tolist() == [[0, 1], [1, 1]]
     assert batch.index.tolist() == [7, 2]

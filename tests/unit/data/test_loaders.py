@@ -41,12 +41,16 @@ def order(num_rows, *, epoch=0, **options):
     "num_rows, world_size, batch_size, window, total",
     [(12, 2, 3, 2, 12), (13, 2, 3, 2, 24), (10, 3, 2, 1, 12), (1, 1, 1, 1, 1), (5, 2, 4, 2, 16)],
 )
-def test_sampler_covers_every_row_and_whole_windows_only(num_rows, world_size, batch_size, window, total):
+def test_sampler_covers_every_row_and_whole_windows_only(
+    num_rows, world_size, batch_size, window, total
+):
     options = dict(world_size=world_size, batch_size=batch_size, window=window, seed=7)
     plain = order(num_rows, shuffle=False, **options)
     assert plain == [i % num_rows for i in range(total)]
     shuffled = order(num_rows, shuffle=True, **options)
-    assert sorted(shuffled[:num_rows]) == list(range(num_rows))  # disjoint over the ranks, and complete
+    assert sorted(shuffled[:num_rows]) == list(
+        range(num_rows)
+    )  # disjoint over the ranks, and complete
     assert shuffled == (shuffled[:num_rows] * total)[:total]
 
 
@@ -54,12 +58,23 @@ def test_sampler_shuffles_anew_each_epoch():
     options = dict(world_size=2, batch_size=1, shuffle=True)
     first = order(20, seed=7, **options)
     assert first == order(20, seed=7, **options) and first != sorted(first)
-    assert len({tuple(order(20, seed=seed, epoch=epoch, **options)) for seed in (7, 8) for epoch in (0, 1)}) == 4
+    assert (
+        len(
+            {
+                tuple(order(20, seed=seed, epoch=epoch, **options))
+                for seed in (7, 8)
+                for epoch in (0, 1)
+            }
+        )
+        == 4
+    )
 
 
 def test_sampler_tells_real_rows_from_padding():
     def num_unique(num_rows, rank):
-        return ShardedSampler(num_rows, rank=rank, world_size=4, batch_size=2, shuffle=False, seed=0).num_unique
+        return ShardedSampler(
+            num_rows, rank=rank, world_size=4, batch_size=2, shuffle=False, seed=0
+        ).num_unique
 
     assert [num_unique(10, rank) for rank in range(4)] == [3, 3, 2, 2]
     assert [num_unique(2, rank) for rank in range(4)] == [1, 1, 0, 0]
@@ -117,7 +132,9 @@ def test_sft_only_sets_are_whole(tmp_path):
 
 
 def test_empty_evaluation_share_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match=r"--data_split 2,4,4 leaves step 1 no eval row of --data_path .*set"):
+    with pytest.raises(
+        ValueError, match=r"--data_split 2,4,4 leaves step 1 no eval row of --data_path .*set"
+    ):
         build(1, data_options(folder(tmp_path, num_eval=1)))
 
 
@@ -136,28 +153,46 @@ def test_rows_without_the_answer_that_a_step_needs(tmp_path, caplog):
     rows = [*pairs(10), *({"prompt": f"q{i}", "chosen": " c"} for i in range(10))]
     path = write_lines(tmp_path / "rows.jsonl", rows)
     data = data_options(path, data_split="0,1,0")
-    with pytest.raises(ValueError, match=r'line 1\d: no "rejected", which step 2 needs; \d+ of the 18 rows'):
+    with pytest.raises(
+        ValueError, match=r'line 1\d: no "rejected", which step 2 needs; \d+ of the 18 rows'
+    ):
         build(2, data)
     with caplog.at_level(logging.WARNING):
-        train, held_out = build(2, data_options(path, data_split="0,1,0", skip_bad_rows=True, eval_fraction=0.5))
+        train, held_out = build(
+            2, data_options(path, data_split="0,1,0", skip_bad_rows=True, eval_fraction=0.5)
+        )
     assert sorted(prompts(train) + prompts(held_out)) == sorted(f"p{i}" for i in range(10))
     with pytest.raises(ValueError, match='no "chosen", which step 1 needs'):
-        build(1, data_options(write_lines(tmp_path / "p.jsonl", [{"prompt": f"q{i}"} for i in range(30)])))
+        build(
+            1,
+            data_options(
+                write_lines(tmp_path / "p.jsonl", [{"prompt": f"q{i}"} for i in range(30)])
+            ),
+        )
     with pytest.raises(ValueError, match='no "prompt", which step 3 needs'):
-        build(3, data_options(write_lines(tmp_path / "e.jsonl", [{"prompt": "", "chosen": "x"}] * 30)))
+        build(
+            3, data_options(write_lines(tmp_path / "e.jsonl", [{"prompt": "", "chosen": "x"}] * 30))
+        )
 
 
 def test_building_reports_cut_rows(tmp_path, caplog):
     with caplog.at_level(logging.INFO):
-        build_prompt_data(data_options(folder(tmp_path), data_split="0,0,1"), make_tokenizer(), max_prompt_len=2)
+        build_prompt_data(
+            data_options(folder(tmp_path), data_split="0,0,1"), make_tokenizer(), max_prompt_len=2
+        )
     # p0 to p9 have two tokens, p10 to p29 three.
-    assert "training data: 20 rows; 10 of the first 20 rows are longer than --max_prompt_seq_len 2" in caplog.text
+    assert (
+        "training data: 20 rows; 10 of the first 20 rows are longer than --max_prompt_seq_len 2"
+        in caplog.text
+    )
     assert "evaluation data: 10 rows; 10 of the first 10 rows" in caplog.text
 
 
 def test_evaluation_takes_the_first_rows_of_every_source_in_proportion(tmp_path, caplog):
     data = data_options(
-        folder(tmp_path, num_eval=30), folder(tmp_path, "other", 20, 10, begin=100), data_split="0,0,1"
+        folder(tmp_path, num_eval=30),
+        folder(tmp_path, "other", 20, 10, begin=100),
+        data_split="0,0,1",
     )
     held_out = build(3, data)[1]
     everything = prompts(held_out)
@@ -165,7 +200,9 @@ def test_evaluation_takes_the_first_rows_of_every_source_in_proportion(tmp_path,
         assert prompts(first_rows(held_out, 40)) == everything
         assert "evaluating" not in caplog.text
         assert prompts(first_rows(held_out, 8)) == [*everything[:6], *everything[30:32]]
-    assert "evaluating on 8 of 40 held-out rows, the first of each source in proportion" in caplog.text
+    assert (
+        "evaluating on 8 of 40 held-out rows, the first of each source in proportion" in caplog.text
+    )
     assert held_out[7]["input_ids"] == ids_of(everything[31])
     alone = build(3, data_options(folder(tmp_path, num_eval=30), data_split="0,0,1"))[1]
     with caplog.at_level(logging.INFO):
@@ -182,10 +219,14 @@ def test_format_that_rows_do_not_fit_shows_when_built(tmp_path):
 def test_format_that_a_later_source_does_not_fit_shows_when_built(tmp_path, part):
     texts = folder(tmp_path, num_train=1500, num_eval=1500)
     for name in ("train", "eval"):
-        messages = [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}]
+        messages = [
+            {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+        ]
         write_lines(tmp_path / "late" / f"{name}.jsonl", messages * 3 if name == part else pairs(3))
     data = data_options(texts, tmp_path / "late", data_split="0,0,1", prompt_format="plain")
-    with pytest.raises(ValueError, match=rf"{part}.jsonl, line \d: --prompt_format plain cannot show messages"):
+    with pytest.raises(
+        ValueError, match=rf"{part}.jsonl, line \d: --prompt_format plain cannot show messages"
+    ):
         build(3, data)
 
 
@@ -194,11 +235,19 @@ def test_loader_gives_each_rank_its_batches(tmp_path):
     seen = []
     for rank in range(2):
         loader = make_loader(
-            train, partial(collate_prompts, pad_id=PAD), batch_size=3, rank=rank, world_size=2, shuffle=True, seed=1
+            train,
+            partial(collate_prompts, pad_id=PAD),
+            batch_size=3,
+            rank=rank,
+            world_size=2,
+            shuffle=True,
+            seed=1,
         )
         loader.sampler.set_epoch(2)
         batches = list(loader)
-        assert len(batches) == len(loader) == 4 and all(batch.input_ids.shape[0] == 3 for batch in batches)
+        assert len(batches) == len(loader) == 4 and all(
+            batch.input_ids.shape[0] == 3 for batch in batches
+        )
         row = int(batches[0].index[0])
         expected = ids_of(train.prompt_text(row))
         assert batches[0].input_ids[0].tolist()[-len(expected) :] == expected
@@ -208,7 +257,14 @@ def test_loader_gives_each_rank_its_batches(tmp_path):
 
 def test_inspect_shows_every_step(tmp_path, capsys):
     make_tokenizer(chat_template=CHAT_TEMPLATE).save_pretrained(tmp_path / "model")
-    words = ["--data_path", str(folder(tmp_path)), "--model", str(tmp_path / "model"), "--num_shown", "1"]
+    words = [
+        "--data_path",
+        str(folder(tmp_path)),
+        "--model",
+        str(tmp_path / "model"),
+        "--num_shown",
+        "1",
+    ]
     inspect.main([*words, "--prompt_format", "chat"])
     shown = capsys.readouterr().out
     assert "step 1, supervised fine-tuning: 4 rows to train on, 2 held out" in shown

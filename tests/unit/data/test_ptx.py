@@ -26,7 +26,11 @@ def test_texts_of_local_files(tmp_path):
         ("empty.txt", "\n\n", "no text"),
         ("rows.jsonl", '{"text": "a"}\n{"body": "b"}\n', "line 2: no field text"),
         ("broken.jsonl", '{"text": "a"}\n{"text": \n', "line 2"),
-        ("half.jsonl", '{"text": "a"}\n{"text": "\\ud800"}\n', 'line 2: field "text" is not valid UTF-8'),
+        (
+            "half.jsonl",
+            '{"text": "a"}\n{"text": "\\ud800"}\n',
+            'line 2: field "text" is not valid UTF-8',
+        ),
         ("latin.txt", b"caf\xe9 au lait", "not valid UTF-8: .* at byte 3"),
     ],
 )
@@ -40,7 +44,9 @@ def test_bad_files_are_named_with_the_flag(tmp_path, name, content, words):
 
 def write_set(folder, texts, kind=None):
     folder.mkdir()
-    table = datasets.Dataset.from_dict({"text": texts}, features=kind and datasets.Features({"text": datasets.Value(kind)}))
+    table = datasets.Dataset.from_dict(
+        {"text": texts}, features=kind and datasets.Features({"text": datasets.Value(kind)})
+    )
     table.to_parquet(folder / "train.parquet")
     return str(folder)
 
@@ -54,7 +60,10 @@ def test_nulls_of_a_set_are_left_out_and_counted(tmp_path, caplog):
 
 
 def test_large_strings_are_texts(tmp_path, caplog):
-    texts = load_texts(write_set(tmp_path / "set", ["one", "two"], "large_string"), cache_dir=str(tmp_path / "cache"))
+    texts = load_texts(
+        write_set(tmp_path / "set", ["one", "two"], "large_string"),
+        cache_dir=str(tmp_path / "cache"),
+    )
     assert list(texts) == ["one", "two"] and "left out" not in caplog.text
 
 
@@ -84,7 +93,9 @@ def test_blocks_are_full_and_every_text_is_read_once_a_pass():
     tokenizer = byte_tokenizer(add_bos=False)
     texts = ["aaa", "bbb", "ccc", "ddd"]  # 4 tokens each with their EOS
     batches = PTXBatches(texts, tokenizer, batch_size=2, block_size=4, rank=0, world_size=1, seed=3)
-    first = [tokenizer.decode(row) for batch in itertools.islice(batches, 2) for row in batch.input_ids]
+    first = [
+        tokenizer.decode(row) for batch in itertools.islice(batches, 2) for row in batch.input_ids
+    ]
     assert sorted(first) == ["aaa</s>", "bbb</s>", "ccc</s>", "ddd</s>"]
     batch = next(batches)
     assert batch.input_ids.shape == (2, 4) and batch.attention_mask.all()
@@ -96,6 +107,8 @@ def test_processes_read_texts_of_their_own():
     texts = [letter * 3 for letter in "abcdef"]
     seen = []
     for rank in (0, 1):
-        batches = PTXBatches(texts, tokenizer, batch_size=3, block_size=4, rank=rank, world_size=2, seed=0)
+        batches = PTXBatches(
+            texts, tokenizer, batch_size=3, block_size=4, rank=rank, world_size=2, seed=0
+        )
         seen.append({tokenizer.decode(row) for row in next(batches).input_ids})
     assert not seen[0] & seen[1] and len(seen[0] | seen[1]) == 6

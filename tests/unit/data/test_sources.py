@@ -16,7 +16,9 @@ GOOD = {"prompt": "p", "chosen": " yes", "rejected": " no"}
 
 
 def load(path, **options):
-    return load_source(str(path), **{"eval_fraction": 0.25, "data_seed": 1, "skip_bad_rows": False, **options})
+    return load_source(
+        str(path), **{"eval_fraction": 0.25, "data_seed": 1, "skip_bad_rows": False, **options}
+    )
 
 
 def rows_of(source, part="train"):
@@ -31,16 +33,25 @@ BAD_LINES = {
     "utf-8": (b'{"prompt": "caf\xe9", "chosen": "c"}', "not valid UTF-8: byte 0xe9 at position 15"),
     "surrogate": (r'{"prompt": "p", "chosen": "\ud800"}', '"chosen" is not valid UTF-8'),
     "digits": ('{"prompt": "p", "chosen": ' + "9" * 5000 + "}", "a number of too many digits"),
-    "no prompt": ({"text": "p", "chosen": "c"}, 'no field "prompt" or "messages" among ["chosen", "text"]'),
+    "no prompt": (
+        {"text": "p", "chosen": "c"},
+        'no field "prompt" or "messages" among ["chosen", "text"]',
+    ),
     "null prompt": ({"prompt": None, "chosen": "c"}, 'no field "prompt"'),
     "prompt number": ({"prompt": 5, "chosen": "c"}, 'field "prompt" is 5, not a text'),
     "chosen list": ({"prompt": "p", "chosen": ["c"]}, 'field "chosen" is ["c"], not a text'),
     "empty": ({"prompt": "p", "chosen": ""}, 'field "chosen" is empty ("")'),
     "blank": ({"prompt": "p", "response": " \n"}, 'field "response" is empty (" \\n")'),
-    "equal": ({"prompt": "p", "chosen": "same", "rejected": " same"}, '"chosen" and "rejected" are equal ("same")'),
+    "equal": (
+        {"prompt": "p", "chosen": "same", "rejected": " same"},
+        '"chosen" and "rejected" are equal ("same")',
+    ),
     "no chosen": ({"prompt": "p", "rejected": "r"}, '"rejected" without a field "chosen"'),
     "role": ({"messages": [{"role": "bot", "content": "x"}]}, "messages[0] is"),
-    "content": ({"messages": [{"role": "user", "content": None}]}, 'field "messages[0].content" is null'),
+    "content": (
+        {"messages": [{"role": "user", "content": None}]},
+        'field "messages[0].content" is null',
+    ),
     "no user": ({"messages": [{"role": "assistant", "content": "x"}]}, "no message of the user"),
     "no messages": ({"messages": []}, "no message of the user"),
     "text messages": ({"messages": "hello"}, 'field "messages" is "hello", not a list'),
@@ -71,12 +82,18 @@ def test_many_bad_lines_make_one_message(tmp_path):
 
 def test_a_column_that_is_there_twice_is_named(tmp_path):
     (tmp_path / "rows.csv").write_text("prompt,chosen,prompt\na,b,c\n")
-    with pytest.raises(ValueError, match=r"rows.csv, line 1: the header has 'prompt' more than once"):
+    with pytest.raises(
+        ValueError, match=r"rows.csv, line 1: the header has 'prompt' more than once"
+    ):
         load(tmp_path / "rows.csv")
     # Spreadsheets write cells that nobody filled.
-    (tmp_path / "rows.csv").write_text("prompt,chosen,,\na,b,,\n\"\",c,,\n")
+    (tmp_path / "rows.csv").write_text('prompt,chosen,,\na,b,,\n"",c,,\n')
     source = load(tmp_path / "rows.csv")
-    rows = sorted((row.prompt, row.chosen, tuple(row.columns)) for part in ("train", "eval") for row in rows_of(source, part))
+    rows = sorted(
+        (row.prompt, row.chosen, tuple(row.columns))
+        for part in ("train", "eval")
+        for row in rows_of(source, part)
+    )
     assert rows == [("", "c", ()), ("a", "b", ())]
 
 
@@ -105,7 +122,11 @@ def test_json_list_remembers_lines(tmp_path):
     text = '\ufeff[\n {"prompt": "a",\n  "chosen": "b"},\n\n {"prompt": "c", "chosen": "d"}\n]\n'
     path.write_text(text, encoding="utf-8")
     records = read_records(path)
-    assert (records.lines, [row["prompt"] for row in records.rows], records.faults) == ([2, 5], ["a", "c"], [])
+    assert (records.lines, [row["prompt"] for row in records.rows], records.faults) == (
+        [2, 5],
+        ["a", "c"],
+        [],
+    )
 
 
 @pytest.mark.parametrize(
@@ -129,14 +150,20 @@ def test_broken_json_list(tmp_path, text, line):
 def test_line_separators_inside_json_end_no_line(tmp_path):
     path = write_lines(tmp_path / "rows.jsonl", ['{"prompt": "a\u2028b", "chosen": "c\x85"}', GOOD])
     assert read_records(tmp_path / "rows.jsonl").lines == [1, 2]
-    assert {row.prompt for part in ("train", "eval") for row in rows_of(load(path), part)} == {"a\u2028b", "p"}
+    assert {row.prompt for part in ("train", "eval") for row in rows_of(load(path), part)} == {
+        "a\u2028b",
+        "p",
+    }
 
 
 def test_csv_with_quoted_newlines_and_faults(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_bytes(b'prompt,chosen\n"two\nlines",c1\np2,"a,b"\nonly\np3,\xff\n')
     records = read_records(path)
-    assert records.rows[:2] == [{"prompt": "two\nlines", "chosen": "c1"}, {"prompt": "p2", "chosen": "a,b"}]
+    assert records.rows[:2] == [
+        {"prompt": "two\nlines", "chosen": "c1"},
+        {"prompt": "p2", "chosen": "a,b"},
+    ]
     assert (records.lines, [line for line, _ in records.faults]) == ([2, 4, 6], [5])
     with pytest.raises(ValueError) as caught:
         load(path)
@@ -155,9 +182,16 @@ CSV_FAULTS = {
 
 @pytest.mark.parametrize("line", CSV_FAULTS.values(), ids=CSV_FAULTS)
 def test_a_bad_quote_costs_its_row_alone(tmp_path, caplog, line):
-    lines = ["prompt,chosen", *(f"p{i},c{i}" for i in range(3)), line, *(f'"p{i}","c\n{i}"' for i in range(3, 9))]
+    lines = [
+        "prompt,chosen",
+        *(f"p{i},c{i}" for i in range(3)),
+        line,
+        *(f'"p{i}","c\n{i}"' for i in range(3, 9)),
+    ]
     (tmp_path / "rows.csv").write_text("\n".join(lines) + "\n")
-    with pytest.raises(ValueError, match=r"rows.csv, line 5: not readable as CSV: .*\n.*--skip_bad_rows"):
+    with pytest.raises(
+        ValueError, match=r"rows.csv, line 5: not readable as CSV: .*\n.*--skip_bad_rows"
+    ):
         load(tmp_path / "rows.csv")
     with caplog.at_level(logging.WARNING):
         source = load(tmp_path / "rows.csv", skip_bad_rows=True)
@@ -172,7 +206,11 @@ LOSSES = {
     "closed by another row": ("csv", 'prompt,chosen\na,b\nc,"d\ne,f\n"g","h"\ni,j\n', 3),
     "rest of a row": ("csv", 'prompt,chosen\na,b\n"says "hi" to\nme",d\ne,f\n', 3),
     "header": ("csv", '"prompt"x,chosen\na,b\nc,d\n', 1),
-    "list": ("json", '[{"prompt": "a", "chosen": "b"},\n{"prompt": "c" "chosen": "d"},\n{"prompt": "e", "chosen": "f"}]', 2),
+    "list": (
+        "json",
+        '[{"prompt": "a", "chosen": "b"},\n{"prompt": "c" "chosen": "d"},\n{"prompt": "e", "chosen": "f"}]',
+        2,
+    ),
     "comma": ("json", '[{"prompt": "a", "chosen": "b"}\n{"prompt": "c", "chosen": "d"}]', 2),
     "two lists": ("json", '[{"prompt": "a", "chosen": "b"}]\n[{"prompt": "c", "chosen": "d"}]', 2),
     "utf-8": ("json", b'[{"prompt": "a", "chosen": "b"},\n{"prompt": "\xff", "chosen": "d"}]', 2),
@@ -188,7 +226,10 @@ def test_rows_that_cannot_be_told_apart_are_never_left_out(tmp_path, suffix, tex
         load(path, skip_bad_rows=skip)
     message = str(caught.value)
     assert f"{path}, line {line}: " in message
-    assert f"How many rows follow line {line} cannot be told, so --skip_bad_rows cannot leave it out. Mend it." in message
+    assert (
+        f"How many rows follow line {line} cannot be told, so --skip_bad_rows cannot leave it out. Mend it."
+        in message
+    )
 
 
 def test_columns_and_places(tmp_path):
@@ -198,7 +239,9 @@ def test_columns_and_places(tmp_path):
     assert [len(source.train), len(source.eval)] == [3, 1]
     assert all(row.chosen == f"r{row.prompt[1:]}" and row.rejected is None for row in train)
     assert all(row.columns == {"gold": int(row.prompt[1:])} for row in train)
-    assert [row.place for row in train] == [f"{tmp_path}/rows.jsonl, line {int(row.prompt[1:]) + 1}" for row in train]
+    assert [row.place for row in train] == [
+        f"{tmp_path}/rows.jsonl, line {int(row.prompt[1:]) + 1}" for row in train
+    ]
 
 
 def test_chosen_goes_before_response(tmp_path):
@@ -234,7 +277,9 @@ def test_hold_out_is_disjoint_stable_and_never_empty(tmp_path):
     prompts = lambda source, part: [row.prompt for row in rows_of(source, part)]  # noqa: E731
     source = load(path, eval_fraction=0.3)
     assert len(source.eval) == 3
-    assert sorted(prompts(source, "train") + prompts(source, "eval")) == sorted(f"p{i}" for i in range(10))
+    assert sorted(prompts(source, "train") + prompts(source, "eval")) == sorted(
+        f"p{i}" for i in range(10)
+    )
     assert prompts(source, "eval") == prompts(load(path, eval_fraction=0.3), "eval")
     assert prompts(source, "eval") != prompts(load(path, eval_fraction=0.3, data_seed=2), "eval")
     assert len(load(path, eval_fraction=0.001).eval) == 1
@@ -273,7 +318,10 @@ def test_arrow_tables_are_checked_and_named_by_row(tmp_path, kind):
     elif kind == "dataset":
         datasets.Dataset.from_list(rows).save_to_disk(folder)
     else:
-        parts = {"train": datasets.Dataset.from_list(rows), "test": datasets.Dataset.from_list(pairs(2, 1500))}
+        parts = {
+            "train": datasets.Dataset.from_list(rows),
+            "test": datasets.Dataset.from_list(pairs(2, 1500)),
+        }
         datasets.DatasetDict(parts).save_to_disk(folder)
     source = load(folder, cache_dir=str(tmp_path / "cache"))
     assert isinstance(source.train.table, datasets.Dataset)
@@ -299,7 +347,9 @@ FORMATS = {
 def test_the_format_of_a_stored_table_does_not_matter(tmp_path, form, parts):
     rows = [{**row, "gold": number} for number, row in enumerate(pairs(4))]
     stored = datasets.Dataset.from_list(rows).with_format(**form)
-    (datasets.DatasetDict({"train": stored, "test": stored}) if parts else stored).save_to_disk(tmp_path / "set")
+    (datasets.DatasetDict({"train": stored, "test": stored}) if parts else stored).save_to_disk(
+        tmp_path / "set"
+    )
     source = load(tmp_path / "set")
     found = rows_of(source) + ([] if parts else rows_of(source, "eval"))
     assert sorted((row.prompt, row.chosen, row.rejected, row.columns["gold"]) for row in found) == [
@@ -309,14 +359,18 @@ def test_the_format_of_a_stored_table_does_not_matter(tmp_path, form, parts):
 
 
 def test_bad_row_of_an_arrow_table(tmp_path, caplog):
-    datasets.Dataset.from_list([*pairs(1100), {**GOOD, "rejected": ""}]).save_to_disk(tmp_path / "set")
+    datasets.Dataset.from_list([*pairs(1100), {**GOOD, "rejected": ""}]).save_to_disk(
+        tmp_path / "set"
+    )
     with pytest.raises(ValueError, match=r'set, row 1101: field "rejected" is empty'):
         load(tmp_path / "set")
     source = load(tmp_path / "set", skip_bad_rows=True)
     assert len(source.train) + len(source.eval) == 1100
 
 
-@pytest.mark.parametrize("name, text", [("state.json", "{}"), ("state.json", "["), ("dataset_info.json", "{")])
+@pytest.mark.parametrize(
+    "name, text", [("state.json", "{}"), ("state.json", "["), ("dataset_info.json", "{")]
+)
 def test_damaged_folder_of_save_to_disk(tmp_path, name, text):
     datasets.Dataset.from_list(pairs(4)).save_to_disk(tmp_path / "set")
     (tmp_path / "set" / name).write_text(text)
@@ -330,12 +384,19 @@ def test_unreadable_parquet(tmp_path):
         load(tmp_path / "x.parquet", cache_dir=str(tmp_path / "cache"))
 
 
-@pytest.mark.parametrize("name", ["rows*.parquet", "x[1]/rows.parquet", "x[1]/r?ws.parquet", "{a,b}.parquet"])
+@pytest.mark.parametrize(
+    "name", ["rows*.parquet", "x[1]/rows.parquet", "x[1]/r?ws.parquet", "{a,b}.parquet"]
+)
 def test_a_parquet_path_is_no_pattern(tmp_path, name):
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)
     (tmp_path / "x1").mkdir()
-    for other, begin in (("rows2.parquet", 10), ("x1/rows.parquet", 20), ("x[1]/rows.parquet", 30), ("a.parquet", 40)):
+    for other, begin in (
+        ("rows2.parquet", 10),
+        ("x1/rows.parquet", 20),
+        ("x[1]/rows.parquet", 30),
+        ("a.parquet", 40),
+    ):
         if (tmp_path / other).parent.is_dir():
             datasets.Dataset.from_list(pairs(4, begin)).to_parquet(tmp_path / other)
     datasets.Dataset.from_list(pairs(4)).to_parquet(path)
@@ -367,10 +428,15 @@ def test_missing_path(path, tmp_path, monkeypatch):
         load(path)
 
 
-@pytest.mark.parametrize("path", ["x" * 256, "/tmp/" + "x" * 256 + "/rows.jsonl", "a/" * 2500 + "b"])
+@pytest.mark.parametrize(
+    "path", ["x" * 256, "/tmp/" + "x" * 256 + "/rows.jsonl", "a/" * 2500 + "b"]
+)
 def test_a_name_that_no_file_can_have_is_refused(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=r"^--data_path .*: File name too long\. Give a path that exists, or a name such as"):
+    with pytest.raises(
+        ValueError,
+        match=r"^--data_path .*: File name too long\. Give a path that exists, or a name such as",
+    ):
         load(path)
 
 
@@ -380,7 +446,9 @@ def test_hub_that_cannot_be_reached(tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    with pytest.raises(ValueError, match=r"--data_path Dahoas/rm-static: .*Couldn't reach it.*save_to_disk"):
+    with pytest.raises(
+        ValueError, match=r"--data_path Dahoas/rm-static: .*Couldn't reach it.*save_to_disk"
+    ):
         load("Dahoas/rm-static")
 
 
@@ -391,14 +459,21 @@ def test_hub_set_with_a_script_comes_from_its_converted_branch(tmp_path, monkeyp
         asked.append((name, config, options))
         if "revision" not in options:
             raise RuntimeError("Dataset scripts are no longer supported, but found x.py")
-        raw = [{"queries": {"ja": f"q{i}"}, "answers": {"ja": [{"text": f"a{i}" if i else None}]}} for i in range(5)]
+        raw = [
+            {"queries": {"ja": f"q{i}"}, "answers": {"ja": [{"text": f"a{i}" if i else None}]}}
+            for i in range(5)
+        ]
         return datasets.DatasetDict({"train": datasets.Dataset.from_list(raw)})
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     source = load("mkqa-Japanese", cache_dir="there")
     assert [name for name, _, _ in asked] == ["apple/mkqa"] * 2
-    assert asked[1][2] == {"data_dir": None, "revision": "refs/convert/parquet", "cache_dir": "there"}
+    assert asked[1][2] == {
+        "data_dir": None,
+        "revision": "refs/convert/parquet",
+        "cache_dir": "there",
+    }
     rows = rows_of(source) + rows_of(source, "eval")
     # The row without an answer is left out without --skip_bad_rows: the set is published as it is.
     assert sorted((row.prompt, row.chosen) for row in rows) == [
@@ -409,18 +484,36 @@ def test_hub_set_with_a_script_comes_from_its_converted_branch(tmp_path, monkeyp
 # A raw row of each named set, and the texts that it must give.
 ASKED = "\n\nHuman: q\n\nAssistant:"
 NAMED = {
-    "Dahoas/rm-static": ({"prompt": ASKED, "response": " c", "chosen": " c", "rejected": " r"}, (ASKED, " c", " r")),
-    "Dahoas/full-hh-rlhf": ({"prompt": ASKED, "response": " c", "chosen": " c", "rejected": " r"}, (ASKED, " c", " r")),
-    "Dahoas/synthetic-instruct-gptj-pairwise": ({"prompt": "q", "chosen": "c", "rejected": "r"}, (ASKED, " c", " r")),
+    "Dahoas/rm-static": (
+        {"prompt": ASKED, "response": " c", "chosen": " c", "rejected": " r"},
+        (ASKED, " c", " r"),
+    ),
+    "Dahoas/full-hh-rlhf": (
+        {"prompt": ASKED, "response": " c", "chosen": " c", "rejected": " r"},
+        (ASKED, " c", " r"),
+    ),
+    "Dahoas/synthetic-instruct-gptj-pairwise": (
+        {"prompt": "q", "chosen": "c", "rejected": "r"},
+        (ASKED, " c", " r"),
+    ),
     "yitingxie/rlhf-reward-datasets": (
         {"prompt": "\n\nHuman: q\n\n", "chosen": "Assistant: c", "rejected": "Assistant: r"},
         (ASKED, " c", " r"),
     ),
     "openai/webgpt_comparisons": (
-        {"question": {"full_text": "q"}, "answer_0": "r [1]", "answer_1": "c (2)", "score_0": -1.0, "score_1": 1.0},
+        {
+            "question": {"full_text": "q"},
+            "answer_0": "r [1]",
+            "answer_1": "c (2)",
+            "score_0": -1.0,
+            "score_1": 1.0,
+        },
         (ASKED, " c", " r"),
     ),
-    "stanfordnlp/SHP": ({"history": "q", "human_ref_A": "r", "human_ref_B": "c", "labels": 0}, (ASKED, " c", " r")),
+    "stanfordnlp/SHP": (
+        {"history": "q", "human_ref_A": "r", "human_ref_B": "c", "labels": 0},
+        (ASKED, " c", " r"),
+    ),
     "pvduy/sharegpt_alpaca_oa_vicuna_format": (
         {"prompt": "USER: q ASSISTANT:", "label": "c"},
         ("Human: q Assistant:", " c", None),
@@ -435,8 +528,14 @@ NAMED = {
         (ASKED, " c", None),
     ),
     "Hello-SimpleAI/HC3-Chinese": ({"question": "q", "human_answers": ["c"]}, (ASKED, " c", None)),
-    "mkqa-Chinese": ({"queries": {"zh_cn": "q"}, "answers": {"zh_cn": [{"text": "c"}]}}, (ASKED, " c", None)),
-    "mkqa-Japanese": ({"queries": {"ja": "q"}, "answers": {"ja": [{"text": "c"}]}}, (ASKED, " c", None)),
+    "mkqa-Chinese": (
+        {"queries": {"zh_cn": "q"}, "answers": {"zh_cn": [{"text": "c"}]}},
+        (ASKED, " c", None),
+    ),
+    "mkqa-Japanese": (
+        {"queries": {"ja": "q"}, "answers": {"ja": [{"text": "c"}]}},
+        (ASKED, " c", None),
+    ),
     "lmqg/qg_jaquad": ({"question": "q", "sentence": "c"}, (ASKED, " c", None)),
     "lmqg/qag_jaquad": ({"questions": ["q"], "paragraph": "c"}, (ASKED, " c", None)),
 }
@@ -473,6 +572,8 @@ def test_local_jsonfile(tmp_path, monkeypatch):
         load("local/jsonfile")
     (tmp_path / "data").mkdir()
     for name in ("train", "eval"):
-        (tmp_path / "data" / f"{name}.json").write_text(json.dumps([{"prompt": "p", "chosen": "c", "rejected": " r"}]))
+        (tmp_path / "data" / f"{name}.json").write_text(
+            json.dumps([{"prompt": "p", "chosen": "c", "rejected": " r"}])
+        )
     row = rows_of(load("local/jsonfile"))[0]
     assert (row.prompt, row.chosen, row.rejected) == ("p", " c", " r")

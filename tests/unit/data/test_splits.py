@@ -36,7 +36,8 @@ def test_split_depends_on_size_and_seed_alone():
 
 
 @pytest.mark.parametrize(
-    "data_split", ["", "2", "2,4", "2,4,4,1", "0,0,0", "2,-1,4", "a,b,c", "nan,1,1", "inf,1,1", "1/0,1,1"]
+    "data_split",
+    ["", "2", "2,4", "2,4,4,1", "0,0,0", "2,-1,4", "a,b,c", "nan,1,1", "inf,1,1", "1/0,1,1"],
 )
 def test_bad_split_names_the_flag_and_a_remedy(data_split):
     with pytest.raises(ValueError, match=r"--data_split .*such as 2,4,4"):

@@ -15,7 +15,9 @@ CHAT = "<s><system>s</><user> u1 </><assistant>a1</><user>u2</><assistant>"
 
 
 def texts(row, prompt_format, chat_template=None):
-    return render(row, prompt_format=prompt_format, tokenizer=make_tokenizer(chat_template=chat_template))
+    return render(
+        row, prompt_format=prompt_format, tokenizer=make_tokenizer(chat_template=chat_template)
+    )
 
 
 @pytest.mark.parametrize("prompt_format", ["plain", "auto"])
@@ -24,7 +26,11 @@ def test_plain_texts_stay_as_they_stand(prompt_format):
 
 
 def test_human_assistant_of_texts_and_messages():
-    assert texts(Row("p", "c", " r"), "human_assistant") == ("\n\nHuman: p\n\nAssistant:", " c", " r")
+    assert texts(Row("p", "c", " r"), "human_assistant") == (
+        "\n\nHuman: p\n\nAssistant:",
+        " c",
+        " r",
+    )
     assert texts(Row(DIALOGUE, "c"), "human_assistant") == (FORM, " c", None)
 
 
@@ -69,24 +75,40 @@ CHATML = (
 )
 # As Qwen3's: the last answer begins with an empty block of thoughts, which the generation prompt has not.
 NO_THOUGHTS = "<think>\n\n</think>\n\n"
-THINKING = CHATML.replace("\n{{", "\n{% if loop.last and m['role'] == 'assistant' %}" + NO_THOUGHTS + "{% endif %}{{", 1)
+THINKING = CHATML.replace(
+    "\n{{", "\n{% if loop.last and m['role'] == 'assistant' %}" + NO_THOUGHTS + "{% endif %}{{", 1
+)
 SPACED = (
     "{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]"
     "{% else %} {{ m['content'] }} </s>{% endif %}{% endfor %}"
 )
 GENERATION = "{% if add_generation_prompt %}<assistant>{% endif %}"
-DROPPING = "{% for m in messages %}<{{ m['role'] }}>{% if loop.first %}{{ m['content'] }}{% endif %}<end>{% endfor %}" + GENERATION
-SHOUTING = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] | upper }}<end>{% endfor %}" + GENERATION
+DROPPING = (
+    "{% for m in messages %}<{{ m['role'] }}>{% if loop.first %}{{ m['content'] }}{% endif %}<end>{% endfor %}"
+    + GENERATION
+)
+SHOUTING = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] | upper }}<end>{% endfor %}"
+    + GENERATION
+)
 
 
-@pytest.mark.parametrize("answer", ["d", "", "|", "s", "s>", "think", "end", "</think>", "\n", "aa", "<|im_end|>", "d d", "no"])
+@pytest.mark.parametrize(
+    "answer",
+    ["d", "", "|", "s", "s>", "think", "end", "</think>", "\n", "aa", "<|im_end|>", "d d", "no"],
+)
 @pytest.mark.parametrize(
     "template, head",
     [(CHAT_TEMPLATE, ""), (CHATML, ""), (THINKING, NO_THOUGHTS), (SPACED, " ")],
     ids=["plain", "chatml", "thinking", "spaced"],
 )
-def test_chat_answer_ends_where_it_ends_though_the_template_writes_its_words_too(template, head, answer):
-    assert texts(Row("d", answer, answer + "d"), "chat", template)[1:] == (head + answer.strip(), head + answer.strip() + "d")
+def test_chat_answer_ends_where_it_ends_though_the_template_writes_its_words_too(
+    template, head, answer
+):
+    assert texts(Row("d", answer, answer + "d"), "chat", template)[1:] == (
+        head + answer.strip(),
+        head + answer.strip() + "d",
+    )
 
 
 @pytest.mark.parametrize("template", [DROPPING, SHOUTING], ids=["dropping", "shouting"])
@@ -104,9 +126,13 @@ def test_parse_turns():
 
 
 def test_errors_name_the_flag_and_the_row():
-    with pytest.raises(ValueError, match="--prompt_format chat: the tokenizer .* has no chat template"):
+    with pytest.raises(
+        ValueError, match="--prompt_format chat: the tokenizer .* has no chat template"
+    ):
         texts(Row("p"), "chat")
-    with pytest.raises(ValueError, match="f.jsonl, line 3: --prompt_format plain cannot show messages"):
+    with pytest.raises(
+        ValueError, match="f.jsonl, line 3: --prompt_format plain cannot show messages"
+    ):
         texts(Row(DIALOGUE, place="f.jsonl, line 3"), "plain")
     refusing = "{{ raise_exception('system role not supported') }}"
     with pytest.raises(ValueError, match="f.jsonl, line 3: .*system role not supported"):
@@ -125,6 +151,8 @@ def test_errors_name_the_flag_and_the_row():
     ],
 )
 def test_a_template_that_fails_is_named_with_the_row(template, words):
-    with pytest.raises(ValueError, match="f.jsonl, line 3: the tokenizer's chat template refuses it") as caught:
+    with pytest.raises(
+        ValueError, match="f.jsonl, line 3: the tokenizer's chat template refuses it"
+    ) as caught:
         texts(Row("p", "c", place="f.jsonl, line 3"), "chat", template)
     assert words in str(caught.value)

@@ -18,8 +18,12 @@ def offline(tmp_path, monkeypatch):
     (tmp_path / "shelf").mkdir()
     with zipfile.ZipFile(tmp_path / "shelf" / FILENAME, "w") as wheel:
         info = "tiny_thing-1.0.dist-info"
-        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: tiny-thing\nVersion: 1.0\n")
-        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(
+            f"{info}/METADATA", "Metadata-Version: 2.1\nName: tiny-thing\nVersion: 1.0\n"
+        )
+        wheel.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
         wheel.writestr(f"{info}/RECORD", "")
     monkeypatch.setenv("DSCHAT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
@@ -63,22 +67,30 @@ def test_wrong_sum_names_file_both_sums_and_remedy(offline, tmp_path):
         fetch("0" * 64)
     message = str(caught.value)
     assert "pip could not get it" in message  # refused by pip, before it would run a setup.py
-    assert all(word in message for word in (FILENAME, "0" * 64, offline, str(tmp_path / "cache" / "downloads")))
+    assert all(
+        word in message
+        for word in (FILENAME, "0" * 64, offline, str(tmp_path / "cache" / "downloads"))
+    )
     assert list((tmp_path / "cache" / "downloads").iterdir()) == []
 
 
 def test_no_network_names_file_and_remedy(offline, tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
-    with pytest.raises(ValueError, match=rf"{FILENAME}: pip could not get it: .*Put {FILENAME} .*DSCHAT_CACHE"):
+    with pytest.raises(
+        ValueError, match=rf"{FILENAME}: pip could not get it: .*Put {FILENAME} .*DSCHAT_CACHE"
+    ):
         fetch(offline)
 
 
 @pytest.mark.parametrize(
-    "name, words", [(FILENAME, f"{FILENAME}: sha256 .* instead of 0000"), ("b.whl", r"pip brought \['b.whl'\]")]
+    "name, words",
+    [(FILENAME, f"{FILENAME}: sha256 .* instead of 0000"), ("b.whl", r"pip brought \['b.whl'\]")],
 )
 def test_what_pip_brought_is_checked_again(offline, tmp_path, monkeypatch, name, words):
     careless = tmp_path / "python"
-    careless.write_text(f'#!/bin/sh\nfor word; do [ "$last" = -d ] && echo x > "$word/{name}"; last=$word; done; true\n')
+    careless.write_text(
+        f'#!/bin/sh\nfor word; do [ "$last" = -d ] && echo x > "$word/{name}"; last=$word; done; true\n'
+    )
     careless.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(careless))
     with pytest.raises(ValueError, match=words):

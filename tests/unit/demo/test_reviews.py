@@ -13,7 +13,15 @@ from dschat.demo.reviews import (
     usable_sentences,
 )
 
-SIZES = dict(num_sft=8, num_pairs=20, num_prompts=30, num_sft_eval=4, num_pairs_eval=6, num_prompts_eval=5, seed=1)
+SIZES = dict(
+    num_sft=8,
+    num_pairs=20,
+    num_prompts=30,
+    num_sft_eval=4,
+    num_pairs_eval=6,
+    num_prompts_eval=5,
+    seed=1,
+)
 
 
 def lines(num_lines=400):
@@ -49,7 +57,12 @@ def test_filter(text, kept):
 
 
 def test_rude_words_are_whole_words():
-    assert is_rude("It sucks!") and is_rude("CRAP") and not is_rude("success") and not is_rude("a class of its own")
+    assert (
+        is_rude("It sucks!")
+        and is_rude("CRAP")
+        and not is_rude("success")
+        and not is_rude("a class of its own")
+    )
 
 
 def test_sixth_of_the_sentences_is_reserved():
@@ -65,12 +78,19 @@ def test_sixth_of_the_sentences_is_reserved():
 
 def test_sentences_are_used_once_and_broken_lines_are_left_out():
     free = "one two three four five 4"
-    found = usable_sentences([f"1\t1.5\t{free}\r", f"2\t2.5\t{free}", "3\t1", "", f"4\t-1\t {free.title()} "])
+    found = usable_sentences(
+        [f"1\t1.5\t{free}\r", f"2\t2.5\t{free}", "3\t1", "", f"4\t-1\t {free.title()} "]
+    )
     assert [(sentence.text, sentence.rating) for sentence in found] == [(free, 1.5)]
 
 
 def sentences_of(rows):
-    texts = [row["prompt"] + row[answer] for row in rows for answer in ("chosen", "rejected") if answer in row]
+    texts = [
+        row["prompt"] + row[answer]
+        for row in rows
+        for answer in ("chosen", "rejected")
+        if answer in row
+    ]
     assert all(text.startswith("Movie review: ") for text in texts)
     return [text.removeprefix("Movie review: ") for text in texts]
 
@@ -78,7 +98,14 @@ def sentences_of(rows):
 def test_divide_gives_disjoint_parts_of_the_sizes_asked():
     pool = usable_sentences(lines())
     rows = divide(pool, **SIZES)
-    sizes = {"pairs/eval": 6, "sft/eval": 4, "prompts/eval": 5, "pairs/train": 20, "sft/train": 8, "prompts/train": 30}
+    sizes = {
+        "pairs/eval": 6,
+        "sft/eval": 4,
+        "prompts/eval": 5,
+        "pairs/train": 20,
+        "sft/train": 8,
+        "prompts/train": 30,
+    }
     assert {name: len(part) for name, part in rows.items()} == sizes
     used = [text for part in rows.values() for text in sentences_of(part)]
     assert len(set(used)) == len(used) == 99
@@ -89,7 +116,10 @@ def test_divide_gives_disjoint_parts_of_the_sizes_asked():
         assert (ratings[liked], ratings[disliked]) == (2.0, -1.5)
         assert len(liked.split()) == len(disliked.split())
     for row in rows["prompts/train"]:
-        assert len(row["prompt"].split()) - 2 in (2, 3, 4) and row["rating"] == ratings[sentences_of([row])[0]]
+        assert (
+            len(row["prompt"].split()) - 2 in (2, 3, 4)
+            and row["rating"] == ratings[sentences_of([row])[0]]
+        )
     assert {len(row["prompt"].split()) - 2 for row in rows["prompts/train"]} == {2, 3, 4}
 
 
@@ -112,7 +142,10 @@ def test_divide_depends_on_content_and_seed_alone_and_keeps_the_evaluation():
 
 def test_too_few_sentences_gives_the_numbers():
     pool = usable_sentences(lines(60))
-    with pytest.raises(ValueError, match=rf"too few .* there are {len(pool)}, \d+ liked and \d+ disliked; .* 20 pairs"):
+    with pytest.raises(
+        ValueError,
+        match=rf"too few .* there are {len(pool)}, \d+ liked and \d+ disliked; .* 20 pairs",
+    ):
         divide(pool, **SIZES)
 
 
@@ -124,12 +157,19 @@ def test_build_and_judge_from_pypi(tmp_path, monkeypatch):
     used = []
     for name, counts in sizes.items():
         for part, count in zip(("train", "eval"), counts):
-            rows = [json.loads(line) for line in (folder / name / f"{part}.jsonl").read_text().splitlines()]
+            rows = [
+                json.loads(line)
+                for line in (folder / name / f"{part}.jsonl").read_text().splitlines()
+            ]
             assert len(rows) == count
             used += sentences_of(rows)
-    assert len(set(used)) == len(used) and not any(is_reserved(text) or is_rude(text) for text in used)
+    assert len(set(used)) == len(used) and not any(
+        is_reserved(text) or is_rude(text) for text in used
+    )
     stamp = (folder / "sft" / "train.jsonl").stat().st_mtime_ns
-    assert build_reviews() == folder and (folder / "sft" / "train.jsonl").stat().st_mtime_ns == stamp
+    assert (
+        build_reviews() == folder and (folder / "sft" / "train.jsonl").stat().st_mtime_ns == stamp
+    )
     assert build_reviews(num_sft=10) != folder
     judge = sentiment_judge()
     assert judge("A wonderful, moving film.") > 0.5 and judge("Dreadful and dull.") < -0.5

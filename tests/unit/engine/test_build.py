@@ -43,13 +43,23 @@ def test_a_port_in_use_is_named(monkeypatch):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        for name, value in {**PLACE, "RANK": "0", "LOCAL_RANK": "0", "MASTER_PORT": str(port)}.items():
+        for name, value in {
+            **PLACE,
+            "RANK": "0",
+            "LOCAL_RANK": "0",
+            "MASTER_PORT": str(port),
+        }.items():
             monkeypatch.setenv(name, value)
-        with pytest.raises(ValueError, match=f"MASTER_ADDR:MASTER_PORT 127.0.0.1:{port}: .*in use.*Give a free port"):
+        with pytest.raises(
+            ValueError,
+            match=f"MASTER_ADDR:MASTER_PORT 127.0.0.1:{port}: .*in use.*Give a free port",
+        ):
             build.start_processes()
 
 
-@pytest.mark.parametrize("minutes, timeout", [(None, {"timeout": timedelta(minutes=30)}), ("45", {})])
+@pytest.mark.parametrize(
+    "minutes, timeout", [(None, {"timeout": timedelta(minutes=30)}), ("45", {})]
+)
 def test_others_wait_while_the_first_process_writes_a_large_model(minutes, timeout, monkeypatch):
     given = []
 
@@ -80,10 +90,17 @@ def test_a_lock_that_a_killed_build_left_is_told_of(tmp_path, monkeypatch, caplo
 
 
 def test_override_merges_key_by_key_and_changes_neither(tmp_path):
-    ours = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
+    ours = {
+        "bf16": {"enabled": True},
+        "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
+    }
     kept = json.loads(json.dumps(ours))
     theirs = {
-        "zero_optimization": {"stage": 1, "offload_optimizer": {"pin_memory": True}, "overlap_comm": False},
+        "zero_optimization": {
+            "stage": 1,
+            "offload_optimizer": {"pin_memory": True},
+            "overlap_comm": False,
+        },
         "bf16": False,
         "seed": 1,
     }
@@ -134,7 +151,9 @@ def device(monkeypatch):
     return set_to
 
 
-@pytest.mark.parametrize("bf16, fp16, found", [(True, True, "bf16"), (False, True, "fp16"), (True, False, "bf16")])
+@pytest.mark.parametrize(
+    "bf16, fp16, found", [(True, True, "bf16"), (False, True, "fp16"), (True, False, "bf16")]
+)
 def test_auto_is_what_the_device_does_best(device, bf16, fp16, found):
     device(bf16=bf16, fp16=fp16)
     assert resolve_dtype("auto") == found
@@ -163,16 +182,31 @@ def test_only_stage_3_loads_into_partitions(stage, expected):
 class Small(nn.Module):
     def __init__(self):
         super().__init__()
-        self.first, self.norm, self.last = nn.Linear(4, 3), nn.LayerNorm(3), nn.Linear(3, 2, bias=False)
+        self.first, self.norm, self.last = (
+            nn.Linear(4, 3),
+            nn.LayerNorm(3),
+            nn.Linear(3, 2, bias=False),
+        )
 
 
 def groups(model, **more) -> dict[tuple[float, float], set[str]]:
     """(rate, decay) -> names."""
-    options = dict(learning_rate=1e-3, weight_decay=0.1, lora_names=set(), lora_learning_rate=5e-2, cpu_offload=False)
+    options = dict(
+        learning_rate=1e-3,
+        weight_decay=0.1,
+        lora_names=set(),
+        lora_learning_rate=5e-2,
+        cpu_offload=False,
+    )
     optimizer = adamw(model, **{**options, **more})
-    assert isinstance(optimizer, torch.optim.AdamW) and all(g["betas"] == BETAS for g in optimizer.param_groups)
+    assert isinstance(optimizer, torch.optim.AdamW) and all(
+        g["betas"] == BETAS for g in optimizer.param_groups
+    )
     names = {id(p): name for name, p in model.named_parameters()}
-    return {(g["lr"], g["weight_decay"]): {names[id(p)] for p in g["params"]} for g in optimizer.param_groups}
+    return {
+        (g["lr"], g["weight_decay"]): {names[id(p)] for p in g["params"]}
+        for g in optimizer.param_groups
+    }
 
 
 def test_matrices_decay_vectors_do_not_and_lora_has_its_own_rate():
@@ -193,5 +227,7 @@ def test_a_partitioned_matrix_is_told_by_its_real_shape():
 
 
 def test_nothing_to_train_is_an_error():
-    with pytest.raises(ValueError, match="No parameter is trainable.*--freeze_layers.*--only_optimize_lora"):
+    with pytest.raises(
+        ValueError, match="No parameter is trainable.*--freeze_layers.*--only_optimize_lora"
+    ):
         groups(Small().requires_grad_(False))

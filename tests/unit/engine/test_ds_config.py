@@ -24,8 +24,12 @@ HOST = {"device": "cpu", "pin_memory": True}
 
 
 def training(zero_stage: int, *, offload: bool = False, dtype: str = "fp32", **more) -> dict:
-    options = dict(dtype=dtype, micro_batch_size=4, gradient_accumulation_steps=3, world_size=2, on_cpu=False)
-    return training_config(SystemOptions(zero_stage=zero_stage, offload=offload), **{**options, **more})
+    options = dict(
+        dtype=dtype, micro_batch_size=4, gradient_accumulation_steps=3, world_size=2, on_cpu=False
+    )
+    return training_config(
+        SystemOptions(zero_stage=zero_stage, offload=offload), **{**options, **more}
+    )
 
 
 def inference(zero_stage: int, *, offload: bool = False, dtype: str = "fp32") -> dict:
@@ -54,7 +58,10 @@ def test_training_by_stage_and_offload(stage, offload, zero):
 def test_training_by_precision(stage):
     plain = training(stage)
     assert training(stage, dtype="bf16") == {**plain, "bf16": {"enabled": True}}
-    assert training(stage, dtype="fp16") == {**plain, "fp16": {"enabled": True, "loss_scale_window": 100}}
+    assert training(stage, dtype="fp16") == {
+        **plain,
+        "fp16": {"enabled": True, "loss_scale_window": 100},
+    }
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
@@ -65,7 +72,12 @@ def test_half_precision_never_runs_without_zero(dtype):
 def test_the_given_options_stay_as_they_are():
     system = SystemOptions(zero_stage=0, offload=True)
     training_config(
-        system, dtype="bf16", micro_batch_size=1, gradient_accumulation_steps=1, world_size=1, on_cpu=True
+        system,
+        dtype="bf16",
+        micro_batch_size=1,
+        gradient_accumulation_steps=1,
+        world_size=1,
+        on_cpu=True,
     )
     assert system == SystemOptions(zero_stage=0, offload=True)
 
@@ -78,9 +90,12 @@ def test_a_cpu_may_offload_with_any_optimizer():
 
 
 @pytest.mark.parametrize(
-    "ranks_per_node, stage, mixed, found", [(2, 3, True, 2), (4, 3, True, None), (2, 2, True, None), (2, 3, False, None)]
+    "ranks_per_node, stage, mixed, found",
+    [(2, 3, True, 2), (4, 3, True, None), (2, 2, True, None), (2, 3, False, None)],
 )
-def test_only_int8_weights_on_several_nodes_have_partitions_of_a_node(ranks_per_node, stage, mixed, found):
+def test_only_int8_weights_on_several_nodes_have_partitions_of_a_node(
+    ranks_per_node, stage, mixed, found
+):
     system = SystemOptions(zero_stage=stage, enable_mixed_precision_lora=mixed)
     config = training_config(
         system,
@@ -95,8 +110,14 @@ def test_only_int8_weights_on_several_nodes_have_partitions_of_a_node(ranks_per_
 
 
 def test_tensorboard_and_clipping():
-    found = training(1, tensorboard_path="/logs/run 1", tensorboard_name="step3_actor", gradient_clipping=0.5)
-    events = {"enabled": True, "output_path": "/logs/run 1/ds_tensorboard_logs/", "job_name": "step3_actor_tensorboard"}
+    found = training(
+        1, tensorboard_path="/logs/run 1", tensorboard_name="step3_actor", gradient_clipping=0.5
+    )
+    events = {
+        "enabled": True,
+        "output_path": "/logs/run 1/ds_tensorboard_logs/",
+        "job_name": "step3_actor_tensorboard",
+    }
     assert found == {**training(1), "tensorboard": events, "gradient_clipping": 0.5}
     assert "tensorboard" not in training(1, tensorboard_path=None, tensorboard_name="step3_actor")
 
@@ -104,9 +125,15 @@ def test_tensorboard_and_clipping():
 def test_host_memory_is_page_locked_unless_that_is_off():
     system = SystemOptions(zero_stage=3, offload=True, pin_memory=False)
     options = dict(dtype="bf16", micro_batch_size=1, world_size=1)
-    trained = training_config(system, gradient_accumulation_steps=1, on_cpu=False, **options)["zero_optimization"]
+    trained = training_config(system, gradient_accumulation_steps=1, on_cpu=False, **options)[
+        "zero_optimization"
+    ]
     held = inference_config(system, **options)["zero_optimization"]
-    assert trained["offload_optimizer"] == trained["offload_param"] == {"device": "cpu", "pin_memory": False}
+    assert (
+        trained["offload_optimizer"]
+        == trained["offload_param"]
+        == {"device": "cpu", "pin_memory": False}
+    )
     assert held["offload_param"] == {"device": "cpu", "pin_memory": False}
 
 
@@ -116,10 +143,17 @@ def test_inference_is_partitioned_at_stage_3_and_where_weights_are_offloaded(sta
     zero = {"stage": 0}
     if stage == 3 or offload:
         zero = {**STAGE_3, **({"offload_param": HOST} if offload else {})}
-    batch = {"train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 1, "train_batch_size": 8}
+    batch = {
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_accumulation_steps": 1,
+        "train_batch_size": 8,
+    }
     assert inference(stage, offload=offload) == {**QUIET, **batch, "zero_optimization": zero}
 
 
 def test_inference_by_precision():
     assert inference(3, dtype="bf16") == {**inference(3), "bf16": {"enabled": True}}
-    assert inference(0, dtype="fp16") == {**inference(0), "fp16": {"enabled": True, "loss_scale_window": 100}}
+    assert inference(0, dtype="fp16") == {
+        **inference(0),
+        "fp16": {"enabled": True, "loss_scale_window": 100},
+    }

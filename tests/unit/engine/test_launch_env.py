@@ -45,7 +45,11 @@ def test_srun():
 
 
 def test_alone_inside_an_allocation_is_a_group_of_one():
-    for environment in ({}, {**SRUN, "SLURM_STEP_NUM_TASKS": "1"}, {"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}):
+    for environment in (
+        {},
+        {**SRUN, "SLURM_STEP_NUM_TASKS": "1"},
+        {"SLURM_PROCID": "0", "SLURM_NTASKS": "8"},
+    ):
         found = process_variables(environment)
         assert (found["RANK"], found["WORLD_SIZE"], found["MASTER_ADDR"]) == ("0", "1", "127.0.0.1")
         assert 1024 <= int(found["MASTER_PORT"]) < 65536

@@ -27,7 +27,9 @@ def weights(rows: int, columns: int, dtype=torch.float32) -> torch.Tensor:
     return found.to(dtype)
 
 
-@pytest.mark.parametrize("columns, size", [(64, 64), (128, 128), (576, 96), (4096, 128), (11008, 128), (130, 65)])
+@pytest.mark.parametrize(
+    "columns, size", [(64, 64), (128, 128), (576, 96), (4096, 128), (11008, 128), (130, 65)]
+)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_no_weight_is_off_by_more_than_half_a_step_of_its_group(columns, size, dtype):
     weight = weights(8, columns, dtype)
@@ -40,7 +42,9 @@ def test_no_weight_is_off_by_more_than_half_a_step_of_its_group(columns, size, d
     error = (found.unflatten(1, (-1, size)) - groups).abs()
     assert (error <= half_step * (1 + 1e-5)).all()
     # A group's largest weight is kept, and zeros are zeros.
-    assert torch.allclose(found.unflatten(1, (-1, size)).abs().amax(-1), groups.abs().amax(-1), rtol=1e-6)
+    assert torch.allclose(
+        found.unflatten(1, (-1, size)).abs().amax(-1), groups.abs().amax(-1), rtol=1e-6
+    )
     assert not found[1].any() and error.max() > 0
     # In the precision of training each is rounded once more.
     assert torch.equal(dequantize(packed, columns, dtype), found.to(dtype))
@@ -48,7 +52,11 @@ def test_no_weight_is_off_by_more_than_half_a_step_of_its_group(columns, size, d
 
 def make_layer(kind: str, dtype=torch.float32) -> nn.Module:
     torch.manual_seed(0)
-    layer = {"linear": nn.Linear(48, 24), "no bias": nn.Linear(48, 24, bias=False), "conv1d": Conv1D(24, 48)}[kind]
+    layer = {
+        "linear": nn.Linear(48, 24),
+        "no bias": nn.Linear(48, 24, bias=False),
+        "conv1d": Conv1D(24, 48),
+    }[kind]
     return layer.to(dtype)
 
 
@@ -70,8 +78,15 @@ def test_outputs_and_gradients_are_those_of_a_dense_layer_of_the_same_values(kin
     F.linear(x, dense.t() if kind == "conv1d" else dense, other_bias).square().sum().backward()
     expected = [x.grad, None if bias is None else other_bias.grad]
     for a, b in zip(found, expected):
-        if kind == "conv1d" and b is not None:  # of another layout, which another kernel may multiply
-            torch.testing.assert_close(a, b, rtol=1e-5 if dtype == torch.float32 else 2e-2, atol=1e-5 if dtype == torch.float32 else 1e-2)
+        if (
+            kind == "conv1d" and b is not None
+        ):  # of another layout, which another kernel may multiply
+            torch.testing.assert_close(
+                a,
+                b,
+                rtol=1e-5 if dtype == torch.float32 else 2e-2,
+                atol=1e-5 if dtype == torch.float32 else 1e-2,
+            )
         else:
             assert torch.equal(a, b) if b is not None else a is None
     assert layer.packed.grad is None and not layer.packed.requires_grad and found[0].abs().max() > 0
@@ -94,8 +109,13 @@ def test_saved_weights_have_their_old_name_shape_and_precision(kind):
     state = model.state_dict()
     found = dequantized_state_dict(model, state)
     assert set(found) == names and set(state) == names - {"layer.weight"} | {"layer.packed"}
-    assert found["layer.weight"].dtype == torch.bfloat16 and found["layer.weight"].shape == before.shape
-    assert torch.allclose(found["layer.weight"].float(), before.float(), atol=before.abs().max().item() / 127)
+    assert (
+        found["layer.weight"].dtype == torch.bfloat16
+        and found["layer.weight"].shape == before.shape
+    )
+    assert torch.allclose(
+        found["layer.weight"].float(), before.float(), atol=before.abs().max().item() / 127
+    )
     assert not torch.equal(found["layer.weight"], before)
 
 

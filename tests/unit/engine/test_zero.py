@@ -5,25 +5,46 @@ from launches import Case
 
 
 def check_case(name: str, function: str, **kwargs):
-    case = Case(name, ranks=2, function=f"engine_checks.py:{function}", kwargs={"stock": "{stock}", **kwargs})
+    case = Case(
+        name,
+        ranks=2,
+        function=f"engine_checks.py:{function}",
+        kwargs={"stock": "{stock}", **kwargs},
+    )
     return pytest.param(case, id=name, marks=pytest.mark.cases(case))
 
 
 def planted_cases():
-    stages = [(zero, offload) for zero in range(4) for offload in ((False, True) if zero >= 2 else (False,))]
+    stages = [
+        (zero, offload)
+        for zero in range(4)
+        for offload in ((False, True) if zero >= 2 else (False,))
+    ]
     for zero, offload in stages:
         for number, dtype in enumerate(("fp32", "bf16", "fp16")):
             name = f"planted-{zero}{'-offload' if offload else ''}-{dtype}"
             options = dict(zero=zero, dtype=dtype, offload=offload)
-            yield check_case(name, "planted", **options, accumulation=1, value=("inf", "nan")[(zero + number) % 2])
+            yield check_case(
+                name,
+                "planted",
+                **options,
+                accumulation=1,
+                value=("inf", "nan")[(zero + number) % 2],
+            )
             # The gradients of a window lie elsewhere than those of a single micro-step.
             if dtype == "fp32" or zero == 2:
                 yield check_case(f"{name}-x2", "planted", **options, accumulation=2, value="inf")
 
 
 WHOLE = [
-    check_case(f"whole-{family}-{dtype}", "whole_weights", family=family, dtype=dtype, reward=reward)
-    for family, dtype, reward in (("opt", "fp32", False), ("llama", "bf16", False), ("gpt2", "fp32", True))
+    check_case(
+        f"whole-{family}-{dtype}", "whole_weights", family=family, dtype=dtype, reward=reward
+    )
+    for family, dtype, reward in (
+        ("opt", "fp32", False),
+        ("llama", "bf16", False),
+        ("gpt2", "fp32", True),
+    )
 ]
 SCALED = [check_case(f"scaled-{zero}", "scaled_head", zero=zero) for zero in (0, 3)]
 
@@ -33,7 +54,12 @@ REFUSED = [check_case(f"refused-{zero}", "refused_prompt", zero=zero) for zero i
 def failing(launches, case) -> list[str]:
     """What did not hold, and on which rank."""
     found = enumerate(launches[case].ranks)
-    return [f"rank {rank}: {name}" for rank, result in found for name, holds in result["value"].items() if not holds]
+    return [
+        f"rank {rank}: {name}"
+        for rank, result in found
+        for name, holds in result["value"].items()
+        if not holds
+    ]
 
 
 @pytest.mark.parametrize("case", list(planted_cases()))
@@ -55,4 +81,7 @@ def test_a_scaled_head_scales_the_values(case, launches):
 def test_a_prompt_that_one_rank_cannot_show_ends_all(case, launches):
     """Under ZeRO-3 the weights are gathered in the forward, in which both have to be."""
     said = [result["value"] for result in launches[case].ranks]
-    assert said[0] == "a reward failed on another process, which says why" and "not this one" in said[1]
+    assert (
+        said[0] == "a reward failed on another process, which says why"
+        and "not this one" in said[1]
+    )

@@ -27,14 +27,19 @@ def engine_of(family: str):
 def same(found, expected) -> None:
     """The same tokens; what generates plainly stops at the longest answer."""
     width = expected.tokens.shape[1]
-    assert torch.equal(found.tokens[:, :width], expected.tokens) and not found.tokens[:, width:].any()
+    assert (
+        torch.equal(found.tokens[:, :width], expected.tokens) and not found.tokens[:, width:].any()
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_answers_are_those_of_generate(family):
     engine = engine_of(family)
     hybrid, plain = with_graphs(engine), PlainGenerator(engine)
-    many, few = prompts(3, 80, 20, 66, 5, 1, 33, 70, 9, 12, 40, 41), prompts(7, 30, 2, 40, 11, width=40)
+    many, few = (
+        prompts(3, 80, 20, 66, 5, 1, 33, 70, 9, 12, 40, 41),
+        prompts(7, 30, 2, 40, 11, width=40),
+    )
     early = dict(max_new_tokens=40, eos_token_id=list(range(5, 264, 6)))
     expected = plain.decode(*many, config(**early))
     for _ in range(2):
@@ -68,7 +73,10 @@ def test_settings_act_as_in_generate(settings):
     engine = engine_of("llama")
     hybrid = with_graphs(engine)
     for reads in (prompts(3, 80, 20, 66), prompts(4, 9, 60, width=64)):
-        same(hybrid.decode(*reads, config(**settings)), PlainGenerator(engine).decode(*reads, config(**settings)))
+        same(
+            hybrid.decode(*reads, config(**settings)),
+            PlainGenerator(engine).decode(*reads, config(**settings)),
+        )
     assert hybrid._graphs is not None
 
 
@@ -116,7 +124,14 @@ def test_a_step_that_computes_something_else_is_noticed(fault, monkeypatch):
 
 def made(kind: str, **more):
     """A miniature model of transformers that is none of FAMILIES, whose greedy answers are of many tokens."""
-    sizes = dict(vocab_size=264, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, bos_token_id=1, eos_token_id=2)
+    sizes = dict(
+        vocab_size=264,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes, **more)).eval()
     with torch.no_grad():
@@ -168,19 +183,31 @@ ROPES = {
 @pytest.mark.parametrize("rope", [None, *ROPES])
 def test_embeddings_that_depend_on_the_longest_text_take_no_graphs(rope, monkeypatch):
     monkeypatch.setattr(attention, "triton", object())
-    parameters = dict(rope_theta=10000.0, **ROPES[rope]) if rope else dict(rope_theta=10000.0, rope_type="default")
+    parameters = (
+        dict(rope_theta=10000.0, **ROPES[rope])
+        if rope
+        else dict(rope_theta=10000.0, rope_type="default")
+    )
     engine = made("llama", max_position_embeddings=512, rope_parameters=parameters)
     reason = takes_graphs(engine.module)
     assert reason is None if rope is None else "the longest text" in reason
 
 
 def test_prompts_of_unlike_length_are_embedded_as_by_the_training_module():
-    engine, (ids, mask) = made("llama", rope_parameters=dict(rope_theta=10000.0, **ROPES["longrope"])), prompts(9, 80, 20)
+    engine, (ids, mask) = (
+        made("llama", rope_parameters=dict(rope_theta=10000.0, **ROPES["longrope"])),
+        prompts(9, 80, 20),
+    )
     found = HybridEngine(engine).decode(ids, mask, config(eos_token_id=[]))
     same(found, PlainGenerator(engine).decode(ids, mask, config(eos_token_id=[])))
-    texts, masks = torch.cat([ids, found.tokens], -1), torch.cat([mask, torch.ones_like(found.tokens)], -1)
+    texts, masks = (
+        torch.cat([ids, found.tokens], -1),
+        torch.cat([mask, torch.ones_like(found.tokens)], -1),
+    )
     with torch.no_grad():
         positions = (masks.cumsum(-1) - 1).clamp(min=0)
-        logits = engine.module(input_ids=texts, attention_mask=masks, position_ids=positions).logits[:, 79:-1]
+        logits = engine.module(
+            input_ids=texts, attention_mask=masks, position_ids=positions
+        ).logits[:, 79:-1]
     expected = logits.log_softmax(-1).gather(-1, found.tokens[..., None])[..., 0]
     assert torch.allclose(found.logprobs, expected, atol=1e-3)

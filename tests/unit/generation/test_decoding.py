@@ -45,12 +45,20 @@ def prompts(*lengths: int, width: int = 80) -> tuple[torch.Tensor, torch.Tensor]
 
 
 def config(**other) -> GenerationConfig:
-    settings = dict(do_sample=False, max_new_tokens=16, eos_token_id=ENDS, pad_token_id=0, num_return_sequences=1)
+    settings = dict(
+        do_sample=False,
+        max_new_tokens=16,
+        eos_token_id=ENDS,
+        pad_token_id=0,
+        num_return_sequences=1,
+    )
     return GenerationConfig(**{**settings, **other})
 
 
 def answers(tokens: torch.Tensor) -> list[list[int]]:
-    ends = [next((i + 1 for i, t in enumerate(row) if t in ENDS), len(row)) for row in tokens.tolist()]
+    ends = [
+        next((i + 1 for i, t in enumerate(row) if t in ENDS), len(row)) for row in tokens.tolist()
+    ]
     return [row[:end] for row, end in zip(tokens.tolist(), ends)]
 
 
@@ -67,16 +75,23 @@ def answers(tokens: torch.Tensor) -> list[list[int]]:
 )
 def test_logits_processors_act_as_in_generate(engine, settings):
     ids, mask = prompts(3, 80, 20, 66)
-    found, expected = (g.decode(ids, mask, config(**settings)) for g in (HybridEngine(engine), PlainGenerator(engine)))
+    found, expected = (
+        g.decode(ids, mask, config(**settings))
+        for g in (HybridEngine(engine), PlainGenerator(engine))
+    )
     assert answers(found.tokens) == answers(expected.tokens)
     if "repetition_penalty" in settings or "min_new_tokens" in settings:
-        assert answers(found.tokens) != answers(PlainGenerator(engine).decode(ids, mask, config()).tokens)
+        assert answers(found.tokens) != answers(
+            PlainGenerator(engine).decode(ids, mask, config()).tokens
+        )
 
 
 def test_tokens_are_drawn_by_their_probability():
     """Chi-square of 40,000 draws against the softmax; 50 degrees of freedom, temperature 0.7."""
     logits = torch.randn(1, 51, generator=torch.Generator().manual_seed(1))
-    sampler = Sampler(config(do_sample=True, temperature=0.7, top_k=0, top_p=1.0, eos_token_id=[]), logits.device)
+    sampler = Sampler(
+        config(do_sample=True, temperature=0.7, top_k=0, top_p=1.0, eos_token_id=[]), logits.device
+    )
     torch.manual_seed(2)
     tokens, logprobs = sampler(logits.expand(40_000, -1), None, 0)
     p = (logits[0].double() / 0.7).softmax(-1)
@@ -97,7 +112,9 @@ def test_each_prompt_is_read_once_and_with_its_like(engine):
         return forward(**inputs)
 
     hybrid.replica.model.model.forward = noting
-    settings = dict(do_sample=True, top_k=0, num_return_sequences=5, max_new_tokens=3, eos_token_id=[])
+    settings = dict(
+        do_sample=True, top_k=0, num_return_sequences=5, max_new_tokens=3, eos_token_id=[]
+    )
     hybrid.decode(*prompts(3, 80, 20, 66), config(**settings))
     assert read == [(2, 20), (2, 80), (20, 1), (20, 1)]
     groups = [rows.tolist() for rows in length_groups(prompts(64, 65, 1, 80)[1])]
@@ -138,7 +155,8 @@ def test_deepspeeds_interface(engine):
     engine.module.generation_config = config()
     ids, mask = prompts(5, 70)
     batch = HybridEngine(engine).generate(
-        RolloutRequest(ids, mask), SamplingConfig(max_new_tokens=12, temperature=0.0, n_samples_per_prompt=2)
+        RolloutRequest(ids, mask),
+        SamplingConfig(max_new_tokens=12, temperature=0.0, n_samples_per_prompt=2),
     )
     expected = PlainGenerator(engine).decode(ids, mask, config(max_new_tokens=12)).tokens
     found = batch.input_ids[:, 80:]
@@ -155,17 +173,22 @@ def test_nothing_is_asked_of_transformers_that_it_will_drop(engine):
 
 
 def test_a_model_without_end_or_padding_answers_deepspeeds_interface(engine, monkeypatch):
-    monkeypatch.setattr(engine.module, "generation_config", config(eos_token_id=None, pad_token_id=None))
+    monkeypatch.setattr(
+        engine.module, "generation_config", config(eos_token_id=None, pad_token_id=None)
+    )
     ids, mask = prompts(5, 70)
     batch = HybridEngine(engine).generate(
-        RolloutRequest(ids, mask), SamplingConfig(max_new_tokens=4, temperature=0.0, n_samples_per_prompt=1)
+        RolloutRequest(ids, mask),
+        SamplingConfig(max_new_tokens=4, temperature=0.0, n_samples_per_prompt=1),
     )
     assert batch.input_ids.shape == (2, 84) and batch.attention_mask[:, 80:].all()
 
 
 def test_what_does_not_fit_is_refused_with_the_flag_that_frees_it(engine, monkeypatch):
     monkeypatch.setattr(hybrid_engine, "free_memory", lambda device: 2**20)
-    with pytest.raises(ValueError, match=r"key-value cache of 4096 answers.*--per_device_generation_batch_size"):
+    with pytest.raises(
+        ValueError, match=r"key-value cache of 4096 answers.*--per_device_generation_batch_size"
+    ):
         HybridEngine(engine, max_rows=4096, max_length=512)
     model = load_causal_lm(str(tiny("llama")), dtype=torch.float32)
     add_lora(model, dim=4, alpha=4, only_optimize_lora=True)
@@ -177,4 +200,7 @@ def test_bytes_of_a_cache():
     # 2 x 32 layers x 16 rows x 512 tokens x 32 heads x 128 x 2 bytes.
     assert cache_bytes(shape_config("llama-2-7b"), rows=16, length=512, itemsize=2) == 4 * 2**30
     # 8 of Llama-2-70B's 64 heads hold keys and values.
-    assert cache_bytes(shape_config("llama-2-70b"), rows=1, length=1, itemsize=2) == 2 * 80 * 8 * 128 * 2
+    assert (
+        cache_bytes(shape_config("llama-2-70b"), rows=1, length=1, itemsize=2)
+        == 2 * 80 * 8 * 128 * 2
+    )

@@ -20,7 +20,9 @@ def configured(step: str, model: str, flags: str = ""):
     """The configuration of a step; the models of step 3 are "actor critic"."""
     names = f"--model_name_or_path {model}"
     if step == "3":
-        names = "--actor_model_name_or_path {} --critic_model_name_or_path {}".format(*model.split())
+        names = "--actor_model_name_or_path {} --critic_model_name_or_path {}".format(
+            *model.split()
+        )
     return parse_config(CONFIGS[step], f"{names} {flags}".split())
 
 
@@ -32,21 +34,29 @@ def refusal(config, on: Machine, dtype: str = "bf16") -> str:
     plan = plan_step(config, world_size=on.world_size, dtype=dtype)
     limits = dict(gpu_bytes=on.gpu_bytes, all_host_bytes=on.all_host_bytes)
     with pytest.raises(ValueError) as refused:
-        check_fit(config, plan, world_size=on.world_size, processes=on.processes, dtype=dtype, **limits)
+        check_fit(
+            config, plan, world_size=on.world_size, processes=on.processes, dtype=dtype, **limits
+        )
     return str(refused.value)
 
 
 def fits(config, on: Machine, dtype: str = "bf16") -> bool:
-    return not config.problems() and not on.missing(plan_step(config, world_size=on.world_size, dtype=dtype))
+    return not config.problems() and not on.missing(
+        plan_step(config, world_size=on.world_size, dtype=dtype)
+    )
 
 
 def some_fitting(config, on: Machine, *, fewer_than: int) -> dict | None:
     """Options of fewer flags that fit, by trying all."""
-    changes = [change.options for kind in _kinds(config, world_size=on.world_size) for change in kind]
+    changes = [
+        change.options for kind in _kinds(config, world_size=on.world_size) for change in kind
+    ]
     for count in range(1, fewer_than):
         for chosen in itertools.combinations(changes, count):
             options = {key: value for change in chosen for key, value in change.items()}
-            if sum(map(len, chosen)) == len(options) < fewer_than and fits(with_options(config, options), on):
+            if sum(map(len, chosen)) == len(options) < fewer_than and fits(
+                with_options(config, options), on
+            ):
                 return options
     return None
 
@@ -72,7 +82,9 @@ FEW = [
 ]
 
 
-@pytest.mark.parametrize("step, model, flags, sizes", FEW, ids=[" ".join(map(str, case)) for case in FEW])
+@pytest.mark.parametrize(
+    "step, model, flags, sizes", FEW, ids=[" ".join(map(str, case)) for case in FEW]
+)
 def test_what_does_not_fit_is_told_the_fewest_flags_that_make_it_fit(step, model, flags, sizes):
     config, on = configured(step, model, flags), machine(*sizes)
     told = refusal(config, on).partition("It fits with ")[2].partition(" (")[0]
@@ -91,8 +103,12 @@ MANY = [
 ]
 
 
-@pytest.mark.parametrize("step, model, flags, sizes", MANY, ids=[" ".join(map(str, case)) for case in MANY])
-def test_where_three_flags_are_not_enough_it_says_so_and_none_of_more_can_be_left_out(step, model, flags, sizes):
+@pytest.mark.parametrize(
+    "step, model, flags, sizes", MANY, ids=[" ".join(map(str, case)) for case in MANY]
+)
+def test_where_three_flags_are_not_enough_it_says_so_and_none_of_more_can_be_left_out(
+    step, model, flags, sizes
+):
     config, on = configured(step, model, flags), machine(*sizes)
     message = refusal(config, on)
     told = message.partition("No 3 flags are enough. It fits with ")[2].partition(" (")[0]
@@ -100,7 +116,9 @@ def test_where_three_flags_are_not_enough_it_says_so_and_none_of_more_can_be_lef
     assert fits(configured(step, model, f"{flags} {told}"), on)
     assert some_fitting(config, on, fewer_than=4) is None
     options = find_remedy(config, on, dtype="bf16").options
-    changes = [change.options for kind in _kinds(config, world_size=on.world_size) for change in kind]
+    changes = [
+        change.options for kind in _kinds(config, world_size=on.world_size) for change in kind
+    ]
     for change in [change for change in changes if change.items() <= options.items()]:
         rest = {key: value for key, value in options.items() if key not in change}
         assert not fits(with_options(config, rest), on), change
@@ -118,10 +136,19 @@ def test_the_memory_of_the_host_counts_and_may_be_what_is_missing():
     on = machine(80, 100)
     found = find_remedy(config, on, dtype="bf16")
     # Offload of two whole models would need 242 GB of host memory.
-    assert not found.missing and found.plan.host_bytes(processes=1) <= 100 * GIB and "offload" not in found.options
-    message = refusal(configured("1", "llama-2-7b", "--lora_dim 8 --only_optimize_lora"), machine(80, 10))
+    assert (
+        not found.missing
+        and found.plan.host_bytes(processes=1) <= 100 * GIB
+        and "offload" not in found.options
+    )
+    message = refusal(
+        configured("1", "llama-2-7b", "--lora_dim 8 --only_optimize_lora"), machine(80, 10)
+    )
     assert "GiB of 10.0 GiB host memory" in message and "No flags make it fit 1 GPU(s)" in message
-    assert "Up to 1024 GPUs are not enough either: take a smaller model, or hosts with more memory." in message
+    assert (
+        "Up to 1024 GPUs are not enough either: take a smaller model, or hosts with more memory."
+        in message
+    )
 
 
 def test_ordinary_host_memory_is_found_where_page_locked_does_not_fit():
@@ -129,7 +156,9 @@ def test_ordinary_host_memory_is_found_where_page_locked_does_not_fit():
     flags += "--critic_gradient_checkpointing --per_device_generation_batch_size 4 --per_device_training_batch_size 4"
     config = configured("3", "opt-13b opt-350m", flags)
     # fp32 weights and gradients of 48 GiB each take 64, bf16 weights of 24 take 32.
-    assert "263.3 GiB of 250.0 GiB host memory. It fits with --no_pin_memory (" in refusal(config, machine(80, 250))
+    assert "263.3 GiB of 250.0 GiB host memory. It fits with --no_pin_memory (" in refusal(
+        config, machine(80, 250)
+    )
     assert not machine(80, 264).missing(plan_step(config, world_size=1, dtype="bf16"))
 
 
@@ -142,11 +171,16 @@ def test_where_no_flags_help_the_nearest_miss_and_the_number_of_gpus_are_named()
     assert f"it is nearest, and {nearest.missing / GIB:.1f} GiB too large" in message
     for change in [change.options for kind in _kinds(config, world_size=1) for change in kind]:
         tried = with_options(config, nearest.options | change)
-        assert tried.problems() or on.missing(plan_step(tried, world_size=1, dtype="bf16")) >= nearest.missing
+        assert (
+            tried.problems()
+            or on.missing(plan_step(tried, world_size=1, dtype="bf16")) >= nearest.missing
+        )
     larger, found = enough_gpus(config, on, dtype="bf16")
     assert f"{larger.world_size} GPUs would do, with {' '.join(found.flags)} (" in message
     assert fits(configured("3", models, f"{flags} {' '.join(found.flags)}"), larger)
-    half = Machine(larger.world_size // 2, min(larger.world_size // 2, 8), on.gpu_bytes, on.all_host_bytes)
+    half = Machine(
+        larger.world_size // 2, min(larger.world_size // 2, 8), on.gpu_bytes, on.all_host_bytes
+    )
     assert find_remedy(config, half, dtype="bf16").missing
 
 
@@ -160,15 +194,22 @@ def test_larger_tensor_parallel_groups_are_a_remedy_where_they_fit_model_and_pro
 
 
 def test_single_precision_is_left_where_that_is_enough():
-    config = configured("1", "opt-350m", "--dtype fp32 --gradient_checkpointing --per_device_eval_batch_size 4")
+    config = configured(
+        "1", "opt-350m", "--dtype fp32 --gradient_checkpointing --per_device_eval_batch_size 4"
+    )
     plan = plan_step(config, world_size=1, dtype="fp32")
     on = Machine(1, 1, plan.peak[1] - GIB / 4, 0)
-    assert {"dtype": "auto"} in [change.options for kind in _kinds(config, world_size=1) for change in kind]
+    assert {"dtype": "auto"} in [
+        change.options for kind in _kinds(config, world_size=1) for change in kind
+    ]
     found = find_remedy(config, on, dtype="fp32")
     assert (found.options, found.missing) == ({"dtype": "auto"}, 0)
 
 
 def test_options_are_replaced_in_whatever_group_they_are():
-    config = with_options(configured("1", "opt-350m"), {"gradient_checkpointing": True, "per_device_train_batch_size": 2})
+    config = with_options(
+        configured("1", "opt-350m"),
+        {"gradient_checkpointing": True, "per_device_train_batch_size": 2},
+    )
     assert config.system.gradient_checkpointing and config.batch.per_device_train_batch_size == 2
     assert config.system.zero_stage == 0

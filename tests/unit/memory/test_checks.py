@@ -28,8 +28,12 @@ from dschat.trainers import preflight
 SPLIT = "--enable_hybrid_engine --actor_zero_stage 3"
 
 
-def check(actor: str, flags: str, *, critic: str = "opt-350m", world_size: int = 8, rewards=()) -> None:
-    words = f"--actor_model_name_or_path {actor} --critic_model_name_or_path {critic} {flags}".split()
+def check(
+    actor: str, flags: str, *, critic: str = "opt-350m", world_size: int = 8, rewards=()
+) -> None:
+    words = (
+        f"--actor_model_name_or_path {actor} --critic_model_name_or_path {critic} {flags}".split()
+    )
     config = parse_config(PPOConfig, words)
     found = plan_step(config, world_size=world_size, dtype="bf16")
     check_models(config, found, world_size=world_size, rewards=rewards)
@@ -38,11 +42,31 @@ def check(actor: str, flags: str, *, critic: str = "opt-350m", world_size: int =
 @pytest.mark.parametrize(
     "actor, size, world_size, message",
     [
-        ("opt-1.3b", 3, 6, "--inference_tp_size 3 does not divide the model's 32 attention heads: give a divisor of 32, or 1"),
+        (
+            "opt-1.3b",
+            3,
+            6,
+            "--inference_tp_size 3 does not divide the model's 32 attention heads: give a divisor of 32, or 1",
+        ),
         ("opt-125m", 8, 8, "does not divide the model's 12 attention heads"),
-        ("smollm2-135m", 9, 9, "--inference_tp_size 9 does not divide the model's 3 key-value heads"),
-        ("llama-2-7b", 4, 6, r"--inference_tp_size 4 does not divide the 6 process\(es\) of this run: give a divisor of 6"),
-        ("tiny-gpt2", 2, 2, "--inference_tp_size 2: how to split a model of type gpt2 is not known: give --inference_tp_size 1"),
+        (
+            "smollm2-135m",
+            9,
+            9,
+            "--inference_tp_size 9 does not divide the model's 3 key-value heads",
+        ),
+        (
+            "llama-2-7b",
+            4,
+            6,
+            r"--inference_tp_size 4 does not divide the 6 process\(es\) of this run: give a divisor of 6",
+        ),
+        (
+            "tiny-gpt2",
+            2,
+            2,
+            "--inference_tp_size 2: how to split a model of type gpt2 is not known: give --inference_tp_size 1",
+        ),
         ("bloom-1b1", 2, 2, "type bloom is not known"),
     ],
 )
@@ -52,10 +76,19 @@ def test_what_cannot_be_split_is_refused(actor, size, world_size, message):
 
 
 def test_what_can_be_split_is_not():
-    for actor in ("opt-1.3b", "llama-2-70b", "tiny-qwen2", "tiny-mistral", "tiny-gpt_neox", "tiny-llama"):
+    for actor in (
+        "opt-1.3b",
+        "llama-2-70b",
+        "tiny-qwen2",
+        "tiny-mistral",
+        "tiny-gpt_neox",
+        "tiny-llama",
+    ):
         check(actor, f"{SPLIT} --inference_tp_size 2 --max_prompt_seq_len 64")
     check("tiny-gpt2", f"{SPLIT} --max_prompt_seq_len 64")
-    check("tiny-gpt2", "--actor_zero_stage 3 --inference_tp_size 2 --max_prompt_seq_len 64")  # no effect, which is said
+    check(
+        "tiny-gpt2", "--actor_zero_stage 3 --inference_tp_size 2 --max_prompt_seq_len 64"
+    )  # no effect, which is said
 
 
 def test_feed_forward_columns_are_divided_too():
@@ -69,7 +102,9 @@ def test_packed_matrices_and_experts_are_not_split():
     from transformers import MixtralConfig, Phi3Config
 
     assert split_plan(Phi3Config()) == split_plan(MixtralConfig()) == {}
-    assert split_plan(Qwen3Config())["self_attn.q_proj"] == "colwise" and "self_attn.q_norm" not in split_plan(Qwen3Config())
+    assert split_plan(Qwen3Config())[
+        "self_attn.q_proj"
+    ] == "colwise" and "self_attn.q_norm" not in split_plan(Qwen3Config())
 
 
 @pytest.mark.parametrize("engine", ["", SPLIT])
@@ -83,7 +118,10 @@ def test_packed_matrices_and_experts_are_not_split():
 )
 def test_texts_longer_than_learned_positions_are_refused(engine, actor, critic, prompt, flag, most):
     message = f"--max_prompt_seq_len {prompt} and --max_answer_seq_len 256 make texts of {prompt + 256} tokens, and {flag} "
-    with pytest.raises(ValueError, match=f"{message}has learned {most} positions: give lengths that add up to {most}"):
+    with pytest.raises(
+        ValueError,
+        match=f"{message}has learned {most} positions: give lengths that add up to {most}",
+    ):
         check(actor, f"{engine} --max_prompt_seq_len {prompt}", critic=critic)
     check(actor, f"{engine} --max_prompt_seq_len {prompt - 1}", critic=critic)
 
@@ -91,7 +129,9 @@ def test_texts_longer_than_learned_positions_are_refused(engine, actor, critic, 
 def test_reward_models_that_read_the_same_tokens_have_limits_too_and_computed_positions_none():
     flags = "--max_prompt_seq_len 4000 --reward_model_name_or_path opt-350m"
     check("llama-2-7b", flags, critic="llama-2-7b")
-    with pytest.raises(ValueError, match="--reward_model_name_or_path opt-350m has learned 2048 positions"):
+    with pytest.raises(
+        ValueError, match="--reward_model_name_or_path opt-350m has learned 2048 positions"
+    ):
         check("llama-2-7b", flags, critic="llama-2-7b", rewards=["opt-350m"])
     check("llama-2-7b", "--max_prompt_seq_len 6000", critic="bloom-1b1")
 
@@ -100,7 +140,9 @@ def test_reward_models_that_read_the_same_tokens_have_limits_too_and_computed_po
 def test_texts_of_the_other_steps_have_limits_too(step):
     for name, length in (("opt-1.3b", 2048), ("tiny-gpt2", 512), ("llama-2-7b", None)):
         words = f"--model_name_or_path {name} --max_seq_len"
-        checked_plan(parse_config(step, f"{words} {length or 100_000}".split()), world_size=1, dtype="bf16")
+        checked_plan(
+            parse_config(step, f"{words} {length or 100_000}".split()), world_size=1, dtype="bf16"
+        )
         if length is None:
             continue
         config = parse_config(step, f"{words} {length + 1}".split())
@@ -124,7 +166,10 @@ def test_tables_of_tokens_are_no_positions():
 def test_runs_dry_runs_and_plans_refuse(monkeypatch):
     words = "--actor_model_name_or_path opt-1.3b --critic_model_name_or_path opt-350m --max_prompt_seq_len 2000"
     config = parse_config(PPOConfig, words.split())
-    for start in (lambda: preflight.show_plan(config, dtype="bf16"), lambda: preflight.dry_run(config)):
+    for start in (
+        lambda: preflight.show_plan(config, dtype="bf16"),
+        lambda: preflight.dry_run(config),
+    ):
         with pytest.raises(ValueError, match="has learned 2048 positions"):
             start()
     with pytest.raises(ValueError, match=r"--inference_tp_size 2 does not divide the 1 process"):
@@ -140,7 +185,11 @@ def test_a_rank_has_its_slice_of_every_matrix(family, index):
     group = TensorGroup(2, index, 0, None)
     cut = split_layers(model, group)
     shapes = {name: p.shape for name, p in whole.named_parameters()}
-    names = {(module, leaf): f"{path}.{leaf}" for path, module in model.named_modules() for leaf in module._parameters}
+    names = {
+        (module, leaf): f"{path}.{leaf}"
+        for path, module in model.named_modules()
+        for leaf in module._parameters
+    }
     dims = {names[key]: dim for key, dim in cut.items()}
     for name, p in model.named_parameters():
         expected = list(shapes[name])
@@ -152,13 +201,23 @@ def test_a_rank_has_its_slice_of_every_matrix(family, index):
         in_layer = name.startswith(f"{prefix}.")
         assert (name in dims) == (in_layer and (p.dim() == 2 or is_colwise_bias(name))), name
     assert sum(isinstance(module, RowwiseLinear) for module in model.modules()) == 2 * len(layers)
-    assert group.slice(torch.arange(6).view(2, 3), 0).tolist() == [[0, 1, 2], [3, 4, 5]][index : index + 1]
+    assert (
+        group.slice(torch.arange(6).view(2, 3), 0).tolist()
+        == [[0, 1, 2], [3, 4, 5]][index : index + 1]
+    )
     if family == "opt":
         assert {layer.self_attn.num_heads for layer in layers} == {2}
 
 
 def is_colwise_bias(name: str) -> bool:
-    ends = ("q_proj.bias", "k_proj.bias", "v_proj.bias", "fc1.bias", "query_key_value.bias", "dense_h_to_4h.bias")
+    ends = (
+        "q_proj.bias",
+        "k_proj.bias",
+        "v_proj.bias",
+        "fc1.bias",
+        "query_key_value.bias",
+        "dense_h_to_4h.bias",
+    )
     return name.endswith(ends)
 
 
@@ -175,8 +234,14 @@ def announced(flags: str, monkeypatch, *levels: str) -> list[str]:
 @pytest.mark.parametrize(
     "flags, said",
     [
-        ("--actor_zero_stage 3 --inference_tp_size 2", "--inference_tp_size has no effect without --enable_hybrid_engine"),
-        (f"{SPLIT} --tp_gather_partition_size 4", "--tp_gather_partition_size has no effect with --inference_tp_size 1"),
+        (
+            "--actor_zero_stage 3 --inference_tp_size 2",
+            "--inference_tp_size has no effect without --enable_hybrid_engine",
+        ),
+        (
+            f"{SPLIT} --tp_gather_partition_size 4",
+            "--tp_gather_partition_size has no effect with --inference_tp_size 1",
+        ),
         (f"{SPLIT} --inference_tp_size 2 --tp_gather_partition_size 4", ""),
     ],
 )
@@ -189,18 +254,31 @@ def test_split_flags_without_effect_are_told(flags, said, monkeypatch):
 @pytest.mark.parametrize(
     "flags, said",
     [
-        ("--target_kl 0.1", ["--target_kl has no effect: each rollout has one update, and no others that could be left out"]),
+        (
+            "--target_kl 0.1",
+            [
+                "--target_kl has no effect: each rollout has one update, and no others that could be left out"
+            ],
+        ),
         ("--target_kl 0.1 --ppo_epochs 2", []),
         ("--target_kl 0.1 --per_device_training_batch_size 8", []),
-        ("--target_kl 0.1 --per_device_training_batch_size 8 --gradient_accumulation_steps 2", ["--target_kl has no effect"]),
-        ("--kl_coef 0 --kl_target 6", ["--kl_target has no effect: it multiplies --kl_coef, which is 0 and stays so"]),
+        (
+            "--target_kl 0.1 --per_device_training_batch_size 8 --gradient_accumulation_steps 2",
+            ["--target_kl has no effect"],
+        ),
+        (
+            "--kl_coef 0 --kl_target 6",
+            ["--kl_target has no effect: it multiplies --kl_coef, which is 0 and stays so"],
+        ),
         ("--kl_target 6", []),
         ("--kl_coef 0", []),
     ],
 )
 def test_targets_that_nothing_approaches_are_told(flags, said, monkeypatch):
     lines = announced(flags, monkeypatch, "warning")
-    assert len(lines) == len(said) and all(line.startswith(start) for line, start in zip(lines, said))
+    assert len(lines) == len(said) and all(
+        line.startswith(start) for line, start in zip(lines, said)
+    )
 
 
 @pytest.mark.parametrize(

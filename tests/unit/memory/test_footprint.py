@@ -42,7 +42,14 @@ BUCKET = 100_000_000
 
 
 def training(
-    stage: int, *, offload: bool = False, pin: bool = False, dtype: str = "bf16", world_size: int = 4, size=SIZE, **more
+    stage: int,
+    *,
+    offload: bool = False,
+    pin: bool = False,
+    dtype: str = "bf16",
+    world_size: int = 4,
+    size=SIZE,
+    **more,
 ):
     system = SystemOptions(zero_stage=stage, offload=offload, pin_memory=pin)
     return training_footprint(size, system, dtype=dtype, world_size=world_size, **more)
@@ -78,7 +85,9 @@ def test_stage_3_parts_the_weights_too():
     # A bucket of DeepSpeed's default size, its part of the gradients, and the whole weights in use (here: all).
     assert found.buffers == 2 * 500_000_000 + 350 + 2000
     assert found.step == 6 * 175
-    assert training(3, world_size=1).buffers == 2 * 500_000_000 + 1400  # the only part is used in place
+    assert (
+        training(3, world_size=1).buffers == 2 * 500_000_000 + 1400
+    )  # the only part is used in place
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
@@ -96,7 +105,9 @@ def test_offload_of_stage_3_leaves_nothing_but_what_is_in_use():
     assert (found.weights, found.buffers) == (0, 2 * 500_000_000 + 2000)
     # The trained weights are page-locked in any case: 2 x 150 and 2 x 25 bytes, the next powers of two.
     assert found.host == 500 + (512 - 300) + (64 - 50) + 18 * 175
-    assert training(3, offload=True, world_size=1).buffers == 2 * 500_000_000 + 2000  # a copy on the GPU even then
+    assert (
+        training(3, offload=True, world_size=1).buffers == 2 * 500_000_000 + 2000
+    )  # a copy on the GPU even then
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
@@ -123,20 +134,32 @@ def test_page_locked_buffers_of_stage_3():
 
 
 def test_accumulation_and_averages():
-    assert training(1, accumulation=2).waiting == 2 * BUCKET + 1400 and training(1, accumulation=2).early == 0
+    assert (
+        training(1, accumulation=2).waiting == 2 * BUCKET + 1400
+        and training(1, accumulation=2).early == 0
+    )
     assert training(2, accumulation=2).waiting == 350 and training(3, accumulation=2).waiting == 0
-    assert training(2, average=True).average == 4 * 175 and training(2, average=True, offload=True).host == 22 * 175
+    assert (
+        training(2, average=True).average == 4 * 175
+        and training(2, average=True, offload=True).host == 22 * 175
+    )
 
 
 def test_models_that_only_evaluate():
     def footprint(stage, offload=False, world_size=4, size=SIZE, **more):
-        return inference_footprint(size, stage=stage, offload=offload, width=2, world_size=world_size, **more)
+        return inference_footprint(
+            size, stage=stage, offload=offload, width=2, world_size=world_size, **more
+        )
 
     assert footprint(0).resident == footprint(2).resident == 2000
     assert (footprint(3).weights, footprint(3).buffers, footprint(3).host) == (500, 2000, 0)
     assert (footprint(3, offload=True).weights, footprint(3, offload=True).host) == (0, 500)
     uneven = replace(SIZE, rounding=1.5)
-    assert footprint(3, offload=True, size=uneven).host == footprint(3, offload=True, size=uneven).host_weights == 750
+    assert (
+        footprint(3, offload=True, size=uneven).host
+        == footprint(3, offload=True, size=uneven).host_weights
+        == 750
+    )
     assert footprint(3, offload=True, size=uneven, pin_memory=False).host == 500
 
 
@@ -145,8 +168,12 @@ def test_activations_of_a_llama_layer():
     # 2 x 16 in the feed-forward part, and 4 bytes of log-sum-exp for each of two heads.
     assert activations.layer_bytes(SIZE, width=2) == 2 * (32 + 16 + 16) + 4 * 16 + 4 * 32 + 8
     ends = (4 + 6) * 8
-    assert activations.kept_bytes(SIZE, tokens=3, width=2, checkpointing=False) == 3 * (4 * 328 + ends)
-    assert activations.kept_bytes(SIZE, tokens=3, width=2, checkpointing=True) == 3 * (4 * 16 + ends)
+    assert activations.kept_bytes(SIZE, tokens=3, width=2, checkpointing=False) == 3 * (
+        4 * 328 + ends
+    )
+    assert activations.kept_bytes(SIZE, tokens=3, width=2, checkpointing=True) == 3 * (
+        4 * 16 + ends
+    )
 
 
 def test_activations_of_an_opt_layer():
@@ -161,7 +188,10 @@ def test_logits_are_chunked_as_the_loss_does_it():
     few, many = 1000, 10 * activations.CHUNK_ELEMENTS
     assert activations.loss_bytes(few, width=2, sliced=False, backward=True) == 2000 + 25 * 1000
     chunk = activations.CHUNK_ELEMENTS
-    assert activations.loss_bytes(many, width=2, sliced=True, backward=True) == 4 * many + 17 * chunk + 4 * many
+    assert (
+        activations.loss_bytes(many, width=2, sliced=True, backward=True)
+        == 4 * many + 17 * chunk + 4 * many
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -194,7 +224,9 @@ def test_counting_a_few_layers_is_counting_all(family, reward, lora, freeze):
     assert found.parameters == sum(p.numel() for p in parameters.values())
     assert found.trained == sum(p.numel() for p in parameters.values() if p.requires_grad)
     assert found.adapters == sum(p.numel() for name, p in parameters.items() if name in adapters)
-    assert found.merged == sum(p.numel() for name, p in parameters.items() if name.endswith("base_layer.weight"))
+    assert found.merged == sum(
+        p.numel() for name, p in parameters.items() if name.endswith("base_layer.weight")
+    )
     assert found.largest == max(p.numel() for p in parameters.values())
     assert found.trained_layers == 8 - freeze and found.layers == 8
     assert found.intermediate == (128 if family in ("llama", "qwen2", "mistral") else 256)
@@ -203,14 +235,21 @@ def test_counting_a_few_layers_is_counting_all(family, reward, lora, freeze):
 
 def test_llama_2_70b_groups_its_keys():
     size = named_size("meta-llama/Llama-2-70b-hf", flag="--model")
-    assert (size.parameters, size.trained, size.kv_width, size.layers) == (68_976_648_192, 0, 1024, 80)
+    assert (size.parameters, size.trained, size.kv_width, size.layers) == (
+        68_976_648_192,
+        0,
+        1024,
+        80,
+    )
 
 
 STEP3 = "--actor_model_name_or_path llama-2-7b --critic_model_name_or_path llama-2-7b --max_prompt_seq_len 256"
 
 
 def ppo(flags: str, world_size: int = 1):
-    return plan_step(parse_config(PPOConfig, f"{STEP3} {flags}".split()), world_size=world_size, dtype="bf16")
+    return plan_step(
+        parse_config(PPOConfig, f"{STEP3} {flags}".split()), world_size=world_size, dtype="bf16"
+    )
 
 
 def test_step_3_holds_four_models_and_the_critic_none_without_one():
@@ -220,11 +259,15 @@ def test_step_3_holds_four_models_and_the_critic_none_without_one():
     # The score head stands in for the output head: 32000 x 4096 less, 4096 more.
     assert plan.models["reward"].weights == 2 * (6_738_415_616 - 32000 * 4096 + 4096)
     rloo = ppo("--advantage_estimator rloo --num_samples_per_prompt 2")
-    assert set(rloo.models) == {"actor", "reference", "reward"} and not any("critic" in phase for phase in rloo.phases)
+    assert set(rloo.models) == {"actor", "reference", "reward"} and not any(
+        "critic" in phase for phase in rloo.phases
+    )
 
 
 def test_the_replica_shares_merges_or_gathers():
-    rows = "--per_device_generation_batch_size 4 --per_device_training_batch_size 4 --eval_prompts 4"
+    rows = (
+        "--per_device_generation_batch_size 4 --per_device_training_batch_size 4 --eval_prompts 4"
+    )
     hybrid = f"--enable_hybrid_engine {rows}"
     cache = 2 * 2 * 32 * 4096 * 4 * 512  # bf16, keys and values, layers, width, rows, positions
     assert ppo(hybrid).resident == {"KV cache": cache, "replica": 0}
@@ -253,13 +296,18 @@ def test_a_tensor_parallel_replica_is_divided_but_for_embeddings_norms_and_head(
     # Eight of 32 layers are whole at a time while slices are taken, more than the prompts need.
     prefill = 4 * 256 * (2 * 3 * (4096 + 11008) + 4 * 4096)
     freed = 2 * in_layers * 3 / 4
-    assert whole.phases["generate"] - split.phases["generate"] == freed + prefill - 2 * in_layers / 4
+    assert (
+        whole.phases["generate"] - split.phases["generate"] == freed + prefill - 2 * in_layers / 4
+    )
     # Of 64 prompts of 256 tokens on each of four ranks the hidden states are whole, the feed-forward part is a quarter.
     many = flags.replace("generation_batch_size 4", "generation_batch_size 64")
     whole, split = ppo(many, world_size=8), ppo(f"{many} --inference_tp_size 4", world_size=8)
     gathered = 4 * 64 * 256 * (2 * 3 * (4096 + 11008 / 4) + 4 * 4096)
     assert whole.phases["generate"] - split.phases["generate"] == freed + 16 * prefill - gathered
-    assert ppo(flags.replace("--enable_hybrid_engine", "--inference_tp_size 4")).resident["replica"] == 0
+    assert (
+        ppo(flags.replace("--enable_hybrid_engine", "--inference_tp_size 4")).resident["replica"]
+        == 0
+    )
 
 
 def test_split_biases_count_where_outputs_are_split():
@@ -278,19 +326,32 @@ def test_a_shared_reference_and_a_shared_reward_are_no_copies():
     assert set(ppo(f"{ADAPTERS} --no_share_reward").models) == {"actor", "reward", "critic"}
     other = ppo(f"{ADAPTERS} --reward_model_name_or_path opt-350m")
     assert set(other.models) == {"actor", "reward", "critic"}
-    apart, both = ppo(f"{ADAPTERS} --no_share_reference --no_share_reward"), 2 * (2 * 6_738_415_616 - 32000 * 4096 + 4096)
+    apart, both = (
+        ppo(f"{ADAPTERS} --no_share_reference --no_share_reward"),
+        2 * (2 * 6_738_415_616 - 32000 * 4096 + 4096),
+    )
     assert apart.phases["actor step"] - ppo(ADAPTERS).phases["actor step"] == both
 
 
 def test_idle_states_are_on_the_host_but_for_updates():
     # fp32 weights and two moments of 700 trained parameters on 4 processes; under ZeRO-3 the gradients' buffer too.
-    assert (training(2).idle, training(3).idle, training(0, dtype="fp32").idle) == (12 * 175, 14 * 175, 8 * 700)
-    assert (training(2).idle_host, training(3).idle_host, training(0, dtype="fp32").idle_host) == (2100, 2450, 5600)
+    assert (training(2).idle, training(3).idle, training(0, dtype="fp32").idle) == (
+        12 * 175,
+        14 * 175,
+        8 * 700,
+    )
+    assert (training(2).idle_host, training(3).idle_host, training(0, dtype="fp32").idle_host) == (
+        2100,
+        2450,
+        5600,
+    )
     pinned = [training(stage, pin=True).idle_host for stage in (2, 3)]
     assert pinned == [3 * (1024 + 128), 3 * (1024 + 128) + 512]
     assert training(2, offload=True).idle == training(3, offload=True).idle == 0
     flags = "--actor_zero_stage 2 --critic_zero_stage 2"
-    there, away = (ppo(flags + more, world_size=4) for more in ("", " --offload_idle_states --no_pin_memory"))
+    there, away = (
+        ppo(flags + more, world_size=4) for more in ("", " --offload_idle_states --no_pin_memory")
+    )
     trained = 2 * 6_738_415_616 - 32000 * 4096 + 4096  # actor and critic
     for phase in ("generate", "score", "evaluate"):
         assert there.phases[phase] - away.phases[phase] == 12 * trained / 4
@@ -305,10 +366,12 @@ def test_int8_weights_take_a_byte_and_their_scales():
     saved = 2 * adapted - (adapted + 4 * adapted / 128)  # groups of 128 divide 4096 and 11008
     for role in ("actor", "reference", "critic"):
         assert dense.models[role].weights - plan.models[role].weights == saved, role
-        assert plan.models[role].buffers - dense.models[role].buffers == 2 * 4096 * 11008  # one matrix, as it is multiplied
-    assert ppo(f"{flags} --no_share_reward").models["reward"].weights == dense.models["reference"].weights - 2 * (
-        32000 * 4096 - 4096
-    )
+        assert (
+            plan.models[role].buffers - dense.models[role].buffers == 2 * 4096 * 11008
+        )  # one matrix, as it is multiplied
+    assert ppo(f"{flags} --no_share_reward").models["reward"].weights == dense.models[
+        "reference"
+    ].weights - 2 * (32000 * 4096 - 4096)
     parts = ppo(f"{flags} --actor_zero_stage 3", world_size=8)
     held = 2 * parts.sizes["actor"].parameters - saved
     assert parts.models["actor"].weights == held / 8 and parts.models["actor"].build == saved / 8
@@ -318,14 +381,18 @@ def test_int8_weights_take_a_byte_and_their_scales():
 
 
 def test_a_pair_is_two_texts_and_the_table_says_what_is_needed():
-    config = parse_config(RewardConfig, "--model_name_or_path opt-350m --per_device_train_batch_size 4".split())
+    config = parse_config(
+        RewardConfig, "--model_name_or_path opt-350m --per_device_train_batch_size 4".split()
+    )
     plan = plan_step(config, world_size=1, dtype="bf16")
     size, model = plan.sizes["model"], plan.models["model"]
     kept = activations.kept_bytes(size, tokens=4096, width=2, checkpointing=False)
     working = activations.working_bytes(size, tokens=4096, width=2, checkpointing=False)
     assert plan.phases["backward"] == model.resident + kept + model.early + working
     text = plan_text(plan, processes=2, gpu_bytes=4 * GIB, all_host_bytes=GIB)
-    assert f"needs {(plan.peak[1] + OVERHEAD) / GIB:.1f} GiB on a GPU of 4.0 GiB: does not fit" in text
+    assert (
+        f"needs {(plan.peak[1] + OVERHEAD) / GIB:.1f} GiB on a GPU of 4.0 GiB: does not fit" in text
+    )
     assert "1.2 GiB of host memory for 2 process(es) of 1.0 GiB: does not fit" in text
 
 
@@ -336,7 +403,9 @@ def test_counting_leaves_the_random_numbers_alone():
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    sizes._counted("tiny-llama", "--model", False, False, LoraOptions(lora_dim=4), SystemOptions(), "")
+    sizes._counted(
+        "tiny-llama", "--model", False, False, LoraOptions(lora_dim=4), SystemOptions(), ""
+    )
     assert torch.equal(torch.rand(3), expected)
 
 
@@ -366,7 +435,9 @@ def test_each_phase_is_parted_by_what_lies_there():
         "evaluate": parts(activations=(2 + 25) * evaluated),
     }
     assert plan.phases["backward"] == 2 * n + 12 * n / 8 + kept + working + gradients
-    (backward,) = (line for line in plan_text(plan, processes=8).splitlines() if line.startswith("backward "))
+    (backward,) = (
+        line for line in plan_text(plan, processes=8).splitlines() if line.startswith("backward ")
+    )
     assert backward.split()[-3] == f"{(kept + working) / GIB:.1f}"
     frozen = f"{flags} --lora_dim 8 --only_optimize_lora".replace("--gradient_checkpointing", "")
     adapters = plan_step(parse_config(SFTConfig, frozen.split()), world_size=8, dtype="bf16")
@@ -377,14 +448,28 @@ def test_each_phase_is_parted_by_what_lies_there():
 
 def test_the_rows_of_the_plan_are_those_of_a_gpu_and_of_a_host():
     flags = "--enable_hybrid_engine --actor_zero_stage 3 --critic_zero_stage 3 --offload --unpin_actor_parameters "
-    flags += "--per_device_generation_batch_size 4 --per_device_training_batch_size 4 --eval_prompts 4"
+    flags += (
+        "--per_device_generation_batch_size 4 --per_device_training_batch_size 4 --eval_prompts 4"
+    )
     plan = ppo(f"{flags} --no_pin_memory", world_size=8)
     text = plan_text(plan, processes=8)
     header, _, *rows = text.partition("\n\n")[2].splitlines()
     kinds = header.split("  ")
     kinds = [kind.strip() for kind in kinds if kind.strip()]
-    assert kinds == ["GiB a GPU", "weights", "optimizer", "buffers", "activations", "KV cache", "replica", "all"]
-    cells = {row[: header.index("weights")].strip(): row[header.index("weights") :].split() for row in rows[:-1]}
+    assert kinds == [
+        "GiB a GPU",
+        "weights",
+        "optimizer",
+        "buffers",
+        "activations",
+        "KV cache",
+        "replica",
+        "all",
+    ]
+    cells = {
+        row[: header.index("weights")].strip(): row[header.index("weights") :].split()
+        for row in rows[:-1]
+    }
     # 4 rows of 512 tokens in 32 layers of keys and values; all weights of the actor while it generates, then none.
     assert cells["generate"][-3:-1] == ["1.0", f"{2 * 6_738_415_616 / GIB:.1f}"]
     assert cells["actor backward"][-3:-1] == ["1.0", "0.0"]
@@ -403,4 +488,6 @@ def test_what_is_offloaded_while_idle_is_no_part_of_generation():
     assert away.parts["generate"]["optimizer"] == 0 and there.parts["generate"]["optimizer"] > 0
     assert away.parts["actor step"] == there.parts["actor step"]
     bucket = there.parts["generate"]["buffers"] - away.parts["generate"]["buffers"]
-    assert bucket == 2 * (2 * 6_738_415_616 - 32000 * 4096 + 4096) / 4  # the places of the gradients
+    assert (
+        bucket == 2 * (2 * 6_738_415_616 - 32000 * 4096 + 4096) / 4
+    )  # the places of the gradients

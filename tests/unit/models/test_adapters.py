@@ -55,7 +55,11 @@ def test_peft_loads_the_adapter_and_finds_the_merged_model(tmp_path, family):
 def test_a_reward_models_adapter_brings_its_head(tmp_path, start):
     base, tokenizer = tiny("llama"), load_tokenizer(tiny("llama"))
     if start == "reward model":
-        save_model(load_reward_model(base, dtype=FP32, tokenizer=tokenizer).model, tokenizer, tmp_path / "base")
+        save_model(
+            load_reward_model(base, dtype=FP32, tokenizer=tokenizer).model,
+            tokenizer,
+            tmp_path / "base",
+        )
         base = str(tmp_path / "base")
     model = stirred(load_reward_model(base, dtype=FP32, tokenizer=tokenizer))
     torch.manual_seed(0)
@@ -63,10 +67,14 @@ def test_a_reward_models_adapter_brings_its_head(tmp_path, start):
     save_model(model.model, tokenizer, tmp_path / "out")
     adapter = tmp_path / "out" / ADAPTER_FOLDER
     merged = logits(AutoModelForSequenceClassification.from_pretrained(tmp_path / "out"))
-    plain = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, pad_token_id=tokenizer.pad_token_id)
+    plain = AutoModelForSequenceClassification.from_pretrained(
+        base, num_labels=1, pad_token_id=tokenizer.pad_token_id
+    )
     assert close(logits(PeftModel.from_pretrained(plain, adapter)), merged, 1e-4)
     # Where a random head would be an error, the adapter's is none.
-    again = load_reward_model(str(adapter), dtype=FP32, tokenizer=load_tokenizer(str(adapter)), fresh_head=False)
+    again = load_reward_model(
+        str(adapter), dtype=FP32, tokenizer=load_tokenizer(str(adapter)), fresh_head=False
+    )
     assert torch.equal(again.model.score.weight, model.model.score.weight)
     assert close(logits(again.model), merged, 1e-5)
 
@@ -74,20 +82,31 @@ def test_a_reward_models_adapter_brings_its_head(tmp_path, start):
 def peft_adapter(path, **options) -> tuple[str, torch.Tensor]:
     """A folder that PEFT wrote, and the logits of the model in it."""
     torch.manual_seed(1)
-    options = {"r": 4, "lora_alpha": 8, "init_lora_weights": False, "target_modules": ["q_proj", "down_proj"], **options}
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny("llama")), LoraConfig(**options))
+    options = {
+        "r": 4,
+        "lora_alpha": 8,
+        "init_lora_weights": False,
+        "target_modules": ["q_proj", "down_proj"],
+        **options,
+    }
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(tiny("llama")), LoraConfig(**options)
+    )
     model.save_pretrained(path)
     return str(path), logits(model)
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"use_rslora": True}, {"alpha_pattern": {"q_proj": 32}, "rank_pattern": {"down_proj": 2}}]
+    "options",
+    [{}, {"use_rslora": True}, {"alpha_pattern": {"q_proj": 32}, "rank_pattern": {"down_proj": 2}}],
 )
 def test_what_peft_wrote_is_merged(tmp_path, options):
     path, expected = peft_adapter(tmp_path / "peft", **options)
     model = load_causal_lm(path, dtype=FP32, tokenizer=load_tokenizer(path))
     assert close(logits(model), expected, 1e-4)
-    assert not close(logits(model), logits(AutoModelForCausalLM.from_pretrained(tiny("llama"))), 0.1)
+    assert not close(
+        logits(model), logits(AutoModelForCausalLM.from_pretrained(tiny("llama"))), 0.1
+    )
 
 
 @pytest.mark.parametrize(
@@ -109,7 +128,10 @@ def test_what_cannot_be_merged_is_refused(tmp_path, options, words):
 def test_an_adapter_of_another_model_is_refused(tmp_path):
     path, _ = peft_adapter(tmp_path / "peft")
     config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
-    for base, words in ((str(tiny("gpt2")), "has no place for"), (None, "no base_model_name_or_path")):
+    for base, words in (
+        (str(tiny("gpt2")), "has no place for"),
+        (None, "no base_model_name_or_path"),
+    ):
         config["base_model_name_or_path"] = base
         (tmp_path / "peft" / "adapter_config.json").write_text(json.dumps(config))
         with pytest.raises(ValueError, match=words):
@@ -125,7 +147,9 @@ def test_no_adapter_is_written_where_it_would_not_be_all(tmp_path):
     save_model(stirred(load_causal_lm(tiny("llama"), dtype=FP32)), tokenizer, out)
     assert (out / ADAPTER_FOLDER).is_dir()
     # An adapter of an older model does not stay behind.
-    save_model(stirred(load_causal_lm(tiny("llama"), dtype=FP32), only_optimize_lora=False), tokenizer, out)
+    save_model(
+        stirred(load_causal_lm(tiny("llama"), dtype=FP32), only_optimize_lora=False), tokenizer, out
+    )
     assert not (out / ADAPTER_FOLDER).exists()
     path, _ = peft_adapter(tmp_path / "peft")
     save_model(stirred(load_causal_lm(path, dtype=FP32)), tokenizer, tmp_path / "second")

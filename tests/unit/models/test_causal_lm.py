@@ -22,11 +22,18 @@ def load(family: str, **options):
 
 
 def test_missing_files_are_named(tmp_path):
-    with pytest.raises(ValueError, match="--model_name_or_path .*config.json, weights .model.safetensors"):
+    with pytest.raises(
+        ValueError, match="--model_name_or_path .*config.json, weights .model.safetensors"
+    ):
         load_causal_lm(str(tmp_path), dtype=FP32)
     folder = shutil.copytree(tiny("llama"), tmp_path / "sharded")
     (folder / "model.safetensors").unlink()
-    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    index = {
+        "weight_map": {
+            "a": "model-00001-of-00002.safetensors",
+            "b": "model-00002-of-00002.safetensors",
+        }
+    }
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     (folder / "model-00001-of-00002.safetensors").touch()
     with pytest.raises(ValueError, match="missing: model-00002-of-00002.safetensors. "):
@@ -57,7 +64,9 @@ def test_vocabulary_grows_by_mean_rows_and_never_shrinks(family):
     plain = load(family)
     same = load(family, tokenizer=tokenizer)  # 259 tokens, 264 rows
     assert same.get_input_embeddings().weight.shape[0] == 264
-    wide = load_causal_lm(tiny(family, overrides=(("vocab_size", 320),)), dtype=FP32, tokenizer=tokenizer)
+    wide = load_causal_lm(
+        tiny(family, overrides=(("vocab_size", 320),)), dtype=FP32, tokenizer=tokenizer
+    )
     assert wide.config.vocab_size == 320 == wide.get_output_embeddings().weight.shape[0]
     tokenizer.add_tokens([f"<new{i}>" for i in range(6)])
     grown = load(family, tokenizer=tokenizer)  # 265 tokens
@@ -81,7 +90,9 @@ def test_dropout_is_set_on_loading_and_switched_off_everywhere(family):
     off = model(ids).logits
     assert torch.equal(off, model(ids).logits) and close(off, load(family).eval()(ids).logits, 1e-6)
     assert not any(getattr(m, "p", 0) for m in model.modules() if isinstance(m, torch.nn.Dropout))
-    assert {v for k, v in vars(model.config).items() if "drop" in k and isinstance(v, float)} == {0.0}
+    assert {v for k, v in vars(model.config).items() if "drop" in k and isinstance(v, float)} == {
+        0.0
+    }
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -96,7 +107,9 @@ def test_frozen_layers_get_no_gradient(family):
     assert len(layers) == 2 and isinstance(model.get_submodule(name), torch.nn.ModuleList)
     assert not any(p.requires_grad for p in layers[0].parameters())
     assert all(p.requires_grad for p in layers[1].parameters())
-    outside = {n for n, p in model.named_parameters() if not n.startswith(f"{name}.") and p.requires_grad}
+    outside = {
+        n for n, p in model.named_parameters() if not n.startswith(f"{name}.") and p.requires_grad
+    }
     tied = family in ("opt", "gpt2")
     assert any("norm" in n or "ln_f" in n for n in outside)
     assert not any("embed" in n or "wpe" in n for n in outside - {"embed_out.weight"})
@@ -163,10 +176,14 @@ def test_logits_are_cut_where_the_family_cannot(monkeypatch):
 
     class Older(type(model)):  # a family of before logits_to_keep
         def forward(self, input_ids=None, attention_mask=None, position_ids=None, use_cache=None):
-            return super().forward(input_ids, attention_mask=attention_mask, position_ids=position_ids)
+            return super().forward(
+                input_ids, attention_mask=attention_mask, position_ids=position_ids
+            )
 
     model.__class__ = Older
-    cut = forward_logits(model, model, input_ids=ids, attention_mask=torch.ones_like(ids), logits_to_keep=2)
+    cut = forward_logits(
+        model, model, input_ids=ids, attention_mask=torch.ones_like(ids), logits_to_keep=2
+    )
     assert torch.equal(cut, full[:, -2:])
 
 
@@ -197,7 +214,9 @@ def test_generation_keeps_its_cache_under_checkpointing():
     enable_checkpointing(model)
     model.eval()
     assert model.config.use_cache and model(torch.tensor([[1, 9]])).past_key_values is not None
-    assert torch.equal(model.generate(torch.tensor([[1, 9, 80]]), max_new_tokens=8, do_sample=False), expected)
+    assert torch.equal(
+        model.generate(torch.tensor([[1, 9, 80]]), max_new_tokens=8, do_sample=False), expected
+    )
 
 
 def test_loading_equals_transformers():

@@ -54,10 +54,16 @@ def test_a_saved_model_loads_with_the_same_logits(family, overrides, tmp_path):
     assert set(tensors) == names  # the caller's dict is as it was
     again = reload(tmp_path / "out")
     assert torch.equal(again(IDS).logits, expected) and type(again) is type(model)
-    assert AutoTokenizer.from_pretrained(tmp_path / "out")("Hi 1").input_ids == tokenizer("Hi 1").input_ids
+    assert (
+        AutoTokenizer.from_pretrained(tmp_path / "out")("Hi 1").input_ids
+        == tokenizer("Hi 1").input_ids
+    )
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == tokenizer.chat_template
     assert [p.name for p in tmp_path.iterdir()] == ["out"]  # nothing temporary is left
-    assert not (tmp_path / "out").stat().st_mode & 0o077 & ~0o755 and (tmp_path / "out").stat().st_mode & 0o055
+    assert (
+        not (tmp_path / "out").stat().st_mode & 0o077 & ~0o755
+        and (tmp_path / "out").stat().st_mode & 0o055
+    )
 
 
 @pytest.mark.parametrize("keep", ["embedding", "head"])
@@ -89,7 +95,9 @@ def test_an_adapted_model_is_saved_merged_while_it_goes_on_training(family, tmp_
             if "lora_B" in name:
                 parameter.normal_(generator=torch.Generator().manual_seed(1))
     expected = model(IDS).logits
-    save_pretrained_folder(model, merged_state_dict(model, full_copies(model)), tokenizer, tmp_path / "out")
+    save_pretrained_folder(
+        model, merged_state_dict(model, full_copies(model)), tokenizer, tmp_path / "out"
+    )
     assert close(reload(tmp_path / "out")(IDS).logits, expected, 1e-4)
     assert torch.equal(model(IDS).logits, expected)
     with pytest.raises(ValueError, match="not part of the model: .*lora_A"):
@@ -114,7 +122,10 @@ def test_the_configuration_tells_the_dtype_of_the_tensors(tmp_path):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
     assert reload(tmp_path / "out").dtype == torch.bfloat16 and model.config.dtype == FP32
     with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
-        assert file.metadata()["format"] == "pt" and file.get_tensor("model.norm.weight").dtype == torch.bfloat16
+        assert (
+            file.metadata()["format"] == "pt"
+            and file.get_tensor("model.norm.weight").dtype == torch.bfloat16
+        )
 
 
 def test_large_models_are_sharded(tmp_path, monkeypatch):
@@ -133,7 +144,10 @@ def test_large_models_are_sharded(tmp_path, monkeypatch):
     [
         (lambda t: t.pop("model.norm.weight"), "missing: model.norm.weight"),
         (lambda t: t.update(extra=torch.ones(1)), "not part of the model: extra"),
-        (lambda t: t.update({"model.norm.weight": torch.ones(3)}), "another shape: model.norm.weight"),
+        (
+            lambda t: t.update({"model.norm.weight": torch.ones(3)}),
+            "another shape: model.norm.weight",
+        ),
     ],
 )
 def test_wrong_tensors_leave_the_old_folder_alone(change, message, tmp_path):
@@ -150,7 +164,9 @@ def test_tied_tensors_that_differ_are_refused(tmp_path):
     model, tokenizer = load(tiny("opt"))
     tensors = full_copies(model)
     tensors["lm_head.weight"] += 1
-    with pytest.raises(ValueError, match="lm_head.weight and model.decoder.embed_tokens.weight are one tensor"):
+    with pytest.raises(
+        ValueError, match="lm_head.weight and model.decoder.embed_tokens.weight are one tensor"
+    ):
         save_pretrained_folder(model, tensors, tokenizer, tmp_path / "out")
 
 
@@ -159,7 +175,11 @@ def test_a_crash_while_writing_keeps_the_old_model(tmp_path, monkeypatch):
     save_pretrained_folder(model, full_copies(model), tokenizer, tmp_path / "out")
     before = (tmp_path / "out" / "model.safetensors").read_bytes()
     tensors = {name: t + 1 for name, t in full_copies(model).items()}
-    monkeypatch.setattr(type(tokenizer), "save_pretrained", lambda *a, **k: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(
+        type(tokenizer),
+        "save_pretrained",
+        lambda *a, **k: (_ for _ in ()).throw(OSError("disk full")),
+    )
     with pytest.raises(OSError, match="disk full"):
         save_pretrained_folder(model, tensors, tokenizer, tmp_path / "out")
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
@@ -187,10 +207,14 @@ def test_metrics_and_logs_of_the_folder_stay_and_old_weights_go(tmp_path):
     (out / "metrics.jsonl").write_text("{}\n")
     (out / "pytorch_model.bin").write_text("old")
     (out / "config.json").write_text("old")
-    with open(out / "metrics.jsonl", "a") as open_file:  # a writer that is still open keeps its file
+    with open(
+        out / "metrics.jsonl", "a"
+    ) as open_file:  # a writer that is still open keeps its file
         save_pretrained_folder(model, full_copies(model), tokenizer, out)
         open_file.write("more")
-    assert (out / "metrics.jsonl").read_text() == "{}\nmore" and (out / "runs" / "events").read_text() == "e"
+    assert (out / "metrics.jsonl").read_text() == "{}\nmore" and (
+        out / "runs" / "events"
+    ).read_text() == "e"
     assert not (out / "pytorch_model.bin").exists() and reload(out) is not None
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
@@ -208,14 +232,18 @@ def test_the_generation_config_is_sane(tmp_path):
     assert {k: v for k, v in saved_generation_config(tmp_path / "out").items() if k in ids} == ids
 
     # Sampling numbers without sampling, as some published models have: transformers refuses to save them.
-    model.generation_config = GenerationConfig(do_sample=False, temperature=0.6, top_p=0.9, eos_token_id=[2, 7])
+    model.generation_config = GenerationConfig(
+        do_sample=False, temperature=0.6, top_p=0.9, eos_token_id=[2, 7]
+    )
     save_pretrained_folder(model, full_copies(model), tokenizer, tmp_path / "out")
     saved = saved_generation_config(tmp_path / "out")
     assert saved["eos_token_id"] == [2, 7] and "temperature" not in saved and "top_p" not in saved
     assert model.generation_config.temperature == 0.6  # the model in use keeps its own
 
     own = GenerationConfig(do_sample=True, temperature=0.6, max_new_tokens=50)
-    save_pretrained_folder(model, full_copies(model), tokenizer, tmp_path / "out", generation_config=own)
+    save_pretrained_folder(
+        model, full_copies(model), tokenizer, tmp_path / "out", generation_config=own
+    )
     saved = saved_generation_config(tmp_path / "out")
     assert saved["temperature"] == 0.6 and saved["do_sample"] and saved["max_new_tokens"] == 50
     assert saved["eos_token_id"] == 2 and own.eos_token_id is None
@@ -235,4 +263,6 @@ def test_an_added_end_token_ends_generation_after_loading(tmp_path):
     tokenizer = load_tokenizer(tiny("llama"), add_eot_token=True)
     model = load_causal_lm(tiny("llama"), dtype=FP32, tokenizer=tokenizer)
     save_pretrained_folder(model, full_copies(model), tokenizer, tmp_path / "out")
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").generation_config.eos_token_id == [2, 259]
+    assert AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out"
+    ).generation_config.eos_token_id == [2, 259]

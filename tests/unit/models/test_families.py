@@ -41,12 +41,16 @@ def test_shape_names_are_forgiving_but_not_guessed():
 
 
 def digest(folder) -> dict[str, str]:
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(Path(folder).iterdir())}
+    return {
+        p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(Path(folder).iterdir())
+    }
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tiny_models_are_the_same_bytes_every_time(family, tmp_path):
-    torch.manual_seed(hash(family) % 1000)  # the caller's random state has no say, and is left alone
+    torch.manual_seed(
+        hash(family) % 1000
+    )  # the caller's random state has no say, and is left alone
     state = torch.get_rng_state()
     again = make_tiny_model(tmp_path / "again", family=family, std=0.5)
     assert torch.equal(torch.get_rng_state(), state)
@@ -63,7 +67,9 @@ def test_tiny_models_have_the_shape_and_spread_they_promise(family):
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     assert tied == (family in ("opt", "gpt2"))
     ids = torch.tensor([[5, 60, 110]])
-    new = model.generate(ids, max_new_tokens=40, do_sample=False, eos_token_id=None, pad_token_id=0)[0, 3:]
+    new = model.generate(
+        ids, max_new_tokens=40, do_sample=False, eos_token_id=None, pad_token_id=0
+    )[0, 3:]
     assert len(set(new.tolist())) >= 8  # at the usual 0.02 it would be one or two
 
 
@@ -76,6 +82,11 @@ def test_the_script_writes_the_same_folder(tmp_path, monkeypatch):
 
 
 def test_wrong_sizes_are_refused(tmp_path):
-    for wrong in (dict(family="t5"), dict(vocab_size=100), dict(hidden=66), dict(heads=4, kv_heads=3)):
+    for wrong in (
+        dict(family="t5"),
+        dict(vocab_size=100),
+        dict(hidden=66),
+        dict(heads=4, kv_heads=3),
+    ):
         with pytest.raises(ValueError, match="--"):
             make_tiny_model(tmp_path / "x", **wrong)

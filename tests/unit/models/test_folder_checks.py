@@ -39,11 +39,17 @@ def check_refused(folder: Path, *words: str) -> None:
     with pytest.raises(ValueError) as caught:
         load(folder)
     message = str(caught.value)
-    assert message.startswith(f"{FLAG} {str(folder)!r}") and [word for word in words if word not in message] == [], message
+    assert (
+        message.startswith(f"{FLAG} {str(folder)!r}")
+        and [word for word in words if word not in message] == []
+    ), message
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "7", "null", "[" * 100_000, b"\xff\xfe{"])
-@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json"])
+@pytest.mark.parametrize(
+    "name",
+    ["config.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json"],
+)
 def test_a_damaged_file_is_named(name, text, copy):
     (copy / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     check_refused(copy, name, "Copy it anew")
@@ -52,7 +58,12 @@ def test_a_damaged_file_is_named(name, text, copy):
 @pytest.mark.parametrize(
     "change",
     [
-        *({"hidden_size": -4}, {"vocab_size": "many"}, {"num_attention_heads": 0}, {"hidden_size": None}),
+        *(
+            {"hidden_size": -4},
+            {"vocab_size": "many"},
+            {"num_attention_heads": 0},
+            {"hidden_size": None},
+        ),
         *({"model_type": 7}, {"model_type": "no-such"}, {"num_hidden_layers": "x"}),
     ],
 )
@@ -62,7 +73,9 @@ def test_a_configuration_that_makes_no_sense_is_named(change, copy):
     check_refused(copy, "config.json")
 
 
-@pytest.mark.parametrize("text", ["{", "{}", "[]", '{"weight_map": []}', '{"weight_map": {"a": "../model.safetensors"}}'])
+@pytest.mark.parametrize(
+    "text", ["{", "{}", "[]", '{"weight_map": []}', '{"weight_map": {"a": "../model.safetensors"}}']
+)
 def test_a_damaged_index_is_named(text, copy):
     (copy / "model.safetensors").rename(copy.parent / "model.safetensors")
     (copy / "model.safetensors.index.json").write_text(text)
@@ -75,7 +88,9 @@ def test_weights_that_are_no_numbers_are_named(reward, value, copy):
     tensors = load_file(copy / "model.safetensors")
     tensors["model.norm.weight"][3] = value
     save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="norm.weight holds values that are no finite numbers in float32.*--dtype"):
+    with pytest.raises(
+        ValueError, match="norm.weight holds values that are no finite numbers in float32.*--dtype"
+    ):
         if reward:
             load_reward_model(str(copy), dtype=torch.float32, tokenizer=load_tokenizer(str(copy)))
         else:
@@ -93,13 +108,22 @@ def test_weights_too_large_for_fp16_are_named(copy):
 
 def adapter(llama: Path, folder: Path, tensors: dict | bytes | None, **config) -> Path:
     folder.mkdir()
-    known = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+    known = {
+        "peft_type": "LORA",
+        "r": 4,
+        "lora_alpha": 4,
+        "target_modules": ["q_proj"],
+        "task_type": "CAUSAL_LM",
+    }
     known |= {"base_model_name_or_path": str(llama), **config}
     (folder / "adapter_config.json").write_text(json.dumps(known))
     if isinstance(tensors, bytes):
         (folder / "adapter_model.safetensors").write_bytes(tensors)
     elif tensors is not None:
-        save_file({f"{Q_PROJ}.{name}.weight": tensor for name, tensor in tensors.items()}, folder / "adapter_model.safetensors")
+        save_file(
+            {f"{Q_PROJ}.{name}.weight": tensor for name, tensor in tensors.items()},
+            folder / "adapter_model.safetensors",
+        )
     return folder
 
 

@@ -47,7 +47,11 @@ def test_all_decoder_layers_are_adapted_and_nothing_else(family):
     assert number == 2 * LAYERS_PER_BLOCK[family] and has_lora(model) and type(model) is kind
     assert torch.equal(model(IDS).logits, before)  # B is zero
     names = lora_parameter_names(model)
-    assert len(names) == 2 * number and names == trainable(model) and all("lora_" in name for name in names)
+    assert (
+        len(names) == 2 * number
+        and names == trainable(model)
+        and all("lora_" in name for name in names)
+    )
     adapted = {name for name, m in model.named_modules() if isinstance(m, LoraLayer)}
     assert not any("head" in name or "embed" in name for name in adapted)
 
@@ -65,7 +69,8 @@ def test_the_scale_is_alpha_over_dim():
 
 
 @pytest.mark.parametrize(
-    "family, name, number", [("opt", "decoder.layers.", 12), ("llama", "layers.1.mlp", 3), ("gpt2", "c_attn", 2)]
+    "family, name, number",
+    [("opt", "decoder.layers.", 12), ("llama", "layers.1.mlp", 3), ("gpt2", "c_attn", 2)],
 )
 def test_a_module_name_narrows_the_scope(family, name, number):
     model = load(family)
@@ -75,9 +80,17 @@ def test_a_module_name_narrows_the_scope(family, name, number):
 
 @pytest.mark.parametrize("name", ["decoder.layers.", "lm_head", "embed_tokens", "q_prj"])
 def test_a_name_that_matches_nothing_is_an_error(name):
-    with pytest.raises(ValueError, match=f"--actor_lora_module_name '{name}'.*down_proj.*q_proj.*model.layers.0.mlp"):
+    with pytest.raises(
+        ValueError,
+        match=f"--actor_lora_module_name '{name}'.*down_proj.*q_proj.*model.layers.0.mlp",
+    ):
         add_lora(
-            load("llama"), dim=2, alpha=1, module_name=name, only_optimize_lora=True, flag="--actor_lora_module_name"
+            load("llama"),
+            dim=2,
+            alpha=1,
+            module_name=name,
+            only_optimize_lora=True,
+            flag="--actor_lora_module_name",
         )
 
 
@@ -86,7 +99,9 @@ def test_without_only_optimize_lora_all_but_the_adapted_weights_train(family):
     model = load(family)
     add_lora(model, dim=2, alpha=1.0, only_optimize_lora=False)
     frozen = {name for name, _ in model.named_parameters()} - trainable(model)
-    adapted = {f"{name}.base_layer.weight" for name, m in model.named_modules() if isinstance(m, LoraLayer)}
+    adapted = {
+        f"{name}.base_layer.weight" for name, m in model.named_modules() if isinstance(m, LoraLayer)
+    }
     assert frozen == adapted and len(frozen) == 2 * LAYERS_PER_BLOCK[family]
 
 
@@ -103,7 +118,9 @@ def test_frozen_layers_stay_frozen_in_either_order():
 
 @pytest.mark.parametrize("only_optimize_lora", [True, False])
 def test_a_reward_model_trains_its_head_too(only_optimize_lora):
-    model = load_reward_model(tiny("llama"), dtype=FP32, tokenizer=load_tokenizer(tiny("llama"))).eval()
+    model = load_reward_model(
+        tiny("llama"), dtype=FP32, tokenizer=load_tokenizer(tiny("llama"))
+    ).eval()
     mask = torch.ones_like(IDS)
     before = model(IDS, mask)
     assert add_lora(model, dim=2, alpha=1.0, only_optimize_lora=only_optimize_lora) == 14
@@ -153,7 +170,9 @@ def test_merging_equals_pefts_own(family):
     assert any("lora_" in name for name in wrapped)  # the caller's dict is as it was
     fresh = load(family)
     fresh.load_state_dict(merged)
-    assert close(fresh(IDS).logits, logits, 1e-4) and not close(load(family)(IDS).logits, logits, 0.1)
+    assert close(fresh(IDS).logits, logits, 1e-4) and not close(
+        load(family)(IDS).logits, logits, 0.1
+    )
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
             module.merge()

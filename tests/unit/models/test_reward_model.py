@@ -46,11 +46,17 @@ def test_plain_transformers_gives_our_score(family, pad_is_eos, overrides, tmp_p
     texts = [torch.cat([text[:4], end, text[4:], end]) for text in random_texts()]
     save_pretrained_folder(model.model, model.model.state_dict(), tokenizer, tmp_path / "saved")
 
-    plain, info = AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved", output_loading_info=True)
+    plain, info = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "saved", output_loading_info=True
+    )
     saved_tokenizer = AutoTokenizer.from_pretrained(tmp_path / "saved")
     pad_id = plain.config.pad_token_id
     assert not info["missing_keys"] and not info["unexpected_keys"] and plain.dtype == FP32
-    assert saved_tokenizer.pad_token_id == pad_id not in (saved_tokenizer.eos_token_id, saved_tokenizer.bos_token_id)
+    assert (
+        saved_tokenizer.pad_token_id
+        == pad_id
+        not in (saved_tokenizer.eos_token_id, saved_tokenizer.bos_token_id)
+    )
     ids, mask = pad(texts, side="right", pad_id=pad_id)
     ours = score(model, texts, side="right", pad_id=pad_id)
     assert ours.std() > 0.05
@@ -77,7 +83,9 @@ def test_values_are_those_of_the_head_at_every_token():
     model, _ = load(tiny("llama"))
     ids, mask = pad(random_texts(), side="right", pad_id=0)
     hidden = model.model.model(ids, attention_mask=mask).last_hidden_state
-    assert close(model(ids, mask)[mask.bool()], (hidden @ model.model.score.weight[0])[mask.bool()], 1e-5)
+    assert close(
+        model(ids, mask)[mask.bool()], (hidden @ model.model.score.weight[0])[mask.bool()], 1e-5
+    )
     moved = model(ids, mask, position_ids=torch.arange(9).expand(3, -1) * 3)
     assert not close(moved, model(ids, mask), 1e-3)  # given positions are used
 
@@ -90,20 +98,26 @@ def test_half_precision_values_are_fp32():
     assert model(ids, torch.ones_like(ids)).dtype == FP32
 
 
-@pytest.mark.parametrize("family, overrides, width", [("llama", (), 64), ("opt", (), 64), ("opt", OPT_350M_LIKE, 32)])
+@pytest.mark.parametrize(
+    "family, overrides, width", [("llama", (), 64), ("opt", (), 64), ("opt", OPT_350M_LIKE, 32)]
+)
 def test_a_fresh_head_follows_the_seed_and_the_width(family, overrides, width):
     path = tiny(family, overrides=overrides)
     heads = [load(path, seed=seed)[0].model.score.weight.detach() for seed in (0, 0, 1)]
     assert heads[0].shape == (1, width)
     assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
     expected = (width + 1) ** -0.5
-    assert abs(torch.cat(heads[1:]).std().item() / expected - 1) < 0.2  # 64 or 128 draws: 0.06 to 0.09 is one sigma
+    assert (
+        abs(torch.cat(heads[1:]).std().item() / expected - 1) < 0.2
+    )  # 64 or 128 draws: 0.06 to 0.09 is one sigma
     model, _ = load(path)
     base = AutoModelForCausalLM.from_pretrained(path, dtype=FP32)
     for name, parameter in base.base_model.named_parameters():
         assert torch.equal(model.model.base_model.get_parameter(name), parameter)
     assert getattr(model.config, "init_std", None) == getattr(base.config, "init_std", None)
-    assert getattr(model.config, "initializer_range", None) == getattr(base.config, "initializer_range", None)
+    assert getattr(model.config, "initializer_range", None) == getattr(
+        base.config, "initializer_range", None
+    )
 
 
 def test_the_pad_that_a_generation_config_calls_an_end_is_not_used(tmp_path):
@@ -127,7 +141,9 @@ def classifier(tmp_path):
     def write(*, drop: str = "", **changes) -> str:
         config = AutoConfig.from_pretrained(tiny("llama"), num_labels=changes.pop("num_labels", 1))
         model = AutoModelForSequenceClassification.from_config(config)
-        tensors = {name: t for name, t in model.state_dict().items() if not drop or drop not in name}
+        tensors = {
+            name: t for name, t in model.state_dict().items() if not drop or drop not in name
+        }
         model.save_pretrained(tmp_path / "public", state_dict=tensors)
         load_tokenizer(tiny("llama")).save_pretrained(tmp_path / "public")
         return str(tmp_path / "public")
@@ -149,21 +165,33 @@ def test_public_reward_models_keep_their_head_or_are_refused(classifier):
 
 
 def test_a_head_that_is_no_value_head_is_refused_by_name():
-    config = BertConfig(vocab_size=30, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, num_labels=1)
+    config = BertConfig(
+        vocab_size=30, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, num_labels=1
+    )
     with pytest.raises(ValueError, match="BertForSequenceClassification cannot be a reward model"):
         RewardModel(BertForSequenceClassification(config))
     model = load(tiny("llama"))[0].model
-    model.score = torch.nn.Linear(64, 1)  # with a bias, dividing the weight would not divide the values
-    with pytest.raises(ValueError, match="LlamaForSequenceClassification cannot be a reward model.*bias=True"):
+    model.score = torch.nn.Linear(
+        64, 1
+    )  # with a bias, dividing the weight would not divide the values
+    with pytest.raises(
+        ValueError, match="LlamaForSequenceClassification cannot be a reward model.*bias=True"
+    ):
         RewardModel(model)
 
 
-def deepspeed_chat_checkpoint(folder, family: str, *, change=lambda tensors: None, overrides: tuple = ()) -> str:
+def deepspeed_chat_checkpoint(
+    folder, family: str, *, change=lambda tensors: None, overrides: tuple = ()
+) -> str:
     """A folder as DeepSpeed-Chat saved it: AutoModel's tensors under rwtransformer., a v_head, one .bin file."""
-    base = AutoModelForCausalLM.from_pretrained(tiny(family, overrides=overrides), dtype=FP32).base_model
+    base = AutoModelForCausalLM.from_pretrained(
+        tiny(family, overrides=overrides), dtype=FP32
+    ).base_model
     tensors = {f"rwtransformer.{name}": t.half() for name, t in base.state_dict().items()}
     width = getattr(base.config, "word_embed_proj_dim", 64)
-    tensors["v_head.weight"] = torch.randn(1, width, generator=torch.Generator().manual_seed(4)).half()
+    tensors["v_head.weight"] = torch.randn(
+        1, width, generator=torch.Generator().manual_seed(4)
+    ).half()
     change(tensors)
     folder.mkdir()
     torch.save(tensors, folder / "pytorch_model.bin")
@@ -173,14 +201,22 @@ def deepspeed_chat_checkpoint(folder, family: str, *, change=lambda tensors: Non
     return str(folder)
 
 
-@pytest.mark.parametrize("family, overrides", [("opt", ()), ("opt", OPT_350M_LIKE), ("llama", ()), ("gpt2", ())])
+@pytest.mark.parametrize(
+    "family, overrides", [("opt", ()), ("opt", OPT_350M_LIKE), ("llama", ()), ("gpt2", ())]
+)
 def test_deepspeed_chat_checkpoints_load(family, overrides, tmp_path):
     path = deepspeed_chat_checkpoint(tmp_path / "old", family, overrides=overrides)
     model, _ = load(path)
     saved = torch.load(f"{path}/pytorch_model.bin")
     ids, mask = pad(random_texts(), side="right", pad_id=0)
-    base = AutoModelForCausalLM.from_pretrained(tiny(family, overrides=overrides), dtype=FP32).eval().base_model
-    base.load_state_dict({n[14:]: t.float() for n, t in saved.items() if n.startswith("rwtransformer.")})
+    base = (
+        AutoModelForCausalLM.from_pretrained(tiny(family, overrides=overrides), dtype=FP32)
+        .eval()
+        .base_model
+    )
+    base.load_state_dict(
+        {n[14:]: t.float() for n, t in saved.items() if n.startswith("rwtransformer.")}
+    )
     expected = base(ids, attention_mask=mask).last_hidden_state @ saved["v_head.weight"][0].float()
     assert close(model(ids, mask)[mask.bool()], expected[mask.bool()], 1e-5)
 
@@ -193,11 +229,21 @@ def rename(tensors, old: str, new: str) -> None:
     "change, message",
     [
         (lambda t: t.pop("v_head.weight"), "missing: score.weight"),
-        (lambda t: t.pop("rwtransformer.decoder.layers.1.fc1.bias"), "missing: model.decoder.layers.1.fc1.bias"),
-        (lambda t: t.update(extra=torch.zeros(1)), "not part of the model: extra"),
-        (lambda t: t.update({"v_head.weight": torch.zeros(1, 5)}), "of another shape: score.weight"),
         (
-            lambda t: rename(t, "rwtransformer.decoder.layers.0.fc2.bias", "rwtransformer.decoder.layers.0.fc3.bias"),
+            lambda t: t.pop("rwtransformer.decoder.layers.1.fc1.bias"),
+            "missing: model.decoder.layers.1.fc1.bias",
+        ),
+        (lambda t: t.update(extra=torch.zeros(1)), "not part of the model: extra"),
+        (
+            lambda t: t.update({"v_head.weight": torch.zeros(1, 5)}),
+            "of another shape: score.weight",
+        ),
+        (
+            lambda t: rename(
+                t,
+                "rwtransformer.decoder.layers.0.fc2.bias",
+                "rwtransformer.decoder.layers.0.fc3.bias",
+            ),
             r"missing: model.decoder.layers.0.fc2.bias; not part of the model: model.decoder.layers.0.fc3.bias",
         ),
     ],

@@ -27,7 +27,9 @@ def test_a_saved_tokenizer_gives_the_same_ids_and_the_text_back(family):
 def test_the_chat_template_survives():
     tokenizer = load_tokenizer(tiny("llama"))
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
-    assert tokenizer.apply_chat_template(messages, tokenize=False) == "[user]hi\n[assistant]yes</s>\n"
+    assert (
+        tokenizer.apply_chat_template(messages, tokenize=False) == "[user]hi\n[assistant]yes</s>\n"
+    )
 
 
 def test_a_folder_without_vocabulary_is_an_error(tmp_path):
@@ -60,12 +62,17 @@ def test_the_added_end_of_text_token_ends_texts_in_every_later_step(tmp_path):
     assert end == 259 == tokenizer.eos_token_id
     assert tokenizer("a<|endoftext|>").input_ids[-1] == 259
     tokenizer.save_pretrained(tmp_path)
-    assert end_token_id(load_tokenizer(str(tmp_path)), add_eot_token=False, eot_token="<|endoftext|>") == 259
+    assert (
+        end_token_id(load_tokenizer(str(tmp_path)), add_eot_token=False, eot_token="<|endoftext|>")
+        == 259
+    )
     with pytest.raises(ValueError, match="--eot_token '<stop>'"):
         end_token_id(tokenizer, add_eot_token=True, eot_token="<stop>")
 
 
-@pytest.mark.parametrize("value, expected", [(7, (2, 7)), ([9, 2, 7], (2, 7, 9)), (None, (2,)), (2, (2,)), (0, (0, 2))])
+@pytest.mark.parametrize(
+    "value, expected", [(7, (2, 7)), ([9, 2, 7], (2, 7, 9)), (None, (2,)), (2, (2,)), (0, (0, 2))]
+)
 def test_end_ids_are_those_of_the_configuration_and_the_tokenizer(value, expected):
     assert eos_token_ids(SimpleNamespace(eos_token_id=value), byte_tokenizer()) == expected
 

@@ -77,8 +77,17 @@ def test_a_lost_terminal_lets_the_run_save_and_ends_it(tmp_path):
 
 
 def test_sighup_that_is_ignored_stays_ignored(tmp_path):
-    words = ["nohup", sys.executable, "-c", ABOVE, f"echo $$ >{tmp_path}/pid; sleep 2; echo done", str(tmp_path / "log")]
-    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    words = [
+        "nohup",
+        sys.executable,
+        "-c",
+        ABOVE,
+        f"echo $$ >{tmp_path}/pid; sleep 2; echo done",
+        str(tmp_path / "log"),
+    ]
+    process = subprocess.Popen(
+        words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     noted(tmp_path / "pid")
     process.send_signal(signal.SIGHUP)
     said = process.communicate(timeout=30)[0]
@@ -86,8 +95,16 @@ def test_sighup_that_is_ignored_stays_ignored(tmp_path):
 
 
 def test_without_a_reader_of_the_screen_the_run_goes_on(tmp_path):
-    words = [sys.executable, "-c", ABOVE, "echo one; sleep 1; echo two; echo three", str(tmp_path / "log")]
-    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    words = [
+        sys.executable,
+        "-c",
+        ABOVE,
+        "echo one; sleep 1; echo two; echo three",
+        str(tmp_path / "log"),
+    ]
+    process = subprocess.Popen(
+        words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     assert process.stdout.readline() == "  one\n"
     process.stdout.close()
     assert process.wait(30) == 0, process.stderr.read()
@@ -96,14 +113,18 @@ def test_without_a_reader_of_the_screen_the_run_goes_on(tmp_path):
 
 
 def test_a_log_that_cannot_be_written_is_said_once(capsys):
-    start = partial(child.start_process, ["sh", "-c", "echo one; sleep 0.2; echo two"], dict(os.environ))
+    start = partial(
+        child.start_process, ["sh", "-c", "echo one; sleep 0.2; echo two"], dict(os.environ)
+    )
     child.run_logged(start, Path("/dev/full"))
     said = capsys.readouterr().out.splitlines()
     assert [line for line in said if "No space" not in line] == ["  one", "  two"]
     assert len(said) == 3 and "/dev/full cannot be written (No space left on device)" in said[0]
 
 
-@pytest.mark.parametrize("below", [BELOW, BELOW.replace("'echo saved; exit 3'", "''")], ids=["saves", "does not listen"])
+@pytest.mark.parametrize(
+    "below", [BELOW, BELOW.replace("'echo saved; exit 3'", "''")], ids=["saves", "does not listen"]
+)
 def test_whatever_is_raised_ends_the_run(below, tmp_path, monkeypatch):
     class Broken:
         def search(self, line):
@@ -122,7 +143,9 @@ def test_a_signal_that_comes_before_there_is_a_process_is_handed_on(tmp_path):
         os.kill(os.getpid(), signal.SIGTERM)
         return child.start_process(["sleep", "20"], dict(os.environ))
 
-    before = signal.signal(signal.SIGTERM, lambda *_: None)  # the tests' own process does not end by it
+    before = signal.signal(
+        signal.SIGTERM, lambda *_: None
+    )  # the tests' own process does not end by it
     try:
         began = time.monotonic()
         with pytest.raises(KeyboardInterrupt):
@@ -136,10 +159,15 @@ def test_a_forked_launcher_has_none_of_the_callers_handlers(tmp_path, monkeypatc
     from dschat.engine import fork_launcher
 
     def say_handlers():
-        found = [callable(signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+        found = [
+            callable(signal.getsignal(number))
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        ]
         os.write(1, f"{found}\n".encode())
 
     monkeypatch.setattr(fork_launcher.launch, "main", say_handlers)
-    start = partial(fork_launcher.start_launcher, [], num_processes=1, master_port=1, environment={})
+    start = partial(
+        fork_launcher.start_launcher, [], num_processes=1, master_port=1, environment={}
+    )
     child.run_logged(start, tmp_path / "log")
     assert (tmp_path / "log").read_text() == "[False, False, False]\n"

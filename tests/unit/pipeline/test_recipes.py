@@ -52,9 +52,13 @@ def test_folder_names_are_plain():
 @pytest.mark.parametrize("on_gpu", [False, True])
 @pytest.mark.parametrize("single_gpu", [False, True])
 def test_the_mains_accept_every_recipe(step, kind, on_gpu, single_gpu):
-    flags = step_flags(step, kind=kind, on_gpu=on_gpu, single_gpu=single_gpu, actor_stage="", reward_stage="2")
+    flags = step_flags(
+        step, kind=kind, on_gpu=on_gpu, single_gpu=single_gpu, actor_stage="", reward_stage="2"
+    )
     models = ["--actor_model_name_or_path", "a", "--critic_model_name_or_path", "b"]
-    config = parse_config(CONFIGS[step], flags + (models if step == 3 else ["--model_name_or_path", "a"]))
+    config = parse_config(
+        CONFIGS[step], flags + (models if step == 3 else ["--model_name_or_path", "a"])
+    )
     system = config.critic_system if step == 3 else config.system
     assert system.zero_stage == (2 if step > 1 else 0 if single_gpu or kind != "real" else 3)
 
@@ -79,7 +83,10 @@ def test_commands_of_real_sizes(e2e):
     assert (config.system.actor_zero_stage, config.system.critic_zero_stage) == (2, 3)
     assert config.data.data_path == ["rows.jsonl"]
     launch = e2e.launcher(args, on_gpu=True, port=29500)
-    assert launch[1:3] == ["-m", "deepspeed.launcher.runner"] and launch[-2:] == ["--hostfile", "hosts"]
+    assert launch[1:3] == ["-m", "deepspeed.launcher.runner"] and launch[-2:] == [
+        "--hostfile",
+        "hosts",
+    ]
 
 
 def test_the_launcher_counts_processes_by_deployment(e2e, monkeypatch):
@@ -90,13 +97,21 @@ def test_the_launcher_counts_processes_by_deployment(e2e, monkeypatch):
     here = ["--hostfile", ""]  # not DeepSpeed's default of other machines
     assert words("", True) == [*here, "--num_gpus", "1"]
     assert words("--deployment-type single_node", True) == here
-    assert words("--deployment-type single_node --num-processes 4", True) == [*here, "--num_gpus", "4"]
+    assert words("--deployment-type single_node --num-processes 4", True) == [
+        *here,
+        "--num_gpus",
+        "4",
+    ]
     assert words("", False) == [*here, "--num_accelerators", "1"]
     assert words("--num-processes 2", False) == [*here, "--num_accelerators", "2"]
     assert words("--deployment-type multi_node", True) == []
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     assert words("", True) == [*here, "--include", "localhost:3"]
-    assert words("--deployment-type single_node --num-processes 2", True) == [*here, "--include", "localhost:3,5"]
+    assert words("--deployment-type single_node --num-processes 2", True) == [
+        *here,
+        "--include",
+        "localhost:3,5",
+    ]
     assert words("--deployment-type single_node", True) == here
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-8932f937")
     with pytest.raises(ValueError, match="CUDA_VISIBLE_DEVICES=GPU-8932f937: .*numbers"):
@@ -120,18 +135,29 @@ def test_models_that_do_not_go_together_are_refused(e2e):
         ("no model", "no model"),
     ],
 )
-def test_beside_an_actor_that_is_no_opt_the_reward_model_starts_from_it_too(actor, expected, e2e, tmp_path, monkeypatch):
-    for name, kind in (("an opt folder", "opt"), ("an opt-125m that is a llama", "llama"), ("no model", "")):
+def test_beside_an_actor_that_is_no_opt_the_reward_model_starts_from_it_too(
+    actor, expected, e2e, tmp_path, monkeypatch
+):
+    for name, kind in (
+        ("an opt folder", "opt"),
+        ("an opt-125m that is a llama", "llama"),
+        ("no model", ""),
+    ):
         (tmp_path / name).mkdir()
         if kind:
             (tmp_path / name / "config.json").write_text(f'{{"model_type": "{kind}"}}')
     monkeypatch.chdir(tmp_path)
     plan = e2e.make_plan(e2e.parse_args(["--actor-model", actor]))
     assert plan.reward == expected and plan.outputs[2].name == size_name(expected)
-    assert e2e.make_plan(e2e.parse_args(["--actor-model", actor, "--reward-model", "125m"])).reward == "facebook/opt-125m"
+    assert (
+        e2e.make_plan(e2e.parse_args(["--actor-model", actor, "--reward-model", "125m"])).reward
+        == "facebook/opt-125m"
+    )
 
 
-def test_a_critic_that_cannot_read_the_actors_tokens_is_refused_before_step_1(e2e, tmp_path, monkeypatch, capsys):
+def test_a_critic_that_cannot_read_the_actors_tokens_is_refused_before_step_1(
+    e2e, tmp_path, monkeypatch, capsys
+):
     actor = make_tiny_model(tmp_path / "actor", family="opt")
     other = make_tiny_model(tmp_path / "other", family="opt", pad_is_eos=True)
     ran = []
@@ -140,16 +166,23 @@ def test_a_critic_that_cannot_read_the_actors_tokens_is_refused_before_step_1(e2
     monkeypatch.setattr(e2e, "run_steps", lambda args, plan, **_: ran.append(plan.reward) or {})
 
     def main(*words):
-        monkeypatch.setattr(sys, "argv", ["e2e_rlhf.py", "--output-dir", str(tmp_path / "out"), *words])
+        monkeypatch.setattr(
+            sys, "argv", ["e2e_rlhf.py", "--output-dir", str(tmp_path / "out"), *words]
+        )
         e2e.main()
 
     pair = ("--actor-model", str(actor), "--reward-model", str(other))
-    with pytest.raises(ValueError, match=r"--reward-model .*/other: .*\(260 tokens\) .* --actor-model .*/actor \(259 tokens\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"--reward-model .*/other: .*\(260 tokens\) .* --actor-model .*/actor \(259 tokens\)",
+    ):
         main(*pair)
     assert ran == []
     main(*pair, "--step", "1", "2")  # whose models may go other ways
     assert ran == [str(other)] and f"--reward-model {other}" in capsys.readouterr().out
-    main("--actor-model", str(actor), "--reward-model", str(tmp_path))  # no tokenizer: step 2 says so
+    main(
+        "--actor-model", str(actor), "--reward-model", str(tmp_path)
+    )  # no tokenizer: step 2 says so
     # A padding token that step 2 gives its model is no difference.
     tokenizer = byte_tokenizer(pad_is_eos=True)
     tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
@@ -161,26 +194,51 @@ def test_a_critic_that_cannot_read_the_actors_tokens_is_refused_before_step_1(e2
 def test_what_is_in_the_way_of_a_run_is_named_at_once(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError) as refused:
-        check_arguments(str(tmp_path / "file"), num_processes=-2, num_gpus=0, save_interval=-1, hostfile="none")
+        check_arguments(
+            str(tmp_path / "file"), num_processes=-2, num_gpus=0, save_interval=-1, hostfile="none"
+        )
     processes, interval, hosts, output = str(refused.value).splitlines()
-    assert (processes, interval) == ("--num-processes -2: must be at least 0.", "--save-interval -1: must be at least 0.")
+    assert (processes, interval) == (
+        "--num-processes -2: must be at least 0.",
+        "--save-interval -1: must be at least 0.",
+    )
     assert hosts.startswith("--hostfile none: no such file") and "slots=8" in hosts
-    assert output == f"--output-dir {tmp_path}/file: no folder that can be written (File exists). Give another."
+    assert (
+        output
+        == f"--output-dir {tmp_path}/file: no folder that can be written (File exists). Give another."
+    )
     with pytest.raises(ValueError, match=r"--num-processes 3: this machine shows 2 GPU\(s\)"):
-        check_arguments(str(tmp_path / "out"), num_processes=3, num_gpus=2, save_interval=0, hostfile=None)
-    check_arguments(str(tmp_path / "out"), num_processes=3, num_gpus=0, save_interval=0, hostfile=None)
+        check_arguments(
+            str(tmp_path / "out"), num_processes=3, num_gpus=2, save_interval=0, hostfile=None
+        )
+    check_arguments(
+        str(tmp_path / "out"), num_processes=3, num_gpus=0, save_interval=0, hostfile=None
+    )
     hosts = tmp_path / "hosts"
     hosts.touch()
     options = dict(num_gpus=None, save_interval=0, hostfile=str(hosts))
     check_arguments(str(tmp_path / "out"), num_processes=0, several_hosts=True, **options)
-    for several, number, message in ((False, 0, "--deployment-type multi_node"), (True, 2, "--num-processes 2: with multi_node")):
+    for several, number, message in (
+        (False, 0, "--deployment-type multi_node"),
+        (True, 2, "--num-processes 2: with multi_node"),
+    ):
         with pytest.raises(ValueError, match=message):
-            check_arguments(str(tmp_path / "out"), num_processes=number, several_hosts=several, **options)
+            check_arguments(
+                str(tmp_path / "out"), num_processes=number, several_hosts=several, **options
+            )
     assert (tmp_path / "out").is_dir()
 
 
 def test_the_command_ends_with_these_words(e2e, tmp_path, monkeypatch):
-    command = ["e2e_rlhf.py", "--actor-model", "tiny-llama", "--num-processes", "-2", "--output-dir", str(tmp_path / "out")]
+    command = [
+        "e2e_rlhf.py",
+        "--actor-model",
+        "tiny-llama",
+        "--num-processes",
+        "-2",
+        "--output-dir",
+        str(tmp_path / "out"),
+    ]
     monkeypatch.setattr(sys, "argv", command)
     monkeypatch.setattr(e2e, "set_up_logging", lambda: None)
     with pytest.raises(ValueError, match="--num-processes -2: must be at least 0"):

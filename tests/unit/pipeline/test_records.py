@@ -76,14 +76,18 @@ def test_checkpoints_behind_a_step_stay_until_it_has_finished(chain):
     chain(stop=3)
     chain("--step 1", stop=1)
     assert chain.checkpoints() == [1, 3]
-    with pytest.raises(ValueError, match="step_00000005 is of a run that cannot be gone on with.* --fresh"):
+    with pytest.raises(
+        ValueError, match="step_00000005 is of a run that cannot be gone on with.* --fresh"
+    ):
         chain("--step 3")
     assert chain() == [(1, RESUMED), (3, ANEW)]
 
 
 def test_what_may_differ_freely_changes_nothing(chain, monkeypatch, tmp_path):
     chain("--save-interval 5", stop=3)
-    moved = {step: Path("/elsewhere") / main.relative_to(ROOT) for step, main in chain.e2e.MAINS.items()}
+    moved = {
+        step: Path("/elsewhere") / main.relative_to(ROOT) for step, main in chain.e2e.MAINS.items()
+    }
     monkeypatch.setattr(chain.e2e, "MAINS", moved)
     assert chain("--save-interval 7", stop=3) == [(3, RESUMED)]
     assert chain() == [(3, RESUMED)]
@@ -122,10 +126,15 @@ def test_the_folder_of_a_run_that_lasts_is_not_touched(words, chain):
     code = "import sys; from pathlib import Path; from dschat.runtime.lock import lock_folder; "
     code += "lock_folder(Path(sys.argv[1])); print('locked', flush=True); input()"
     command = [sys.executable, "-c", code, str(chain.folder(3))]
-    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+    with subprocess.Popen(
+        command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as holder:
         try:
             assert holder.stdout.readline() == "locked\n"
-            with pytest.raises(ValueError, match=f"step3-models/1.3b: another run writes to it .process {holder.pid} "):
+            with pytest.raises(
+                ValueError,
+                match=f"step3-models/1.3b: another run writes to it .process {holder.pid} ",
+            ):
                 chain(words)
         finally:
             holder.communicate("\n")

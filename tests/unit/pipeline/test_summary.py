@@ -20,9 +20,16 @@ def write_rows(path, rows):
 def test_supervised_section_reads_the_first_and_the_last_evaluation(tmp_path):
     write_rows(
         tmp_path / "metrics.jsonl",
-        [{"step": 0, "eval/accuracy": 0.5}, {"step": 1, "train/loss": 1.0}, {"step": 2, "eval/accuracy": 0.9}],
+        [
+            {"step": 0, "eval/accuracy": 0.5},
+            {"step": 1, "train/loss": 1.0},
+            {"step": 2, "eval/accuracy": 0.9},
+        ],
     )
-    assert supervised_section(tmp_path, "eval/accuracy", "accuracy") == {"accuracy_before": 0.5, "accuracy_after": 0.9}
+    assert supervised_section(tmp_path, "eval/accuracy", "accuracy") == {
+        "accuracy_before": 0.5,
+        "accuracy_after": 0.9,
+    }
 
 
 def test_lower_bound_of_a_constant_gain_is_that_gain_and_of_noise_is_below_zero():
@@ -35,7 +42,14 @@ def test_lower_bound_of_a_constant_gain_is_that_gain_and_of_noise_is_below_zero(
 def test_ppo_section_by_hand(tmp_path):
     def rows(scores, answers):
         return [
-            {"prompt": "Review: It is", "answer": a, "score": s, "kl": 2.0, "length": len(a), "ended": s > 0}
+            {
+                "prompt": "Review: It is",
+                "answer": a,
+                "score": s,
+                "kl": 2.0,
+                "length": len(a),
+                "ended": s > 0,
+            }
             for s, a in zip(scores, answers)
         ]
 

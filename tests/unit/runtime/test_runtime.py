@@ -23,7 +23,9 @@ FAILURES = {
 
 def python(code: str, *, main: str = "", **environment: str) -> subprocess.CompletedProcess:
     """Run a main whose body is `main` inside run_main, after `code`; stderr and stdout as one."""
-    program = f"from dschat.runtime import log\n{code}\ndef main():\n    {main}\nlog.run_main(main)\n"
+    program = (
+        f"from dschat.runtime import log\n{code}\ndef main():\n    {main}\nlog.run_main(main)\n"
+    )
     return subprocess.run(
         [sys.executable, "-c", program],
         cwd=ROOT,
@@ -51,7 +53,9 @@ def test_a_users_error_shows_its_traceback_when_asked():
 
 
 def test_a_main_that_ends_well_exits_with_0():
-    done = python("", main="log.logger.info('shown'); log.logging.getLogger('dschat.part').info('this too')")
+    done = python(
+        "", main="log.logger.info('shown'); log.logging.getLogger('dschat.part').info('this too')"
+    )
     assert (done.returncode, done.stdout) == (0, "shown\nthis too\n")
 
 
@@ -82,14 +86,21 @@ def test_under_a_launcher_the_cause_comes_once_more_behind_its_lines(tmp_path):
         "print('the launcher on its own failure', file=sys.stderr)\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, launcher], env=environment, capture_output=True, text=True, timeout=60)
-    assert done.stderr == "\nerror (rank 0): the cause\nthe launcher on its own failure\n\nerror (rank 0): the cause\n"
+    done = subprocess.run(
+        [sys.executable, launcher], env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert (
+        done.stderr
+        == "\nerror (rank 0): the cause\nthe launcher on its own failure\n\nerror (rank 0): the cause\n"
+    )
 
 
 def test_collectives_of_one_process():
     rows = torch.arange(6.0).view(3, 2)
     assert (dist.rank(), dist.world_size(), dist.is_main()) == (0, 1, True)
-    assert torch.equal(dist.gather_rows(rows), rows) and torch.equal(dist.gather_rows(rows, 2), rows[:2])
+    assert torch.equal(dist.gather_rows(rows), rows) and torch.equal(
+        dist.gather_rows(rows, 2), rows[:2]
+    )
     parameter = torch.ones(2, requires_grad=True)
     reduced = dist.all_reduce(parameter, "max")
     assert torch.equal(reduced, torch.ones(2)) and not reduced.requires_grad
@@ -122,7 +133,12 @@ print([dist.all_reduce(value, op).item() for op in ("sum", "max", "min")], value
 def test_collectives_of_two_processes(tmp_path):
     command = [sys.executable, "-c", TWO_RANKS]
     processes = [
-        subprocess.Popen([*command, str(rank), str(tmp_path / "store")], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [*command, str(rank), str(tmp_path / "store")],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         for rank in (0, 1)
     ]
     for rank, process in enumerate(processes):
@@ -145,7 +161,10 @@ def test_write_json_leaves_the_old_file_until_the_new_one_is_whole(tmp_path, mon
     monkeypatch.setattr(
         files.os,
         "replace",
-        lambda a, b: (order.append((json.loads(path.read_text()), json.loads(Path(a).read_text()))), replace(a, b)),
+        lambda a, b: (
+            order.append((json.loads(path.read_text()), json.loads(Path(a).read_text()))),
+            replace(a, b),
+        ),
     )
     files.write_json(path, {"a": 2})
     assert order == ["fsync", ({"a": "é"}, {"a": 2})] and json.loads(path.read_text()) == {"a": 2}
@@ -167,8 +186,14 @@ def test_a_report_names_the_machine_and_the_versions():
         (torch.OutOfMemoryError("CUDA out of memory"), "--per_device_train_batch_size"),
         (MemoryError(), "--offload"),
         (OSError(errno.ENOSPC, "No space left on device"), "--output_dir"),
-        (Exception("Error while serializing: I/O error: No space left on device (os error 28)"), "--output_dir"),
-        (torch.distributed.DistNetworkError("The server socket has failed to listen"), "master port"),
+        (
+            Exception("Error while serializing: I/O error: No space left on device (os error 28)"),
+            "--output_dir",
+        ),
+        (
+            torch.distributed.DistNetworkError("The server socket has failed to listen"),
+            "master port",
+        ),
         (RuntimeError("NCCL error: unhandled system error"), "NCCL_DEBUG=INFO"),
     ],
 )

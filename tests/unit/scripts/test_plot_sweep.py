@@ -10,7 +10,9 @@ from scripts.plot_sweep import main, moving_average, read_curves, summary
 def write_run(folder, name: str, values) -> None:
     (folder / name).mkdir()
     lines = [{"step": 0, "eval/score": 1.0}]
-    lines += [{"step": step, "objective/score": value} for step, value in enumerate(values, start=1)]
+    lines += [
+        {"step": step, "objective/score": value} for step, value in enumerate(values, start=1)
+    ]
     (folder / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
@@ -19,7 +21,10 @@ def test_sixteen_runs_are_looked_for_and_what_is_there_is_read(tmp_path):
     write_run(tmp_path, "z3_he_false_offload_false_lora_false", [])
     curves, missing = read_curves(tmp_path, "objective/score")
     assert set(curves) == {"z2_he_true_offload_false_lora_true"} and len(missing) == 15
-    assert "z3_he_false_offload_false_lora_false" in missing and "z3_he_true_offload_true_lora_true" in missing
+    assert (
+        "z3_he_false_offload_false_lora_false" in missing
+        and "z3_he_true_offload_true_lora_true" in missing
+    )
     (curve,) = curves.values()
     assert [step for step, _ in curve] == [1, 2, 3, 4]
     assert summary(curve) == ["4", "0.500", "1.500", "2.000"]

@@ -17,20 +17,32 @@ def script(tmp_path, monkeypatch):
         (tmp_path / name / "model").mkdir(parents=True)
         (tmp_path / name / "model" / "config.json").write_text("{}")
         (tmp_path / name / "model" / "model.safetensors").write_bytes(name.encode())
-    found = SimpleNamespace(launched=[], gain=2.0, more=[], output=tmp_path / "results", models=tmp_path)
+    found = SimpleNamespace(
+        launched=[], gain=2.0, more=[], output=tmp_path / "results", models=tmp_path
+    )
 
     def runs(work):
-        models = [f"--{name}_model_name_or_path {tmp_path / name / 'model'}" for name in ("actor", "critic")]
-        return {name: [*" ".join(models).split(), "--reward_fn", "f.py:f", "--kind", name, *found.more] for name in KINDS}
+        models = [
+            f"--{name}_model_name_or_path {tmp_path / name / 'model'}"
+            for name in ("actor", "critic")
+        ]
+        return {
+            name: [*" ".join(models).split(), "--reward_fn", "f.py:f", "--kind", name, *found.more]
+            for name in KINDS
+        }
 
     def run(command, **_):
         found.launched.append(command)
-        write_run(command[command.index("--output_dir") + 1], gain=found.gain, fast="epochs4" in command)
+        write_run(
+            command[command.index("--output_dir") + 1], gain=found.gain, fast="epochs4" in command
+        )
         return SimpleNamespace(returncode=0)
 
     def main(*words: str) -> int:
         found.launched.clear()
-        monkeypatch.setattr("sys.argv", ["reproduce_ppo.py", "--tiny", "--output", str(found.output), *words])
+        monkeypatch.setattr(
+            "sys.argv", ["reproduce_ppo.py", "--tiny", "--output", str(found.output), *words]
+        )
         with pytest.raises(SystemExit) as caught:
             reproduce_ppo.main()
         return caught.value.code
@@ -53,7 +65,7 @@ def write_run(folder: str, *, gain: float, fast: bool) -> None:
         if step in steps:
             line |= {"eval/score": steps[step], "eval/score_sd": 1.0}
             row = {"prompt": "a", "answer": "b", "kl": 3.0, "length": 2, "ended": True}
-            rows = [{**row, "score": steps[step] + offset} for offset in (-0.5**0.5, 0.5**0.5)]
+            rows = [{**row, "score": steps[step] + offset} for offset in (-(0.5**0.5), 0.5**0.5)]
             text = "".join(json.dumps(row) + "\n" for row in rows)
             (evaluations / f"rollout_{step:06d}.jsonl").write_text(text)
         lines.append(json.dumps(line) + "\n")
@@ -90,7 +102,12 @@ def test_a_record_is_judged_by_every_bar(script):
     assert script.main("--seeds", "1") == 0
     path = script.output / "epochs4_seed1.json"
     good = record(script)
-    for key, bad in (("kl", 8.1), ("explained_variance_last5", 0.3), ("score_gain_sd", 0.99), ("judge_gain_lower95", 0.0)):
+    for key, bad in (
+        ("kl", 8.1),
+        ("explained_variance_last5", 0.3),
+        ("score_gain_sd", 0.99),
+        ("judge_gain_lower95", 0.0),
+    ):
         path.write_text(json.dumps({**good, "result": {**good["result"], key: bad}}))
         rows, all_met = reproduce_ppo.judge_bars(script.output, list(KINDS), [1])
         assert not all_met and [met for _, _, met in rows].count("NO") == 1, key
@@ -138,5 +155,7 @@ def test_records_without_fingerprints_are_still_read(script):
 
 def test_the_published_records_are_read_and_their_bars_met():
     output = reproduce_ppo.ROOT / "docs" / "results" / "ppo"
-    rows, all_met = reproduce_ppo.judge_bars(output, ["epochs1", "epochs4", "control", "addition"], [1, 2, 3, 4])
+    rows, all_met = reproduce_ppo.judge_bars(
+        output, ["epochs1", "epochs4", "control", "addition"], [1, 2, 3, 4]
+    )
     assert all_met and rows == json.loads((output / "summary.json").read_text())["bars"]

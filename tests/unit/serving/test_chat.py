@@ -58,7 +58,10 @@ def fit(messages, tokenizer, max_tokens=1000, prompt_format="chat"):
 
 
 def test_the_ids_are_those_of_the_chat_template():
-    for tokenizer in (byte_tokenizer(add_bos=False), make_tokenizer(bos=True, chat_template=CHAT_TEMPLATE)):
+    for tokenizer in (
+        byte_tokenizer(add_bos=False),
+        make_tokenizer(bos=True, chat_template=CHAT_TEMPLATE),
+    ):
         ids = tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=True, return_dict=False)
         assert fit(MESSAGES, tokenizer) == (ids, 0)
 
@@ -74,22 +77,35 @@ def test_the_ids_are_those_that_step_3_reads(template):
 
 def test_plain_texts_are_joined_as_they_stand():
     tokenizer = make_tokenizer()
-    ids, _ = fit([{"role": "user", "content": "ab "}, {"role": "user", "content": "c"}], tokenizer, prompt_format="plain")
+    ids, _ = fit(
+        [{"role": "user", "content": "ab "}, {"role": "user", "content": "c"}],
+        tokenizer,
+        prompt_format="plain",
+    )
     assert tokenizer.decode(ids) == "ab c"
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_the_oldest_turns_go_first_and_the_system_stays(form):
     tokenizer = byte_tokenizer()
-    sizes = [len(fit([MESSAGES[0], *MESSAGES[begin:]], tokenizer, prompt_format=form)[0]) for begin in (1, 3, 5)]
+    sizes = [
+        len(fit([MESSAGES[0], *MESSAGES[begin:]], tokenizer, prompt_format=form)[0])
+        for begin in (1, 3, 5)
+    ]
     for number, size in enumerate(sizes):
         for room, left_out in ((size, 2 * number), (size - 1, 2 * (number + 1))):
             if left_out > 4:
-                with pytest.raises(ValueError, match=f"makes {size} tokens, and there is room for {room}: shorten it"):
+                with pytest.raises(
+                    ValueError,
+                    match=f"makes {size} tokens, and there is room for {room}: shorten it",
+                ):
                     fit(MESSAGES, tokenizer, room, form)
                 continue
             ids, found = fit(MESSAGES, tokenizer, room, form)
-            assert found == left_out and ids == fit([MESSAGES[0], *MESSAGES[1 + left_out :]], tokenizer, 1000, form)[0]
+            assert (
+                found == left_out
+                and ids == fit([MESSAGES[0], *MESSAGES[1 + left_out :]], tokenizer, 1000, form)[0]
+            )
 
 
 def greedy(model, ids: list[int], number: int) -> list[int]:
@@ -108,18 +124,30 @@ def test_an_answer_ends_at_each_end_token_and_at_the_limit(family, tmp_path):
     ids, _ = fit(MESSAGES, tokenizer)
     new = greedy(load_causal_lm(path, dtype=torch.float32), ids, 15)
     assert len(set(new)) >= 8 and 2 not in new
-    cut = ChatModel(load_causal_lm(path, dtype=torch.float32), tokenizer).answer(ids, max_new_tokens=15)
-    assert (cut.text, cut.num_tokens, cut.ended) == (tokenizer.decode(new, skip_special_tokens=True), 15, False)
+    cut = ChatModel(load_causal_lm(path, dtype=torch.float32), tokenizer).answer(
+        ids, max_new_tokens=15
+    )
+    assert (cut.text, cut.num_tokens, cut.ended) == (
+        tokenizer.decode(new, skip_special_tokens=True),
+        15,
+        False,
+    )
     letters = [i for i, token in enumerate(new) if i > 2 and new.index(token) == i]
     for place in letters[:2]:
         model = load_causal_lm(path, dtype=torch.float32)
         # Its other settings would change the answer, if they counted.
-        model.generation_config.update(eos_token_id=[2, new[place]], do_sample=True, top_k=7, suppress_tokens=[new[0]])
+        model.generation_config.update(
+            eos_token_id=[2, new[place]], do_sample=True, top_k=7, suppress_tokens=[new[0]]
+        )
         shown: list[str] = []
         answer = ChatModel(model, tokenizer).answer(ids, max_new_tokens=15, show=shown.append)
         assert (answer.num_tokens, answer.ended) == (place + 1, True)
         # This end token has a text, and is no special token of the tokenizer.
-        assert answer.text == "".join(shown) == tokenizer.decode(new[: place + 1], skip_special_tokens=True)
+        assert (
+            answer.text
+            == "".join(shown)
+            == tokenizer.decode(new[: place + 1], skip_special_tokens=True)
+        )
 
 
 def test_the_end_token_is_not_shown(tmp_path):
@@ -168,10 +196,16 @@ def test_the_next_turn_of_the_user_ends_an_answer_and_is_never_shown():
 
 
 def test_a_stop_text_ends_generation(model_folder):
-    model = ChatModel(load_causal_lm(model_folder, dtype=torch.float32), tokenizer := load_tokenizer(model_folder))
+    model = ChatModel(
+        load_causal_lm(model_folder, dtype=torch.float32), tokenizer := load_tokenizer(model_folder)
+    )
     ids, _ = fit(MESSAGES, tokenizer)
     whole = model.answer(ids, max_new_tokens=300)
-    place = next(i for i in range(100) if whole.text[i : i + 2].isascii() and whole.text[i : i + 2].isprintable())
+    place = next(
+        i
+        for i in range(100)
+        if whole.text[i : i + 2].isascii() and whole.text[i : i + 2].isprintable()
+    )
     answer = model.answer(ids, max_new_tokens=300, stop_text=whole.text[place : place + 2])
     assert answer.ended and answer.num_tokens <= place + 40 < whole.num_tokens
     assert whole.text.startswith(answer.text + whole.text[place : place + 2])
@@ -193,7 +227,11 @@ def test_the_terminal_by_its_input(model_folder):
     assert done.stdout.decode().count("(a new conversation)") == 1
     tokenizer = load_tokenizer(model_folder)
     ids, _ = fit([{"role": "user", "content": "hello"}], tokenizer)
-    text = ChatModel(load_causal_lm(model_folder, dtype=torch.float32), tokenizer).answer(ids, max_new_tokens=12).text
+    text = (
+        ChatModel(load_causal_lm(model_folder, dtype=torch.float32), tokenizer)
+        .answer(ids, max_new_tokens=12)
+        .text
+    )
     assert first == re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)
 
 
@@ -223,7 +261,9 @@ class Scripted:
         return text.strip()
 
 
-def typed(program, monkeypatch, capsys, lines: list[str], max_turns: int = 32) -> tuple[Scripted, str]:
+def typed(
+    program, monkeypatch, capsys, lines: list[str], max_turns: int = 32
+) -> tuple[Scripted, str]:
     chat, left = Scripted(), iter(lines)
 
     def read(prompt: str) -> str:
@@ -240,7 +280,13 @@ def typed(program, monkeypatch, capsys, lines: list[str], max_turns: int = 32) -
 def test_the_terminal_keeps_the_conversation(program, monkeypatch, capsys):
     chat, out = typed(program, monkeypatch, capsys, ["a", "  ", "long", "b", "c", "clear", "d"])
     one, three = "1\x1b[2J", "3\x1b[2J"
-    assert chat.seen == [["a"], ["a", one, "long"], ["a", one, "b"], ["a", one, "b", three, "c"], ["d"]]
+    assert chat.seen == [
+        ["a"],
+        ["a", one, "long"],
+        ["a", one, "b"],
+        ["a", one, "b", three, "c"],
+        ["d"],
+    ]
     assert "(too long)" in out and "(2 older messages no longer fit and are left out)" in out
     assert "\x1b" not in out and "1\ufffd[2J" in out
 
@@ -259,7 +305,10 @@ def test_the_server_answers_as_the_terminal_does(program, model_folder):
     thread = threading.Thread(target=server.serve_forever, kwargs=dict(poll_interval=0.01))
     thread.start()
     try:
-        found = [ask(server.server_address, {"messages": MESSAGES, **more}) for more in ({}, {"max_new_tokens": 3})]
+        found = [
+            ask(server.server_address, {"messages": MESSAGES, **more})
+            for more in ({}, {"max_new_tokens": 3})
+        ]
         status, page = ask(server.server_address, None)
         long = ask(server.server_address, {"messages": [{"role": "user", "content": "x" * 2000}]})
     finally:
@@ -268,10 +317,19 @@ def test_the_server_answers_as_the_terminal_does(program, model_folder):
         thread.join()
     ids, _ = chat.fit(MESSAGES)
     answer = chat.answer(ids, max_new_tokens=12)
-    assert found[0] == (200, {"text": answer.text.strip(), "num_tokens": 12, "ended": False, "left_out": 0})
+    assert found[0] == (
+        200,
+        {"text": answer.text.strip(), "num_tokens": 12, "ended": False, "left_out": 0},
+    )
     assert found[1][1]["num_tokens"] == 3
-    assert status == 200 and "textContent" in page and not re.search(r"innerHTML|outerHTML|document\.write|https?:", page)
-    assert long[0] == 400 and "there is room for 500" in long[1]["error"]  # 512 positions, 12 of them the answer's
+    assert (
+        status == 200
+        and "textContent" in page
+        and not re.search(r"innerHTML|outerHTML|document\.write|https?:", page)
+    )
+    assert (
+        long[0] == 400 and "there is room for 500" in long[1]["error"]
+    )  # 512 positions, 12 of them the answer's
 
 
 def ask(address: tuple[str, int], body: dict | None) -> tuple[int, dict | str]:
@@ -289,7 +347,9 @@ def ask(address: tuple[str, int], body: dict | None) -> tuple[int, dict | str]:
 def test_the_served_program_says_where_it_is_and_ends_by_a_signal(model_folder):
     argv = [sys.executable, str(CHAT), "--path", model_folder, "--serve", "--port", "0"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as process:
+    with subprocess.Popen(
+        argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
         try:
             line = process.stdout.readline()
             port = int(re.fullmatch(r"http://127\.0\.0\.1:(\d+)/ \(Ctrl-C ends\)\n", line)[1])
@@ -309,13 +369,17 @@ def test_the_served_program_says_where_it_is_and_ends_by_a_signal(model_folder):
 
 
 @pytest.mark.parametrize("host, warned", [("0.0.0.0", True), ("127.0.0.1", False)])
-def test_an_open_address_is_warned_of_at_the_start(host, warned, program, model_folder, monkeypatch, caplog):
+def test_an_open_address_is_warned_of_at_the_start(
+    host, warned, program, model_folder, monkeypatch, caplog
+):
     argv = ["chat.py", "--path", model_folder, "--serve", "--host", host, "--port", "0"]
     monkeypatch.setattr(sys, "argv", argv)
     monkeypatch.setattr(program.ChatServer, "serve_forever", lambda self: None)
     monkeypatch.setattr(logging.getLogger("dschat"), "propagate", True)
     program.main()
-    assert [f"--host {host} is not this machine alone" in line for line in caplog.messages] == [True] * warned
+    assert [f"--host {host} is not this machine alone" in line for line in caplog.messages] == [
+        True
+    ] * warned
 
 
 # Words, and what the message must hold.
@@ -323,7 +387,13 @@ BAD_FLAGS = {
     "no model": ([], ["--path is required"]),
     "numbers": (
         "--path m --max_new_tokens 0 --temperature -1 --top_p 0 --max_turns 0 --port 70000".split(),
-        ["--max_new_tokens 0", "--temperature -1.0", "--top_p 0.0", "--max_turns 0", "--port 70000"],
+        [
+            "--max_new_tokens 0",
+            "--temperature -1.0",
+            "--top_p 0.0",
+            "--max_turns 0",
+            "--port 70000",
+        ],
     ),
     "limits": (
         "--path m --max_request_bytes 0 --requests_per_minute 0 --max_wait_s -1".split(),

@@ -22,7 +22,12 @@ HELLO = {"messages": [{"role": "user", "content": "hello"}]}
 
 
 @contextmanager
-def serving(*, host: str = "127.0.0.1", answer=lambda request, stop: {"text": request[0][-1]["content"][::-1]}, **limits):
+def serving(
+    *,
+    host: str = "127.0.0.1",
+    answer=lambda request, stop: {"text": request[0][-1]["content"][::-1]},
+    **limits,
+):
     """A server that answers with the message backwards, on a free port."""
     server = ChatServer(
         host,
@@ -46,7 +51,11 @@ def request(server, *, method: str = "POST", path: str = "/chat", body=HELLO, **
     """Status, headers and body of a request; headers that are None are left out."""
     data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
     host, port = server.server_address[:2]
-    sent = {"Host": f"{host}:{port}", "Content-Type": "application/json", "Content-Length": str(len(data or b""))}
+    sent = {
+        "Host": f"{host}:{port}",
+        "Content-Type": "application/json",
+        "Content-Length": str(len(data or b"")),
+    }
     sent |= {name.replace("_", "-"): value for name, value in headers.items()}
     connection = http.client.HTTPConnection(host, port, timeout=10)
     connection.putrequest(method, path, skip_host=True, skip_accept_encoding=True)
@@ -67,16 +76,29 @@ def error(found) -> str:
 def test_an_answer_and_the_page():
     with serving() as server:
         status, headers, body = request(server)
-        assert (status, json.loads(body), headers["Content-Type"]) == (200, {"text": "olleh"}, "application/json")
+        assert (status, json.loads(body), headers["Content-Type"]) == (
+            200,
+            {"text": "olleh"},
+            "application/json",
+        )
         status, headers, body = request(server, method="GET", path="/", body=None)
-        assert (status, body.decode(), headers["Content-Type"]) == (200, PAGE, "text/html; charset=utf-8")
+        assert (status, body.decode(), headers["Content-Type"]) == (
+            200,
+            PAGE,
+            "text/html; charset=utf-8",
+        )
     for name in ("Server", "Content-Security-Policy", "X-Content-Type-Options"):
         assert "Python" not in headers[name]
-    assert headers["X-Content-Type-Options"] == "nosniff" and "default-src 'none'" in headers["Content-Security-Policy"]
+    assert (
+        headers["X-Content-Type-Options"] == "nosniff"
+        and "default-src 'none'" in headers["Content-Security-Policy"]
+    )
 
 
 @pytest.mark.parametrize("method", ["GET", "POST"])
-@pytest.mark.parametrize("path", ["/chat.py", "/../chat.py", "//etc/passwd", "/page.html", "/%2e%2e/README.md", "/?x"])
+@pytest.mark.parametrize(
+    "path", ["/chat.py", "/../chat.py", "//etc/passwd", "/page.html", "/%2e%2e/README.md", "/?x"]
+)
 def test_no_path_of_a_request_is_a_file(method, path):
     with serving() as server:
         assert request(server, method=method, path=path)[0] == 404
@@ -90,16 +112,34 @@ WRONG = {
     "deep": (b"[" * 1999, "the body is not JSON: maximum recursion depth"),
     "a list": ([], "the body is a JSON list, not an object"),
     "no messages": ({}, 'no field "messages"'),
-    "another field": ({**HELLO, "file": "/etc/passwd"}, "unknown field 'file'; known: messages, max_new_tokens"),
+    "another field": (
+        {**HELLO, "file": "/etc/passwd"},
+        "unknown field 'file'; known: messages, max_new_tokens",
+    ),
     "messages of another type": ({"messages": "hello"}, 'field "messages" is "hello", not a list'),
     "no message": ({"messages": []}, 'field "messages" has no message of the user'),
     "another role": ({"messages": [{"role": "root", "content": "a"}]}, "messages[0] is"),
-    "no content": ({"messages": [{"role": "user"}]}, 'field "messages[0].content" is null, not a text'),
+    "no content": (
+        {"messages": [{"role": "user"}]},
+        'field "messages[0].content" is null, not a text',
+    ),
     "half a character": ({"messages": [{"role": "user", "content": "\ud800"}]}, "not valid UTF-8"),
-    "the model's last": ({"messages": [{"role": "assistant", "content": "a"}]}, "no message of the user"),
-    "too many turns": ({"messages": HELLO["messages"] * 5}, "messages: 5, of which 0 of the system; at most 4"),
-    "systems": ({"messages": [{"role": "system", "content": "a"}] * 2 + HELLO["messages"]}, "2 of the system"),
-    "too many tokens": ({**HELLO, "max_new_tokens": 17}, "max_new_tokens is 17; give a whole number from 1 to 16"),
+    "the model's last": (
+        {"messages": [{"role": "assistant", "content": "a"}]},
+        "no message of the user",
+    ),
+    "too many turns": (
+        {"messages": HELLO["messages"] * 5},
+        "messages: 5, of which 0 of the system; at most 4",
+    ),
+    "systems": (
+        {"messages": [{"role": "system", "content": "a"}] * 2 + HELLO["messages"]},
+        "2 of the system",
+    ),
+    "too many tokens": (
+        {**HELLO, "max_new_tokens": 17},
+        "max_new_tokens is 17; give a whole number from 1 to 16",
+    ),
     "no tokens": ({**HELLO, "max_new_tokens": 0}, "max_new_tokens is 0"),
     "half a token": ({**HELLO, "max_new_tokens": 1.5}, "max_new_tokens is 1.5"),
     "true": ({**HELLO, "max_new_tokens": True}, "max_new_tokens is true"),
@@ -115,7 +155,10 @@ def test_a_wrong_body_is_named():
 
 
 def test_the_most_that_is_allowed_is_answered():
-    turns = [{"role": role, "content": role} for role in ("system", "user", "assistant", "assistant", "user")]
+    turns = [
+        {"role": role, "content": role}
+        for role in ("system", "user", "assistant", "assistant", "user")
+    ]
     with serving() as server:
         found = request(server, body={"messages": turns, "max_new_tokens": 16})
     assert (found[0], json.loads(found[2])) == (200, {"text": "resu"})
@@ -127,9 +170,14 @@ def test_a_large_request_is_refused_unread():
         assert request(server, body=json.dumps(HELLO).encode() + b" " * (2000 - size))[0] == 200
         for extra in (2001, 500_000):
             found = request(server, body=json.dumps(HELLO).encode() + b" " * (extra - size))
-            assert (found[0], error(found)) == (413, f"{extra} bytes are more than 2000 (--max_request_bytes)")
+            assert (found[0], error(found)) == (
+                413,
+                f"{extra} bytes are more than 2000 (--max_request_bytes)",
+            )
         with socket.create_connection(server.server_address, timeout=10) as client:
-            client.sendall(b"POST /chat HTTP/1.0\r\nHost: localhost\r\nContent-Type: application/json\r\n")
+            client.sendall(
+                b"POST /chat HTTP/1.0\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            )
             client.sendall(b"Content-Length: 200000\r\n\r\n")
             time.sleep(0.05)  # the answer is there, and the client still sends
             for _ in range(2):
@@ -151,7 +199,9 @@ def test_a_body_that_ends_early_and_one_that_never_comes(monkeypatch):
     with serving() as server:
         assert request(server, Content_Length="1000")[0] == 408
         with socket.create_connection(server.server_address, timeout=10) as client:
-            client.sendall(b"POST /chat HTTP/1.0\r\nHost: localhost\r\nContent-Type: application/json\r\n")
+            client.sendall(
+                b"POST /chat HTTP/1.0\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            )
             client.sendall(b"Content-Length: 1000\r\n\r\n{}")
             client.shutdown(socket.SHUT_WR)
             assert client.makefile("rb").readline().split()[1] == b"400"
@@ -228,7 +278,9 @@ def test_the_end_cuts_an_answer_short_refuses_who_waits_and_ends_all_threads():
             while len(server._open) < 3:
                 assert time.monotonic() < started + 10
                 time.sleep(0.001)
-        assert not [thread for thread in threading.enumerate() if "(process_request_thread)" in thread.name]
+        assert not [
+            thread for thread in threading.enumerate() if "(process_request_thread)" in thread.name
+        ]
         assert time.monotonic() - started < min(chat_server.SOCKET_TIMEOUT_S, 20)
         for future in asked:
             found = future.result()
@@ -250,7 +302,9 @@ def test_a_model_that_fails_tells_nothing_and_the_next_is_answered():
         assert request(server)[0] == 200
 
 
-@pytest.mark.parametrize("host", ["evil.example", "evil.example:80", "localhost.evil.example", "", "a@localhost", None])
+@pytest.mark.parametrize(
+    "host", ["evil.example", "evil.example:80", "localhost.evil.example", "", "a@localhost", None]
+)
 @pytest.mark.parametrize("method, path", [("POST", "/chat"), ("GET", "/")])
 def test_names_that_are_not_this_server_are_refused(host, method, path):
     with serving() as server:
@@ -259,7 +313,14 @@ def test_names_that_are_not_this_server_are_refused(host, method, path):
 
 
 def test_names_of_this_server():
-    for header in ("localhost", "LOCALHOST:8000", "127.0.0.1:1", "[::1]:80", "192.168.0.3", "box:80"):
+    for header in (
+        "localhost",
+        "LOCALHOST:8000",
+        "127.0.0.1:1",
+        "[::1]:80",
+        "192.168.0.3",
+        "box:80",
+    ):
         assert host_allowed(header, "box"), header
     for header in ("box.evil", "127.0.0.1.evil", "[::1", "box/", "box localhost"):
         assert not host_allowed(header, "box"), header
@@ -280,8 +341,13 @@ def test_it_listens_where_it_was_told_and_nowhere_else():
         host, port = server.server_address
         assert host == "127.0.0.1"
         with pytest.raises(ConnectionRefusedError):
-            socket.create_connection(("127.0.0.2", port), timeout=5)  # the same machine, another address
-        with pytest.raises(ValueError, match=f"--host 127.0.0.1 --port {port}: cannot be listened on .*give another"):
+            socket.create_connection(
+                ("127.0.0.2", port), timeout=5
+            )  # the same machine, another address
+        with pytest.raises(
+            ValueError,
+            match=f"--host 127.0.0.1 --port {port}: cannot be listened on .*give another",
+        ):
             ChatServer(host, port, page="", read=None, answer=None, limits=Limits(**LIMITS))
 
 

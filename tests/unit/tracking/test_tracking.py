@@ -12,6 +12,8 @@ from dschat.tracking import progress, table
 from dschat.tracking.metrics import MetricsWriter
 
 ROOT = Path(__file__).resolve().parents[3]
+
+
 def test_metrics_are_json_lines_with_null_for_what_is_not_finite(tmp_path):
     writer = MetricsWriter(tmp_path / "new")
     writer.write(0, {"eval/loss": 1.5})
@@ -20,7 +22,10 @@ def test_metrics_are_json_lines_with_null_for_what_is_not_finite(tmp_path):
     writer.write(1, {"a": math.nan, "b": math.inf, "c": -math.inf, "d": 2})
     writer.close()
     lines = (tmp_path / "new" / "metrics.jsonl").read_text().splitlines()
-    assert json.loads(lines[1]) == {"step": 1, "a": None, "b": None, "c": None, "d": 2} and len(lines) == 2
+    assert (
+        json.loads(lines[1]) == {"step": 1, "a": None, "b": None, "c": None, "d": 2}
+        and len(lines) == 2
+    )
 
 
 def test_metrics_wait_for_a_disk_that_is_full(tmp_path, shown):
@@ -58,7 +63,9 @@ def test_events_that_cannot_be_written_end_no_run(tmp_path, shown, monkeypatch):
     writer.write(1, {"a": 1.0})
     writer.write(2, {"a": 2.0})
     writer.close()
-    assert len(shown) == 1 and "no more TensorBoard events" in shown[0] and "No space left" in shown[0]
+    assert (
+        len(shown) == 1 and "no more TensorBoard events" in shown[0] and "No space left" in shown[0]
+    )
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
 
 
@@ -114,7 +121,8 @@ def test_progress_is_rank_0s(shown, as_rank_1):
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(0, "0:00"), (43.4, "0:43"), (59.6, "1:00"), (3599.9, "1:00:00"), (3723, "1:02:03")]
+    ("seconds", "text"),
+    [(0, "0:00"), (43.4, "0:43"), (59.6, "1:00"), (3599.9, "1:00:00"), (3723, "1:02:03")],
 )
 def test_clock(seconds, text):
     assert progress.clock(seconds) == text
@@ -133,5 +141,3 @@ def test_table():
         "loss                   1.5     10",
         "accuracy, held out    0.25      3",
     ]
-
-

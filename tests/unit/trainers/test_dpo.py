@@ -89,7 +89,9 @@ def test_the_loss_by_hand():
     plain = dpo_loss(chosen, rejected, label_smoothing=0.0)
     torch.testing.assert_close(plain, torch.tensor([0.5130153, math.log(2)]))
     smooth = dpo_loss(chosen, rejected, label_smoothing=0.1)
-    torch.testing.assert_close(smooth, torch.tensor([0.9 * 0.5130153 + 0.1 * 0.9130153, math.log(2)]))
+    torch.testing.assert_close(
+        smooth, torch.tensor([0.9 * 0.5130153 + 0.1 * 0.9130153, math.log(2)])
+    )
     # With smoothing e the best margin is log((1 - e) / e), not infinity.
     margin = torch.tensor([math.log(9.0)], dtype=torch.float64, requires_grad=True)
     dpo_loss(margin, torch.zeros(1), label_smoothing=0.1).sum().backward()
@@ -97,7 +99,9 @@ def test_the_loss_by_hand():
 
 
 def test_large_margins_stay_finite():
-    loss = dpo_loss(torch.tensor([400.0, -400.0]), torch.tensor([-400.0, 400.0]), label_smoothing=0.0)
+    loss = dpo_loss(
+        torch.tensor([400.0, -400.0]), torch.tensor([-400.0, 400.0]), label_smoothing=0.0
+    )
     assert loss.tolist() == [0.0, 800.0]
 
 
@@ -113,7 +117,9 @@ def test_the_objective_is_a_plain_loop_in_float64(model):
     expected = sum(pair["loss"] for pair in pairs)
     expected.backward()
     assert objective.weight(batch) == len(ITEMS)
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)  # Llama's norms are in fp32 even of a float64 model
+    assert loss.item() == pytest.approx(
+        expected.item(), rel=1e-4
+    )  # Llama's norms are in fp32 even of a float64 model
     columns = {
         "rewards/chosen": [pair["rewards"][0] for pair in pairs],
         "rewards/rejected": [pair["rewards"][1] for pair in pairs],
@@ -141,11 +147,17 @@ def test_the_evaluation_is_over_all_batches_and_rows_that_wrap_around_are_left_o
     with torch.no_grad():
         pairs = plain_pairs(copy.deepcopy(policy).double(), copy.deepcopy(model).double())
     margins = [float(pair["rewards"][0] - pair["rewards"][1]) for pair in pairs]
-    assert found["eval/loss"] == pytest.approx(sum(float(pair["loss"]) for pair in pairs) / 3, rel=1e-4)
+    assert found["eval/loss"] == pytest.approx(
+        sum(float(pair["loss"]) for pair in pairs) / 3, rel=1e-4
+    )
     assert found["eval/margin"] == pytest.approx(sum(margins) / 3, rel=5e-4)
     assert found["eval/accuracy"] == sum(margin > 0 for margin in margins) / 3
-    assert found["eval/rejected_logprob"] == pytest.approx(sum(float(pair["logprobs"][1]) for pair in pairs) / 3, rel=1e-5)
-    assert found["eval/chosen_reward"] == pytest.approx(sum(float(pair["rewards"][0]) for pair in pairs) / 3, rel=1e-4)
+    assert found["eval/rejected_logprob"] == pytest.approx(
+        sum(float(pair["logprobs"][1]) for pair in pairs) / 3, rel=1e-5
+    )
+    assert found["eval/chosen_reward"] == pytest.approx(
+        sum(float(pair["rewards"][0]) for pair in pairs) / 3, rel=1e-4
+    )
     # Without a difference between policy and reference there is none between the answers: a tie, which is an error.
     same = objective.evaluate(PlainEngine(model), batches, num_rows=len(ITEMS))
     assert (same["eval/margin"], same["eval/accuracy"]) == (0.0, 0.0)
@@ -167,7 +179,9 @@ def test_a_shared_reference_has_neither_adapters_nor_dropout(training, tmp_path)
     batch = collate_pairs(ITEMS, EOS)
     logprobs, ref_logprobs = objective._logprobs(PlainEngine(policy), batch)
     assert policy.training == training
-    rows = [(item[key], item["num_prompt"]) for key in ("chosen_ids", "rejected_ids") for item in ITEMS]
+    rows = [
+        (item[key], item["num_prompt"]) for key in ("chosen_ids", "rejected_ids") for item in ITEMS
+    ]
     with torch.no_grad():
         expected = torch.stack([plain_logprob(start, *row) for row in rows])
     torch.testing.assert_close(ref_logprobs, expected, rtol=1e-5, atol=1e-5)
@@ -190,11 +204,13 @@ def test_the_plan_holds_the_reference_unless_it_is_shared():
     shared = planned("--lora_dim 8 --only_optimize_lora")
     apart = planned("--lora_dim 8 --only_optimize_lora --no_share_reference")
     assert set(shared.models) == {"model"} and set(apart.models) == {"model", "reference"}
-    assert {phase: apart.phases[phase] - shared.phases[phase] for phase in shared.phases} == dict.fromkeys(
-        shared.phases, pytest.approx(weights)
-    )
+    assert {
+        phase: apart.phases[phase] - shared.phases[phase] for phase in shared.phases
+    } == dict.fromkeys(shared.phases, pytest.approx(weights))
     offloaded = planned("--zero_stage 2 --offload_reference_model --no_pin_memory")
-    assert offloaded.models["reference"].weights == 0 and offloaded.models["reference"].host == weights
+    assert (
+        offloaded.models["reference"].weights == 0 and offloaded.models["reference"].host == weights
+    )
     assert both.phases["step"] - offloaded.phases["step"] > 0.9 * weights
 
 
@@ -203,4 +219,6 @@ def test_offloading_the_reference_is_among_the_remedies():
     flags += " --per_device_eval_batch_size 1"
     config = parse_config(DPOConfig, f"--model_name_or_path llama-2-7b {flags}".split())
     peak = planned(flags).peak[1]
-    assert find_remedy(config, Machine(1, 1, peak, 0), dtype="bf16").flags == ["--offload_reference_model"]
+    assert find_remedy(config, Machine(1, 1, peak, 0), dtype="bf16").flags == [
+        "--offload_reference_model"
+    ]

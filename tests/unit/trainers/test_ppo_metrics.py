@@ -8,9 +8,17 @@ from dschat.trainers.ppo_metrics import logprob_gap, rollout_flops
 
 
 def test_operations_of_a_rollout():
-    actor, critic, reward = nn.Linear(10, 10, bias=False), nn.Linear(4, 5, bias=False), nn.Linear(3, 1, bias=False)
-    half = nn.Sequential(actor, nn.Linear(6, 5, bias=False).requires_grad_(False))  # 130 parameters, 100 trained
-    found = rollout_flops(generated=[half], scored=[half, half, critic, reward], trained=[(half, 3), (critic, 0.5)])
+    actor, critic, reward = (
+        nn.Linear(10, 10, bias=False),
+        nn.Linear(4, 5, bias=False),
+        nn.Linear(3, 1, bias=False),
+    )
+    half = nn.Sequential(
+        actor, nn.Linear(6, 5, bias=False).requires_grad_(False)
+    )  # 130 parameters, 100 trained
+    found = rollout_flops(
+        generated=[half], scored=[half, half, critic, reward], trained=[(half, 3), (critic, 0.5)]
+    )
     # Forwards: 130 three times, 20 and 3. A pass: forward and gradients of the inputs, and of the trained weights.
     assert found == 2 * (3 * 130 + 20 + 3) + 3 * (4 * 130 + 2 * 100) + 0.5 * (4 * 20 + 2 * 20)
 

@@ -22,7 +22,9 @@ SFT = "--model_name_or_path llama-2-7b --zero_stage 2"
 @pytest.fixture
 def gpu_of_24_gib(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(total_memory=24 * 2**30))
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda index: SimpleNamespace(total_memory=24 * 2**30)
+    )
 
 
 @pytest.fixture
@@ -36,8 +38,12 @@ def test_a_run_shows_its_plan_and_stops_where_it_cannot_fit(gpu_of_24_gib, said)
     with pytest.raises(ValueError, match="does not fit"):
         preflight.show_plan(parse_config(SFTConfig, SFT.split()), dtype="bf16")
     assert "memory plan" in said[0] and "of 24.0 GiB: does not fit" in said[0]
-    preflight.show_plan(parse_config(SFTConfig, f"{SFT} --ignore_memory_plan".split()), dtype="bf16")
-    preflight.show_plan(parse_config(SFTConfig, SFT.replace("llama-2-7b", "opt-125m").split()), dtype="bf16")
+    preflight.show_plan(
+        parse_config(SFTConfig, f"{SFT} --ignore_memory_plan".split()), dtype="bf16"
+    )
+    preflight.show_plan(
+        parse_config(SFTConfig, SFT.replace("llama-2-7b", "opt-125m").split()), dtype="bf16"
+    )
     assert "of 24.0 GiB: fits" in said[2]
 
 
@@ -58,26 +64,38 @@ def test_a_dry_run_prints_what_deepspeed_would_get(tmp_path, monkeypatch, capsys
     _, actor, critic = printed.split("DeepSpeed configuration of the ")
     actor, critic = (json.loads(text.partition(":\n")[2]) for text in (actor, critic))
     assert (actor["zero_optimization"]["stage"], critic["zero_optimization"]["stage"]) == (3, 2)
-    assert actor["train_batch_size"] == 32 and actor["gradient_clipping"] == 0.5 and actor["fp16"]["enabled"]
+    assert (
+        actor["train_batch_size"] == 32
+        and actor["gradient_clipping"] == 0.5
+        and actor["fp16"]["enabled"]
+    )
     assert "for 4 GPU(s) in fp16; planned, not run" in printed
 
 
 @pytest.mark.parametrize("value", ["abc", "0", "-1", ""])
 def test_a_dry_run_is_for_a_number_of_gpus(value, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", value)
-    config = parse_config(PPOConfig, ["--actor_model_name_or_path", "opt-1.3b", "--critic_model_name_or_path", "opt-350m"])
+    config = parse_config(
+        PPOConfig,
+        ["--actor_model_name_or_path", "opt-1.3b", "--critic_model_name_or_path", "opt-350m"],
+    )
     with pytest.raises(ValueError, match=f"WORLD_SIZE={value}: expected the number of GPUs"):
         preflight.dry_run(config)
 
 
 def test_a_dry_run_asks_no_hub(monkeypatch, tmp_path):
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: pytest.fail("the network was asked"))
+    monkeypatch.setattr(
+        socket, "getaddrinfo", lambda *args, **kwargs: pytest.fail("the network was asked")
+    )
     monkeypatch.setattr(preflight, "try_to_load_from_cache", lambda name, file: None)
     flags = "--actor_model_name_or_path some/actor --critic_model_name_or_path opt-9b"
     with pytest.raises(ValueError) as refused:
         preflight.dry_run(parse_config(PPOConfig, flags.split()))
     first, second = str(refused.value).splitlines()
-    assert first.startswith("--actor_model_name_or_path some/actor: --dry_run asks no hub") and "facebook/opt-1.3b" in first
+    assert (
+        first.startswith("--actor_model_name_or_path some/actor: --dry_run asks no hub")
+        and "facebook/opt-1.3b" in first
+    )
     assert second.startswith("--critic_model_name_or_path opt-9b: ")
     with pytest.raises(ValueError, match="--model_name_or_path 'some/where/else' does not exist"):
         preflight.dry_run(parse_config(SFTConfig, ["--model_name_or_path", "some/where/else"]))
@@ -88,7 +106,9 @@ def test_a_dry_run_asks_no_hub(monkeypatch, tmp_path):
 def test_a_dry_run_of_what_is_cached_asks_no_hub_either(monkeypatch, tmp_path):
     asked = []
     # The hub's library takes errors for a network that is slow, and tries again.
-    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *args, **kwargs: asked.append(host) or [])
+    monkeypatch.setattr(
+        socket, "getaddrinfo", lambda host, *args, **kwargs: asked.append(host) or []
+    )
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     commit = tmp_path / "models--some--model" / "snapshots" / ("0" * 40)
@@ -98,7 +118,9 @@ def test_a_dry_run_of_what_is_cached_asks_no_hub_either(monkeypatch, tmp_path):
     monkeypatch.setattr(preflight, "try_to_load_from_cache", lambda name, file: str(commit / file))
     adapter = tmp_path / "adapter"
     adapter.mkdir()
-    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "some/base"}))
+    (adapter / "adapter_config.json").write_text(
+        json.dumps({"base_model_name_or_path": "some/base"})
+    )
     with pytest.raises(ValueError, match="some/base"):
         preflight.dry_run(parse_config(SFTConfig, ["--model_name_or_path", str(adapter)]))
     assert not huggingface_hub.constants.HF_HUB_OFFLINE
@@ -107,7 +129,9 @@ def test_a_dry_run_of_what_is_cached_asks_no_hub_either(monkeypatch, tmp_path):
 
 
 def test_dschat_plan(capsys):
-    plan.main("--step 3 --model llama-2-7b --gpus 8 --actor_zero_stage 3 --critic_zero_stage 3 --gpu_gib 80".split())
+    plan.main(
+        "--step 3 --model llama-2-7b --gpus 8 --actor_zero_stage 3 --critic_zero_stage 3 --gpu_gib 80".split()
+    )
     assert "of 80.0 GiB: fits" in capsys.readouterr().out
     with pytest.raises(ValueError, match="does not fit.*of 24.0 GiB"):
         plan.main("--step 3 --model llama-2-7b --gpus 1 --gpu_gib 24".split())
@@ -115,12 +139,20 @@ def test_dschat_plan(capsys):
     assert "\nreference " in capsys.readouterr().out
     plan.main("--step 1 --sizes --gpus 16 --zero_stage 3".split())
     table = capsys.readouterr().out.splitlines()
-    assert [row.split()[0] for row in table[-9:]] == list(plan.SIZES) and all("planned" in row for row in table[-9:])
+    assert [row.split()[0] for row in table[-9:]] == list(plan.SIZES) and all(
+        "planned" in row for row in table[-9:]
+    )
 
 
 def test_a_card_holds_less_than_its_name_says(capsys, monkeypatch):
     monkeypatch.setattr(plan, "SIZES", ("opt-1.3b",))
-    for need, card in ((21.9, "24 GB"), (23.9, "32 GB"), (31.8, "40 GB"), (79.5, "141 GB"), (140.0, "none")):
+    for need, card in (
+        (21.9, "24 GB"),
+        (23.9, "32 GB"),
+        (31.8, "40 GB"),
+        (79.5, "141 GB"),
+        (140.0, "none"),
+    ):
         monkeypatch.setattr(plan, "needed_bytes", lambda found: need * 2**30)
         plan.main("--step 1 --sizes --gpus 1".split())
         assert capsys.readouterr().out.splitlines()[-1].split("  ")[-2].strip() == card
@@ -145,10 +177,16 @@ def test_dschat_plan_names_mistakes(flags, message):
 
 def test_the_guide_shows_what_the_planner_prints(capsys):
     guide = (Path(__file__).resolve().parents[3] / "docs" / "performance" / "memory.md").read_text()
-    command, shown = "--step 3 --model llama-2-7b --gpus 1 --gpu_gib 24", guide.partition("```text\n")[2].partition("```")[0]
+    command, shown = (
+        "--step 3 --model llama-2-7b --gpus 1 --gpu_gib 24",
+        guide.partition("```text\n")[2].partition("```")[0],
+    )
     assert f"python -m dschat.plan {command}\n" in guide
     with pytest.raises(ValueError) as refused:
         plan.main(command.split())
     printed = f"{capsys.readouterr().out}\nerror (rank 0): {refused.value}\n"
     assert shown == printed
-    assert "It fits with --actor_gradient_checkpointing --actor_zero_stage 3 --offload (20.9 GiB on each GPU" in shown
+    assert (
+        "It fits with --actor_gradient_checkpointing --actor_zero_stage 3 --offload (20.9 GiB on each GPU"
+        in shown
+    )

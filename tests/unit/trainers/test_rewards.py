@@ -39,7 +39,9 @@ class Dataset:
 def make_answers(texts=("ab", "c"), ended=(True, False)):
     """The texts as answers to the two prompts; an answer that ended has its EOS."""
     tokenizer = byte_tokenizer()
-    ids = [tokenizer(t, add_special_tokens=False)["input_ids"] + [2] * e for t, e in zip(texts, ended)]
+    ids = [
+        tokenizer(t, add_special_tokens=False)["input_ids"] + [2] * e for t, e in zip(texts, ended)
+    ]
     prompt = torch.tensor([tokenizer(p, add_special_tokens=False)["input_ids"] for p in PROMPTS])
     longest = max(len(row) for row in ids)
     tokens = torch.tensor([row + [0] * (longest - len(row)) for row in ids])
@@ -55,7 +57,9 @@ def make_answers(texts=("ab", "c"), ended=(True, False)):
 
 
 def weighted(*functions, weights=()):
-    rewards = [FunctionReward(f, "f") if isinstance(f, types.FunctionType) else f for f in functions]
+    rewards = [
+        FunctionReward(f, "f") if isinstance(f, types.FunctionType) else f for f in functions
+    ]
     return WeightedRewards(rewards, list(weights), Dataset(), byte_tokenizer())
 
 
@@ -72,7 +76,9 @@ def test_a_function_gets_prompts_answers_and_the_columns_of_their_rows():
 
 
 def test_several_rewards_are_a_weighted_sum():
-    reward = weighted(lambda p, a, **c: [1.0, 2.0], lambda p, a, **c: [10.0, 20.0], weights=(2.0, -0.1))
+    reward = weighted(
+        lambda p, a, **c: [1.0, 2.0], lambda p, a, **c: [10.0, 20.0], weights=(2.0, -0.1)
+    )
     assert reward(make_answers()).tolist() == [1.0, 2.0]
 
 
@@ -106,7 +112,9 @@ def test_a_failing_function_names_the_prompt_that_caused_it(function, words):
 
 def test_looking_for_the_culprit_of_a_slow_function_ends(monkeypatch):
     monkeypatch.setattr("dschat.trainers.rewards.BLAME_S", -1.0)
-    with pytest.raises(RewardFailure, match="no such key.*on 2 answers, the first of them to the prompt 'one'"):
+    with pytest.raises(
+        RewardFailure, match="no such key.*on 2 answers, the first of them to the prompt 'one'"
+    ):
         weighted(failing)(make_answers())
 
 
@@ -126,7 +134,10 @@ def test_a_model_with_the_actors_tokens_reads_the_last_token_of_each_answer():
 
     answers = make_answers()
     scores = weighted(ModelReward(engine, "m"))(answers)
-    assert scores.tolist() == [2.0, float(byte_tokenizer()("c", add_special_tokens=False)["input_ids"][0])]
+    assert scores.tolist() == [
+        2.0,
+        float(byte_tokenizer()("c", add_special_tokens=False)["input_ids"][0]),
+    ]
 
 
 def test_another_tokenizer_reads_the_same_texts_with_an_eos_only_where_the_policy_ended():
@@ -135,7 +146,9 @@ def test_another_tokenizer_reads_the_same_texts_with_an_eos_only_where_the_polic
     seen = {}
 
     def engine(input_ids, attention_mask):
-        seen["texts"] = [other.decode(row[mask.bool()]) for row, mask in zip(input_ids, attention_mask)]
+        seen["texts"] = [
+            other.decode(row[mask.bool()]) for row, mask in zip(input_ids, attention_mask)
+        ]
         return torch.arange(input_ids.shape[1]).float().expand(input_ids.shape)
 
     scores = weighted(RetokenisedReward(engine, "m", other, prompt_format="auto"))(make_answers())
@@ -149,7 +162,11 @@ TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% i
 @pytest.mark.parametrize(
     "prompt_format, text",
     # A template writes what begins a text by itself; the other forms leave it to the tokenizer.
-    [("auto", "[user]hi[assistant]x"), ("chat", "[user]hi[assistant]x"), ("human_assistant", "<s>\n\nHuman: hi\n\nAssistant: x")],
+    [
+        ("auto", "[user]hi[assistant]x"),
+        ("chat", "[user]hi[assistant]x"),
+        ("human_assistant", "<s>\n\nHuman: hi\n\nAssistant: x"),
+    ],
 )
 def test_messages_are_shown_in_the_reward_models_own_format(prompt_format, text):
     other = byte_tokenizer()
@@ -161,19 +178,29 @@ def test_messages_are_shown_in_the_reward_models_own_format(prompt_format, text)
 def test_a_template_that_refuses_a_prompt_is_a_failure_of_the_reward_that_names_it():
     other = byte_tokenizer()
     other.chat_template = "{{ raise_exception('no system here') }}"
-    reward = RetokenisedReward(lambda input_ids, attention_mask: input_ids.float(), "m", other, prompt_format="chat")
-    with pytest.raises(RewardFailure, match="m cannot be shown the prompt 'one'.*no system here.*--reward_prompt_format"):
+    reward = RetokenisedReward(
+        lambda input_ids, attention_mask: input_ids.float(), "m", other, prompt_format="chat"
+    )
+    with pytest.raises(
+        RewardFailure,
+        match="m cannot be shown the prompt 'one'.*no system here.*--reward_prompt_format",
+    ):
         weighted(reward)(make_answers())
 
 
 def test_a_prompt_that_cannot_be_shown_keeps_no_process_from_the_forward():
     """Under ZeRO-3 the other processes' forwards wait for this one's."""
     other = byte_tokenizer()
-    other.chat_template = "{% if messages[0]['content'] == 'two' %}{{ raise_exception('not two') }}{% endif %}" + TEMPLATE
+    other.chat_template = (
+        "{% if messages[0]['content'] == 'two' %}{{ raise_exception('not two') }}{% endif %}"
+        + TEMPLATE
+    )
     seen = []
 
     def engine(input_ids, attention_mask):
-        seen.append([other.decode(row[mask.bool()]) for row, mask in zip(input_ids, attention_mask)])
+        seen.append(
+            [other.decode(row[mask.bool()]) for row, mask in zip(input_ids, attention_mask)]
+        )
         return torch.zeros(input_ids.shape)
 
     with pytest.raises(RewardFailure, match="m cannot be shown the prompt 'two'.*not two"):
@@ -193,7 +220,9 @@ def test_a_reward_model_reads_the_actors_tokens_only_where_nothing_of_its_own_di
     elif change == "template":
         other.chat_template = TEMPLATE
     own = "human_assistant" if change == "format" else "auto"
-    assert reads_alike(tokenizer, other, prompt_format="auto", reward_prompt_format=own) == (change == "nothing")
+    assert reads_alike(tokenizer, other, prompt_format="auto", reward_prompt_format=own) == (
+        change == "nothing"
+    )
 
 
 def test_a_text_longer_than_the_reward_model_takes_loses_its_beginning():
@@ -201,16 +230,25 @@ def test_a_text_longer_than_the_reward_model_takes_loses_its_beginning():
     seen = {}
 
     def engine(input_ids, attention_mask):
-        seen["texts"] = [other.decode(row[mask.bool()]) for row, mask in zip(input_ids, attention_mask)]
+        seen["texts"] = [
+            other.decode(row[mask.bool()]) for row, mask in zip(input_ids, attention_mask)
+        ]
         return torch.zeros(input_ids.shape)
 
-    weighted(RetokenisedReward(engine, "m", other, prompt_format="auto", max_tokens=4))(make_answers())
+    weighted(RetokenisedReward(engine, "m", other, prompt_format="auto", max_tokens=4))(
+        make_answers()
+    )
     assert seen["texts"] == ["eab</s>", "twoc"]
 
 
 def test_numpy_scores_are_numbers():
-    assert weighted(lambda p, a, **c: np.array([0.5, 1.5], dtype=np.float32))(make_answers()).tolist() == [0.5, 1.5]
-    assert weighted(lambda p, a, **c: [np.float32(0.5), np.int64(2)])(make_answers()).tolist() == [0.5, 2.0]
+    assert weighted(lambda p, a, **c: np.array([0.5, 1.5], dtype=np.float32))(
+        make_answers()
+    ).tolist() == [0.5, 1.5]
+    assert weighted(lambda p, a, **c: [np.float32(0.5), np.int64(2)])(make_answers()).tolist() == [
+        0.5,
+        2.0,
+    ]
 
 
 def test_a_chat_template_of_the_reward_model_is_used_when_asked():

@@ -39,7 +39,10 @@ def test_products_keep_their_pipeline_on_large_gpus_and_fit_small_ones(outputs):
     ],
 )
 def test_attention_of_grouped_queries_reads_as_much_as_fits(itemsize, width, shared, block, stages):
-    assert attention_block(rows=16, width=width, itemsize=itemsize, shared=shared) == (block, stages)
+    assert attention_block(rows=16, width=width, itemsize=itemsize, shared=shared) == (
+        block,
+        stages,
+    )
 
 
 def test_attention_without_groups_shares_next_to_nothing():

@@ -19,7 +19,9 @@ def test_layers_of_one_input_form_groups_and_keep_their_weights():
     assert torch.equal(model(input_ids=ids).logits, expected)
     attention, mlp = layers[0].self_attn, layers[0].mlp
     together = (attention.q_proj, attention.k_proj, attention.v_proj)
-    assert all(layer.group == together and layer.waiting is together[0].waiting for layer in together)
+    assert all(
+        layer.group == together and layer.waiting is together[0].waiting for layer in together
+    )
     assert mlp.gate_proj.group == mlp.up_proj.group == (mlp.gate_proj, mlp.up_proj)
     assert attention.o_proj.group == (attention.o_proj,) and mlp.down_proj.group == (mlp.down_proj,)
     assert layers[1].self_attn.q_proj.waiting is not attention.q_proj.waiting
