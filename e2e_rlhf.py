@@ -1,16 +1,16 @@
-"""The three steps of RLHF, one after the other.
+"""Run the three steps of RLHF.
 
-Without arguments it trains a real 135M model on real film-review sentences and prints what that achieved:
+Without arguments, train a real 135M model on real film-review sentences and print the results:
 
     python e2e_rlhf.py
 
-With a model's size, name or folder it trains that one:
+Train a model given by size, name or folder:
 
-    python e2e_rlhf.py --actor-model facebook/opt-1.3b --reward-model facebook/opt-350m --deployment-type single_gpu
-    python e2e_rlhf.py --actor-model tiny-llama --reward-model tiny-llama        # miniature, in a minute, offline
+    python e2e_rlhf.py --actor-model facebook/opt-1.3b --reward-model facebook/opt-350m
+    python e2e_rlhf.py --actor-model tiny-llama --reward-model tiny-llama  # a minute, offline
 
-A step that fails or is stopped stops the run; the same command then goes on with the first step that has not finished,
-from its latest checkpoint where it has one.
+If a step fails or is stopped, the run stops. The same command then continues with the first step
+that has not finished, from its latest checkpoint if it has one.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))
 
-from dschat.pipeline.arguments import (
+from dschat.pipeline.arguments import (  # noqa: E402
     check_arguments,
     default_reward_model,
     resolve_model,
@@ -34,9 +34,14 @@ from dschat.pipeline.child import run_logged, start_process  # noqa: E402
 from dschat.pipeline.launcher import launcher_command  # noqa: E402
 from dschat.pipeline.recipes import step_flags  # noqa: E402
 from dschat.pipeline.records import begin, finish, finished_seconds  # noqa: E402
-from dschat.pipeline.summary import ppo_section, read_jsonl, summary_text, supervised_section  # noqa: E402
+from dschat.pipeline.summary import (  # noqa: E402
+    ppo_section,
+    read_jsonl,
+    summary_text,
+    supervised_section,
+)
 from dschat.runtime.files import write_json  # noqa: E402
-from dschat.runtime.hardware import cpu_cores, hardware, op_build_name, versions
+from dschat.runtime.hardware import cpu_cores, hardware, op_build_name, versions  # noqa: E402
 from dschat.runtime.log import set_up_logging  # noqa: E402
 from dschat.runtime.paths import cache_dir  # noqa: E402
 from dschat.runtime.ports import free_port  # noqa: E402
@@ -49,34 +54,35 @@ MAINS = {
 }
 TITLES = {1: "Step 1: supervised fine-tuning", 2: "Step 2: reward model", 3: "Step 3: PPO"}
 STAGES = {1: "sft", 2: "reward", 3: "ppo"}
-DEPENDENTS = {1: (3,), 2: (3,), 3: ()}  # the steps that start from the model of a step
+DEPENDENTS = {1: (3,), 2: (3,), 3: ()}  # the steps that start from a step's model
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Models, data and folders of a run."""
+    """The models, data and folders of a run."""
 
     kind: str  # "demo", "tiny" or "real"
-    actor: str  # what step 1 starts from
-    reward: str  # what step 2 starts from
+    actor: str  # the model that step 1 starts from
+    reward: str  # the model that step 2 starts from
     data: dict[int, list[str]]  # the data flags of each step
     outputs: dict[int, Path]
 
 
 def parse_args(argv=None) -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--step", type=int, nargs="+", choices=(1, 2, 3), help="run these, finished or not"
+        "--step", type=int, nargs="+", choices=(1, 2, 3), help="run these steps, even if finished"
     )
     parser.add_argument(
-        "--actor-model", default="", help="size (1.3b), name, folder or hub id; default: embedded"
+        "--actor-model", default="", help="size (1.3b), name, folder or hub id; default: demo"
     )
     parser.add_argument(
         "--reward-model",
         default="",
-        help="likewise; default: 350m beside OPT, else the actor's own model",
+        help="likewise; default: 350m for an OPT actor, else the actor's model",
     )
     parser.add_argument("--actor-zero-stage", default="", choices=("", "0", "1", "2", "3"))
     parser.add_argument("--reward-zero-stage", default="", choices=("", "0", "1", "2", "3"))
@@ -91,46 +97,50 @@ def parse_args(argv=None) -> argparse.Namespace:
         choices=("single_gpu", "single_node", "multi_node"),
     )
     parser.add_argument(
-        "--data-path", nargs="+", help="data for all three steps, as --data_path of the mains"
+        "--data-path", nargs="+", help="data for all three steps, like --data_path of the mains"
     )
     parser.add_argument(
         "--num-processes",
         type=int,
         default=0,
-        help="processes on this machine; default: by deployment",
+        help="ranks on this machine; default: by deployment type",
     )
     parser.add_argument("--hostfile", help="DeepSpeed hostfile, for multi_node")
     parser.add_argument(
         "--save-interval",
         type=int,
         default=0,
-        help="checkpoint every so many steps; 0: when stopped",
+        help="save a checkpoint every so many updates (step 3: rollouts); 0: when stopped only",
     )
     parser.add_argument(
         "--fresh",
         action="store_true",
-        help="run every step (with --step: those) from its start, whatever is there",
+        help="start every step (with --step: those) over, and delete earlier checkpoints",
     )
     return parser.parse_args(argv)
 
 
 def make_plan(args: argparse.Namespace) -> Plan:
-    """Resolve names; fetch or make the models and data of the demo and the tiny runs.
+    """Resolve model names; download or make the models and data of demo and tiny runs.
 
     Raises:
-        ValueError: a name that is nothing, or models that do not go together.
+        ValueError: a model name is unknown, or the two models do not fit together.
     """
     kind, actor = resolve_model(args.actor_model)
     default = default_reward_model(actor) if kind == "real" else args.actor_model
     reward_kind, reward = resolve_model(args.reward_model or default)
     if kind != reward_kind:
         raise ValueError(
-            f"--actor-model {args.actor_model or 'default'} and --reward-model {args.reward_model or 'default'} do not "
-            "go together: both embedded, both tiny, or both real."
+            f"--actor-model {args.actor_model or 'default'} and --reward-model "
+            f"{args.reward_model or 'default'} do not fit together: give two default, two tiny or "
+            "two real models."
         )
     output = Path(args.output_dir)
-    folders = {1: ("actor-models", actor), 2: ("reward-models", reward), 3: ("step3-models", actor)}
-    outputs = {step: output / parent / size_name(name) for step, (parent, name) in folders.items()}
+    outputs = {
+        1: output / "actor-models" / size_name(actor),
+        2: output / "reward-models" / size_name(reward),
+        3: output / "step3-models" / size_name(actor),
+    }
     if kind == "real":
         data = {step: ["--data_path", *args.data_path] if args.data_path else [] for step in MAINS}
         return Plan(kind, actor, reward, data, outputs)
@@ -140,10 +150,8 @@ def make_plan(args: argparse.Namespace) -> Plan:
         from dschat.demo.toy import write_toy_data
 
         paths = {step: write_toy_data(output / "toy-data") for step in MAINS}
-        actor, reward = (
-            str(make_tiny_model(output / "tiny-models" / family, family=family))
-            for family in (actor, reward)
-        )
+        actor = str(make_tiny_model(output / "tiny-models" / actor, family=actor))
+        reward = str(make_tiny_model(output / "tiny-models" / reward, family=reward))
     else:
         from dschat.demo.reviews import build_reviews
         from dschat.demo.smollm2 import smollm2_folder
@@ -159,7 +167,13 @@ def make_plan(args: argparse.Namespace) -> Plan:
 
 
 def check_pair(args: argparse.Namespace, plan: Plan) -> None:
-    """Raise a ValueError where the critic of step 3 will not know the actor's tokens; print it where step 3 does not run."""
+    """Check that the critic of step 3 can read the actor's tokens.
+
+    If step 3 is not run, a fault is only printed.
+
+    Raises:
+        ValueError: it cannot, and step 3 is run.
+    """
     if plan.kind != "real":
         return
     from dschat.trainers.reward_plan import unlike_tokens
@@ -172,7 +186,7 @@ def check_pair(args: argparse.Namespace, plan: Plan) -> None:
 
 
 def step_command(step: int, plan: Plan, args: argparse.Namespace, *, on_gpu: bool) -> list[str]:
-    """The main of a step and its flags."""
+    """Return the main of a step and its flags."""
     models = {
         1: ["--model_name_or_path", plan.actor],
         2: ["--model_name_or_path", plan.reward],
@@ -202,26 +216,32 @@ def step_command(step: int, plan: Plan, args: argparse.Namespace, *, on_gpu: boo
 
 
 def num_processes(args: argparse.Namespace, *, on_gpu: bool) -> int:
-    """Processes on this machine; 0: as many as DeepSpeed's command finds devices, or hosts."""
-    one = args.deployment_type == "single_gpu" or not on_gpu
-    return 0 if args.deployment_type == "multi_node" else args.num_processes or int(one)
+    """Return the number of ranks on this machine; 0: DeepSpeed takes all devices, or the hosts."""
+    if args.deployment_type == "multi_node":
+        return 0
+    single = args.deployment_type == "single_gpu" or not on_gpu
+    return args.num_processes or int(single)
 
 
 def launcher(args: argparse.Namespace, *, on_gpu: bool, port: int) -> list[str]:
-    """The deepspeed command in front of a main."""
-    several, count = args.deployment_type == "multi_node", num_processes(args, on_gpu=on_gpu)
+    """Return the deepspeed command that starts a main."""
     return launcher_command(
-        port=port, processes=count, on_gpu=on_gpu, several_hosts=several, hostfile=args.hostfile
+        port=port,
+        processes=num_processes(args, on_gpu=on_gpu),
+        on_gpu=on_gpu,
+        several_hosts=args.deployment_type == "multi_node",
+        hostfile=args.hostfile,
     )
 
 
 def run_step(command: list[str], log: Path, args: argparse.Namespace, *, on_gpu: bool) -> None:
-    """Run a main and its flags under DeepSpeed's launcher, on a master port that is free now; see run_logged."""
+    """Run a main and its flags under DeepSpeed's launcher; see ``run_logged``."""
     port = free_port()
     count = num_processes(args, on_gpu=on_gpu)
-    environment = child_environment(
-        {} if on_gpu else {"OMP_NUM_THREADS": str(max(1, cpu_cores() // max(count, 1)))}
-    )
+    defaults = {}
+    if not on_gpu:
+        defaults["OMP_NUM_THREADS"] = str(max(1, cpu_cores() // max(count, 1)))
+    environment = child_environment(defaults)
     if count and "CUDA_VISIBLE_DEVICES" not in os.environ:
         from dschat.engine.fork_launcher import start_launcher
 
@@ -229,20 +249,19 @@ def run_step(command: list[str], log: Path, args: argparse.Namespace, *, on_gpu:
             start_launcher, command, num_processes=count, master_port=port, environment=environment
         )
     else:
-        start = partial(
-            start_process, launcher(args, on_gpu=on_gpu, port=port) + command, environment
-        )
+        full_command = launcher(args, on_gpu=on_gpu, port=port) + command
+        start = partial(start_process, full_command, environment)
     run_logged(start, log)
 
 
 def child_environment(defaults: dict[str, str]) -> dict[str, str]:
-    """This process's environment, with `defaults` where it says nothing, and the repository on Python's path."""
+    """Return this environment over `defaults`, with the repository on Python's path."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     return {"TOKENIZERS_PARALLELISM": "false", **defaults, **os.environ, "PYTHONPATH": path}
 
 
 def build_ops(*, on_gpu: bool) -> float:
-    """Build DeepSpeed's communication op for CPUs once, apart from the steps; returns seconds, 0 where it is built."""
+    """Build DeepSpeed's CPU communication op; return the seconds, 0 if it is already built."""
     marker = cache_dir() / "ops" / op_build_name()
     if on_gpu or marker.exists():
         return 0.0
@@ -256,11 +275,12 @@ def build_ops(*, on_gpu: bool) -> float:
 
 
 def run_steps(args: argparse.Namespace, plan: Plan, *, on_gpu: bool) -> dict[str, float]:
-    """Run what has not finished; returns the seconds of each stage, of finished ones as they were."""
+    """Run the steps that have not finished; return the seconds of each, of finished ones too."""
     seconds = {}
     for step in args.step or (1, 2, 3):
         command = step_command(step, plan, args, on_gpu=on_gpu)
-        folder, later = plan.outputs[step], [plan.outputs[other] for other in DEPENDENTS[step]]
+        folder = plan.outputs[step]
+        later = [plan.outputs[other] for other in DEPENDENTS[step]]
         known = finished_seconds(folder, command)
         if known is not None and not args.fresh and not args.step:
             print(f"\n{TITLES[step]}: finished before, {clock(known)} (--fresh runs it again)")
@@ -276,7 +296,10 @@ def run_steps(args: argparse.Namespace, plan: Plan, *, on_gpu: bool) -> dict[str
 
 
 def summarise(plan: Plan, seconds: dict[str, float]) -> dict:
-    """The summary of the three finished steps, with three prompts answered by the base, SFT and RLHF models."""
+    """Return the summary of the finished steps.
+
+    It holds answers of the base, SFT and RLHF models to three prompts.
+    """
     import torch
 
     from dschat.demo.sample_answers import greedy_answers
@@ -299,7 +322,7 @@ def summarise(plan: Plan, seconds: dict[str, float]) -> dict:
             name: greedy_answers(path, prompts, max_new_tokens=20) for name, path in models.items()
         }
     except torch.OutOfMemoryError:
-        print("no sample answers: a model does not fit whole on one device")
+        print("no sample answers: a model does not fit on one device")
         prompts, answers = [], {}
     samples = [
         {"prompt": prompt, **{name: texts[i] for name, texts in answers.items()}}
@@ -325,6 +348,7 @@ def summarise(plan: Plan, seconds: dict[str, float]) -> dict:
 
 
 def main() -> None:
+    """Run the pipeline and print its summary."""
     args = parse_args()
     import torch
 
@@ -341,7 +365,8 @@ def main() -> None:
     started = time.monotonic()
     plan = make_plan(args)
     check_pair(args, plan)
-    prepare, build = time.monotonic() - started, build_ops(on_gpu=on_gpu)
+    prepare = time.monotonic() - started
+    build = build_ops(on_gpu=on_gpu)
     seconds = run_steps(args, plan, on_gpu=on_gpu)
     if not all((plan.outputs[step] / "finished.json").exists() for step in MAINS):
         return
@@ -353,7 +378,8 @@ def main() -> None:
     write_json(path, summary)
     print(summary_text(summary))
     print(
-        f"once only, not counted: fetching and converting {prepare:.0f} s, building ops {build:.0f} s"
+        f"not counted, needed once: downloading and converting {prepare:.0f} s, "
+        f"building ops {build:.0f} s"
     )
     print(f"summary: {path}")
 
@@ -364,4 +390,6 @@ if __name__ == "__main__":
     except (ValueError, RuntimeError, OSError) as error:
         sys.exit(f"\n{error}")
     except KeyboardInterrupt:
-        sys.exit("\ninterrupted; the same command goes on with the step that was running")
+        sys.exit(
+            "\nInterrupted. Run the same command again to continue with the step that was running."
+        )

@@ -1,4 +1,4 @@
-"""Package metadata. What it needs at run time stands in requirements.txt."""
+"""Package metadata. requirements.txt lists what it needs at run time."""
 
 from pathlib import Path
 
@@ -13,6 +13,16 @@ REQUIREMENTS = [
 README = HERE / "README.md"
 # demo: fetching the embedded default's model and drawing its curves.
 DEMO = ["gguf>=0.17", "matplotlib>=3.8"]
+# test: pytest and what scripts/lint.sh runs; formatters change between versions, so that one is fixed.
+TEST = [
+    "pytest>=8",
+    "hypothesis>=6.100",
+    "ruff==0.17.6",
+    "mypy==2.4.1",
+    "types-PyYAML",
+    "types-psutil",
+    *DEMO,
+]
 
 setup(
     name="dschat",
@@ -25,5 +35,5 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["dschat", "dschat.*"]),
     install_requires=REQUIREMENTS,
-    extras_require={"demo": DEMO, "test": ["pytest>=8", "hypothesis>=6.100", *DEMO]},
+    extras_require={"demo": DEMO, "test": TEST},
 )

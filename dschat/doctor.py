@@ -1,10 +1,11 @@
-"""Looks at this machine and says, line by line, what is good and what to do:
+"""Check whether this machine can run dschat, and print one line per finding with what to do.
 
 python -m dschat.doctor
-python -m dschat.doctor --build_ops      # also compile DeepSpeed's operators now, and clear locks of killed builds
+python -m dschat.doctor --build_ops  # also compile DeepSpeed's ops and clear stale locks
 """
 
-# Only the standard library at the top, and nothing that an old Python cannot read: that is for this program to say.
+# Only the standard library is imported at the top, and an old Python must be able to read this
+# file: it is what reports a missing package or an old Python.
 from __future__ import annotations
 
 import argparse
@@ -27,22 +28,28 @@ HUB_TIMEOUT_S = 3.0
 
 @dataclass(frozen=True)
 class Finding:
-    """One line: what was looked at, and what to do about it where it is not good."""
+    """One line of the report: what was checked, and what to do if it is not good."""
 
     text: str
     remedy: str = ""
-    stops: bool = False  # without the remedy nothing runs
+    stops: bool = False  # nothing runs until this is fixed
 
     def __str__(self) -> str:
-        word = "good" if not self.remedy else "BAD " if self.stops else "note"
-        return f"{word}  {self.text}" + (f": {self.remedy}" if self.remedy else "")
+        """Return the line."""
+        if not self.remedy:
+            return f"good  {self.text}"
+        word = "BAD " if self.stops else "note"
+        return f"{word}  {self.text}: {self.remedy}"
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Print the findings; exit with status 1 if one of them stops every run."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--build_ops", action="store_true", help="compile what is not compiled yet")
+    parser.add_argument(
+        "--build_ops", action="store_true", help="compile ops that are not compiled yet"
+    )
     args = parser.parse_args(argv)
     findings = check_versions()
     if not any(finding.stops for finding in findings):
@@ -52,38 +59,37 @@ def main(argv: list[str] | None = None) -> None:
         findings += [*check_ops(), *check_room(), check_hub()]
     print("\n".join(str(finding) for finding in findings))
     if any(finding.stops for finding in findings):
-        sys.exit("what is BAD above has to be mended first")
+        sys.exit("Fix what is BAD above first.")
 
 
 def build_all() -> list[Finding]:
-    """Compile what is not compiled yet; each operator that was, or why one could not be."""
+    """Compile the operators that are not compiled yet; report each, or why one failed."""
     from dschat.engine.compiled_ops import build_ops
 
     try:
         return [
             Finding(f"built {name} in {seconds:.0f} s") for name, seconds in build_ops().items()
         ]
-    except Exception as error:  # of the compiler, ninja, torch or DeepSpeed, whatever they raise
-        reason = next(
-            (line for line in str(error).splitlines() if line.strip()), type(error).__name__
-        )
+    except Exception as error:  # compiler, ninja, torch and DeepSpeed raise many types
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        reason = lines[0] if lines else type(error).__name__
         return [
             Finding(
                 f"an operator does not compile: {reason}",
-                "see the compiler's words above; CXX chooses it",
+                "see the compiler's output above; CXX selects the compiler",
                 stops=True,
             )
         ]
 
 
 def check_versions() -> list[Finding]:
-    """Python and each package of requirements.txt, against the versions it allows."""
+    """Check Python and each package of requirements.txt against the allowed versions."""
     try:
         from packaging.requirements import Requirement
-    except ImportError:  # an environment without anything in it
+    except ImportError:  # an empty environment
         return [
             Finding(
-                "packages: not even packaging is there",
+                "packages: not even packaging is installed",
                 "pip install -r requirements.txt",
                 stops=True,
             )
@@ -118,7 +124,7 @@ def _check_package(wanted) -> Finding:
 
 
 def check_accelerator() -> list[Finding]:
-    """The GPUs, or the processor where there are none."""
+    """Report the GPUs, or the processor if there is no GPU."""
     import psutil
     import torch
 
@@ -130,21 +136,21 @@ def check_accelerator() -> list[Finding]:
         shown = ", ".join(f"{card.name} {card.total_memory / GIB:.0f} GiB" for card in cards)
         return [Finding(f"{len(cards)} GPU(s): {shown}; {host}")]
     if shutil.which("nvidia-smi") and torch.version.cuda is None:
-        remedy = "this torch is built for the CPU; install the build for CUDA from pytorch.org"
+        remedy = "torch is a CPU build; install the CUDA build from pytorch.org"
         return [Finding("a GPU that torch cannot use", remedy)]
     if torch.version.cuda is not None:
-        remedy = "if there should be one, see what nvidia-smi says, and CUDA_VISIBLE_DEVICES"
+        remedy = "if there should be one, check nvidia-smi and CUDA_VISIBLE_DEVICES"
         return [Finding(f"no GPU; {host}", remedy)]
     return [Finding(f"no GPU, torch for the CPU; {host}")]
 
 
 def check_compiler() -> list[Finding]:
-    """What DeepSpeed compiles its operators with."""
+    """Check the tools with which DeepSpeed compiles its operators."""
     import torch
 
     compiler = os.environ.get("CXX", "").strip() or "c++"
     header = Path(sysconfig.get_path("include")) / "Python.h"
-    # On a GPU only --offload compiles.
+    # On a GPU, only --offload needs a compiler.
     stops = not torch.cuda.is_available()
     wanted = [
         (
@@ -178,14 +184,17 @@ def check_compiler() -> list[Finding]:
 
 
 def check_ops() -> list[Finding]:
-    """DeepSpeed's operators: built, or still to build; locks of killed builds."""
+    """Check which of DeepSpeed's operators are built, and whether killed builds left locks."""
     from dschat.engine.compiled_ops import needed_ops
 
     findings = []
     for op in needed_ops():
         text = f"operator {op.name} (for {op.needed_by})"
         if op.lock is not None:
-            remedy = f"a killed build left {op.lock}, and runs would wait for it for ever: --build_ops clears it"
+            remedy = (
+                f"a killed build left {op.lock}, and runs would wait for it indefinitely; "
+                "--build_ops clears it"
+            )
             findings.append(Finding(text, remedy, stops=True))
         elif op.built:
             findings.append(Finding(f"{text}: built in {op.folder}"))
@@ -193,46 +202,41 @@ def check_ops() -> list[Finding]:
             findings.append(
                 Finding(
                     text,
-                    "not built yet; the first run does it, or --build_ops now (a minute or two)",
+                    "not built yet; the first run builds it, or --build_ops now (a minute or two)",
                 )
             )
     return findings
 
 
 def check_room() -> list[Finding]:
-    """Free space for models and data, and shared memory for the talk between processes."""
+    """Check disk space for models and data, and shared memory for communication between ranks."""
     from dschat.runtime.paths import cache_dir
 
     findings = []
     for name, path in {"cache": cache_dir(), "working": Path.cwd()}.items():
         there = next(folder for folder in (path, *path.parents) if folder.exists())
         free = shutil.disk_usage(there).free / GIB
-        remedy = (
-            ""
-            if free >= SMALLEST_DISK_GIB
-            else "little for large models; DSCHAT_CACHE moves the cache"
-        )
+        remedy = ""
+        if free < SMALLEST_DISK_GIB:
+            remedy = "too little for large models; DSCHAT_CACHE moves the cache"
         if not os.access(there, os.W_OK):
             remedy = "not writable"
         findings.append(Finding(f"{name} folder {path}: {free:.0f} GiB free", remedy))
     shared = Path("/dev/shm")
     if shared.exists():
         size = shutil.disk_usage(shared).total / GIB
-        small = size < SMALLEST_SHM_GIB
-        remedy = (
-            "too small for several processes; in a container, start it with --shm-size=8g"
-            if small
-            else ""
-        )
+        remedy = ""
+        if size < SMALLEST_SHM_GIB:
+            remedy = "too small for several ranks; start a container with --shm-size=8g"
         findings.append(Finding(f"/dev/shm of {size:.1f} GiB", remedy))
     return findings
 
 
 def check_hub() -> Finding:
-    """Whether the model hub can be reached."""
+    """Check whether the model hub can be reached."""
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         return Finding(
-            "hub: off by HF_HUB_OFFLINE; models and data come from folders and the cache"
+            "hub: turned off by HF_HUB_OFFLINE; models and data come from folders and the cache"
         )
     url = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
     port = url.port or (443 if url.scheme == "https" else 80)

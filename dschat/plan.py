@@ -1,8 +1,10 @@
-"""What a step needs on each GPU and each host, without loading anything:
+"""Print the memory that a step needs on each GPU and each host, without loading anything:
 
-    python -m dschat.plan --step 3 --model llama-2-7b --gpus 1 --gpu_gib 24 --actor_lora_dim 64 --only_optimize_lora
+    python -m dschat.plan --step 3 --model llama-2-7b --gpus 1 --gpu_gib 24 --actor_lora_dim 64
+    --only_optimize_lora
 
---model is the model of step 1, step 2 or dpo and the actor of step 3, by a published shape's name, a folder or a hub id.
+--model is the model of step 1, step 2 or dpo and the actor of step 3, by a published shape's name,
+a folder or a hub id.
 All other flags are those of the step's main. --sizes prints a table of published sizes instead.
 """
 
@@ -33,12 +35,14 @@ SIZES = (
     "llama-2-13b",
     "llama-2-70b",
 )
-# Common cards by the name of their size, and the GiB that torch sees on the smallest so named (T4, A10, V100, A100, L40S,
+# Common cards by the name of their size, and the GiB that torch sees on the smallest so named (T4,
+# A10, V100, A100, L40S,
 # A100, H200).
 CARDS_GIB = {16: 14.6, 24: 22.0, 32: 31.7, 40: 39.4, 48: 44.4, 80: 79.1, 141: 139.8}
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Print the plan of the step that the flags describe."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -67,7 +71,8 @@ def main(argv: list[str] | None = None) -> None:
     for name in ("gpu_gib", "host_gib"):
         if not 0 <= getattr(args, name) < float("inf"):
             raise ValueError(
-                f"--{name} {getattr(args, name)}: must be a number of GiB, or 0 to compare with nothing."
+                f"--{name} {getattr(args, name)}: must be a number of GiB, "
+                "or 0 to compare with nothing."
             )
     if args.sizes:
         print(sizes_table(args, flags))
@@ -85,7 +90,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def planned(args: argparse.Namespace, flags: list[str], model: str):
-    """The configuration, plan and precision of a model."""
+    """Return the configuration, plan and precision of a model."""
     for name in (model, args.critic):
         if "/" not in name and not Path(name).is_dir():
             shape_config(
@@ -100,7 +105,9 @@ def planned(args: argparse.Namespace, flags: list[str], model: str):
 
 
 def sizes_table(args: argparse.Namespace, flags: list[str]) -> str:
-    """One row a published size: GiB on each GPU and host, and the smallest common card that holds it."""
+    """One row a published size: GiB on each GPU and host, and the smallest common card that holds
+    it.
+    """
     rows = []
     for name in SIZES:
         _, plan, _ = planned(args, flags, name)

@@ -68,7 +68,7 @@ class Chat:
         )
 
     def as_turn(self, text: str) -> str:
-        """An answer as it stands in the conversation that goes on: as the steps read answers."""
+        """An answer as it stands in the continued conversation: as the steps read answers."""
         return text if self.format == "plain" else text.strip()
 
 
@@ -101,7 +101,7 @@ def talk(chat: Chat, *, max_turns: int) -> None:
 
 
 def reply(chat: Chat, messages: list[dict]) -> list[dict]:
-    """Print the answer to `messages`, and return the conversation behind it: without the last message where it cannot
+    """Print the answer to `messages`, and return the conversation after it: without the last message where it cannot
     be answered.
     """
     try:

@@ -46,7 +46,7 @@ positional() {
     REST=("$@")
 }
 
-# launch STEP WHERE FLAGS...: run the main of step 1, 2, dpo or 3 with FLAGS, and REST behind them, on "one" GPU, on "all"
+# launch STEP WHERE FLAGS...: run the main of step 1, 2, dpo or 3 with FLAGS, and REST after them, on "one" GPU, on "all"
 # of this machine, or on several "nodes". Everything is shown, and kept in training.log in the output folder.
 launch() {
     local step="$1" where="$2" main log processes status earlier
@@ -77,7 +77,7 @@ launch() {
     ((status == 0)) || report_failure "$status" "$log" "$earlier"
 }
 
-# run_logged LOG COMMAND...: its output on the screen and behind what LOG holds. Ctrl-C or SIGTERM here asks all its processes
+# run_logged LOG COMMAND...: its output on the screen and after what LOG holds. Ctrl-C or SIGTERM here asks all its processes
 # to save and stop, and this script waits for that; a second one ends them.
 SIGNALS=0
 run_logged() {
@@ -91,7 +91,7 @@ run_logged() {
     set +m
     exec {screen}>&-
     ((SIGNALS == 0)) || kill -TERM -- "-$child" || true # one that came before there was a child to hand it to
-    # Processes may go on behind the one that started them: all are gone when tee has nothing left to read.
+    # Processes may outlive the one that started them: all are gone when tee has nothing left to read.
     while kill -0 "$child" 2>/dev/null; do wait "$child" || true; done
     while kill -0 "$tee" 2>/dev/null; do wait "$tee" || true; done
     trap - INT TERM HUP
@@ -118,7 +118,7 @@ switch() {
     esac
 }
 
-# sweep_run POSITIONAL...: run_single.sh beside the script, with REST behind. sweep_end: which of them failed.
+# sweep_run POSITIONAL...: run_single.sh beside the script, with REST after it. sweep_end: which of them failed.
 SWEEP_FAILED=()
 sweep_run() {
     say "" "--- ${*: -1}"
@@ -276,7 +276,7 @@ planned_processes() {
     esac
 }
 
-# The last lines of a failed run: the cause, the flag to change, the log, which this run began behind BYTES.
+# The last lines of a failed run: the cause, the flag to change, the log, which this run began after BYTES.
 report_failure() {
     local status="$1" log="$2" said cause flags
     said="$(tail -c "+$(($3 + 1))" -- "$log")" # what came before is of earlier runs

@@ -1,4 +1,4 @@
-"""A verifiable task: sums in words of digits, behind four solved ones. Data, and the reward that checks an answer."""
+"""A verifiable task: sums in words of digits, after four solved ones. Data, and the reward that checks an answer."""
 
 import json
 import random

@@ -6,7 +6,7 @@
 
 Each case runs the main of its step in a process of its own, on random weights of a published shape and on texts that
 fill every row, for two optimizer steps (step 3: two rollouts). The prediction is that of dschat/memory/plan.py
-for the same flags. A case that fails is reported, and the others go on.
+for the same flags. A case that fails is reported, and the others continue.
 """
 
 import argparse

@@ -122,7 +122,7 @@ def measure(step: int, models: tuple[str, ...], flags: str, *, tiny: bool) -> di
 
 
 def step_argv(step: int, paths: list[str], folder: str) -> list[str]:
-    """The words behind main.py that all cases of a step share."""
+    """The words after main.py that all cases of a step share."""
     words = f"--data_output_path {folder}/cache --data_path {folder}/rows.jsonl --max_train_steps 2 --log_interval_s 1"
     if step == 3:
         words += f" --actor_model_name_or_path {paths[0]} --critic_model_name_or_path {paths[1]} --eval_prompts 4"

@@ -44,7 +44,7 @@ def main() -> int:
 
 
 def left_out(name: str, gpus: int) -> bool:
-    """Whether a row needs more than there is; says so."""
+    """Return whether a row needs more than there is, and print it."""
     row, found = ROWS[name], hardware()
     host_gib, gpus_gib = found["host_memory_gib"], gpus * found.get("gpu_memory_gib", 0)
     lacks = [f"{row.min_gpus_gib} GiB on all GPUs, of which there are {gpus_gib:.0f}"] * (
@@ -148,7 +148,7 @@ def attempt(name: str, args: argparse.Namespace) -> dict:
 
 
 def launcher(processes: int) -> list[str]:
-    """What goes in front of a script; for several processes the deepspeed launcher, on a port that is free now."""
+    """Return the command in front of a script; for several ranks the deepspeed launcher, on a free port."""
     if processes == 1:
         return [sys.executable]
     words = [

@@ -5,7 +5,7 @@
 
 It needs what the tests need: bash scripts/test.sh once, or pip install -e .[test].
 
-A fault is survived where the run goes on, or the same command with --resume latest does, and ends with the weights and
+A fault is survived if the run continues, or the same command with --resume latest does, and ends with the weights and
 metrics of an unbroken run. Bytes are compared one by one, of the saved models and of metrics.jsonl without its times. A
 test that fails records nothing, so that its faults are missing from the first two numbers, and the exit status is 1.
 """

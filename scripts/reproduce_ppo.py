@@ -85,7 +85,7 @@ def parse_args() -> argparse.Namespace:
 def tiny_runs(work: Path) -> dict[str, list[str]]:
     """Runs on a miniature model whose reward is a function: whether the answer, two bytes, begins with a small letter.
 
-    A critic can know that behind the first byte, and not before: half of the variance is there to be explained.
+    A critic can know that after the first byte, and not before: half of the variance is there to be explained.
     """
     from dschat.demo.tiny_models import make_tiny_model
     from dschat.demo.toy import write_toy_data

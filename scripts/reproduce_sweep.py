@@ -139,7 +139,7 @@ def train_models(work: Path) -> Path:
 
 
 def shown_flags(rates: str, name: str, args: argparse.Namespace) -> str:
-    """A run's flags behind those that its folder's name tells."""
+    """A run's flags after those that its folder's name tells."""
     weights, adapters = RATES[rates or "separate"]
     words = f"{FLAGS} --max_train_steps {args.rollouts} --actor_learning_rate {weights}"
     return (

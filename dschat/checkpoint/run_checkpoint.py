@@ -114,10 +114,10 @@ def save_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
     if fault and dist.is_main():
         logger.warning(
-            f"no checkpoint of step {step}: {fault}. Those from before are untouched; the run goes on."
+            f"no checkpoint of step {step}: {fault}. Earlier checkpoints are untouched; the run continues."
         )
     elif keep and dist.is_main():
-        # Newer folders are damaged ones, which this run began anew without; they are no reason to delete what it saves.
+        # Newer folders are damaged ones, which this run started without; they are no reason to delete what it saves.
         for old in [folder for folder in _folders(root) if _step(folder) <= step][:-keep]:
             if problem := _tried(_delete, old):
                 logger.warning(f"{old} could not be deleted: {problem}")
@@ -171,7 +171,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def delete_newer(root: Path, step: int) -> None:
-    """Delete what lies in `root` behind `step`, and what was never finished: a run goes on from there."""
+    """Delete the checkpoints in `root` after `step` and the unfinished ones: a run resumes from there."""
     if not dist.is_main() or not root.is_dir():
         return
     for path in root.glob(".step_*"):
@@ -182,7 +182,7 @@ def delete_newer(root: Path, step: int) -> None:
 
 
 def is_shared(folder: Path) -> bool:
-    """Whether `folder`, which is there, is the same one for all processes. Every process must call it."""
+    """Return whether the existing `folder` is the same one on all ranks. Every rank must call it."""
     mark = folder / dist.gather_texts(f".shared.{uuid.uuid4().hex}")[0]
     fault = dist.first_fault(_tried(mark.touch) if dist.is_main() else "")
     hidden = dist.first_fault("" if fault or mark.exists() else "not there")

@@ -1,12 +1,13 @@
-"""What a run has to know to go on as if it had never stopped, saved and restored between two steps.
+"""The state that a run needs to continue as if it had never stopped, saved and restored between updates.
 
 The main finds the checkpoint before any model loads (``find_checkpoint``), builds everything as at the start, and
 hands it to ``RunState``; the loop takes its batches from there and reports every step.
 """
 
 import signal
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Iterator, Protocol
+from typing import Protocol
 
 import torch
 
@@ -61,7 +62,7 @@ class Stateful(Protocol):
         """Its tensors, and the rest as JSON; of this process alone."""
 
     def restore(self, saved: "Saved") -> None:
-        """Become what ``state`` was taken of."""
+        """Restore the state that ``state`` returned."""
 
 
 class Saved:
@@ -72,11 +73,11 @@ class Saved:
 
     @property
     def same_processes(self) -> bool:
-        """Whether as many processes wrote it; else each process's state belongs to none of today's."""
+        """Whether as many ranks wrote it; otherwise no rank's state belongs to one of today's."""
         return self.checkpoint.processes == dist.world_size()
 
     def of_rank(self, rank: int | None = None) -> tuple[dict[str, torch.Tensor], dict]:
-        """What the process `rank` (default: this one) saved."""
+        """Return the tensors and values that `rank` (default: this one) saved."""
         tensors, values = self.checkpoint.rank_state(rank)
         prefix = f"{self.name}/"
         own = {
@@ -115,7 +116,7 @@ def find_checkpoint(config) -> Checkpoint | None:
         step = last_step(root)
         if step is not None:
             raise ValueError(
-                f"--output_dir {run.output_dir} holds checkpoints up to step {step}. Give --resume latest to go on from "
+                f"--output_dir {run.output_dir} holds checkpoints up to step {step}. Give --resume latest to continue from "
                 f"there, another --output_dir, or delete {root} to start again."
             )
         return None
@@ -187,7 +188,7 @@ class RunState:
         if self.config.run.output_dir is not None:
             delete_newer(checkpoint_root(self.config.run.output_dir), checkpoint.step)
         dist.barrier()
-        logger.info(f"going on behind step {checkpoint.step}, from {checkpoint.path}")
+        logger.info(f"resuming after step {checkpoint.step}, from {checkpoint.path}")
 
     def windows(self) -> Iterator[list]:
         """The batches of each further step, epoch after epoch without end."""
@@ -195,7 +196,7 @@ class RunState:
             epoch, done = divmod(self.step, self.steps_per_epoch)
             self.loader.sampler.set_epoch(epoch, start=done * self.window * self.loader.batch_size)
             # A loader's iterator draws a random number when it is made. At the beginning of an epoch that is still to
-            # come; in the middle of one the checkpoint has it behind it.
+            # come; in the middle of one the checkpoint already has it.
             if done == 0:
                 self._restore_random()
             batches = iter(self.loader)
@@ -229,16 +230,16 @@ class RunState:
         if received:
             name = signal.Signals(received).name
             what = (
-                "a checkpoint is written: the same command with --resume latest goes on from it"
+                "checkpoint saved; rerun the same command with --resume latest to continue"
                 if saved
                 else "nothing is saved without --output_dir"
                 if run.output_dir is None
                 else "it could not be saved (see above)"
             )
-            raise Stopped(f"{name} behind step {self.step}: {what}.", status=128 + received)
+            raise Stopped(f"{name} after step {self.step}: {what}.", status=128 + received)
 
     def save_unfinished(self) -> bool:
-        """Save the whole steps of a run that cannot go on; every process must call it. False where it was not possible."""
+        """Save the whole steps of a run that cannot continue; every process must call it. False where it was not possible."""
         if self.config.run.output_dir is None:
             return False
         return 0 < self._saved_step == self.step or self._save()
@@ -279,7 +280,7 @@ class RunState:
         if saved.same_processes:
             set_random_state(*saved.of_rank())
         else:
-            # Nobody's numbers to go on with: others than at the start, and others on each process.
+            # No rank's numbers to continue with: others than at the start, and others on each process.
             seed_everything(self.config.run.seed + 1_000_003 * self.step + dist.rank())
 
     def _check_rows(self, checkpoint: Checkpoint) -> None:

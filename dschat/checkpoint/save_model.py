@@ -44,7 +44,7 @@ def save_model(
 
 
 def _adapter_writer(model: torch.nn.Module, tensors: dict[str, torch.Tensor]):
-    """What writes the adapter folder; None where there is none to write."""
+    """Return the function that writes the adapter folder; None if there is none to write."""
     if not has_lora(model):
         return None
     merged = getattr(model, "merged_adapter", None)

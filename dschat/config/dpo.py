@@ -1,4 +1,7 @@
-"""The configuration of DPO, which stands in for steps 2 and 3 and shares the options of the other one-model steps."""
+"""The configuration of DPO.
+
+DPO replaces steps 2 and 3. It shares the options of the other steps that train one model.
+"""
 
 from dataclasses import dataclass
 from typing import Optional
@@ -20,42 +23,53 @@ from dschat.config.value_checks import above, at_least, in_range
 
 @dataclass(frozen=True)
 class DPOOptim(OptimOptions):
+    """The optimizer of DPO."""
+
     learning_rate: float = flag(1e-6, "Peak learning rate of the base weights.")
 
 
 @dataclass(frozen=True)
 class DPOSystem(SystemOptions):
+    """Memory options of the trained model and the reference."""
+
     dropout: Optional[float] = flag(
         0.0,
-        "Every dropout probability of the trained model; above 0 its ratio to the reference is noisy.",
+        "Dropout probability of every layer of the trained model. Above 0, its ratio to the "
+        "reference is noisy.",
     )
     offload_reference_model: bool = flag(
         False,
-        "Keep the reference model's weights in host memory; it then runs under ZeRO-3 whatever --zero_stage is.",
+        "Keep the reference model's weights in host memory. It then runs under ZeRO-3, whatever "
+        "--zero_stage is.",
     )
     share_reference: bool = flag(
         True,
-        "With --only_optimize_lora the reference is the trained model without its adapters: no copy.",
+        "With --only_optimize_lora: use the trained model without its adapters as the reference, "
+        "instead of a copy.",
     )
 
 
 @dataclass(frozen=True)
 class DPOAlgorithm:
+    """The loss of DPO."""
+
     _argument_group_name = "DPO"
 
     beta: float = flag(
         0.1, "Weight of the KL divergence from the reference: rewards are beta times log ratios."
     )
     label_smoothing: float = flag(
-        0.0, "Share of the pairs that are taken to be the wrong way round (conservative DPO)."
+        0.0, "Assumed share of pairs with swapped labels (conservative DPO)."
     )
 
 
 @dataclass(frozen=True)
 class DPORun(RunOptions):
+    """Output and evaluation of DPO."""
+
     tensorboard_path: str = flag("step2_tensorboard", "Folder of the TensorBoard events.")
     eval_interval: int = flag(
-        0, "Evaluate every so many optimizer steps; 0: before, and after each epoch."
+        0, "Evaluate every so many optimizer steps; 0: before training and after each epoch."
     )
     print_loss: bool = flag(False, "Print the loss of every optimizer step.")
 
@@ -80,7 +94,7 @@ class DPOConfig:
         return self.system.share_reference and self.lora.only_optimize_lora
 
     def problems(self) -> list[str]:
-        """Everything that is wrong with these options, one sentence each."""
+        """Return everything that is wrong with these options, one sentence each."""
         found = single_model_problems(self)
         found += above("--beta", self.dpo.beta, 0)
         found += in_range("--label_smoothing", self.dpo.label_smoothing, 0.0, 0.5)

@@ -1,21 +1,23 @@
 """Messages about flags that have no effect in a run."""
 
+from typing import Any
+
 from dschat.config.parse import config_dict
 from dschat.runtime.log import logger
 
-# Flags that change nothing, and why: said once at the start of a run that gives one of them.
+# Flags without effect, and why. Logged once at the start of a run that gives one of them.
 WITHOUT_EFFECT = {
     "compute_fp32_loss": "logprobs and losses are always computed in fp32",
     "align_overflow": "engines always step together or not at all",
     "deepspeed": "every run is a DeepSpeed run",
     "deepscale": "every run is a DeepSpeed run",
-    "preprocessing_num_workers": "rows are tokenised as they are read",
+    "preprocessing_num_workers": "rows are tokenized as they are read",
     "actor_dropout": "dropout is off in all four models of step 3",
     "critic_dropout": "dropout is off in all four models of step 3",
 }
 
 
-def announce(config) -> None:
+def announce(config: Any) -> None:
     """Log the given flags that have no effect."""
     given = config_dict(config)
     for name, reason in WITHOUT_EFFECT.items():
@@ -41,7 +43,8 @@ def announce(config) -> None:
         logger.info("--tp_gather_partition_size has no effect with --inference_tp_size 1")
     if given.get("top_k") or given.get("top_p", 1.0) < 1.0 or given.get("min_answer_len"):
         logger.warning(
-            "--top_k, --top_p and --min_answer_len change what is sampled but not the logprobs: ratio and KL are biased"
+            "--top_k, --top_p and --min_answer_len change what is sampled but not the logprobs: "
+            "ratio and KL are biased"
         )
     if given.get("critic_warmup_steps") and given.get("advantage_estimator") != "gae":
         logger.warning(
@@ -49,37 +52,37 @@ def announce(config) -> None:
         )
     if given.get("target_kl") is not None and config.updates_per_rollout == 1:
         logger.warning(
-            "--target_kl has no effect: each rollout has one update, and no others that could be left out"
+            "--target_kl has no effect: each rollout has a single update, so none can be skipped"
         )
     if given.get("kl_target") is not None and not given["kl_coef"]:
-        logger.warning(
-            "--kl_target has no effect: it multiplies --kl_coef, which is 0 and stays so"
-        )
+        logger.warning("--kl_target has no effect: it multiplies --kl_coef, which is 0 and stays 0")
     if given.get("enable_test_mode") and not given.get("test_stop_step"):
         logger.warning("--enable_test_mode has no effect without --test_stop_step")
     if given["output_dir"] is None:
         logger.info("--output_dir is not given: the trained model will not be saved")
 
 
-def _announce_memory(config, given: dict) -> None:
-    """Log which of the given memory flags have no effect, and what int8 weights mean for the result."""
+def _announce_memory(config: Any, given: dict[str, Any]) -> None:
+    """Log which of the given memory flags have no effect, and what int8 means for the result."""
     if given.get("offload_reference_model") and config.shares_reference:
         logger.info(
-            "--offload_reference_model has no effect: the reference is the trained model with its adapters off"
+            "--offload_reference_model has no effect: "
+            "the reference is the trained model with its adapters off"
         )
     if given.get("offload_reward_model") and config.shares_reward:
         logger.info(
-            "--offload_reward_model has no effect on the critic's model, which the critic stands in for"
+            "--offload_reward_model has no effect on the reward model that is the critic's: "
+            "the critic with its adapters off replaces it"
         )
     if given.get("offload_idle_states") and given["offload"]:
         logger.info(
-            "--offload_idle_states has no effect: with --offload the states are in host memory anyway"
+            "--offload_idle_states has no effect: "
+            "with --offload the states are always in host memory"
         )
-    if not given["pin_memory"] and not any(
-        value for name, value in given.items() if name.startswith("offload")
-    ):
+    offloads = any(value for name, value in given.items() if name.startswith("offload"))
+    if not given["pin_memory"] and not offloads:
         logger.info("--no_pin_memory has no effect: nothing is offloaded")
     if given.get("enable_mixed_precision_lora"):
         logger.info(
-            "--enable_mixed_precision_lora: adapted weights are rounded to int8, and are saved as rounded"
+            "--enable_mixed_precision_lora: adapted weights are rounded to int8 and saved so"
         )

@@ -1,14 +1,14 @@
 """Option groups that the steps share.
 
-Each group is a frozen dataclass; a step (see ``steps.py``) is a set of groups. A field is a command-line flag of
-the same name and a key of a YAML or JSON file. Names and defaults follow DeepSpeed-Chat; where one differs,
-docs/differences_from_deepspeed_chat.md says why.
+Each group is a frozen dataclass; the configuration of a step is a set of groups. A field is a
+command-line flag of the same name, and a key of a YAML or JSON file. Names and defaults follow
+DeepSpeed-Chat; docs/differences_from_deepspeed_chat.md explains those that differ.
 """
 
 from dataclasses import dataclass, field
-from typing import Literal, Optional
+from typing import Any, Literal, Optional
 
-from dschat.config.value_checks import at_least, seed_value
+from dschat.config.value_checks import fields_at_least, seed_value
 
 Dtype = Literal["auto", "fp16", "bf16", "fp32"]
 Scheduler = Literal[
@@ -17,8 +17,8 @@ Scheduler = Literal[
 PromptFormat = Literal["auto", "plain", "human_assistant", "chat"]
 
 
-def flag(default, help_text: str):
-    """A dataclass field with a help text; lists and dicts get a factory."""
+def flag(default: Any, help_text: str) -> Any:
+    """Return a dataclass field with a help text; a list gets a factory."""
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata={"help": help_text})
     return field(default=default, metadata={"help": help_text})
@@ -26,12 +26,14 @@ def flag(default, help_text: str):
 
 @dataclass(frozen=True)
 class DataOptions:
+    """The data sets, their split and their text format."""
+
     _argument_group_name = "data"
 
     data_path: list[str] = flag(
         ["Dahoas/rm-static"],
-        "Data sets, blended: local .json/.jsonl/.csv/.parquet files, folders holding train.* and eval.*, folders of "
-        "datasets.save_to_disk, or hub names.",
+        "Data sets, blended: local .json/.jsonl/.csv/.parquet files, folders with train.* and "
+        "eval.*, folders of datasets.save_to_disk, or hub names.",
     )
     data_split: str = flag(
         "2,4,4", "Shares of the data for steps 1, 2 and 3; disjoint, and the same in every step."
@@ -39,14 +41,13 @@ class DataOptions:
     data_output_path: Optional[str] = flag(
         None, "Cache folder for data sets. Default: the user's cache folder."
     )
-    data_seed: int = flag(1234, "Seed of the split alone, so that splits never depend on --seed.")
-    eval_fraction: float = flag(
-        0.1, "Share held out from a source that has no evaluation split of its own."
-    )
+    data_seed: int = flag(1234, "Seed of the split, which therefore does not depend on --seed.")
+    eval_fraction: float = flag(0.1, "Share held out from a source without an evaluation split.")
     prompt_format: PromptFormat = flag(
         "auto",
-        "How rows become text: plain (prompt + answer as they stand), human_assistant, chat (the tokenizer's chat "
-        "template), or auto (messages: the chat template where there is one, else human_assistant; other rows: plain).",
+        "Text format of rows: plain (prompt + answer, unchanged), human_assistant, chat (the "
+        "tokenizer's chat template), or auto (messages: the chat template if the tokenizer has "
+        "one, else human_assistant; other rows: plain).",
     )
     skip_bad_rows: bool = flag(
         False, "Skip and count malformed rows instead of stopping with an error."
@@ -55,29 +56,31 @@ class DataOptions:
 
 @dataclass(frozen=True)
 class TextOptions(DataOptions):
-    """The data of a step on whole texts."""
+    """The data of a step that trains on whole texts."""
 
     max_seq_len: int = flag(512, "Longest text in tokens; longer prompts lose their beginning.")
 
 
 @dataclass(frozen=True)
 class ModelOptions:
+    """How models and tokenizers are loaded."""
+
     _argument_group_name = "model"
 
     dtype: Dtype = flag(
-        "auto", "Training precision; auto takes bf16 where the device has it, else fp16."
+        "auto", "Training precision; auto: bf16 if the device supports it, else fp16."
     )
     add_eot_token: bool = flag(
         False, "Add --eot_token as a special token and end every answer with it."
     )
     eot_token: str = flag("<|endoftext|>", "The end-of-text token that --add_eot_token adds.")
-    trust_remote_code: bool = flag(
-        False, "Run code that a model folder or hub repository brings along."
-    )
+    trust_remote_code: bool = flag(False, "Run Python code from a model folder or hub repository.")
 
 
 @dataclass(frozen=True)
 class ScheduleOptions:
+    """Length of training and its learning-rate schedule."""
+
     _argument_group_name = "schedule"
 
     num_train_epochs: int = flag(1, "Passes over the training data.")
@@ -91,81 +94,89 @@ class ScheduleOptions:
 
 @dataclass(frozen=True)
 class RunOptions:
+    """Output, checkpoints, logging and launcher flags of a run."""
+
     _argument_group_name = "run"
 
-    output_dir: Optional[str] = flag(None, "Where the model, metrics.jsonl and run.json go.")
-    seed: int = flag(1234, "Seed of initialisation, data order and sampling.")
+    output_dir: Optional[str] = flag(None, "Folder for the model, metrics.jsonl and run.json.")
+    seed: int = flag(1234, "Seed of initialization, data order and sampling.")
     save_interval: int = flag(
         0,
-        "Write a checkpoint to resume from every so many optimizer steps (step 3: rollouts); 0: when stopped only.",
+        "Save a checkpoint every so many optimizer steps (step 3: rollouts); 0: only when the run "
+        "is stopped.",
     )
     save_total_limit: int = flag(
-        2, "Keep this many checkpoints, and delete older ones; 0: keep all."
+        2, "Keep this many checkpoints and delete older ones; 0: keep all."
     )
     resume: Optional[str] = flag(
         None,
-        "Go on from a checkpoint: latest (the newest whole one in --output_dir, or from the start), or its folder.",
+        "Resume from a checkpoint: its folder, or latest (the newest complete one in --output_dir; "
+        "if there is none, the run starts from the beginning).",
     )
     log_interval_s: float = flag(5.0, "Seconds between progress lines.")
     enable_tensorboard: bool = flag(
-        False, "Write TensorBoard events, of the pipeline and of each engine."
+        False, "Write TensorBoard events of the run and of each engine."
     )
     dry_run: bool = flag(
         False,
-        "Check the flags, print the memory plan and DeepSpeed's configuration, and stop: no model, data or hub.",
+        "Check the flags, print the memory plan and DeepSpeed's configuration, and exit without "
+        "loading models or data.",
     )
     ignore_memory_plan: bool = flag(
         False, "Start even if the memory plan says that the run does not fit the GPU."
     )
     local_rank: int = flag(-1, "Set by the launcher.")
-    deepspeed: bool = flag(False, "Accepted for compatibility; has no effect.")
+    deepspeed: bool = flag(False, "Accepted for compatibility, no effect.")
     deepspeed_config: Optional[str] = flag(
-        None, "JSON file merged over the generated DeepSpeed configuration."
+        None, "JSON file that is merged into the generated DeepSpeed configuration."
     )
-    deepscale: bool = flag(False, "Old name of --deepspeed; has no effect.")
+    deepscale: bool = flag(False, "Old name of --deepspeed, no effect.")
     deepscale_config: Optional[str] = flag(None, "Old name of --deepspeed_config.")
 
     def problems(self) -> list[str]:
-        """Everything that is wrong with these options, one sentence each."""
-        found = []
-        for name in ("save_interval", "save_total_limit", "log_interval_s"):
-            found += at_least(f"--{name}", getattr(self, name), 0)
+        """Return everything that is wrong with these options, one sentence each."""
+        found = fields_at_least(self, ("save_interval", "save_total_limit", "log_interval_s"), 0)
         if self.output_dir == "":
             found.append(
                 "--output_dir has no value: give a folder, or leave the flag out to save nothing."
             )
         if self.output_dir and self.output_dir.startswith("~"):
-            # In a file of flags, or behind "=", no shell puts the home folder there; nobody wants a folder called ~.
+            # The shell expands ~ neither in a configuration file nor after "=". Without this check
+            # the run would make a folder called ~.
             found.append(f"--output_dir {self.output_dir}: give the path in full, without ~.")
         found += seed_value("--seed", self.seed)
         if self.output_dir is None:
-            for name in ("save_interval", "resume"):
-                if getattr(self, name):
-                    found.append(
-                        f"--{name} {getattr(self, name)} needs --output_dir: checkpoints lie in it."
-                    )
+            reason = "needs --output_dir: checkpoints are saved there."
+            if self.save_interval:
+                found.append(f"--save_interval {self.save_interval} {reason}")
+            if self.resume:
+                found.append(f"--resume {self.resume} {reason}")
         return found
 
 
 @dataclass(frozen=True)
 class LoraOptions:
-    """LoRA of one model. Step 3 has an actor and a critic twin."""
+    """LoRA of one model. Step 3 has one set for the actor and one for the critic."""
 
     _argument_group_name = "LoRA"
 
-    lora_dim: int = flag(0, "Rank of the LoRA adapters; 0: none.")
+    lora_dim: int = flag(0, "Rank of the LoRA adapters; 0: no adapters.")
     lora_module_name: Optional[str] = flag(
         None,
-        "Adapt the linear layers whose full name contains this. Default: the family's decoder layers.",
+        "Adapt the linear layers whose full name contains this. Default: the decoder layers of the "
+        "model family.",
     )
-    lora_alpha: float = flag(1.0, "LoRA scale: the update is multiplied by lora_alpha / lora_dim.")
-    only_optimize_lora: bool = flag(False, "Train the adapters and new heads only.")
+    lora_alpha: float = flag(1.0, "LoRA scale: the product is multiplied by lora_alpha / lora_dim.")
+    only_optimize_lora: bool = flag(False, "Train only the adapters and new heads.")
     lora_learning_rate: float = flag(5e-4, "Learning rate of the adapters.")
 
 
 @dataclass(frozen=True)
 class SystemOptions:
-    """How one model is trained on the machine. Step 3 has an actor and a critic twin."""
+    """ZeRO, offloading and memory options of one model.
+
+    Step 3 has one set for the actor and one for the critic.
+    """
 
     _argument_group_name = "system"
 
@@ -173,11 +184,12 @@ class SystemOptions:
     offload: bool = flag(False, "Keep optimizer states (ZeRO-3: parameters too) in host memory.")
     pin_memory: bool = flag(
         True,
-        "What is offloaded is page-locked, which copies faster; each buffer then takes the next power of two of bytes.",
+        "Page-lock offloaded memory. Copies are faster, but each buffer is rounded up to the next "
+        "power of two bytes.",
     )
     gradient_checkpointing: bool = flag(False, "Recompute activations in backward.")
     dropout: Optional[float] = flag(
-        None, "Set every dropout probability of the model. Default: the model's own."
+        None, "Dropout probability of every layer. Default: as in the model's configuration."
     )
     freeze_layers: int = flag(
         0, "Freeze the embeddings and this many of the lowest decoder layers."
@@ -190,28 +202,36 @@ class SystemOptions:
 
 @dataclass(frozen=True)
 class OneModelOptions(ModelOptions):
+    """The model of a step that trains one."""
+
     model_name_or_path: str = flag("", "Model folder or hub id. Required.")
 
     @property
     def by_flag(self) -> dict[str, list[str]]:
-        """The flags that name models, and what they name."""
+        """The flags that name models, and their values."""
         return {"--model_name_or_path": [self.model_name_or_path]}
 
 
 @dataclass(frozen=True)
 class BatchOptions:
+    """Batch sizes of a step that trains one model."""
+
     _argument_group_name = "batch"
 
-    per_device_train_batch_size: int = flag(16, "Rows per process and micro-batch in training.")
-    per_device_eval_batch_size: int = flag(16, "Rows per process in evaluation.")
+    per_device_train_batch_size: int = flag(16, "Rows per rank and micro-batch in training.")
+    per_device_eval_batch_size: int = flag(16, "Rows per rank and batch in evaluation.")
 
 
 @dataclass(frozen=True)
 class OptimOptions:
+    """The optimizer of a step that trains one model."""
+
     _argument_group_name = "optimiser"
 
     learning_rate: float = flag(1e-3, "Peak learning rate of the base weights.")
-    weight_decay: float = flag(0.0, "AdamW weight decay of matrices; biases and norms have none.")
+    weight_decay: float = flag(
+        0.0, "AdamW weight decay of matrices. Biases and norms are not decayed."
+    )
     compute_fp32_loss: bool = flag(
-        False, "Accepted for compatibility: losses are always computed in fp32."
+        False, "Accepted for compatibility, no effect: losses are always computed in fp32."
     )

@@ -1,4 +1,4 @@
-"""Flags, or one YAML or JSON file, to a step's configuration."""
+"""Parse flags, or one YAML or JSON file, into the configuration of a step."""
 
 import dataclasses
 import difflib
@@ -6,6 +6,7 @@ import json
 import sys
 import typing
 from pathlib import Path
+from typing import Any, NoReturn
 
 import yaml
 from transformers import HfArgumentParser
@@ -20,24 +21,25 @@ FILE_SUFFIXES = (".yaml", ".yml", ".json")
 
 
 class _Parser(HfArgumentParser):
-    """An argument parser whose errors are ValueErrors of one line, not a page of usage and an exit."""
+    """An argument parser that raises a ValueError instead of printing its usage and exiting."""
 
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
+        """Raise `message`."""
         raise ValueError(message)
 
 
-def parse_config(config_class, argv: list[str] | None = None):
-    """A checked `config_class` from command-line words, or from the one file that they name.
+def parse_config(config_class: Any, argv: list[str] | None = None) -> Any:
+    """Parse and check the configuration in command-line words, or in the one file that they name.
 
     Args:
         config_class: a dataclass of option groups with a method ``problems() -> list[str]``.
         argv: the words after the program's name; default ``sys.argv[1:]``.
 
     Returns:
-        The configuration.
+        An instance of `config_class`.
 
     Raises:
-        ValueError: with every problem found, one a line.
+        ValueError: the configuration is bad. The message lists every problem, one per line.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     groups = typing.get_type_hints(config_class)
@@ -46,69 +48,78 @@ def parse_config(config_class, argv: list[str] | None = None):
         if action.nargs == "+":
             action.nargs = "*"  # a list may be empty, as in DeepSpeed-Chat
     title = step_title(config_class)
-    # The launcher adds --local_rank behind the script's name, in front of the user's words.
+    # The launcher puts --local_rank between the script's name and the user's words.
     words = [word for word in argv if not word.startswith("--local_rank=")]
     if len(words) == 1 and words[0].endswith(FILE_SUFFIXES):
         values = _from_file(parser, Path(words[0]), title)
     else:
         values = _from_flags(parser, argv, title)
-    config = config_class(**dict(zip(groups, values)))
-    problems = config.problems() + [
-        p for group in values if hasattr(group, "problems") for p in group.problems()
-    ]
+    config = config_class(**dict(zip(groups, values, strict=True)))
+    problems = config.problems()
+    for group in values:
+        if hasattr(group, "problems"):
+            problems += group.problems()
     if problems:
         raise ValueError("\n".join(problems))
     return config
 
 
-def step_title(config_class) -> str:
-    """What a step is called, such as "Step 2, reward model"."""
-    return config_class.__doc__.split("\n")[0].rstrip(".")
+def step_title(config_class: type) -> str:
+    """Return the name of a step, such as "Step 2, reward model"."""
+    return (config_class.__doc__ or "").split("\n")[0].rstrip(".")
 
 
-def config_dict(config) -> dict:
-    """The configuration as one flat dictionary: what a YAML file for the same run would hold."""
-    return {
-        key: value for group in dataclasses.asdict(config).values() for key, value in group.items()
-    }
+def config_dict(config: Any) -> dict[str, Any]:
+    """Return the configuration as one flat dictionary, like a YAML file for the same run."""
+    flat = {}
+    for group in dataclasses.asdict(config).values():
+        flat.update(group)
+    return flat
 
 
-def _from_flags(parser: _Parser, argv: list[str], title: str):
+def _from_flags(parser: _Parser, argv: list[str], title: str) -> list[Any]:
     known = set(parser._option_string_actions)
     step3 = "--per_device_training_batch_size" in known
     words = []
     for word in argv:
         name, equals, value = word.partition("=")
-        words.append((OLD_NAMES.get(name, name) if step3 else name) + equals + value)
+        if step3:
+            name = OLD_NAMES.get(name, name)
+        words.append(name + equals + value)
     *values, rest = parser.parse_args_into_dataclasses(
         words, return_remaining_strings=True, look_for_args_file=False
     )
     if rest:
-        # Words behind an unknown flag are its values.
+        # Words after an unknown flag are its values.
         unknown = [word for word in rest if word.startswith("--")] or rest
         raise ValueError("\n".join(_unknown(word, known, title) for word in unknown))
-    return values
+    return list(values)
 
 
 def _unknown(word: str, known: set[str], title: str) -> str:
     if word.endswith(FILE_SUFFIXES):
-        return f"{word}: a configuration file takes no flags beside it; write them into the file."
+        return f"{word}: a configuration file takes no flags beside it. Write them into the file."
     near = difflib.get_close_matches(word.partition("=")[0], sorted(known), n=1)
     hint = f" Did you mean {near[0]}?" if near else " --help lists the flags."
     return f"{word}: no flag of that name ({title}).{hint}"
 
 
-def _from_file(parser: _Parser, path: Path, title: str):
+def _from_file(parser: _Parser, path: Path, title: str) -> list[Any]:
     if not path.is_file():
         raise ValueError(f"{path}: no such configuration file.")
     try:
         text = path.read_text(encoding="utf-8-sig")
         values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (OSError, ValueError, yaml.YAMLError) as error:  # of YAML too, where a date is none
+    except (
+        OSError,
+        ValueError,
+        yaml.YAMLError,
+    ) as error:  # PyYAML raises a ValueError for a bad date
         raise ValueError(f"{path}: not readable as {path.suffix[1:].upper()}: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected flag names and values, found {type(values).__name__}.")
-    # Values pass through the flags' own types, so that "5e-5" (text to YAML) is a number and a wrong type is an error.
+    # Values are parsed as flags: "5e-5", a string to YAML, becomes a number, and a wrong type is an
+    # error.
     words = []
     for key, value in values.items():
         if value is None:

@@ -2,9 +2,7 @@
 
 from dataclasses import dataclass
 
-from dschat.config.group_checks import (
-    single_model_problems,
-)
+from dschat.config.group_checks import single_model_problems
 from dschat.config.options import (
     BatchOptions,
     LoraOptions,
@@ -16,35 +14,38 @@ from dschat.config.options import (
     TextOptions,
     flag,
 )
-from dschat.config.value_checks import (
-    at_least,
-    in_range,
-)
+from dschat.config.value_checks import at_least, in_range
 
 
 @dataclass(frozen=True)
 class RewardData(TextOptions):
+    """The pairs of chosen and rejected answers."""
+
     cut_fraction: float = flag(
         0.0,
-        "Share of the training pairs whose two answers are cut to one random length, without end token, so that "
-        "unfinished answers are scored too.",
+        "Share of the training pairs whose two answers are cut to the same random length, without "
+        "end token, so that the model learns to score unfinished answers too.",
     )
 
 
 @dataclass(frozen=True)
 class RewardOptim(OptimOptions):
+    """The optimizer of step 2."""
+
     learning_rate: float = flag(5e-5, "Peak learning rate of the base weights.")
 
 
 @dataclass(frozen=True)
 class RewardRun(RunOptions):
+    """Output and evaluation of step 2."""
+
     tensorboard_path: str = flag("step2_tensorboard", "Folder of the TensorBoard events.")
     eval_interval: int = flag(
-        0, "Evaluate every so many optimizer steps; 0: before, and after each epoch."
+        0, "Evaluate every so many optimizer steps; 0: before training and after each epoch."
     )
-    eval_iters: int = flag(100, "Evaluate on at most this many batches per process.")
+    eval_iters: int = flag(100, "Evaluate on at most this many batches per rank.")
     num_padding_at_beginning: int = flag(
-        1, "Accepted for compatibility, without effect: positions come from the attention mask."
+        1, "Accepted for compatibility, no effect: positions come from the attention mask."
     )
 
 
@@ -62,7 +63,7 @@ class RewardConfig:
     run: RewardRun
 
     def problems(self) -> list[str]:
-        """Everything that is wrong with these options, one sentence each."""
+        """Return everything that is wrong with these options, one sentence each."""
         found = single_model_problems(self)
         found += in_range("--cut_fraction", self.data.cut_fraction, 0.0, 1.0)
         found += at_least("--eval_interval", self.run.eval_interval, 0)

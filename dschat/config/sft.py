@@ -2,9 +2,7 @@
 
 from dataclasses import dataclass
 
-from dschat.config.group_checks import (
-    single_model_problems,
-)
+from dschat.config.group_checks import single_model_problems
 from dschat.config.options import (
     BatchOptions,
     LoraOptions,
@@ -20,11 +18,15 @@ from dschat.config.options import (
 
 @dataclass(frozen=True)
 class SFTData(TextOptions):
-    sft_only_data_path: list[str] = flag([], "Data sets used for this step only, whole.")
+    """The data of step 1."""
+
+    sft_only_data_path: list[str] = flag([], "Data sets for this step only, used in full.")
 
 
 @dataclass(frozen=True)
 class SFTRun(RunOptions):
+    """Output of step 1."""
+
     tensorboard_path: str = flag("step1_tensorboard", "Folder of the TensorBoard events.")
     print_loss: bool = flag(False, "Print the loss of every optimizer step.")
 
@@ -43,5 +45,5 @@ class SFTConfig:
     run: SFTRun
 
     def problems(self) -> list[str]:
-        """Everything that is wrong with these options, one sentence each."""
+        """Return everything that is wrong with these options, one sentence each."""
         return single_model_problems(self)

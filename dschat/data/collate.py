@@ -1,6 +1,6 @@
-"""Items to padded batches, as long as the longest item of the batch."""
+"""Collate functions: dataset items to batches, padded to the longest item of the batch."""
 
-from typing import Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -9,25 +9,31 @@ from dschat.data.datasets import IGNORED
 
 
 def collate_text(items: Sequence[dict], pad_id: int) -> TextBatch:
-    """Items of `SFTDataset`, padded on the right; labels with -100."""
+    """Pad items of `SFTDataset` on the right; labels are padded with -100."""
     input_ids, attention_mask = pad([item["input_ids"] for item in items], pad_id)
     labels, _ = pad([item["labels"] for item in items], IGNORED)
     return TextBatch(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
 
 
 def collate_pairs(items: Sequence[dict], pad_id: int) -> PairBatch:
-    """Items of `PairDataset`, all chosen rows and then all rejected ones, padded on the right to one length."""
-    rows = [item["chosen_ids"] for item in items] + [item["rejected_ids"] for item in items]
+    """Stack items of `PairDataset`, padded on the right to one length.
+
+    All chosen rows come first, then all rejected rows in the same order.
+    """
+    chosen = [item["chosen_ids"] for item in items]
+    rejected = [item["rejected_ids"] for item in items]
+    rows = chosen + rejected
     input_ids, attention_mask = pad(rows, pad_id)
-    prompts = [item["num_prompt"] for item in items] * 2
-    labels, _ = pad(
-        [[IGNORED] * prompt + row[prompt:] for prompt, row in zip(prompts, rows)], IGNORED
-    )
+    prompt_lengths = [item["num_prompt"] for item in items] * 2
+    label_rows = [
+        [IGNORED] * length + row[length:] for length, row in zip(prompt_lengths, rows, strict=True)
+    ]
+    labels, _ = pad(label_rows, IGNORED)
     return PairBatch(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
 
 
 def collate_prompts(items: Sequence[dict], pad_id: int) -> PromptBatch:
-    """Items of `PromptDataset`, padded on the left."""
+    """Pad items of `PromptDataset` on the left."""
     input_ids, attention_mask = pad([item["input_ids"] for item in items], pad_id, left=True)
     index = torch.tensor([item["index"] for item in items], dtype=torch.int64)
     return PromptBatch(input_ids=input_ids, attention_mask=attention_mask, index=index)
@@ -36,15 +42,22 @@ def collate_prompts(items: Sequence[dict], pad_id: int) -> PromptBatch:
 def pad(
     rows: Sequence[Sequence[int]], pad_value: int, *, left: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`rows` as one tensor [B, T] int64, and its mask [B, T] int64 that holds 1 where a row has a value.
+    """Pad `rows` to one length.
 
-    The mask comes from the lengths, since the pad token may also be a token of the text.
+    Args:
+        rows: B lists of token ids; T is the length of the longest.
+        pad_value: fills the padded positions.
+        left: pad on the left instead of the right.
+
+    Returns:
+        The values [B, T] int64, and their mask [B, T] int64, which is 1 on values and 0 on padding.
+        The mask comes from the lengths, since the pad token may also be a token of the text.
     """
     longest = max(len(row) for row in rows)
     values = torch.full((len(rows), longest), pad_value, dtype=torch.int64)
     mask = torch.zeros((len(rows), longest), dtype=torch.int64)
-    for number, row in enumerate(rows):
-        place = slice(longest - len(row), longest) if left else slice(0, len(row))
-        values[number, place] = torch.tensor(row, dtype=torch.int64)
-        mask[number, place] = 1
+    for i, row in enumerate(rows):
+        columns = slice(longest - len(row), longest) if left else slice(0, len(row))
+        values[i, columns] = torch.tensor(row, dtype=torch.int64)
+        mask[i, columns] = 1
     return values, mask

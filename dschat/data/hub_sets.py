@@ -1,49 +1,52 @@
-"""The data sets of the hub that are known by name: where each lies and how a row of it reads.
+r"""The hub datasets that are known by name: their repository, and how their rows are read.
 
-Those that hold questions and answers take the form of the Dahoas sets, "\\n\\nHuman: ...\\n\\nAssistant:" and
-" answer", so that a blend has one form. A row function raises ValueError (or stumbles over a field that is null) where
-a row has no usable answer; published sets cannot be mended by who uses them, so such rows are left out and counted.
+Question-and-answer sets get the form of the Dahoas sets, "\n\nHuman: ...\n\nAssistant:" and
+" answer", so that a blend has one form. If a row has no usable answer, its row function raises
+ValueError (or another error over a null field). Users cannot fix published sets, so such rows are
+left out and counted.
 """
 
 import re
 from dataclasses import dataclass, replace
-from typing import Optional
 
-from dschat.data.row import Row, RowFunction, checked_pair, checked_text, row_from_columns
+from dschat.data.row import (
+    Row,
+    RowFunction,
+    add_leading_space,
+    row_from_columns,
+    validate_pair,
+    validate_text,
+)
 
 CITATION = re.compile(r" ?[(\[].*?[)\]]")
 
 
 @dataclass(frozen=True)
 class HubSet:
-    """A named data set."""
+    """A named dataset."""
 
-    row_of: RowFunction
-    repository: Optional[str] = None  # where it differs from the name
-    config: Optional[str] = None
+    row_function: RowFunction
+    repository: str | None = None  # if it differs from the name
+    config: str | None = None
 
 
 def question_row(question: object, chosen: object, rejected: object = None) -> Row:
-    """A question and its answers in Human/Assistant form."""
-    return checked_pair(
-        Row(
-            prompt=f"\n\nHuman: {checked_text(question, 'question').strip()}\n\nAssistant:",
-            chosen=" " + checked_text(chosen, "answer").strip(),
-            rejected=None
-            if rejected is None
-            else " " + checked_text(rejected, "rejected answer").strip(),
-        )
-    )
+    """Build a row in Human/Assistant form from a question and its answers."""
+    prompt = f"\n\nHuman: {validate_text(question, 'question').strip()}\n\nAssistant:"
+    chosen = " " + validate_text(chosen, "answer").strip()
+    if rejected is not None:
+        rejected = " " + validate_text(rejected, "rejected answer").strip()
+    return validate_pair(Row(prompt, chosen, rejected))
 
 
 def local_json_row(raw: dict) -> Row:
-    """DeepSpeed-Chat's local file: a space parts prompt and answer."""
+    """Build a row of DeepSpeed-Chat's local file, with a space between prompt and answer."""
     row = row_from_columns(raw)
-    return replace(row, chosen=_spaced(row.chosen), rejected=_spaced(row.rejected))
-
-
-def _spaced(text: str | None) -> str | None:
-    return text if text is None or text[0].isspace() else " " + text
+    return replace(
+        row,
+        chosen=add_leading_space(row.chosen),
+        rejected=add_leading_space(row.rejected),
+    )
 
 
 def _synthetic_instruct(raw: dict) -> Row:
@@ -51,12 +54,11 @@ def _synthetic_instruct(raw: dict) -> Row:
 
 
 def _reward_datasets(raw: dict) -> Row:
-    # The prompt lacks the closing "Assistant:", which both answers repeat.
-    prompt = checked_text(raw["prompt"], "prompt").rstrip() + "\n\nAssistant:"
-    chosen, rejected = (
-        checked_text(raw[name].split("Assistant:")[-1], name) for name in ("chosen", "rejected")
-    )
-    return checked_pair(Row(prompt, " " + chosen.strip(), " " + rejected.strip()))
+    # The prompt lacks the closing "Assistant:"; both answers begin with it instead.
+    prompt = validate_text(raw["prompt"], "prompt").rstrip() + "\n\nAssistant:"
+    chosen = validate_text(raw["chosen"].split("Assistant:")[-1], "chosen")
+    rejected = validate_text(raw["rejected"].split("Assistant:")[-1], "rejected")
+    return validate_pair(Row(prompt, " " + chosen.strip(), " " + rejected.strip()))
 
 
 def _webgpt(raw: dict) -> Row:
@@ -76,12 +78,9 @@ def _shp(raw: dict) -> Row:
 
 
 def _vicuna(raw: dict) -> Row:
-    prompt = (
-        checked_text(raw["prompt"], "prompt")
-        .replace("USER", "Human")
-        .replace("ASSISTANT", "Assistant")
-    )
-    return Row(prompt, " " + checked_text(raw["label"], "label").strip())
+    prompt = validate_text(raw["prompt"], "prompt")
+    prompt = prompt.replace("USER", "Human").replace("ASSISTANT", "Assistant")
+    return Row(prompt, " " + validate_text(raw["label"], "label").strip())
 
 
 def _zhihu(raw: dict) -> Row:

@@ -1,6 +1,6 @@
-"""Local JSON, JSON lines and CSV files to rows that remember their lines.
+"""Readers of local JSON, JSON lines and CSV files that remember the line of each row.
 
-Our own readers, since those of the libraries name neither the line nor the value of a fault.
+The readers of the libraries report neither the line nor the value of a fault.
 """
 
 import bisect
@@ -10,40 +10,40 @@ import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Optional
 
 SPACE = re.compile(r"[ \t\r\n]*")
 
 
 @dataclass
 class Records:
-    """The objects of a file, the line on which each begins, and what could not be read as one."""
+    """The objects of a file, the line where each begins, and what could not be read."""
 
     rows: list[dict] = field(default_factory=list)
     lines: list[int] = field(default_factory=list)
-    faults: list[tuple[int, str]] = field(default_factory=list)
-    lost_behind: Optional[int] = None  # the line behind which rows cannot be told from one another
+    faults: list[tuple[int, str]] = field(default_factory=list)  # (line, message)
+    lost_after: int | None = None  # the line after which rows cannot be told from one another
 
     def add(self, line: int, value: object) -> None:
+        """Add a row, or a fault if `value` is not an object."""
         if isinstance(value, dict):
             self.rows.append(value)
             self.lines.append(line)
         else:
-            self.faults.append(
-                (line, f"an object with named fields is expected, not {json.dumps(value)[:60]}")
-            )
+            shown = json.dumps(value)[:60]
+            self.faults.append((line, f"an object with named fields is expected, not {shown}"))
 
-    def end(self, line: int, message: str) -> "Records":
-        """These records, ended by a fault behind which nothing can be found again."""
+    def stop(self, line: int, message: str) -> "Records":
+        """Add a fault after which no row can be found, and return these records."""
         self.faults.append((line, message))
-        self.lost_behind = line
+        self.lost_after = line
         return self
 
 
 def read_records(path: Path) -> Records:
-    """The objects of a .json (one list, or one object a line), .jsonl or .csv (with a header) file.
+    """Read the objects of a .json, .jsonl or .csv file.
 
-    Lines count from 1. Faults are collected, not raised.
+    A .json file holds one list, or one object a line. A .csv file begins with a header. Lines count
+    from 1. Faults are collected, not raised.
 
     Raises:
         ValueError: for another suffix, or a file that cannot be opened.
@@ -59,128 +59,134 @@ def read_records(path: Path) -> Records:
     if path.suffix in (".json", ".jsonl"):
         return _read_json_lines(data)
     raise ValueError(
-        f"{path}: {path.suffix} is no type of file that is read here; give .json, .jsonl or .csv"
+        f"{path}: files of type {path.suffix} cannot be read; give .json, .jsonl or .csv"
     )
 
 
 def _read_json_lines(data: bytes) -> Records:
     records = Records()
-    # Only \n ends a line: str.splitlines also breaks at U+2028 and others, which may stand inside a JSON text.
+    # Only \n ends a line: str.splitlines also breaks at U+2028 and others, which JSON strings may
+    # contain.
     for number, line in enumerate(data.split(b"\n"), start=1):
         if not line.strip():
             continue
         try:
             records.add(number, json.loads(line.decode("utf-8")))
         except UnicodeDecodeError as error:
-            records.faults.append((number, _not_utf8(error)))
-        except (ValueError, RecursionError) as error:  # also numbers of thousands of digits
-            records.faults.append((number, _not_json(error, line)))
+            records.faults.append((number, _describe_decode_error(error)))
+        except (ValueError, RecursionError) as error:  # ValueError: also for thousands of digits
+            records.faults.append((number, _describe_json_error(error, line)))
     return records
 
 
 def _read_json_list(data: bytes) -> Records:
-    """The elements of one JSON list. Behind a broken element nothing can be found again, so that reading ends there."""
+    """Read one JSON list, up to the first broken element: no row can be found after that."""
     records = Records()
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
-        return records.end(data[: error.start].count(b"\n") + 1, _not_utf8(error))
+        return records.stop(data[: error.start].count(b"\n") + 1, _describe_decode_error(error))
     newlines = [match.start() for match in re.finditer("\n", text)]
     decoder = json.JSONDecoder()
-    position = _behind_space(text, text.index("[") + 1)
+    position = _skip_space(text, text.index("[") + 1)
     more = text[position : position + 1] != "]"
     while more:
         line = bisect.bisect(newlines, position) + 1
         try:
             value, position = decoder.raw_decode(text, position)
         except (ValueError, RecursionError) as error:
-            line = getattr(error, "lineno", line)
-            return records.end(line, _not_json(error, text[position : position + 60].encode()))
+            if isinstance(error, json.JSONDecodeError):
+                line = error.lineno
+            shown = text[position : position + 60].encode()
+            return records.stop(line, _describe_json_error(error, shown))
         records.add(line, value)
-        position = _behind_space(text, position)
+        position = _skip_space(text, position)
         more = text[position : position + 1] == ","
         if more:
-            position = _behind_space(text, position + 1)
+            position = _skip_space(text, position + 1)
     closed = text[position : position + 1] == "]"
     if closed:
-        position = _behind_space(text, position + 1)
+        position = _skip_space(text, position + 1)
     if not closed or position < len(text):
         line = bisect.bisect(newlines, position) + 1
-        wanted = "nothing more behind the list" if closed else "a comma or the end of the list"
-        return records.end(
-            line, f"not readable as JSON ({wanted} expected): {text[position : position + 40]!r}"
-        )
+        expected = "nothing more after the list" if closed else "a comma or the end of the list"
+        shown = text[position : position + 40]
+        return records.stop(line, f"not readable as JSON ({expected} expected): {shown!r}")
     return records
 
 
-def _behind_space(text: str, position: int) -> int:
+def _skip_space(text: str, position: int) -> int:
     return SPACE.match(text, position).end()
 
 
 def _read_csv(data: bytes) -> Records:
-    """The rows of a table. Behind a bad quote the next line begins a row, unless the bad one may go on there."""
+    """Read a table.
+
+    After a bad quote, the next line begins a new row, unless the bad row may continue there.
+    """
     records = Records()
-    # Bytes that are no UTF-8 become surrogates, which the check of each field finds: a single row is faulty then.
+    # Invalid UTF-8 becomes surrogates, which the check of each field finds: then only that row is
+    # faulty.
     text = list(io.StringIO(data.decode("utf-8", errors="surrogateescape"), newline=""))
     csv.field_size_limit(2**31 - 1)
     reader = csv.reader(text, strict=True)
-    header, first_line = None, 1
-    torn = None  # the first line that may have left a quote open
+    header = None
+    first_line = 1
+    open_line = None  # the first line that may have left a quote open
     while True:
-        cells, message = _next_cells(reader)
+        cells, message = _read_cells(reader)
         if cells is None and not message:
             return records
         # A whole row has an even number of quotes.
-        odd = sum(line.count('"') for line in text[first_line - 1 : reader.line_num]) % 2 == 1
+        num_quotes = sum(line.count('"') for line in text[first_line - 1 : reader.line_num])
+        odd = num_quotes % 2 == 1
         if message:
             swallowed = odd and reader.line_num > first_line
             if header is None or swallowed or "unexpected end" in message:
-                return records.end(first_line, message)
+                return records.stop(first_line, message)
             records.faults.append((first_line, message))
-            torn = first_line if odd and torn is None else torn
-        elif odd and torn is not None:
-            return records.end(
-                torn, f"not readable as CSV: its row may end in line {first_line}, at another quote"
+            if odd and open_line is None:
+                open_line = first_line
+        elif odd and open_line is not None:
+            return records.stop(
+                open_line,
+                f"not readable as CSV: its row may end in line {first_line}, at another quote",
             )
         elif header is None:
             header = cells
-            twice = sorted({cell for cell in cells if cell and cells.count(cell) > 1})
-            if twice:
-                records.faults.append(
-                    (first_line, f"the header has {', '.join(map(repr, twice))} more than once")
-                )
+            repeated = sorted({cell for cell in cells if cell and cells.count(cell) > 1})
+            if repeated:
+                names = ", ".join(map(repr, repeated))
+                records.faults.append((first_line, f"the header has {names} more than once"))
                 return records
         elif len(cells) == len(header):
-            # Spreadsheets leave columns without a name behind.
-            records.add(first_line, {name: cell for name, cell in zip(header, cells) if name})
+            # Spreadsheets may leave columns without a name.
+            row = {name: cell for name, cell in zip(header, cells, strict=True) if name}
+            records.add(first_line, row)
         elif cells:
-            records.faults.append(
-                (first_line, f"{len(cells)} cells under a header of {len(header)}: {cells!r:.60}")
-            )
+            message = f"{len(cells)} cells under a header of {len(header)}: {cells!r:.60}"
+            records.faults.append((first_line, message))
         first_line = reader.line_num + 1
 
 
-def _next_cells(reader) -> tuple[Optional[list[str]], str]:
-    """The cells of the next row, None at the end and for a faulty one; and what is wrong with that."""
+def _read_cells(reader) -> tuple[list[str] | None, str]:
+    """Read the next row: its cells (None at the end or on a fault), and the fault, if any."""
     try:
         return next(reader, None), ""
     except csv.Error as error:
         return None, f"not readable as CSV: {error}"
 
 
-def _not_utf8(error: UnicodeDecodeError) -> str:
+def _describe_decode_error(error: UnicodeDecodeError) -> str:
     return f"not valid UTF-8: byte 0x{error.object[error.start]:02x} at position {error.start}"
 
 
-def _not_json(error: Exception, line: bytes) -> str:
+def _describe_json_error(error: Exception, line: bytes) -> str:
     if isinstance(error, json.JSONDecodeError):
         reason = f"{error.msg} at column {error.colno}"
+    elif isinstance(error, RecursionError):
+        reason = "nested too deeply"
     else:
-        reason = (
-            "nested too deeply"
-            if isinstance(error, RecursionError)
-            else "a number of too many digits"
-        )
-    return (
-        f"not readable as JSON ({reason}): {line.decode('utf-8', errors='replace').strip()[:60]!r}"
-    )
+        reason = "a number of too many digits"
+    shown = line.decode("utf-8", errors="replace").strip()[:60]
+    return f"not readable as JSON ({reason}): {shown!r}"

@@ -1,8 +1,8 @@
-"""Which rows belong to which step, and the blend of several sources."""
+"""The rows of each step, and the blend of several sources."""
 
 import bisect
+from collections.abc import Sequence
 from fractions import Fraction
-from typing import Sequence
 
 import numpy as np
 
@@ -14,10 +14,10 @@ NUM_STEPS = 3
 
 
 def parse_shares(data_split: str) -> list[Fraction]:
-    """The three shares of "2,4,4".
+    """Parse the three shares of a --data_split such as "2,4,4".
 
     Raises:
-        ValueError: unless they are three numbers of zero or more, one of them above zero.
+        ValueError: unless there are three numbers of zero or more, at least one above zero.
     """
     try:
         shares = [Fraction(word.strip()) for word in data_split.split(",")]
@@ -25,50 +25,53 @@ def parse_shares(data_split: str) -> list[Fraction]:
         shares = []
     if len(shares) != NUM_STEPS or min(shares) < 0 or not any(shares):
         raise ValueError(
-            f"--data_split {data_split}: give the shares of steps 1, 2 and 3 as three numbers of zero or more, not all "
-            "zero, such as 2,4,4."
+            f"--data_split {data_split}: give the shares of steps 1, 2 and 3 as three numbers of "
+            "zero or more, not all zero, such as 2,4,4."
         )
     return shares
 
 
 def share_sizes(num_rows: int, shares: Sequence[Fraction]) -> list[int]:
-    """Rows of each share: they sum to `num_rows`, each within one of what is due to it, a zero share exactly zero.
+    """Return the number of rows of each share, by the largest remainder method.
 
-    Largest remainder: every share gets the whole part of what it is due, and the rows left over go one each to the
-    largest remainders, the earlier share first where two are equal. Fractions keep equal remainders equal.
+    The sizes sum to `num_rows`. Each is within one row of its exact quota, and a zero share gets no
+    row. Every share gets the whole part of its quota; the remaining rows go one each to the largest
+    remainders, the earlier share first if two are equal. Fractions keep equal remainders equal.
     """
-    due = [num_rows * share / sum(shares) for share in shares]
-    sizes = [int(part) for part in due]
-    by_remainder = sorted(range(len(shares)), key=lambda i: (sizes[i] - due[i], i))
+    quotas = [num_rows * share / sum(shares) for share in shares]
+    sizes = [int(quota) for quota in quotas]
+    by_remainder = sorted(range(len(shares)), key=lambda i: (sizes[i] - quotas[i], i))
     for i in by_remainder[: num_rows - sum(sizes)]:
         sizes[i] += 1
     return sizes
 
 
-def split_indices(num_rows: int, data_split: str, *, stage: int, data_seed: int) -> list[int]:
-    """The rows of step `stage` (1, 2 or 3), in a random order that depends on `num_rows` and `data_seed` alone.
+def split_indices(num_rows: int, data_split: str, *, step: int, data_seed: int) -> list[int]:
+    """Return the rows of step 1, 2 or 3, in a random order.
 
-    The three steps' rows are disjoint and together are all rows, whatever process asks: nothing is stored.
+    The rows of the three steps are disjoint and together are all rows. The order depends only on
+    `num_rows` and `data_seed`, so that every rank computes the same one and nothing is stored.
 
     Raises:
         ValueError: for a malformed `data_split`, see `parse_shares`.
     """
-    assert 1 <= stage <= NUM_STEPS
+    assert 1 <= step <= NUM_STEPS
     sizes = share_sizes(num_rows, parse_shares(data_split))
-    begin = sum(sizes[: stage - 1])
-    # RandomState's streams are frozen for good, so that the steps agree even across library versions.
+    begin = sum(sizes[: step - 1])
+    # RandomState's streams are frozen, so that the steps agree even across library versions.
     order = np.random.RandomState([data_seed & 0xFFFFFFFF, SPLIT_SALT]).permutation(num_rows)
-    return order[begin : begin + sizes[stage - 1]].tolist()
+    return order[begin : begin + sizes[step - 1]].tolist()
 
 
 class Blend(Sequence):
-    """Parts of several sources behind each other, as one sequence of `Row`."""
+    """The parts of several sources, concatenated to one sequence of `Row`."""
 
     def __init__(self, pieces: Sequence[tuple[Source, Part]]):
         self.pieces = list(pieces)
         self._ends = np.cumsum(self.sizes).tolist()
 
     def __len__(self) -> int:
+        """Return the number of rows of all pieces."""
         return self._ends[-1] if self._ends else 0
 
     @property
@@ -77,29 +80,46 @@ class Blend(Sequence):
         return [len(part) for _, part in self.pieces]
 
     def locate(self, position: int) -> tuple[int, int]:
-        """The number of the piece and the row in it that stand at `position`."""
+        """Return the index of the piece that holds `position`, and the row's index within it."""
         if not 0 <= position < len(self):
             raise IndexError(position)
         piece = bisect.bisect_right(self._ends, position)
-        return piece, position - (self._ends[piece - 1] if piece else 0)
+        begin = self._ends[piece - 1] if piece else 0
+        return piece, position - begin
 
     def __getitem__(self, position: int) -> Row:
-        piece, at = self.locate(position)
+        """Return the row at `position`; raise ValueError, naming its place, if it is malformed."""
+        piece, index = self.locate(position)
         source, part = self.pieces[piece]
-        return source.row(part[at], place=part.place(at))
+        return source.row(part[index], place=part.place(index))
 
 
-def first_of_each(rows: Sequence[Row], most: int, *, least: int = 1) -> list[int]:
-    """Where the first rows of each source of `rows` stand, at most `most` in all, in proportion to the sources' sizes.
+def first_indices_per_source(rows: Sequence[Row], most: int, *, least: int = 1) -> list[int]:
+    """Return the indices of the first rows of each source, in proportion to the sources' sizes.
 
-    Largest remainder, but no source gives fewer than `least` rows, as far as it has them and `most` allows as many for all.
+    The counts follow the largest remainder method.
+
+    Args:
+        rows: a `Blend`, or any sequence, which counts as one source.
+        most: the most rows in all.
+        least: the fewest rows of each source, if it has that many and `most` has room for that many
+            of every source.
     """
-    sizes = [size for size in (rows.sizes if isinstance(rows, Blend) else [len(rows)]) if size]
-    counts = share_sizes(min(most, sum(sizes)), [Fraction(size) for size in sizes]) if sizes else []
+    sizes = rows.sizes if isinstance(rows, Blend) else [len(rows)]
+    sizes = [size for size in sizes if size]
+    if not sizes:
+        return []
+    counts = share_sizes(min(most, sum(sizes)), [Fraction(size) for size in sizes])
     floors = [min(size, least, most // len(sizes)) for size in sizes]
-    while any(count < floor for count, floor in zip(counts, floors)):
-        spare = [count - floor for count, floor in zip(counts, floors)]
+    while True:
+        spare = [count - floor for count, floor in zip(counts, floors, strict=True)]
+        if min(spare) >= 0:
+            break
         counts[spare.index(max(spare))] -= 1
         counts[spare.index(min(spare))] += 1
-    begins = [sum(sizes[:i]) for i in range(len(sizes))]
-    return [begin + position for begin, count in zip(begins, counts) for position in range(count)]
+    indices = []
+    begin = 0
+    for size, count in zip(sizes, counts, strict=True):
+        indices.extend(range(begin, begin + count))
+        begin += size
+    return indices

@@ -14,9 +14,9 @@ import re
 import shutil
 import tarfile
 import tempfile
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Iterable, Sequence
 
 from dschat.demo.downloads import fetch_from_pypi
 from dschat.runtime.paths import cache_dir
@@ -57,6 +57,8 @@ RUDE_WORDS = frozenset(
 
 @dataclass(frozen=True)
 class Sentence:
+    """A sentence of a film review and its rating."""
+
     text: str
     rating: float  # mean of 20 people, -4 to 4
 
@@ -236,7 +238,7 @@ def _pair_row(liked: Sentence, disliked: Sentence) -> dict:
 
 def _prompt_row(sentence: Sentence, seed: int) -> dict:
     num_words = PROMPT_WORDS[int(_sum(f"{seed} words {sentence.text}"), 16) % len(PROMPT_WORDS)]
-    begin = re.match(r"\S+(\s+\S+){%d}" % (num_words - 1), sentence.text).end()
+    begin = re.match(rf"\S+(\s+\S+){{{num_words - 1}}}", sentence.text).end()
     return {
         "prompt": f"{PROMPT} {sentence.text[:begin]}",
         "chosen": sentence.text[begin:],

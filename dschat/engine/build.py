@@ -67,7 +67,7 @@ def _warn_of_stale_locks() -> None:
     for op in needed_ops():
         if op.lock is not None:
             logger.warning(
-                f"a build that was killed left {op.lock}, and this run may wait for it for ever: python -m dschat.doctor "
+                f"a build that was killed left {op.lock}, and this run may wait for it without end: python -m dschat.doctor "
                 "--build_ops clears it"
             )
 

@@ -49,7 +49,7 @@ def build_root() -> Path:
 
 
 def stale_lock(folder: Path) -> Path | None:
-    """The lock in a build folder, where no process works there: what waits for it would wait for ever."""
+    """The lock in a build folder, where no process works there: what waits for it would wait without end."""
     lock = folder / "lock"
     if not lock.exists():
         return None

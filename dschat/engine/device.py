@@ -7,12 +7,12 @@ TORCH_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.flo
 
 
 def on_cpu() -> bool:
-    """True where DeepSpeed runs without an accelerator."""
+    """Return whether DeepSpeed runs without an accelerator."""
     return get_accelerator().device_name() == "cpu"
 
 
 def resolve_dtype(dtype: str) -> str:
-    """ "auto" to what this device does best: bf16, else fp16. The others stay.
+    """Resolve "auto" to the best precision of this device: bf16, else fp16. Others stay.
 
     Raises:
         ValueError: the device cannot do it; names --dtype.

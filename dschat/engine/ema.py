@@ -37,8 +37,9 @@ class MovingAverage:
 
     @torch.no_grad()
     def restore(self, saved) -> None:
-        """Become what ``state`` was taken of, whatever the number of processes; `saved` has ``of_rank`` and
-        ``checkpoint.processes``."""
+        """Restore the state that ``state`` returned, for any number of ranks; `saved` has ``of_rank`` and
+        ``checkpoint.processes``.
+        """
         parameters = dict(self.engine.module.named_parameters())
         ranks = range(saved.checkpoint.processes)
         if self.engine.zero_optimization_stage() == 0:
@@ -88,7 +89,7 @@ class MovingAverage:
                 yield name, parameter._hp_mapping.get_hp_fragment()
 
     def _start(self, parameter: torch.Tensor, piece: torch.Tensor) -> int:
-        """Where this process's piece begins in the flat parameter."""
+        """Return the offset of this rank's piece in the flat parameter."""
         stage = self.engine.zero_optimization_stage()
         if stage == 0:
             return 0

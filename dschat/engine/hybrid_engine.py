@@ -1,6 +1,6 @@
-"""Where answers come from: the training module's own generate, or the Hybrid Engine's inference replica.
+"""Generators of answers: the training module's own generate, or the Hybrid Engine's inference replica.
 
-Both stand behind DeepSpeed's RolloutEngine. DeepSpeed's own hybrid engine fits no model of transformers 5; ours needs
+Both implement DeepSpeed's RolloutEngine. DeepSpeed's own hybrid engine fits no model of transformers 5; ours needs
 nothing of a model but that it is a causal language model of transformers: see replica.py and decoding.py.
 """
 
@@ -26,7 +26,7 @@ from dschat.generation.decoding import (
     prefill,
     takes_graphs,
 )
-from dschat.generation.sampling import alone, eos_ids
+from dschat.generation.sampling import eos_ids, keep_tokens
 from dschat.generation.tensor_parallel import TensorGroup, gather_prompts
 from dschat.models.forward import forward_logits
 from dschat.runtime import dist
@@ -85,19 +85,20 @@ class Generator(RolloutEngine):
         )
 
     def sync_weights(self, step: int) -> None:
-        """Nothing to do where the training weights generate."""
+        """Take the current weights. Does nothing if the training weights themselves generate."""
 
     def end_rollout(self) -> None:
         """All answers of a rollout are there: free what is not to be kept until the next one."""
 
     def metrics(self) -> dict[str, float]:
-        """What to log of the last rollout."""
+        """Return the metrics of the last rollout."""
         return {}
 
 
 class PlainGenerator(Generator):
     """transformers' generate on the training module: slow under ZeRO-3, simple, and what the Hybrid Engine is tested
-    against."""
+    against.
+    """
 
     def decode(self, input_ids, attention_mask, generation) -> Decoded:
         """As Generator, without logprobs; under ZeRO-3 processes step until the last one is done (synced_gpus)."""
@@ -181,7 +182,8 @@ class HybridEngine(Generator):
 
     def decode(self, input_ids, attention_mask, generation) -> Decoded:
         """As Generator. Every process must call it, since ZeRO-3's weights are gathered from all; ranks of a group with
-        as many rows each."""
+        as many rows each.
+        """
         self.refresh_s += self.replica.refresh()
         with torch.no_grad():
             if self.group is None:
@@ -209,11 +211,11 @@ class HybridEngine(Generator):
                     f"steps fail or compute something else ({mismatch})"
                 )
                 self._drop_graphs()
-        agree = alone if self.group is None else self.group.agree
+        agree = keep_tokens if self.group is None else self.group.agree
         return eager_decode(self.replica.model, input_ids, attention_mask, generation, agree)
 
     def _check_split(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> None:
-        """Compare the group's logits behind these prompts with those of the training module.
+        """Compare the group's logits after these prompts with those of the training module.
 
         Raises:
             ValueError: they differ, on any process: the model's own plan does not say all that its layers need.
@@ -235,7 +237,7 @@ class HybridEngine(Generator):
         self._is_checked = True
 
     def sync_weights(self, step: int) -> None:
-        """Take the engine's weights anew, also where they changed without an optimizer step."""
+        """Read the engine's weights again, also if they changed without an optimizer step."""
         self.refresh_s += self.replica.refresh(force=True)
 
     def end_rollout(self) -> None:
@@ -321,7 +323,8 @@ def cache_bytes(config, *, rows: int, length: int, itemsize: int) -> int:
 @contextlib.contextmanager
 def _only(model, generation: GenerationConfig):
     """Inside, `generation` is the model's own too: ``generate`` fills what is None from there (min_p, suppressed
-    tokens and the like), and neither a model's defaults nor transformers' may change what is sampled."""
+    tokens and the like), and neither a model's defaults nor transformers' may change what is sampled.
+    """
     own = model.generation_config
     model.generation_config = generation
     try:

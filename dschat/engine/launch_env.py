@@ -1,4 +1,4 @@
-"""What the environment says about this process's place among the others: of the launchers, SLURM, or nothing."""
+"""Read this process's rank from the environment of a launcher or of SLURM, if there is one."""
 
 import re
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""What only updates need, moved to host memory while an engine generates or waits: Adam's moments, fp32 master weights and
+"""Offloading: states that only updates need move to host memory while an engine generates or waits: Adam's moments, fp32 master weights and
 gradient buffers. Never the weights in training precision: generation reads them.
 """
 

@@ -26,7 +26,7 @@ def group_size(in_features: int) -> int:
 
 
 def quantize(weight: torch.Tensor) -> torch.Tensor:
-    """[out, in] to int8 [out, in + 4 * groups]: each row's values, and behind them its groups' fp32 scales, as bytes.
+    """[out, in] to int8 [out, in + 4 * groups]: each row's values, and after them its groups' fp32 scales, as bytes.
 
     A group's largest magnitude becomes 127, so that no weight is off by more than half its scale (round to nearest;
     Dettmers et al. 2022, LLM.int8(), equation 2, with groups of a row in the place of rows).
@@ -42,7 +42,7 @@ def dequantize(packed: torch.Tensor, in_features: int, dtype: torch.dtype) -> to
     """The [out, in] weight that `quantize` packed, each value rounded once, to `dtype`."""
     size = group_size(in_features)
     values = packed[:, :in_features].unflatten(1, (-1, size))
-    # The copy is aligned, which the bytes behind the values need not be.
+    # The copy is aligned, which the bytes after the values need not be.
     scales = (
         packed[:, in_features:].clone(memory_format=torch.contiguous_format).view(torch.float32)
     )
@@ -78,7 +78,7 @@ class _Linear(torch.autograd.Function):
 
 
 class QuantizedLinear(nn.Module):
-    """What an nn.Linear or Conv1D with a frozen weight computes, from int8."""
+    """An nn.Linear or Conv1D whose frozen weight is stored in int8."""
 
     def __init__(
         self,

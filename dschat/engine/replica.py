@@ -44,11 +44,7 @@ class Weight:
 
     def parts(self) -> list[torch.Tensor]:
         """The training parameters that it is made of."""
-        parts = (
-            [p for p in self.base.parameters(recurse=False)]
-            if self.source is None
-            else [self.source]
-        )
+        parts = list(self.base.parameters(recurse=False)) if self.source is None else [self.source]
         return parts + (
             [lora_matrix(self.lora, "A"), lora_matrix(self.lora, "B")]
             if self.lora is not None
@@ -300,7 +296,7 @@ class Replica:
         self._held = False
 
     def addresses(self) -> tuple[int, ...]:
-        """Of all weights: a CUDA graph is good only for those that it was captured with."""
+        """Return the addresses of all weights. A CUDA graph is valid only for those it was captured with."""
         return tuple(p.data_ptr() for p in self.model.parameters())
 
 

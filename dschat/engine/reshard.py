@@ -78,7 +78,7 @@ def _convert(source: Path, target: Path) -> str:
 
 
 def _inner(engine) -> torch.optim.Optimizer:
-    """torch's optimizer below DeepSpeed's."""
+    """Torch's optimizer below DeepSpeed's."""
     return getattr(engine.optimizer, "optimizer", engine.optimizer)
 
 

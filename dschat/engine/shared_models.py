@@ -22,7 +22,7 @@ class AdaptersOff:
         return self.engine.module
 
     def __call__(self, **inputs):
-        """What the engine gives without adapters. Under ZeRO-3 every process must call it."""
+        """Return the engine's output without adapters. Under ZeRO-3 every rank must call it."""
         module = self.engine.module
         had_reward_head = getattr(module, "use_reward_head", False)
         with adapters_disabled(module):
@@ -49,7 +49,7 @@ class Replaceable:
         return self.engine.module
 
     def __call__(self, **inputs):
-        """What the engine of the moment gives."""
+        """Return the output of the current engine."""
         return self.engine(**inputs)
 
     def eval(self) -> None:

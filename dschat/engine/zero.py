@@ -9,7 +9,7 @@ from dschat.runtime import dist
 
 
 def is_partitioned(parameter: torch.Tensor) -> bool:
-    """True where ZeRO-3 holds only a piece of this parameter on each process."""
+    """Return whether ZeRO-3 holds only a piece of this parameter on each rank."""
     return hasattr(parameter, "ds_id")
 
 

@@ -11,7 +11,8 @@ RECOMPILES = 64  # each number of rows compiles a layer once
 class CompiledLayers:
     """Inside this context decoder layers run compiled, each with its own part of `cache`.
 
-    To the compiler all layers are alike once the number of a layer, by which it finds its part of the cache, is the same
+    To the compiler all layers are alike once the number of a layer, by which it finds its part of
+    the cache, is the same
     for all; a whole model would take it as many times as long.
     """
 
@@ -42,7 +43,7 @@ class CompiledLayers:
 
 
 def _with_slots(forward, cache: SlotCache, slots: SlotLayer):
-    """`forward`, given one layer's part wherever it is given the whole cache."""
+    """Wrap `forward` to receive one layer's part wherever it is given the whole cache."""
 
     def call(*args, **kwargs):
         args = [slots if arg is cache else arg for arg in args]

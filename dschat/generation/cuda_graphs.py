@@ -1,6 +1,8 @@
-"""Decoding on a GPU: each step, sampling included, is one CUDA graph over buffers that stay where they are.
+"""Decoding on a GPU: each step, sampling included, is one CUDA graph over buffers that stay where
+they are.
 
-The host runs a few steps ahead of the device and reads how many rows are left from copies that have arrived by then, so
+The host runs a few steps ahead of the device and reads how many rows are left from copies that have
+arrived by then, so
 that no step waits for it; finished rows are dropped by going over to graphs of fewer rows.
 """
 
@@ -23,10 +25,10 @@ from dschat.generation.decoding import (
     logit_gap,
     prefill_slots,
 )
-from dschat.generation.graph_buffers import State
+from dschat.generation.graph_buffers import GraphBuffers
 from dschat.generation.kernels import attention
 from dschat.generation.kernels.linear import plain_products, use_plain_linears, use_skinny_linears
-from dschat.generation.sampling import Sampler, alone
+from dschat.generation.sampling import Sampler, keep_tokens
 from dschat.generation.tensor_parallel import TensorGroup
 from dschat.models.forward import takes_position_ids
 from dschat.models.structure import cache_argument, decoder_layers
@@ -40,8 +42,9 @@ LENGTH_STEP = 64  # cache lengths are multiples of it
 class GraphDecoder:
     """Answers of one replica, by graphs that are captured once for each number of rows.
 
-    They hold the addresses of weights and buffers: a call with other sampling settings, longer or more answers, or
-    weights elsewhere captures them anew.
+    They hold the addresses of weights and buffers: a call with other sampling settings, longer or
+    more answers, or
+    weights elsewhere captures them again.
     """
 
     def __init__(
@@ -57,9 +60,12 @@ class GraphDecoder:
         Args:
             model: the replica's module; its attention becomes decode_attention's.
             compiled: run each decoder layer of a decode step through torch.compile.
-            max_rows, max_length: size of the key-value cache; more is allocated where a call needs it.
-            group: the ranks that run the same steps, each with a slice of the model. Captured steps hold their
-                collectives; captures, replays and compactions follow from the tokens alone, which are the same on all.
+            max_rows, max_length: size of the key-value cache; more is allocated where a call needs
+                it.
+            group: the ranks that run the same steps, each with a slice of the model. Captured steps
+                hold their
+                collectives; captures, replays and compactions follow from the tokens alone, which
+                are the same on all.
         """
         attention.register()
         self.model, self.compiled, self.group = model, compiled, group
@@ -69,7 +75,7 @@ class GraphDecoder:
         use_skinny_linears(layers)
         self.max_rows, self.max_length = max_rows, max_length
         self.cache: SlotCache | None = None
-        self.state: State | None = None
+        self.state: GraphBuffers | None = None
         self.sampler: Sampler | None = None
         self.pad_token_id = 0
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
@@ -88,13 +94,14 @@ class GraphDecoder:
         generation: GenerationConfig,
         addresses: tuple[int, ...],
     ) -> Decoded:
-        """As ``decoding.eager_decode``.
+        """Generate as ``decoding.eager_decode`` does.
 
         Args:
             addresses: of the replica's weights now.
 
         Raises:
-            GraphMismatch: a step fails, or the first replayed one does not give a plain step's logits.
+            GraphMismatch: a step fails, or the first replayed one does not give a plain step's
+                logits.
         """
         copies, num_new = generation.num_return_sequences or 1, generation.max_new_tokens
         num_rows = len(input_ids) * copies
@@ -108,7 +115,7 @@ class GraphDecoder:
         if fresh:
             # Graphs hold the addresses of the sampler's tensors too: it lives as long as they do.
             self.release()
-            agree = alone if self.group is None else self.group.agree
+            agree = keep_tokens if self.group is None else self.group.agree
             self.sampler, self.pad_token_id = (
                 Sampler(generation, input_ids.device, agree),
                 generation.pad_token_id,
@@ -146,7 +153,9 @@ class GraphDecoder:
         use_plain_linears(decoder_layers(self.model)[1])
 
     def _allocate(self, shapes, num_rows: int, length: int, num_new: int) -> None:
-        """Cache and buffers for `num_rows` answers; kept, with their graphs, where they are large enough."""
+        """Cache and buffers for `num_rows` answers; kept, with their graphs, where they are large
+        enough.
+        """
         if self.cache is not None:
             held = self.cache.layers[0].keys
             if num_rows <= held.shape[0] and length <= held.shape[2]:
@@ -158,17 +167,19 @@ class GraphDecoder:
         self.cache = SlotCache(shapes, rows=self.max_rows, length=length)
         if self.compiled:
             self._compiled.cache = self.cache
-        self.state = State.allocate(
+        self.state = GraphBuffers.allocate(
             slots=self.max_rows,
             num_new=num_new,
-            # A step writes the token that comes next too, one behind the last that the cache holds.
+            # A step writes the token that comes next too, one after the last that the cache holds.
             num_text=length + 1 if self.sampler.penalty is not None else 0,
             vocab=self.model.config.get_text_config().vocab_size,
             like=shapes[0][0],
         )
 
     def _graph(self, rows: int) -> torch.cuda.CUDAGraph:
-        """The graph of a step of the first `rows` slots, captured at its first use; the state stays as it is."""
+        """Return the graph of a step of the first `rows` slots, captured at its first use; the
+        state stays as it is.
+        """
         if rows in self.graphs:
             return self.graphs[rows]
         started = time.monotonic()
@@ -177,15 +188,15 @@ class GraphDecoder:
         self.cache.start(rows=rows, filled=0, captured=True)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        # The draws of these steps must not count: a run that captures anew, behind a checkpoint say, samples the same.
+        # The draws of these steps must not count: a run that captures again, after a checkpoint
+        # say, samples the same.
         with (
             torch.random.fork_rng([s.step.device] if s.step.is_cuda else []),
             torch.cuda.stream(stream),
             self._compiled,
         ):
-            for _ in range(
-                2
-            ):  # compiles and allocates outside of the capture, and writes the cache's last position
+            # Compiles and allocates outside of the capture, and writes the cache's last position.
+            for _ in range(2):
                 s.position.fill_(last)
                 s.step.zero_()
                 s.bounds[..., 0], s.bounds[..., 1] = last, last + 1
@@ -202,14 +213,17 @@ class GraphDecoder:
         self.graphs[rows] = graph
         seconds = time.monotonic() - started
         self.captures, self.capture_s = self.captures + 1, self.capture_s + seconds
+        compiled = "with" if self.compiled else "without"
         logger.info(
-            f"Hybrid Engine: captured a decode step of {rows} rows {'with' if self.compiled else 'without'} "
+            f"Hybrid Engine: captured a decode step of {rows} rows {compiled} "
             f"torch.compile in {seconds:.1f} s; KV cache {self.cache.nbytes / 2**30:.2f} GiB"
         )
         return graph
 
     def _graph_or_mismatch(self, rows: int) -> torch.cuda.CUDAGraph:
-        """``_graph``, whose errors mean that this model or GPU takes no graphs: attention of its own, say."""
+        """Return ``_graph(rows)``; its errors mean that this model or GPU takes no graphs:
+        attention of its own, say.
+        """
         try:
             return self._graph(rows)
         except torch.OutOfMemoryError:
@@ -220,7 +234,7 @@ class GraphDecoder:
             raise GraphMismatch(f"{type(error).__name__}: {error}") from error
 
     def _step(self, rows: int) -> None:
-        """One token for the first `rows` slots; all that changes stays in the buffers."""
+        """Decode one token for the first `rows` slots; all that changes stays in the buffers."""
         s = self.state
         inputs = dict(input_ids=s.token[:rows], attention_mask=s.bounds[:rows], use_cache=True)
         if takes_position_ids(self.model):
@@ -245,7 +259,9 @@ class GraphDecoder:
     def _start(
         self, logits: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor
     ) -> None:
-        """Set the first N slots to texts whose first answer tokens are drawn from the prefill's logits [N, V]."""
+        """Set the first N slots to texts whose first answer tokens are drawn from the prefill's
+        logits [N, V].
+        """
         s, (num_rows, num_prompt) = self.state, input_ids.shape
         self.cache.start(rows=num_rows, filled=num_prompt, captured=True)
         if s.texts.shape[1]:
@@ -269,7 +285,9 @@ class GraphDecoder:
             s.texts[:num_rows, num_prompt] = new
 
     def _plain_step(self, attention_mask: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Logits [N, V] of the first decode step without graph, compilation and kernels of ours, and what it caches."""
+        """Logits [N, V] of the first decode step without graph, compilation and kernels of ours,
+        and what it caches.
+        """
         num_rows, num_prompt = attention_mask.shape
         self.cache.start(rows=num_rows, filled=num_prompt)
         mask = torch.cat([attention_mask, attention_mask.new_ones(num_rows, 1)], dim=-1)
@@ -283,7 +301,9 @@ class GraphDecoder:
         return logits, cached
 
     def _run(self, num_rows: int, num_new: int, expected: tuple | None) -> None:
-        """Replay until all answers have ended; `expected` is what the plain first step gave, to be compared."""
+        """Replay until all answers have ended; `expected` is what the plain first step gave, to be
+        compared.
+        """
         sizes = sorted({-(-num_rows // divisor) for divisor in (1, 2, 4, SMALLEST)})
         rows = num_rows
         for step in range(1, num_new):
@@ -304,18 +324,22 @@ class GraphDecoder:
                 self._compare(num_rows, *expected)
 
     def _compact(self, held: int, rows: int) -> None:
-        """Of the first `held` slots the unfinished ones, and finished ones to fill up, become the first `rows`."""
+        """Move the unfinished ones of the first `held` slots, and finished ones to fill up, to the
+        first `rows`.
+        """
         slots = torch.argsort(self.state.finished[:held].int(), stable=True)[:rows]
         self.state.take(slots)
         for layer in self.cache.layers:
             layer.keep(slots)
 
     def _compare(self, num_rows: int, logits: torch.Tensor, cached: list[torch.Tensor]) -> None:
-        """The first replayed step with a plain one: its logits, and whether each layer has cached the token."""
+        """Compare the first replayed step with a plain one: its logits, and whether each layer has
+        cached the token.
+        """
         gap = logit_gap(self.state.logits[:num_rows], logits)
         found = self.cache.newest(rows=num_rows, position=int(self.state.position) - 1)
         missing = cache_gap(found, cached)
-        # Ranks of a group go on together or not at all.
+        # Ranks of a group continue together or not at all.
         if self.group is not None:
             gap, missing = (self.group.gather(value).max() for value in (gap, missing))
         # Written so that NaN fails.

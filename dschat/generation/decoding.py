@@ -1,11 +1,13 @@
-"""Decoding by a plain transformers module: a prefill that groups prompts by length, then one token at a time.
+"""Decoding by a plain transformers module: a prefill that groups prompts by length, then one token
+at a time.
 
-Prompts stand padded on the left, [N, P]; answer token r of a row is written at position P + r of the key-value cache.
+Prompts stand padded on the left, [N, P]; answer token r of a row is written at position P + r of
+the key-value cache.
 This file holds what runs anywhere; graph_decoding.py replays the steps as CUDA graphs.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Iterator
 
 import torch
 from torch import nn
@@ -13,13 +15,14 @@ from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from dschat.generation.kernels import attention
-from dschat.generation.sampling import Agree, Sampler, alone
+from dschat.generation.sampling import Agree, Sampler, keep_tokens
 from dschat.models.forward import position_ids_from_mask, takes_position_ids
 from dschat.models.structure import cache_argument, forward_takes
 
 GROUP_TOKENS = 64  # prompts whose lengths fall into one stretch of so many tokens share a prefill
 POLL_STEPS = 8  # steps between looks at the device whether all answers have ended
-# Largest difference of logits between two ways to compute them, in standard deviations of the logits.
+# Largest difference of logits between two ways to compute them, in standard deviations of the
+# logits.
 TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 0.5, torch.float16: 0.2}
 MISSING = 0.5  # keys and values that were not written differ by 1, as cache_gap counts
 COMPACT_AT = 0.75  # share of unfinished rows at which the eager loop drops the finished ones
@@ -29,7 +32,7 @@ COMPACT_AT = 0.75  # share of unfinished rows at which the eager loop drops the 
 class Decoded:
     """Answers of N rows."""
 
-    tokens: torch.Tensor  # [N, R] int64; padding behind the first EOS
+    tokens: torch.Tensor  # [N, R] int64; padding after the first EOS
     logprobs: (
         torch.Tensor | None
     )  # [N, R] fp32, of the full softmax at the sampling temperature, where they are known
@@ -38,8 +41,10 @@ class Decoded:
 class SlotLayer(CacheLayerMixin):
     """Keys and values of one layer in buffers [N, heads, L, head width] that are allocated once.
 
-    In a `captured` step the whole buffers are returned, so that it serves every length, and decode_attention's kernel puts
-    the new token where the row's bounds end; else new tokens go behind the `filled` positions, and what is filled is
+    In a `captured` step the whole buffers are returned, so that it serves every length, and
+    decode_attention's kernel puts
+    the new token where the row's bounds end; else new tokens go after the `filled` positions, and
+    what is filled is
     returned.
     """
 
@@ -53,7 +58,7 @@ class SlotLayer(CacheLayerMixin):
     def lazy_initialization(
         self, key_states: torch.Tensor, value_states: torch.Tensor | None = None
     ) -> None:
-        """Nothing to do: the buffers are there."""
+        """Do nothing: the buffers exist."""
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         """Store the new tokens [rows, heads, T, width]; returns what attention reads."""
@@ -68,12 +73,15 @@ class SlotLayer(CacheLayerMixin):
         return keys[:, :, :end], values[:, :, :end]
 
     def get_seq_length(self, *args) -> int:
+        """Return the number of filled positions."""
         return self.filled
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return the keys' length with the new tokens, and the offset of the first."""
         return self.filled + query_length, 0
 
     def get_max_length(self) -> int:
+        """Return the positions of the buffers."""
         return self.keys.shape[2]
 
     get_max_cache_shape = get_max_length  # its name before transformers 5.2x
@@ -91,7 +99,8 @@ class SlotCache(Cache):
     def __init__(self, shapes: list[tuple[torch.Tensor, torch.Tensor]], *, rows: int, length: int):
         """
         Args:
-            shapes: keys and values [*, heads, *, width] of each layer, which say heads, width, dtype and device.
+            shapes: keys and values [*, heads, *, width] of each layer, which say heads, width,
+                dtype and device.
             rows: N.
             length: L.
         """
@@ -121,7 +130,9 @@ class SlotCache(Cache):
         ]
 
     def fill(self, cache: Cache, rows: torch.Tensor, *, copies: int, end: int) -> None:
-        """Put the prompts that `cache` holds into positions [end - T, end) of `copies` slots for each of `rows`."""
+        """Put the prompts that `cache` holds into positions [end - T, end) of `copies` slots for
+        each of `rows`.
+        """
         slots = (rows[:, None] * copies + torch.arange(copies, device=rows.device)).view(-1)
         for slot_layer, layer in zip(self.layers, cache.layers):
             start = end - layer.keys.shape[2]
@@ -134,7 +145,9 @@ class GraphMismatch(Exception):
 
 
 def length_groups(attention_mask: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Row indices [n] of prompts of like length, so that short ones are not prefilled as long as the longest."""
+    """Row indices [n] of prompts of like length, so that short ones are not prefilled as long as
+    the longest.
+    """
     stretch = (attention_mask.sum(-1) - 1).clamp(min=0) // GROUP_TOKENS
     for value in stretch.unique().tolist():
         yield (stretch == value).nonzero().squeeze(-1)
@@ -143,7 +156,9 @@ def length_groups(attention_mask: torch.Tensor) -> Iterator[torch.Tensor]:
 def prefill(
     model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor
 ) -> tuple[torch.Tensor, Cache]:
-    """Logits [n, V] of the last position, and a cache of the prompts [n, P] without the columns that all pad."""
+    """Logits [n, V] of the last position, and a cache of the prompts [n, P] without the columns
+    that all pad.
+    """
     start = int(attention_mask.argmax(-1).min())
     input_ids, attention_mask = input_ids[:, start:], attention_mask[:, start:]
     inputs = dict(input_ids=input_ids, attention_mask=attention_mask, use_cache=True)
@@ -156,7 +171,9 @@ def prefill(
 
 
 def has_plain_cache(model: nn.Module) -> bool:
-    """True where every layer caches all keys and values; not with sliding windows, recurrent states and the like."""
+    """Return whether every layer caches all keys and values, without sliding windows, recurrent
+    states and the like.
+    """
     layers = DynamicCache(config=model.config).layers
     return all(type(layer) is DynamicLayer for layer in layers)
 
@@ -175,7 +192,7 @@ def takes_graphs(model: nn.Module) -> str | None:
 
 
 def has_length_dependent_rope(model: nn.Module) -> bool:
-    """True where positions are embedded otherwise once a text is long (rope types dynamic and longrope)."""
+    """Return whether long texts embed positions differently (rope types dynamic and longrope)."""
     kinds = [getattr(module, "rope_type", None) for module in model.modules()]
     names = [
         name for kind in kinds for name in (kind.values() if isinstance(kind, dict) else [kind])
@@ -186,7 +203,9 @@ def has_length_dependent_rope(model: nn.Module) -> bool:
 def decode_step(
     model: nn.Module, tokens: torch.Tensor, mask: torch.Tensor, cache: Cache
 ) -> torch.Tensor:
-    """Logits [N, V] behind `tokens` [N], the newest of the texts whose attention mask is `mask` [N, T]."""
+    """Logits [N, V] after `tokens` [N], the newest of the texts whose attention mask is `mask` [N,
+    T].
+    """
     inputs = dict(input_ids=tokens[:, None], attention_mask=mask, use_cache=True)
     if takes_position_ids(model):
         inputs["position_ids"] = (mask.sum(-1, keepdim=True) - 1).clamp(min=0)
@@ -204,10 +223,11 @@ def prefill_slots(
     """Every prompt [B, P] prefilled once and put into `copies` slots each.
 
     Args:
-        make_cache: the keys and values of a prefilled group, layer by layer, to the SlotCache to be used.
+        make_cache: the keys and values of a prefilled group, layer by layer, to the SlotCache to be
+            used.
 
     Returns:
-        Logits [B * copies, V] behind the prompts, and the cache, whose positions [0, P) are filled.
+        Logits [B * copies, V] after the prompts, and the cache, whose positions [0, P) are filled.
     """
     cache, logits = None, None
     groups = length_groups(attention_mask)
@@ -230,11 +250,13 @@ def eager_decode(
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor,
     generation: GenerationConfig,
-    agree: Agree = alone,
+    agree: Agree = keep_tokens,
 ) -> Decoded:
-    """Answers to prompts [B, P], `num_return_sequences` in a row for each, one forward a token.
+    """Generate answers to prompts [B, P], `num_return_sequences` in a row for each, one forward a
+    token.
 
-    Finished rows leave the batch once they are a quarter of it. Models with caches of other kinds (sliding windows)
+    Finished rows leave the batch once they are a quarter of it. Models with caches of other kinds
+    (sliding windows)
     keep all rows, and prefill each copy of a prompt.
 
     Args:
@@ -257,7 +279,7 @@ def eager_decode(
         cache.start(rows=num_rows, filled=num_prompt)
     else:
         logits, cache = prefill(model, texts, mask)
-        # The prefill left out the columns that all pad; its masks go on from there.
+        # The prefill left out the columns that all pad; its masks continue from there.
         texts, mask = texts[:, -cache.get_seq_length() :], mask[:, -cache.get_seq_length() :]
     tokens = texts.new_full((num_rows, num_new), generation.pad_token_id)
     logprobs = torch.zeros(num_rows, num_new, device=texts.device)
@@ -287,14 +309,18 @@ def eager_decode(
 
 
 def logit_gap(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
-    """[]: the largest difference of two logits [N, V], in standard deviations of the expected ones; to hold TOLERANCE."""
+    """Return [], the largest difference of two logits [N, V], in standard deviations of the
+    expected ones; to hold TOLERANCE.
+    """
     return (found.float() - expected.float()).abs().max() / expected.float().std()
 
 
 def cache_gap(found: list[torch.Tensor], expected: list[torch.Tensor]) -> torch.Tensor:
-    """[]: the largest difference of keys or values, layer by layer, as a part of the expected ones' norm; to hold MISSING.
+    """Return [], the largest difference of keys or values, layer by layer, as a part of the
+    expected ones' norm; to hold MISSING.
 
-    Where both are zero it is 0: a padding token's are, in the first layer of a model that embeds it as zeros.
+    Where both are zero it is 0: a padding token's are, in the first layer of a model that embeds it
+    as zeros.
     """
     tiny = torch.finfo(torch.float32).tiny
     gaps = [
@@ -305,5 +331,7 @@ def cache_gap(found: list[torch.Tensor], expected: list[torch.Tensor]) -> torch.
 
 
 def _poll(step: int, device: torch.device) -> bool:
-    """Whether to ask now which rows have ended: on a CPU always, elsewhere seldom, since asking waits for it."""
+    """Return whether to ask now which rows have ended. On a GPU seldom: asking waits for the
+    device.
+    """
     return device.type == "cpu" or (step + 1) % POLL_STEPS == 0

@@ -6,14 +6,14 @@ import torch
 
 
 @dataclass
-class State:
+class GraphBuffers:
     """The buffers that a step reads and writes; N slots, R answer tokens."""
 
     token: torch.Tensor  # [N, 1] int64, the newest token
     positions: torch.Tensor  # [N, 1] int64, its position id
     bounds: (
         torch.Tensor
-    )  # [N, 1, 1, 2] int32, cache positions that a row attends to: first, and behind the newest
+    )  # [N, 1, 1, 2] int32, cache positions that a row attends to: first, and one after the newest
     position: torch.Tensor  # [1] int64, where the newest token goes in the cache
     step: torch.Tensor  # [] int64, how many answer tokens there are
     row: torch.Tensor  # [N] int64, the answer that a slot works on
@@ -41,8 +41,10 @@ class State:
     @classmethod
     def allocate(
         cls, *, slots: int, num_new: int, num_text: int, vocab: int, like: torch.Tensor
-    ) -> "State":
-        """Buffers of N = `slots`, R = `num_new`, T = `num_text` and V = `vocab`, logits in the dtype of `like`."""
+    ) -> "GraphBuffers":
+        """Buffers of N = `slots`, R = `num_new`, T = `num_text` and V = `vocab`, logits in the
+        dtype of `like`.
+        """
         device = like.device
         whole = dict(dtype=torch.int64, device=device)
         return cls(

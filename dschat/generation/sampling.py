@@ -1,6 +1,6 @@
 """Choosing the next token: transformers' logits processors, then the most likely token or a draw."""
 
-from typing import Callable
+from collections.abc import Callable
 
 import torch
 from transformers import GenerationConfig
@@ -17,25 +17,31 @@ from dschat.generation.kernels.sample import draw, triton
 Agree = Callable[[torch.Tensor], torch.Tensor]
 
 
-def alone(tokens: torch.Tensor) -> torch.Tensor:
-    """The agreement of a process with itself."""
+def keep_tokens(tokens: torch.Tensor) -> torch.Tensor:
+    """Return `tokens` unchanged: a single rank agrees with itself."""
     return tokens
 
 
 class Sampler:
-    """Logits [B, V] to tokens [B], by one GenerationConfig. Without host synchronisation, so a CUDA graph can hold it."""
+    """Logits [B, V] to tokens [B], by one GenerationConfig. Without host synchronisation, so a CUDA
+    graph can hold it.
+    """
 
-    def __init__(self, generation: GenerationConfig, device: torch.device, agree: Agree = alone):
+    def __init__(
+        self, generation: GenerationConfig, device: torch.device, agree: Agree = keep_tokens
+    ):
         """
         Args:
-            agree: makes the tokens [B] that processes have drawn for the same rows the same on all of them.
+            agree: makes the tokens [B] that processes have drawn for the same rows the same on all
+                of them.
 
         Raises:
             ValueError: beam search, which an inference replica does not do.
         """
         if (generation.num_beams or 1) > 1:
             raise ValueError(
-                f"num_beams {generation.num_beams}: the Hybrid Engine samples, or takes the likeliest token."
+                f"num_beams {generation.num_beams}: the Hybrid Engine samples, "
+                "or takes the likeliest token."
             )
         self.agree = agree
         self.do_sample = bool(generation.do_sample)
@@ -44,7 +50,8 @@ class Sampler:
         )
         self.min_new_tokens = generation.min_new_tokens or 0
         self.eos = torch.tensor(eos_ids(generation), device=device, dtype=torch.long)
-        # The order is that of transformers' generate: the penalty, then the barred ends, then the warpers.
+        # The order is that of transformers' generate: the penalty, then the barred ends, then the
+        # warpers.
         penalty = generation.repetition_penalty
         self.penalty = None if penalty in (None, 1.0) else RepetitionPenaltyLogitsProcessor(penalty)
         self.warpers = LogitsProcessorList()
@@ -61,15 +68,17 @@ class Sampler:
             or generation.top_k
             or (generation.top_p or 1.0) < 1.0
         )
-        # Tokens that others have drawn need their own logprobs, which the kernels know of one token alone.
-        self.fused = triton is not None and self.do_sample and not changed and agree is alone
+        # Tokens that others have drawn need their own logprobs, which the kernels know of one token
+        # alone.
+        self.fused = triton is not None and self.do_sample and not changed and agree is keep_tokens
 
     def __call__(
         self, logits: torch.Tensor, texts: torch.Tensor | None, step: torch.Tensor | int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens [B] int64, and their logprobs [B] fp32.
 
-        The logprobs are of the full softmax at the sampling temperature, which is what PPO's ratio is made of; top-k,
+        The logprobs are of the full softmax at the sampling temperature, which is what PPO's ratio
+        is made of; top-k,
         top-p and the penalty do not enter.
 
         Args:
@@ -92,7 +101,8 @@ class Sampler:
             scores = torch.where(early, barred, scores)
         scores = self.warpers(texts, scores)
         if self.do_sample:
-            # argmax(score_i + G_i) with standard Gumbel noise G = -log E, E ~ Exp(1), draws i with its softmax probability.
+            # argmax(score_i + G_i) with standard Gumbel noise G = -log E, E ~ Exp(1), draws i with
+            # its softmax probability.
             # torch.multinomial checks its input, which costs a synchronisation on some devices.
             tokens = (scores - torch.empty_like(scores).exponential_().log_()).argmax(-1)
         else:
@@ -103,11 +113,11 @@ class Sampler:
         return tokens, logprobs
 
     def is_end(self, tokens: torch.Tensor) -> torch.Tensor:
-        """[B] bool: which of `tokens` [B] end an answer."""
+        """Return [B] bool: which of `tokens` [B] end an answer."""
         return (tokens[:, None] == self.eos).any(-1)
 
 
 def eos_ids(generation: GenerationConfig) -> list[int]:
-    """The ids that end an answer, as a list whatever the config holds."""
+    """Return the ids that end an answer, as a list whatever the config holds."""
     ids = generation.eos_token_id
     return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)

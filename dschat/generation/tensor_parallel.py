@@ -1,7 +1,10 @@
-"""Tensor-parallel generation: neighbouring ranks hold a slice each of every decoder layer, and generate one batch together.
+"""Tensor-parallel generation: neighbouring ranks hold a slice each of every decoder layer, and
+generate one batch together.
 
-Megatron's scheme (Shoeybi et al. 2019, section 3): what reads the hidden state is split by outputs ("colwise"), what
-writes to it by inputs ("rowwise"), and the parts of the latter are summed, twice a layer. Heads and the columns of the
+Megatron's scheme (Shoeybi et al. 2019, section 3): what reads the hidden state is split by outputs
+("colwise"), what
+writes to it by inputs ("rowwise"), and the parts of the latter are summed, twice a layer. Heads and
+the columns of the
 feed-forward part lie on one rank each; embeddings, norms and the head are whole on all.
 """
 
@@ -39,8 +42,10 @@ HEAD_COUNTS = (
 
 
 def split_plan(config: PreTrainedConfig) -> dict[str, str]:
-    """Names inside a decoder layer to "colwise" or "rowwise", by transformers' plan or PLANS; {} where there is none, or
-    one that also asks for something else (packed matrices, experts)."""
+    """Names inside a decoder layer to "colwise" or "rowwise", by transformers' plan or PLANS; {}
+    where there is none, or
+    one that also asks for something else (packed matrices, experts).
+    """
     text = config.get_text_config()
     plan = PLANS.get(text.model_type) or getattr(text, "base_model_tp_plan", None) or {}
     inside = {name.partition(LAYER)[2]: style for name, style in plan.items() if LAYER in name}
@@ -49,7 +54,8 @@ def split_plan(config: PreTrainedConfig) -> dict[str, str]:
 
 
 def split_problems(config: PreTrainedConfig, size: int, *, world_size: int) -> list[str]:
-    """Why groups of `size` processes cannot generate with a model, one sentence each; none for 1.
+    """Return the reasons why groups of `size` ranks cannot generate with a model, one sentence
+    each; none for 1.
 
     Args:
         world_size: processes of the run.
@@ -59,12 +65,14 @@ def split_problems(config: PreTrainedConfig, size: int, *, world_size: int) -> l
         return found
     if world_size % size:
         found.append(
-            f"{flag} does not divide the {world_size} process(es) of this run: give a divisor of {world_size}."
+            f"{flag} does not divide the {world_size} process(es) of this run: "
+            f"give a divisor of {world_size}."
         )
     text = config.get_text_config()
     if not split_plan(config):
         found.append(
-            f"{flag}: how to split a model of type {text.model_type} is not known: give --inference_tp_size 1."
+            f"{flag}: how to split a model of type {text.model_type} is not known: "
+            "give --inference_tp_size 1."
         )
         return found
     heads = text.num_attention_heads
@@ -78,14 +86,15 @@ def split_problems(config: PreTrainedConfig, size: int, *, world_size: int) -> l
     for what, count in counts.items():
         if count % size:
             found.append(
-                f"{flag} does not divide the model's {count} {what}: give a divisor of {count}, or 1."
+                f"{flag} does not divide the model's {count} {what}: "
+                f"give a divisor of {count}, or 1."
             )
     return found
 
 
 @dataclass(frozen=True)
 class TensorGroup:
-    """The ranks that generate together: `size` neighbours, of which this process is number `index`."""
+    """The ranks that generate together: `size` neighbours, this one is number `index`."""
 
     size: int
     index: int
@@ -93,25 +102,25 @@ class TensorGroup:
     handle: dist.ProcessGroup
 
     def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
-        """`tensor`, summed over the group in place."""
+        """Sum `tensor` over the group in place."""
         dist.all_reduce(tensor, group=self.handle)
         return tensor
 
     def agree(self, tensor: torch.Tensor) -> torch.Tensor:
-        """`tensor` as number 0 has it."""
+        """Return `tensor` as number 0 of the group has it."""
         tensor = tensor.contiguous()
         dist.broadcast(tensor, src=self.first, group=self.handle)
         return tensor
 
     def gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        """[size, ...]: the tensors of all, which have one shape."""
+        """Return [size, ...], the tensors of all ranks, which have one shape."""
         flat = tensor.contiguous().view(-1)
         parts = [torch.empty_like(flat) for _ in range(self.size)]
         dist.all_gather(parts, flat, group=self.handle)
         return torch.stack(parts).view(self.size, *tensor.shape)
 
     def slice(self, tensor: torch.Tensor, dim: int | None) -> torch.Tensor:
-        """This process's part along `dim`; all of it where that is None."""
+        """Return this rank's part along `dim`; all of it if that is None."""
         if dim is None:
             return tensor
         assert tensor.shape[dim] % self.size == 0, (
@@ -122,7 +131,9 @@ class TensorGroup:
 
 @functools.lru_cache
 def tensor_group(size: int) -> TensorGroup | None:
-    """This process's group; None for 1. Every process must call it, `size` must divide their number."""
+    """Return this rank's group; None for 1. Every rank must call it, `size` must divide their
+    number.
+    """
     if size == 1:
         return None
     # Each process has to make all groups, in one order.
@@ -135,12 +146,14 @@ def tensor_group(size: int) -> TensorGroup | None:
 
 
 class RowwiseLinear(nn.Linear):
-    """An nn.Linear whose weight is a slice of the columns; its input is that slice of the hidden columns."""
+    """An nn.Linear whose weight is a slice of the columns; its input is that slice of the hidden
+    columns.
+    """
 
     group: TensorGroup
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., in / size] to [..., out], the same on all ranks."""
+        """Map [..., in / size] to [..., out], the same on all ranks."""
         out = self.group.sum_(F.linear(x, self.weight))
         return out if self.bias is None else out + self.bias  # once, not once a rank
 
@@ -179,7 +192,8 @@ def split_layers(model: nn.Module, group: TensorGroup) -> dict[tuple[nn.Module, 
 def gather_prompts(
     group: TensorGroup, input_ids: torch.Tensor, attention_mask: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The prompts of the whole group with their masks, [size * B, P of the longest], padded on the left.
+    """Return the prompts of the whole group with their masks, [size * B, P of the longest], padded
+    on the left.
 
     Args:
         input_ids, attention_mask: [B, P], each rank's own, padded on the left; B is that of all.
@@ -188,7 +202,8 @@ def gather_prompts(
     rows, longest = {shape[0] for shape in shapes}, max(shape[1] for shape in shapes)
     if len(rows) > 1:
         raise ValueError(
-            f"ranks that generate together bring unlike numbers of prompts: {[shape[0] for shape in shapes]}"
+            f"ranks that generate together bring unlike numbers of prompts: "
+            f"{[shape[0] for shape in shapes]}"
         )
     missing = longest - input_ids.shape[1]
     # A token that the row has anyway, so that a repetition penalty takes no notice.

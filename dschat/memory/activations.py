@@ -1,17 +1,19 @@
-"""Bytes of activations: what a forward pass keeps for backward, and what both need besides while they run.
+"""Bytes of activations: what a forward pass keeps for backward, and what both need besides while
+they run.
 
-Counted from transformers' modules with scaled-dot-product attention, which keeps queries, keys, values and its output
+Counted from transformers' modules with scaled-dot-product attention, which keeps queries, keys,
+values and its output
 but no matrix of scores; docs/performance/memory.md holds predictions beside measurements.
 """
 
-from typing import Callable
+from collections.abc import Callable
 
-CHUNK_ELEMENTS = 64 * 2**20  # of algorithms/logprobs.py, which the engine does not import
+from dschat.algorithms.logprobs import CHUNK_ELEMENTS
 from dschat.memory.model_size import ModelSize
 
 
 def layer_bytes(size: ModelSize, *, width: int) -> float:
-    """Kept for backward by one decoder layer, bytes a token.
+    """Return the bytes a token that one decoder layer keeps for backward.
 
     Args:
         width: bytes of an element, 2 or 4.
@@ -22,7 +24,8 @@ def layer_bytes(size: ModelSize, *, width: int) -> float:
 
 
 def _opt(size: ModelSize, width: int) -> float:
-    # LayerNorm's input and output, twice; queries, keys, values, the attention's output; the ReLU's output.
+    # LayerNorm's input and output, twice; queries, keys, values, the attention's output; the ReLU's
+    # output.
     kept = 8 * size.hidden + size.intermediate
     masks = 2 * size.hidden if size.dropout else 0  # of the two dropouts, one byte each
     return width * kept + masks
@@ -40,14 +43,16 @@ def _gpt_neox(size: ModelSize, width: int) -> float:
 
 
 def _llama(size: ModelSize, width: int) -> float:
-    # RMSNorm, twice: its input in fp32, the output, and where its weight trains the normalised input.
+    # RMSNorm, twice: its input in fp32, the output, and where its weight trains the normalised
+    # input.
     norm = 4 * size.hidden + width * size.hidden * (2 if size.trains_norms else 1)
-    # Queries, keys and values (repeated to all heads) and the attention's output; gate, its SiLU, up, their product.
+    # Queries, keys and values (repeated to all heads) and the attention's output; gate, its SiLU,
+    # up, their product.
     return 2 * norm + width * (4 * size.hidden + 4 * size.intermediate)
 
 
 def kept_bytes(size: ModelSize, *, tokens: int, width: int, checkpointing: bool) -> float:
-    """Kept by all layers that backward passes through.
+    """Return the bytes kept by all layers that backward passes through.
 
     Args:
         tokens: of the batch, padding included.
@@ -58,14 +63,16 @@ def kept_bytes(size: ModelSize, *, tokens: int, width: int, checkpointing: bool)
 
 
 def working_bytes(size: ModelSize, *, tokens: int, width: int, checkpointing: bool) -> float:
-    """The most that one layer needs besides, in backward: gradients, and what checkpointing computes again."""
+    """Return the most that one layer needs besides, in backward: gradients, and what checkpointing
+    computes again.
+    """
     gradients = width * (2 * size.hidden + 3 * size.intermediate)
     again = layer_bytes(size, width=width) if checkpointing else 0
     return tokens * (gradients + again)
 
 
 def inference_bytes(size: ModelSize, *, tokens: int, width: int, split: int = 1) -> float:
-    """The most that a forward pass without backward needs.
+    """Return the most that a forward pass without backward needs.
 
     Args:
         split: processes that share the feed-forward part's columns.
@@ -74,7 +81,7 @@ def inference_bytes(size: ModelSize, *, tokens: int, width: int, split: int = 1)
 
 
 def loss_bytes(elements: int, *, width: int, sliced: bool, backward: bool) -> float:
-    """What logits and their log-probabilities need; see dschat/algorithms/logprobs.py.
+    """Return the bytes of logits and their logprobs; see dschat/algorithms/logprobs.py.
 
     Args:
         elements: of the logits, [B, T, V].
@@ -83,14 +90,16 @@ def loss_bytes(elements: int, *, width: int, sliced: bool, backward: bool) -> fl
     """
     chunk = min(elements, CHUNK_ELEMENTS)
     logits = width * elements * (2 if sliced else 1)
-    # Forward: six fp32 copies of a chunk and a mask. Backward: four of them again, and gradients in `width`, each
+    # Forward: six fp32 copies of a chunk and a mask. Backward: four of them again, and gradients in
+    # `width`, each
     # chunk's and all of them together.
     forward = (6 * 4 + 1) * chunk
     return logits + max(forward, (4 * 4 + 1) * chunk + 2 * width * elements if backward else 0)
 
 
 def kl_bytes(elements: int, *, width: int) -> float:
-    """What the exact KL of two models needs: both logits, copies of their slices, and a chunk in fp32.
+    """Return the bytes of the exact KL of two models: both logits, copies of their slices, and a
+    chunk in fp32.
 
     Args:
         elements: of one model's logits, [B, R + 1, V].

@@ -1,6 +1,8 @@
-"""Which flags make a run fit: every set of a few flags is planned, and the smallest and mildest that fits is taken.
+"""Advice on the flags that make a run fit: every set of a few flags is planned, and the smallest
+and mildest that fits is taken.
 
-Where no small set does, whole kinds of changes are planned together, and what is not needed is left out again.
+Where no small set does, whole kinds of changes are planned together, and what is not needed is left
+out again.
 """
 
 import functools
@@ -33,7 +35,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Machine:
-    """What a run may use."""
+    """The resources that a run may use."""
 
     world_size: int  # processes, one GPU each
     processes: int  # of them on one host
@@ -69,12 +71,13 @@ class Remedy:
 
 
 def needed_bytes(plan: StepPlan) -> float:
-    """What a GPU must hold."""
+    """Return the bytes that a GPU must hold."""
     return plan.peak[1] + OVERHEAD
 
 
 def find_remedy(config, machine: Machine, *, dtype: str) -> Remedy:
-    """The fewest flags with which `config` fits, of equally few the mildest; where nothing fits, the nearest miss.
+    """Find the fewest flags with which `config` fits, of equally few the mildest; if nothing fits,
+    the nearest miss.
 
     Up to PLANNED_FLAGS flags no smaller set of these changes fits; of more, none can be left out.
 
@@ -97,7 +100,9 @@ def find_remedy(config, machine: Machine, *, dtype: str) -> Remedy:
 
 
 def enough_gpus(config, machine: Machine, *, dtype: str) -> tuple[Machine, Remedy] | None:
-    """Twice, four times ... as many GPUs, whichever do first, with the flags with which `config` fits them; or None."""
+    """Twice, four times ... as many GPUs, whichever do first, with the flags with which `config`
+    fits them; or None.
+    """
     world_size = 2 * machine.world_size
     while world_size <= MOST_GPUS:
         processes = min(world_size, max(machine.processes, GPUS_OF_A_HOST))
@@ -115,7 +120,7 @@ def enough_gpus(config, machine: Machine, *, dtype: str) -> tuple[Machine, Remed
 
 
 def with_options(config, options: dict):
-    """`config` with fields of its groups replaced, by their flags' names."""
+    """Return `config` with fields of its groups replaced, by their flags' names."""
     groups = {}
     for name, group in vars(config).items():
         mine = {key: value for key, value in options.items() if hasattr(group, key)}
@@ -124,7 +129,7 @@ def with_options(config, options: dict):
 
 
 def _planned(config, options: dict, *, machine: Machine, dtype: str) -> Remedy | None:
-    """What `options` come to; None where they do not go together."""
+    """Return the remedy that `options` amount to; None if they exclude each other."""
     changed = with_options(config, options)
     if changed.problems():
         return None
@@ -135,12 +140,14 @@ def _planned(config, options: dict, *, machine: Machine, dtype: str) -> Remedy |
 
 
 def _nearer(one: Remedy | None, other: Remedy | None) -> Remedy | None:
-    """Of two the one that is nearer to fit, the first where both are."""
+    """Return the remedy that is nearer to fit, the first of two equals."""
     return other if other and (one is None or other.missing < one.missing) else one
 
 
 def _small_sets(kinds: list[list[Change]]) -> list[dict]:
-    """All sets of changes with up to PLANNED_FLAGS flags: those of few flags first, of equally few the mildest."""
+    """Return all sets of changes with up to PLANNED_FLAGS flags: those of few flags first, of
+    equally few the mildest.
+    """
     changes = [change for kind in kinds for change in kind]
     sets = (
         chosen
@@ -151,7 +158,7 @@ def _small_sets(kinds: list[list[Change]]) -> list[dict]:
 
 
 def _large_sets(kinds: list[list[Change]]) -> list[dict]:
-    """All sets of whole kinds, each at its strongest, in the same order."""
+    """Return all sets of whole kinds, each at its strongest, in the same order."""
     strongest = [_strongest(kind) for kind in kinds]
     sets = (
         chosen
@@ -162,7 +169,7 @@ def _large_sets(kinds: list[list[Change]]) -> list[dict]:
 
 
 def _in_order(sets: Iterable[Iterable[Change]]) -> list[dict]:
-    """The options of each set, but for sets that give a flag two values."""
+    """Return the options of each set, except sets that give a flag two values."""
     found = []
     for chosen in sets:
         options, count, cost = {}, 0, 0
@@ -175,12 +182,14 @@ def _in_order(sets: Iterable[Iterable[Change]]) -> list[dict]:
 
 
 def _strongest(kind: list[Change]) -> list[Change]:
-    """Of changes of the same flags the last."""
+    """Keep the last of the changes of the same flags."""
     return list({tuple(change.options): change for change in kind}.values())
 
 
 def _without_needless(found: Remedy, kinds: list[list[Change]], planned: Callable) -> Remedy:
-    """`found` without the changes, the costliest first, that bring it no nearer to fit, or with milder ones in their place."""
+    """Return `found` without the changes, the costliest first, that bring it no nearer to fit, or
+    with milder ones in their place.
+    """
     chosen = [
         change
         for kind in kinds
@@ -205,7 +214,9 @@ def _without_needless(found: Remedy, kinds: list[list[Change]], planned: Callabl
 
 
 def _kinds(config, *, world_size: int) -> list[list[Change]]:
-    """What saves memory and is not on yet, by kind; each with the strongest of equal flags last."""
+    """Return the changes that save memory and are not on yet, by kind; of equal flags the strongest
+    comes last.
+    """
     kinds = (
         _ppo_kinds(config, world_size=world_size)
         if isinstance(config, PPOConfig)
@@ -287,7 +298,9 @@ def _ppo_kinds(config: PPOConfig, *, world_size: int) -> list[list[Change]]:
 
 
 def _replica_changes(config: PPOConfig, *, world_size: int) -> list[Change]:
-    """Of the Hybrid Engine; among them sizes of tensor-parallel groups that actor and processes can be split into."""
+    """Return the changes of the Hybrid Engine, with the sizes of tensor-parallel groups that actor
+    and ranks allow.
+    """
     if not config.system.enable_hybrid_engine:
         return []
     model = config.model
@@ -314,7 +327,9 @@ def _stages(name: str, now: int) -> list[Change]:
 
 
 def _fewer_rows(name: str, rows: int, times_name: str, times: int) -> list[Change]:
-    """About half, a quarter and one of `rows`, more times, so that nothing changes but memory and speed."""
+    """Return changes to about half, a quarter and one of `rows`, more times, so that nothing
+    changes but memory and speed.
+    """
     few = sorted(
         {math.gcd(rows, rows // part) for part in (2, 4, rows) if rows >= part > 1}, reverse=True
     )

@@ -1,4 +1,6 @@
-"""The plan of a run, and what the steps ask of their models' shapes, seen in their configurations before any weight is read."""
+"""Checks of a run: its plan, and what the steps ask of their models' shapes, seen in their
+configurations before any weight is read.
+"""
 
 from collections.abc import Iterable
 
@@ -9,7 +11,8 @@ from dschat.memory.plan import StepPlan, plan_step
 
 
 def checked_plan(config, *, world_size: int, dtype: str, rewards: Iterable[str] = ()) -> StepPlan:
-    """The memory plan of any step's configuration, if its models have positions for its texts; in step 3 see ``check_models``.
+    """Return the memory plan of any step's configuration, if its models have positions for its
+    texts; in step 3 see ``check_models``.
 
     Args:
         world_size, rewards: as for ``check_models``.
@@ -27,22 +30,24 @@ def checked_plan(config, *, world_size: int, dtype: str, rewards: Iterable[str] 
 
 
 def check_length(length: int, size: ModelSize, path: str) -> None:
-    """Nothing where the model of --model_name_or_path `path` has positions for texts of --max_seq_len `length`.
+    """Check that the model of --model_name_or_path `path` has positions for texts of --max_seq_len
+    `length`.
 
     Raises:
         ValueError: it has not; names both flags.
     """
     if size.positions is not None and length > size.positions:
         raise ValueError(
-            f"--max_seq_len {length}: --model_name_or_path {path} has learned {size.positions} positions. "
-            f"Give {size.positions} or less; longer texts are cut."
+            f"--max_seq_len {length}: --model_name_or_path {path} has learned "
+            f"{size.positions} positions. Give {size.positions} or less; longer texts are cut."
         )
 
 
 def check_models(
     config: PPOConfig, plan: StepPlan, *, world_size: int, rewards: Iterable[str] = ()
 ) -> None:
-    """Nothing where the actor can be split as --inference_tp_size says, and every model has positions for the longest text.
+    """Check that --inference_tp_size can split the actor, and that every model has positions for
+    the longest text.
 
     Args:
         plan: the run's memory plan, which knows the sizes of actor and critic.
@@ -65,13 +70,15 @@ def check_models(
             "critic"
         ].positions
     for path in rewards:
-        flag = f"--{'reward' if path in options.reward_model_name_or_path else 'critic'}_model_name_or_path"
+        role = "reward" if path in options.reward_model_name_or_path else "critic"
+        flag = f"--{role}_model_name_or_path"
         positions[flag, path] = named_size(path, flag=flag, reward=True, **trust).positions
     data = config.data
     length = data.max_prompt_seq_len + data.max_answer_seq_len
     found += [
-        f"--max_prompt_seq_len {data.max_prompt_seq_len} and --max_answer_seq_len {data.max_answer_seq_len} make texts of "
-        f"{length} tokens, and {flag} {path} has learned {most} positions: give lengths that add up to {most} or less."
+        f"--max_prompt_seq_len {data.max_prompt_seq_len} and --max_answer_seq_len "
+        f"{data.max_answer_seq_len} make texts of {length} tokens, and {flag} {path} has learned "
+        f"{most} positions: give lengths that add up to {most} or less."
         for (flag, path), most in positions.items()
         if most is not None and length > most
     ]

@@ -1,8 +1,11 @@
-"""What a step needs, in bytes, on each GPU and on each host, before anything loads.
+"""The bytes that a step needs on each GPU and on each host, known before anything loads.
 
-What lies there between the steps: weights, fp32 master weights and Adam's two moments, gradients, buffers. What comes
-and goes, by phase: building an engine, generation, scoring, the backward passes, the optimizer steps, evaluation. The
-peak is the largest phase on top of what lies there. ZeRO (Rajbhandari et al. 2020, section 3) divides the former by the
+What is there between updates: weights, fp32 master weights and Adam's two moments, gradients,
+buffers. What comes
+and goes, by phase: building an engine, generation, scoring, the backward passes, the optimizer
+steps, evaluation. The
+peak is the largest phase on top of that. ZeRO (Rajbhandari et al. 2020, section 3) divides the
+former by the
 processes; the constants are those of DeepSpeed's optimizers and of engine/ds_config.py.
 """
 
@@ -11,7 +14,8 @@ from dataclasses import dataclass
 
 from dschat.config.options import SystemOptions
 from dschat.engine.ds_config import training_config
-from dschat.memory.model_size import ModelSize, power_of_two
+from dschat.generation.kernels.limits import next_power_of_two
+from dschat.memory.model_size import ModelSize
 
 WIDTHS = {"fp32": 4, "bf16": 2, "fp16": 2}
 ZERO3_BUCKET = int(
@@ -24,7 +28,7 @@ ZERO12_BUCKET = int(1e8)
 
 @dataclass(frozen=True)
 class Footprint:
-    """One model behind its engine: bytes of one process."""
+    """One model inside its engine: bytes of one process."""
 
     weights: float
     master: float = 0.0  # fp32 master weights
@@ -53,7 +57,7 @@ class Footprint:
 
     @property
     def resident(self) -> float:
-        """What lies on the GPU between the steps."""
+        """Bytes on the GPU between updates."""
         return self.weights + self.master + self.adam + self.average + self.buffers
 
 
@@ -66,7 +70,9 @@ def inference_footprint(
     world_size: int,
     pin_memory: bool = True,
 ) -> Footprint:
-    """Of a model that only evaluates: in parts under ZeRO-3, which offloaded weights run under at any stage; else whole."""
+    """Return the footprint of a model that only evaluates: partitioned under ZeRO-3 or if
+    offloaded, else whole.
+    """
     whole, held = width * size.parameters, size.weight_bytes(width)
     if stage != 3 and not offload:
         return Footprint(weights=held, buffers=width * size.largest_int8, whole=whole)
@@ -93,7 +99,7 @@ def training_footprint(
     accumulation: int = 1,
     average: bool = False,
 ) -> Footprint:
-    """Of a model that trains.
+    """Return the footprint of a model that trains.
 
     Args:
         accumulation: micro-batches per optimizer step.
@@ -127,7 +133,9 @@ def training_footprint(
 
 
 def training_stage(system: SystemOptions, *, dtype: str) -> int:
-    """The ZeRO stage that training really runs at: stage 0 with half precision or offload is stage 1."""
+    """Return the ZeRO stage that training really runs at: stage 0 with half precision or offload is
+    stage 1.
+    """
     config = training_config(
         system,
         dtype=dtype,
@@ -152,7 +160,8 @@ def _zero12(
     whole, part = width * size.trained, width * size.trained / world_size
     group = max(size.groups) / world_size
     bucket = width * ZERO12_BUCKET
-    # Stage 1 keeps whole gradients until the end of the last backward. Stage 2 hands them on: to its own part, which is
+    # Stage 1 keeps whole gradients until the end of the last backward. Stage 2 hands them on: to
+    # its own part, which is
     # there from the first full bucket on, or, offloaded, to the host.
     held = whole if stage == 1 else 0.0 if system.offload else part
     waits = accumulates and (stage == 1 or not system.offload)
@@ -179,7 +188,8 @@ def _zero12(
             **shared,
             buffers=width * size.largest_trained + dense,
             reduce=bucket,
-            # Also two moments, and weights in `width`; further gradients, one by one, while they accumulate.
+            # Also two moments, and weights in `width`; further gradients, one by one, while they
+            # accumulate.
             host=2 * fp32
             + 8 * trained
             + in_width
@@ -226,7 +236,8 @@ def _zero3(
         # Frozen weights lie one by one, trained ones flat and page-locked in any case.
         frozen = (weights - width * part) * (size.rounding if system.pin_memory else 1.0)
         held = frozen + sum(_on_host(width * share, True) for share in shares)
-        # fp32 weights and two moments; gradients of all in `width`, and of the steps' groups in fp32.
+        # fp32 weights and two moments; gradients of all in `width`, and of the steps' groups in
+        # fp32.
         host = held + 12 * part + _on_host(width * part, system.pin_memory) + fp32 + average
         buffers = bucket + gathered
         return Footprint(
@@ -249,17 +260,20 @@ def _zero3(
 
 def _on_host(size: float, pin: bool) -> float:
     """Bytes of a buffer in host memory; page-locked, torch takes the next power of two."""
-    return float(power_of_two(math.ceil(size))) if pin and size > 0 else size
+    return float(next_power_of_two(math.ceil(size))) if pin and size > 0 else size
 
 
 def _sub_groups(elements: float) -> list[float]:
-    """The elements that ZeRO-3's optimizer steps at a time."""
+    """Return the elements that ZeRO-3's optimizer steps at a time."""
     full, rest = divmod(elements, ZERO3_SUB_GROUP)
     return [float(ZERO3_SUB_GROUP)] * int(full) + [rest]
 
 
 def _gathered(size: ModelSize, *, width: int, world_size: int, offload: bool) -> float:
-    """Whole parameters that ZeRO-3 holds beside the parts; one process uses its only part in place."""
+    """Return the bytes of whole parameters that ZeRO-3 holds beside the parts.
+
+    A single rank uses its only part in place.
+    """
     if world_size == 1 and not offload:
         return 0.0
     return min(size.weight_bytes(width), width * (ZERO3_LIVE + size.largest))

@@ -1,4 +1,6 @@
-"""The numbers of a model that its memory depends on, counted on the meta device: nothing is loaded or allocated."""
+"""The numbers of a model that its memory depends on, counted on the meta device: nothing is loaded
+or allocated.
+"""
 
 import copy
 import functools
@@ -11,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dschat.config.options import LoraOptions, SystemOptions
 from dschat.engine.quantized import group_size
+from dschat.generation.kernels.limits import next_power_of_two
 from dschat.generation.tensor_parallel import split_plan
 from dschat.models.causal_lm import load_config
 from dschat.models.families import FAMILIES, SHAPES, shape_config
@@ -55,17 +58,20 @@ class ModelSize:
         return sum(self.groups)
 
     def weight_bytes(self, width: int) -> float:
-        """All weights in the precisions that they are kept in; `width` is that of training."""
+        """Return the bytes of all weights in the precisions that they are kept in; `width` is that
+        of training.
+        """
         return width * (self.parameters - self.int8) + self.int8 + 4 * self.scales
 
 
 def has_shape(name: str) -> bool:
-    """Whether a hub id, or its last part, is that of a published or tiny shape."""
+    """Return whether a hub id, or its last part, names a published or tiny shape."""
     return name.rsplit("/", 1)[-1].lower().removesuffix("-hf") in SHAPES
 
 
 def find_config(name: str, *, flag: str, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """The configuration of a folder, of a published or tiny shape by its name (without any hub), or of a hub id.
+    """Return the configuration of a folder, of a published or tiny shape by its name (without any
+    hub), or of a hub id.
 
     Raises:
         ValueError: nothing of that name; names `flag`.
@@ -85,7 +91,7 @@ def named_size(
     system: SystemOptions | None = None,
     role: str = "",
 ) -> ModelSize:
-    """The size of what `find_config` finds, as the step would prepare it; counted once.
+    """Return the size of what `find_config` finds, as the step would prepare it; counted once.
 
     Args:
         reward, system, role: see ``model_size``.
@@ -105,7 +111,8 @@ def _counted(name, flag, trust_remote_code, reward, lora, system, role) -> Model
     options = dict(
         reward=reward, lora=lora, system=system, role=role, trust_remote_code=trust_remote_code
     )
-    # Making weights draws random numbers, and what has been counted before is not counted again: a run's own weights must
+    # Making weights draws random numbers, and what has been counted before is not counted again: a
+    # run's own weights must
     # not depend on that.
     with torch.random.fork_rng(devices=[]):
         try:
@@ -174,7 +181,7 @@ def model_size(
 
 
 def _parameter_counts(model: nn.Module, *, last: str, repeats: int) -> dict:
-    """Fields of ModelSize that are sums over parameters; those below `last` count `repeats` times."""
+    """Sum the fields of ModelSize over parameters; those below `last` count `repeats` times."""
     adapters = lora_parameter_names(model)
     groups: dict[tuple, int] = {}
     rounded = 0
@@ -182,7 +189,7 @@ def _parameter_counts(model: nn.Module, *, last: str, repeats: int) -> dict:
     for name, p in model.named_parameters():
         times = repeats if name.startswith(last) else 1
         numel = p.numel() * times
-        rounded += power_of_two(p.numel()) * times
+        rounded += next_power_of_two(p.numel()) * times
         counts["parameters"] += numel
         counts["adapters"] += numel * (name in adapters)
         counts["merged"] += numel * name.endswith("base_layer.weight")
@@ -192,15 +199,12 @@ def _parameter_counts(model: nn.Module, *, last: str, repeats: int) -> dict:
     return {"groups": tuple(groups.values()), "rounding": rounded / counts["parameters"], **counts}
 
 
-def power_of_two(count: int) -> int:
-    """The smallest power of two that is not below `count`, which is at least 1."""
-    return 1 << (count - 1).bit_length()
-
-
 def _enough_layers(
     config: PreTrainedConfig, lora: LoraOptions, system: SystemOptions | None
 ) -> int:
-    """Decoder layers to build for counting: a few where all are alike, which spares seconds; else all."""
+    """Decoder layers to build for counting: a few where all are alike, which spares seconds; else
+    all.
+    """
     layers = config.get_text_config().num_hidden_layers
     frozen = 0 if system is None else system.freeze_layers
     one_layer_named = any(letter.isdigit() for letter in lora.lora_module_name or "")
@@ -229,7 +233,9 @@ def _on_meta(config: PreTrainedConfig, *, reward: bool, trust_remote_code: bool)
 
 
 def _int8_counts(model: nn.Module, *, last: str, repeats: int) -> dict[str, int]:
-    """The weights that adapters stand beside, as MixZ++ keeps them; those below `last` count `repeats` times."""
+    """Count the weights that adapters stand beside, as MixZ++ keeps them; those below `last` count
+    `repeats` times.
+    """
     found = dict(int8=0, scales=0, largest_int8=0)
     for name, linear in model.named_modules():
         if not name.endswith(".base_layer"):
@@ -247,7 +253,9 @@ def _int8_counts(model: nn.Module, *, last: str, repeats: int) -> dict[str, int]
 
 
 def _split_count(model: nn.Module, *, last: str, repeats: int) -> int:
-    """What tensor-parallel generation cuts; what is below `last` counts `repeats` times."""
+    """Count the parameters that tensor-parallel generation cuts; those below `last` count `repeats`
+    times.
+    """
     plan, found = split_plan(pretrained(model).config), 0
     for name, p in model.named_parameters():
         path, _, leaf = name.replace(".base_layer.", ".").rpartition(".")
@@ -258,25 +266,30 @@ def _split_count(model: nn.Module, *, last: str, repeats: int) -> int:
 
 
 def _learned_positions(model: nn.Module, text: PreTrainedConfig) -> int | None:
-    """How many positions the model has a learned vector for; None where it computes them."""
+    """Return the number of learned positions; None if the model computes them."""
     most = getattr(text, "max_position_embeddings", None)
     tokens = pretrained(model).get_input_embeddings()
     others = [
         m for m in embedding_modules(model) if isinstance(m, nn.Embedding) and m is not tokens
     ]
-    # OPT's table has two rows more. Other tables, such as Gemma's of the tokens for each layer, have many more.
+    # OPT's table has two rows more. Other tables, such as Gemma's of the tokens for each layer,
+    # have many more.
     return most if most and any(most <= m.num_embeddings <= most + 8 for m in others) else None
 
 
 def _intermediate(layer: nn.Module) -> int:
-    """Columns of the feed-forward part: the longest side of a matrix that is not of the attention."""
+    """Return the columns of the feed-forward part: the longest side of a matrix that is not of the
+    attention.
+    """
     matrices = [p for name, p in layer.named_parameters() if p.dim() == 2 and "att" not in name]
     return max(max(p.shape) for p in matrices)
 
 
 def _trained_layers(model: nn.Module, prefix: str, layers: int) -> int:
-    """The layers that backward passes through: from the lowest up that holds something trained; all, where the
-    embeddings train."""
+    """Return the layers that backward passes through: from the lowest up that holds something
+    trained; all, where the
+    embeddings train.
+    """
     if any(p.requires_grad for module in embedding_modules(model) for p in module.parameters()):
         return layers
     trained = [
@@ -290,7 +303,7 @@ def _trained_layers(model: nn.Module, prefix: str, layers: int) -> int:
 
 
 def _dropout(config: PreTrainedConfig, system: SystemOptions | None) -> float:
-    """The largest dropout probability of the hidden states in training."""
+    """Return the largest dropout probability of the hidden states in training."""
     if system is None or system.dropout is not None:
         return 0.0 if system is None else system.dropout
     names = ("dropout", "resid_pdrop", "hidden_dropout")

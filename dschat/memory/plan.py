@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 
 from dschat.config.dpo import DPOConfig
+from dschat.config.options import SystemOptions
 from dschat.config.ppo import PPOConfig
 from dschat.config.reward import RewardConfig
 from dschat.config.sft import SFTConfig
@@ -11,12 +12,12 @@ from dschat.memory.footprint import WIDTHS, Footprint, inference_footprint, trai
 from dschat.memory.model_size import ModelSize, named_size
 from dschat.memory.phases import (
     Parts,
-    lying,
-    stepping,
-    together,
+    drop_idle_states,
+    largest_part,
+    optimizer_step_parts,
+    resident_parts,
+    sum_parts,
     training_phases,
-    without_idle,
-    worst,
 )
 
 
@@ -27,7 +28,7 @@ class StepPlan:
     models: dict[str, Footprint]
     sizes: dict[str, ModelSize]
     resident: dict[str, float]  # on top of the models', what stays from phase to phase
-    parts: dict[str, Parts]  # of each phase, all that lies on the GPU at its worst moment
+    parts: dict[str, Parts]  # of each phase, all that is on the GPU at its worst moment
 
     @property
     def phases(self) -> dict[str, float]:
@@ -40,21 +41,23 @@ class StepPlan:
         return max(self.phases.items(), key=lambda item: item[1])
 
     def host_parts(self, *, processes: int) -> Parts:
-        """What a host of so many processes must hold: what stays there, or a model while it is read."""
+        """Return the bytes that a host of so many ranks must hold: permanent ones, or a model while
+        it is read.
+        """
         weights = processes * sum(model.host_weights for model in self.models.values())
         stays = processes * sum(model.host for model in self.models.values())
         reads = max(
             model.whole * (1 if model.read_once else processes) for model in self.models.values()
         )
-        return worst({"weights": weights, "optimizer": stays - weights}, {"weights": reads})
+        return largest_part({"weights": weights, "optimizer": stays - weights}, {"weights": reads})
 
     def host_bytes(self, *, processes: int) -> float:
-        """The bytes of that."""
+        """Return the sum of ``host_parts``."""
         return sum(self.host_parts(processes=processes).values())
 
 
 def plan_step(config, *, world_size: int, dtype: str) -> StepPlan:
-    """The plan of a checked configuration of any step.
+    """Return the plan of a checked configuration of any step.
 
     Args:
         world_size: processes, one GPU each.
@@ -86,7 +89,7 @@ def _plan_supervised(config, *, world_size: int, dtype: str) -> StepPlan:
             world_size=world_size,
             pin_memory=system.pin_memory,
         )
-    beside = together(*(lying(other) for key, other in models.items() if key != "model"))
+    beside = sum_parts(*(resident_parts(other) for key, other in models.items() if key != "model"))
     rows = 1 if isinstance(config, SFTConfig) else 2  # a pair is two texts
     length = config.data.max_seq_len
     train = rows * batch.per_device_train_batch_size * length
@@ -95,9 +98,9 @@ def _plan_supervised(config, *, world_size: int, dtype: str) -> StepPlan:
         inference_bytes(size, tokens=evaluate, width=width),
         loss_bytes(evaluate * size.vocab, width=width, sliced=False, backward=False),
     )
-    there = together(beside, lying(model))
+    there = sum_parts(beside, resident_parts(model))
     parts = {
-        "build": together(beside, {"weights": model.weights, "copies": model.build}),
+        "build": sum_parts(beside, {"weights": model.weights, "copies": model.build}),
         **training_phases(
             "",
             size,
@@ -108,7 +111,7 @@ def _plan_supervised(config, *, world_size: int, dtype: str) -> StepPlan:
             width=width,
             there=there,
         ),
-        "evaluate": together(there, {"activations": evaluation}),
+        "evaluate": sum_parts(there, {"activations": evaluation}),
     }
     return StepPlan(models, sizes, {}, parts)
 
@@ -122,9 +125,9 @@ def _plan_ppo(config: PPOConfig, *, world_size: int, dtype: str) -> StepPlan:
     rows = batch.per_device_generation_batch_size * batch.num_samples_per_prompt
     held = rows_of_evaluation(config, world_size=world_size)
     resident, passing = _for_generation(config, actor, rows=max(rows, held), width=width)
-    there = together(resident, *map(lying, models.values()))
-    idle = map(without_idle, models.values()) if system.offload_idle_states else models.values()
-    waiting = together(resident, *map(lying, idle))
+    there = sum_parts(resident, *map(resident_parts, models.values()))
+    idle = map(drop_idle_states, models.values()) if system.offload_idle_states else models.values()
+    waiting = sum_parts(resident, *map(resident_parts, idle))
 
     def forward(rows: int, names: list[str]) -> float:
         tokens = rows * (prompt + answer)
@@ -140,20 +143,20 @@ def _plan_ppo(config: PPOConfig, *, world_size: int, dtype: str) -> StepPlan:
     exact_kl = kl_bytes(held * (answer + 1) * actor.vocab, width=width)
     critic = models.get("critic")
     parts = {
-        "build": together(
+        "build": sum_parts(
             *({"weights": model.weights} for model in models.values()),
             {"copies": max(model.build for model in models.values())},
         ),
-        "generate": together(
+        "generate": sum_parts(
             waiting,
             passing,
-            worst(
+            largest_part(
                 {"activations": prompts},
                 {"buffers": _whole_layers_bytes(config, actor, width=width)},
             ),
         ),
-        "score": together(waiting, {"activations": max(scored, forward(rows, list(sizes)))}),
-        "evaluate": together(waiting, {"activations": exact_kl + forward(held, ["actor"])}),
+        "score": sum_parts(waiting, {"activations": max(scored, forward(rows, list(sizes)))}),
+        "evaluate": sum_parts(waiting, {"activations": exact_kl + forward(held, ["actor"])}),
         **training_phases(
             "actor ",
             actor,
@@ -163,7 +166,7 @@ def _plan_ppo(config: PPOConfig, *, world_size: int, dtype: str) -> StepPlan:
             logits=logits,
             width=width,
             sliced=True,
-            there=together(there, {"gradients": critic.waiting if critic else 0.0}),
+            there=sum_parts(there, {"gradients": critic.waiting if critic else 0.0}),
         ),
     }
     if critic:
@@ -179,7 +182,7 @@ def _plan_ppo(config: PPOConfig, *, world_size: int, dtype: str) -> StepPlan:
             checkpointing=config.actor_system.gradient_checkpointing,
         )
         gradients = models["actor"].gradients + models["actor"].waiting
-        parts["actor PTX"] = together(there, {"gradients": gradients, "activations": kept + ptx})
+        parts["actor PTX"] = sum_parts(there, {"gradients": gradients, "activations": kept + ptx})
     return StepPlan(
         models,
         sizes,
@@ -191,7 +194,7 @@ def _plan_ppo(config: PPOConfig, *, world_size: int, dtype: str) -> StepPlan:
 def _critic_phases(
     config: PPOConfig, size: ModelSize, models: dict, *, tokens: int, width: int, there: Parts
 ) -> dict[str, Parts]:
-    """The critic's backward while the actor's gradients wait, and the steps of both."""
+    """Return the critic's backward while the actor's gradients wait, and the steps of both."""
     actor, critic = models["actor"], models["critic"]
     phases = training_phases(
         "critic ",
@@ -201,10 +204,14 @@ def _critic_phases(
         tokens=tokens,
         logits=0,
         width=width,
-        there=together(there, {"gradients": max(actor.gradients, actor.waiting)}),
+        there=sum_parts(there, {"gradients": max(actor.gradients, actor.waiting)}),
     )
-    phases["critic step"] = together(there, stepping(critic))  # the actor has stepped by then
-    phases["actor step"] = together(there, stepping(actor), {"gradients": critic.gradients})
+    phases["critic step"] = sum_parts(
+        there, optimizer_step_parts(critic)
+    )  # the actor has stepped by then
+    phases["actor step"] = sum_parts(
+        there, optimizer_step_parts(actor), {"gradients": critic.gradients}
+    )
     return phases
 
 
@@ -214,20 +221,22 @@ def rows_of_evaluation(config: PPOConfig, *, world_size: int) -> int:
 
 
 def _ppo_models(config: PPOConfig, *, world_size: int, dtype: str) -> tuple[dict, dict]:
-    """Sizes and footprints of actor, ref, reward models and critic; of two roles that share a model, of the one that trains."""
+    """Sizes and footprints of actor, ref, reward models and critic; of two roles that share a
+    model, of the one that trains.
+    """
     width, system, options = WIDTHS[dtype], config.system, config.model
 
     def size_of(name: str, flag: str, **more) -> ModelSize:
         return named_size(name, flag=flag, trust_remote_code=options.trust_remote_code, **more)
 
-    def trained(role: str, size: ModelSize) -> Footprint:
+    def trained(size: ModelSize, role_system: SystemOptions, *, average: bool) -> Footprint:
         found = training_footprint(
             size,
-            getattr(config, f"{role}_system"),
+            role_system,
             dtype=dtype,
             world_size=world_size,
             accumulation=config.schedule.gradient_accumulation_steps,
-            average=options.enable_ema and role == "actor",
+            average=average,
         )
         return (
             replace(found, host=found.host + found.idle_host)
@@ -242,7 +251,8 @@ def _ppo_models(config: PPOConfig, *, world_size: int, dtype: str) -> tuple[dict
     actor, critic = options.actor_model_name_or_path, options.critic_model_name_or_path
     flags = ("--actor_model_name_or_path", "--critic_model_name_or_path")
     own = size_of(actor, flags[0], lora=config.actor_lora, system=config.actor_system, role="actor")
-    sizes, models = {"actor": own}, {"actor": trained("actor", own)}
+    sizes, models = {"actor": own}, {}
+    models["actor"] = trained(own, config.actor_system, average=options.enable_ema)
     if not config.shares_reference:
         # In int8 where the actor is.
         packed = {name: getattr(own, name) for name in ("int8", "scales", "largest_int8")}
@@ -266,7 +276,7 @@ def _ppo_models(config: PPOConfig, *, world_size: int, dtype: str) -> tuple[dict
             system=config.critic_system,
             role="critic",
         )
-        models["critic"] = trained("critic", sizes["critic"])
+        models["critic"] = trained(sizes["critic"], config.critic_system, average=False)
     return sizes, models
 
 
@@ -285,7 +295,8 @@ def _for_generation(
     )
     resident, passing = {}, {}
     for name, size, frees in (
-        # A tensor-parallel group of N processes generates N times the rows; each caches an Nth of their heads.
+        # A tensor-parallel group of N processes generates N times the rows; each caches an Nth of
+        # their heads.
         (
             "KV cache",
             width * 2 * actor.layers * actor.kv_width * rows * positions,
@@ -302,9 +313,12 @@ def _for_generation(
 
 
 def _replica_bytes(config: PPOConfig, actor: ModelSize, *, width: int) -> float:
-    """Of the Hybrid Engine's inference replica: nothing where it shares the training weights (ZeRO <= 2 without LoRA),
-    the merged layers with LoRA (unless attached; what is in int8 is always copied), and under ZeRO-3 all weights, gathered,
-    or with tensor parallelism this process's slices of the layers and the rest."""
+    """Return the bytes of the Hybrid Engine's replica: 0 if it shares the training weights (ZeRO <=
+    2 without LoRA),
+    the merged layers with LoRA (unless attached; what is in int8 is always copied), and under
+    ZeRO-3 all weights, gathered,
+    or with tensor parallelism this process's slices of the layers and the rest.
+    """
     if not config.system.enable_hybrid_engine:
         return 0.0
     if config.system.actor_zero_stage == 3:
@@ -314,7 +328,7 @@ def _replica_bytes(config: PPOConfig, actor: ModelSize, *, width: int) -> float:
 
 
 def _whole_layers_bytes(config: PPOConfig, actor: ModelSize, *, width: int) -> float:
-    """Of the layers that are whole at a time while tensor-parallel slices are taken of them."""
+    """Return the bytes of the layers that are gathered at a time to cut tensor-parallel slices."""
     system = config.system
     if not system.enable_hybrid_engine or system.inference_tp_size == 1:
         return 0.0

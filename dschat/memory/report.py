@@ -20,7 +20,8 @@ FEW_FLAGS = 3  # more than these are called many
 def plan_text(
     plan: StepPlan, *, processes: int, gpu_bytes: float = 0.0, all_host_bytes: float = 0.0
 ) -> str:
-    """The plan as tables, with a verdict: each model, and each phase with all that lies there at its worst moment.
+    """Return the plan as tables, with a verdict: each model, and each phase with all that is there
+    at its worst moment.
 
     Args:
         processes: on one host.
@@ -30,17 +31,20 @@ def plan_text(
     phase, peak = plan.peak
     verdict = f"needs {_gib(needed_bytes(plan))} GiB on a GPU"
     if gpu_bytes:
-        verdict += f" of {_gib(gpu_bytes)} GiB: {'fits' if needed_bytes(plan) <= gpu_bytes else 'does not fit'}"
+        fits = "fits" if needed_bytes(plan) <= gpu_bytes else "does not fit"
+        verdict += f" of {_gib(gpu_bytes)} GiB: {fits}"
     host = plan.host_bytes(processes=processes)
     verdict += f"; {_gib(host)} GiB of host memory for {processes} process(es)"
     if all_host_bytes:
-        verdict += f" of {_gib(all_host_bytes)} GiB: {'fits' if host <= all_host_bytes else 'does not fit'}"
+        fits = "fits" if host <= all_host_bytes else "does not fit"
+        verdict += f" of {_gib(all_host_bytes)} GiB: {fits}"
     return "\n".join(
         [
             _models_table(plan),
             "",
             _phases_table(plan, processes=processes),
-            f"peak {_gib(peak)} GiB ({phase}); with {_gib(OVERHEAD)} GiB for CUDA and libraries it {verdict}",
+            f"peak {_gib(peak)} GiB ({phase}); with {_gib(OVERHEAD)} GiB for CUDA "
+            f"and libraries it {verdict}",
         ]
     )
 
@@ -72,7 +76,9 @@ def _models_table(plan: StepPlan) -> str:
 
 
 def _phases_table(plan: StepPlan, *, processes: int) -> str:
-    """A row a phase, of one GPU, and one of a host; without kinds of tensors that are nowhere."""
+    """Return a row a phase, of one GPU, and one of a host; without kinds of tensors that are
+    nowhere.
+    """
     every = {**plan.parts, f"a host of {processes}": plan.host_parts(processes=processes)}
     kinds = [kind for kind in KINDS if any(parts.get(kind) for parts in every.values())]
     rows = [
@@ -92,7 +98,7 @@ def check_fit(
     gpu_bytes: float,
     all_host_bytes: float,
 ) -> None:
-    """Nothing where the plan fits.
+    """Check that the plan fits.
 
     Raises:
         ValueError: it does not; names the flags that would make it fit.
@@ -104,7 +110,8 @@ def check_fit(
     needs = f"{_gib(needed_bytes(plan))} GiB on each GPU ({phase})"
     needs += f" of {_gib(gpu_bytes)} GiB" if gpu_bytes else ""
     if all_host_bytes:
-        needs += f", and {_gib(plan.host_bytes(processes=processes))} GiB of {_gib(all_host_bytes)} GiB host memory"
+        host = _gib(plan.host_bytes(processes=processes))
+        needs += f", and {host} GiB of {_gib(all_host_bytes)} GiB host memory"
     raise ValueError(
         f"This run does not fit: it needs {needs}. {_advice(config, machine, dtype=dtype)} "
         "--ignore_memory_plan starts it all the same."
@@ -112,7 +119,7 @@ def check_fit(
 
 
 def _advice(config, machine: Machine, *, dtype: str) -> str:
-    """What to change, in sentences."""
+    """Return sentences that say what to change."""
     found = find_remedy(config, machine, dtype=dtype)
     if not found.missing:
         text = f"It fits with {_with_sizes(found, machine)}."
@@ -121,7 +128,8 @@ def _advice(config, machine: Machine, *, dtype: str) -> str:
         )
     text = f"No flags make it fit {machine.world_size} GPU(s)"
     if found.options:
-        text += f": with {_with_sizes(found, machine)} it is nearest, and {_gib(found.missing)} GiB too large"
+        text += f": with {_with_sizes(found, machine)} it is nearest, and "
+        text += f"{_gib(found.missing)} GiB too large"
     more = enough_gpus(config, machine, dtype=dtype)
     if more is None:
         hosts = ", or hosts with more memory" if machine.all_host_bytes else ""
@@ -132,7 +140,9 @@ def _advice(config, machine: Machine, *, dtype: str) -> str:
 
 def _with_sizes(found: Remedy, machine: Machine) -> str:
     host = found.plan.host_bytes(processes=machine.processes)
-    return f"{' '.join(found.flags)} ({_gib(needed_bytes(found.plan))} GiB on each GPU, {_gib(host)} GiB of host memory)"
+    gpu = needed_bytes(found.plan)
+    sizes = f"{_gib(gpu)} GiB on each GPU, {_gib(host)} GiB of host memory"
+    return f"{' '.join(found.flags)} ({sizes})"
 
 
 def _gib(size: float) -> str:

@@ -22,7 +22,7 @@ HEAD = "score"
 
 
 def adapter_is_all(model: nn.Module) -> bool:
-    """True where nothing trains but adapters and a new head, so that an adapter folder holds the whole result."""
+    """Return whether only adapters and a new head train, so that an adapter folder holds the whole result."""
     inner = pretrained(model)
     names = {name for name, p in inner.named_parameters() if p.requires_grad}
     lora = lora_parameter_names(inner)
@@ -64,7 +64,7 @@ def write_adapter(model: nn.Module, tensors: dict[str, torch.Tensor], path: Path
 
 
 def adapter_has_head(folder: str | Path, *, flag: str) -> bool:
-    """True where an adapter folder brings a reward model's head; a ValueError if its weights are damaged."""
+    """Return whether an adapter folder holds a reward model's head; a ValueError if its weights are damaged."""
     path = Path(folder) / WEIGHTS
     if not path.is_file():
         return False
@@ -134,7 +134,7 @@ def merge_adapter(model: nn.Module, folder: str | Path, *, flag: str) -> int:
 
 
 def _fits(module: nn.Module | None, name: str, parts: dict[str, torch.Tensor]) -> bool:
-    """True where `parts` are the head of `module`, or an adapter for its weight."""
+    """Return whether `parts` are the head of `module` or an adapter for its weight."""
     if set(parts) != ({"whole"} if name == HEAD else {"lora_A", "lora_B"}) or not hasattr(
         module, "weight"
     ):

@@ -26,7 +26,7 @@ WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
 def check_model_folder(folder: str | Path, *, flag: str) -> None:
-    """Nothing where `folder` holds config.json and complete weights.
+    """Check that `folder` holds config.json and complete weights.
 
     Raises:
         ValueError: something is missing; the message names each file.
@@ -53,7 +53,7 @@ def check_model_folder(folder: str | Path, *, flag: str) -> None:
 def load_config(
     path: str, *, flag: str, trust_remote_code: bool = False, dropout: Optional[float] = None
 ) -> tuple[str, PreTrainedConfig]:
-    """What to hand to from_pretrained for `path` (of an adapter: for its base), and its configuration with every dropout
+    """Return the source for from_pretrained of `path` (of an adapter: of its base), and its configuration with every dropout
     probability set.
 
     Raises:

@@ -214,10 +214,10 @@ def replace_folder(new: Path, path: Path) -> None:
     shutil.rmtree(aside)
 
 
-def mend_folder(path: Path) -> None:
+def repair_folder(path: Path) -> None:
     """Finish or undo what ``replace_folder`` did not come to when its process was killed; nobody may write there now.
 
-    Afterwards `path` is the new folder with all that belongs there, or the old one, and nothing lies beside it.
+    Afterwards `path` is the new folder with all that belongs there, or the old one, and nothing is left beside it.
     """
     ours = re.compile(
         rf"\.{re.escape(path.name)}\.[a-z0-9_]{{8}}\.(tmp|old)"
@@ -233,7 +233,7 @@ def mend_folder(path: Path) -> None:
 
 
 def files_of_a_model(folder: Path) -> list[str]:
-    """What goes when a model is saved to `folder`."""
+    """Return the files that saving a model to `folder` replaces."""
     names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
     return [
         name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in MODEL_FILES)

@@ -1,4 +1,4 @@
-"""What differs between model families, and the shapes of published models.
+"""Differences between model families, and the shapes of published models.
 
 Everything else in this package finds its way by structure (base model, decoder list, heads), so a family that is not
 listed here works too. The shapes let planning and benchmarks build a configuration without any download.

@@ -1,4 +1,4 @@
-"""What a model folder must hold before a library reads it, and its weights afterwards: libraries name no file of a fault."""
+"""Checks of a model folder before a library reads it, and of its weights afterwards: libraries do not name a faulty file."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ OBJECTS = (
 
 
 def check_objects(folder: Path, *, flag: str) -> None:
-    """Nothing where the JSON files in `folder` are such, and it holds one thing.
+    """Check that the JSON files in `folder` are valid, and that it holds one model.
 
     Raises:
         ValueError: a file is damaged, or there are both a model and an adapter; names the file.
@@ -41,11 +41,11 @@ def read_object(file: Path, *, flag: str) -> dict:
         value = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(
-            f"{flag} {str(file.parent)!r}: {file.name} is damaged: {error}. Copy it anew."
+            f"{flag} {str(file.parent)!r}: {file.name} is damaged: {error}. Copy it again."
         ) from error
     if not isinstance(value, dict):
         raise ValueError(
-            f"{flag} {str(file.parent)!r}: {file.name} holds a {type(value).__name__}, not an object. Copy it anew."
+            f"{flag} {str(file.parent)!r}: {file.name} holds a {type(value).__name__}, not an object. Copy it again."
         )
     return value
 
@@ -60,13 +60,13 @@ def shards_of(index: Path, *, flag: str) -> list[str]:
     names = sorted(set(map(str, found.values()))) if isinstance(found, dict) else []
     if not names or any(Path(name).name != name for name in names):
         raise ValueError(
-            f"{flag} {str(index.parent)!r}: {index.name} has no weight_map from weights to files beside it. Copy it anew."
+            f"{flag} {str(index.parent)!r}: {index.name} has no weight_map from weights to files beside it. Copy it again."
         )
     return names
 
 
 def check_finite(model: nn.Module, *, path: str, flag: str) -> None:
-    """Nothing where every weight is a number. Reads all of them; under ZeRO-3, where every process must call it, each its own.
+    """Check that every weight is finite. Reads all of them; under ZeRO-3 every rank must call it and reads its part.
 
     Raises:
         ValueError: names the first that is not; under ZeRO-3 on every process.

@@ -16,7 +16,7 @@ def position_ids_from_mask(attention_mask: torch.Tensor) -> torch.Tensor:
 
 
 def takes_position_ids(model: nn.Module) -> bool:
-    """True where positions can be given. ALiBi families (BLOOM) take none: they derive them from the mask."""
+    """Return whether the model takes positions. ALiBi families (BLOOM) derive them from the mask."""
     return forward_takes(pretrained(model).base_model, "position_ids")
 
 

@@ -1,4 +1,4 @@
-"""Where and in which precision a model runs that only answers or scores, without any engine."""
+"""The device and precision of a model that only answers or scores, without an engine."""
 
 import torch
 

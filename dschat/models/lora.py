@@ -112,7 +112,7 @@ def _lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
 
 
 def has_lora(model: nn.Module) -> bool:
-    """True where `model` holds adapters."""
+    """Return whether `model` holds adapters."""
     return any(isinstance(module, LoraLayer) for module in model.modules())
 
 
@@ -153,7 +153,7 @@ def merged_state_dict(
     """`tensors` with every adapter merged into its weight, W + s B A, under the names of the model without LoRA.
 
     The sum is taken in fp32 and rounded once, to the dtype of W. Neither `model` nor `tensors` is changed, so training
-    can go on from unrounded weights. A model without adapters gives `tensors` as they are.
+    can continue from unrounded weights. A model without adapters gives `tensors` as they are.
 
     Args:
         model: tells which layers are adapted and by what scale; its own parameters are not read, so they may be

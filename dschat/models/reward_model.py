@@ -89,7 +89,7 @@ class RewardModel(nn.Module):
         """The values [B, T] in fp32; those at padding mean nothing.
 
         Args:
-            input_ids: [B, T] int64, padded on either side. An id behind the end of the embedding is read as the last: an
+            input_ids: [B, T] int64, padded on either side. An id after the end of the embedding is read as the last: an
                 actor's vocabulary may be padded to more rows than this one's, and with rows of no token be sampled from.
             attention_mask: [B, T], 1 where a token counts.
             position_ids: [B, T] int64; by default they count the attended tokens.

@@ -1,8 +1,8 @@
-"""Where the parts of a transformers model are, found by structure instead of by name."""
+"""The parts of a transformers model, found by structure instead of by name."""
 
 import functools
 import inspect
-from typing import Iterator
+from collections.abc import Iterator
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -50,7 +50,7 @@ def linear_names(model: nn.Module) -> list[str]:
 
 
 def embedding_modules(model: nn.Module) -> Iterator[nn.Module]:
-    """What turns ids into the first hidden states: token and position embeddings and the family's extras."""
+    """Return the modules that turn ids into the first hidden states: token and position embeddings and the family's extras."""
     _, layers = decoder_layers(model)
     inner = {id(module) for module in layers.modules()}
     for name, module in pretrained(model).base_model.named_modules():
@@ -60,7 +60,7 @@ def embedding_modules(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def forward_takes(model: nn.Module, argument: str) -> bool:
-    """True where the class of `model` names `argument` in its forward; **kwargs does not count."""
+    """Return whether the class of `model` names `argument` in its forward; **kwargs does not count."""
     return argument in _arguments(type(model))
 
 
@@ -70,5 +70,5 @@ def _arguments(kind: type) -> frozenset[str]:
 
 
 def cache_argument(model: nn.Module) -> str:
-    """What the forward of `model` calls its key-value cache: "cache", in older versions of transformers "past_key_values"."""
+    """Return the name of the key-value cache in the forward of `model`: "cache", or "past_key_values" in older transformers."""
     return "cache" if forward_takes(model, "cache") else "past_key_values"

@@ -24,7 +24,7 @@ KNOWN_PAD_TOKENS = (PAD_TOKEN, "<|finetune_right_pad_id|>", "<pad>", "[PAD]")
 
 
 def model_source(path: str, *, flag: str) -> tuple[str, bool]:
-    """What to hand to transformers for `path`, and whether it is a local folder.
+    """Return the source of `path` for transformers, and whether it is a local folder.
 
     Raises:
         ValueError: `path` reads like a folder and is none, is a file, or holds damaged files.
@@ -71,7 +71,7 @@ def hub_error(path: str, *, flag: str, what: str, error: Exception) -> ValueErro
 
 
 def refuse_remote_code(path: str, *, flag: str, error: Exception) -> None:
-    """Nothing, unless `error` is transformers' refusal to run Python code that came with a model.
+    """Raise if `error` is transformers' refusal to run Python code that came with a model.
 
     Raises:
         ValueError: it is; names --trust_remote_code.
@@ -143,7 +143,7 @@ def load_tokenizer(
 
 
 def _reads_config(folder: str) -> bool:
-    """Whether what the tokenizer's loading reads first is in order."""
+    """Return whether the files that loading a tokenizer reads first are valid."""
     try:
         return not (Path(folder) / "config.json").is_file() or bool(
             AutoConfig.from_pretrained(folder)

@@ -9,7 +9,7 @@ VOCABULARY_MULTIPLE = 8  # rows; tensor cores want matrix sizes in eights
 def check_vocabulary(
     tokenizer: PreTrainedTokenizerBase, num_rows: int, *, path: str, flag: str
 ) -> None:
-    """Nothing where every id of `tokenizer` has a row in an embedding of `num_rows`, or gets one: tokens that were added
+    """Check that every id of `tokenizer` has a row in an embedding of `num_rows`, or gets one: tokens that were added
     make it grow.
 
     Raises:
@@ -31,7 +31,7 @@ def check_vocabulary(
 
 
 def grow_vocabulary(model: PreTrainedModel, num_tokens: int) -> bool:
-    """True where the embedding (and an untied head) had fewer than `num_tokens` rows and was grown to hold them,
+    """Grow the embedding (and an untied head) to `num_tokens` rows, and return whether it had fewer,
     rounded up to a multiple of 8. New rows are the mean of the old, which moves the output distribution least
     (Hewitt 2021, Initializing new word embeddings for pretrained language models).
     """

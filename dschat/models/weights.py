@@ -48,9 +48,9 @@ def require_complete(
     fresh: Iterable[str] = (),
     left_over: Iterable[str] = (),
 ) -> None:
-    """Nothing where every weight of `model` but those in `fresh` came from the checkpoint.
+    """Check that every weight of `model` but those in `fresh` came from the checkpoint.
 
-    transformers itself initialises what is missing or of another shape at random, warns and goes on.
+    transformers itself initialises what is missing or of another shape at random, warns and continues.
 
     Args:
         info: the loading info of from_pretrained.

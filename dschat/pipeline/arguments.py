@@ -1,4 +1,4 @@
-"""Checks of the arguments of e2e_rlhf.py, and what its model names mean."""
+"""Checks of the arguments of e2e_rlhf.py, and the models that its short names stand for."""
 
 import json
 import os
@@ -7,13 +7,9 @@ from pathlib import Path
 
 from dschat.config.value_checks import at_least
 
-# Sizes that are known by their number alone, DeepSpeed-Chat's way of naming OPT.
+# OPT models are named by their size alone, as in DeepSpeed-Chat.
 OPT_SIZES = ("125m", "350m", "1.3b", "2.7b", "6.7b", "13b", "30b", "66b")
-
-
 LLAMA2 = {f"llama-2-{size}": f"meta-llama/Llama-2-{size}-hf" for size in ("7b", "13b", "70b")}
-
-
 TINY = ("tiny-llama", "tiny-opt", "tiny-gpt2", "tiny-gpt_neox", "tiny-qwen2", "tiny-mistral")
 
 
@@ -26,34 +22,40 @@ def check_arguments(
     hostfile: str | None,
     several_hosts: bool = False,
 ) -> None:
-    """Nothing where the run can start; makes the output folder.
+    """Check that the run can start, and make the output folder.
 
     Args:
-        num_processes: 0: as many as the deployment has.
-        num_gpus: of this machine; None where others take part, whose GPUs it does not know.
-        several_hosts: the deployment is multi_node.
+        output_dir: the output folder.
+        num_processes: ranks on this machine; 0: as many as the deployment has.
+        num_gpus: GPUs of this machine; None if the run spans several machines.
+        save_interval: updates between two checkpoints; 0: no checkpoints at intervals.
+        hostfile: DeepSpeed's hostfile, if any.
+        several_hosts: whether the deployment is multi_node.
 
     Raises:
-        ValueError: it cannot; names every argument that is in the way.
+        ValueError: the run cannot start. The message names every argument at fault.
     """
-    found = at_least("--num-processes", num_processes, 0) + at_least(
-        "--save-interval", save_interval, 0
-    )
+    found = at_least("--num-processes", num_processes, 0)
+    found += at_least("--save-interval", save_interval, 0)
     if num_gpus and num_processes > num_gpus:
         found.append(
-            f"--num-processes {num_processes}: this machine shows {num_gpus} GPU(s). Give as many at most."
+            f"--num-processes {num_processes}: this machine has {num_gpus} GPU(s). "
+            "Give at most that many."
         )
     if several_hosts and num_processes > 0:
         found.append(
-            f"--num-processes {num_processes}: with multi_node the hostfile says how many. Leave it out."
+            f"--num-processes {num_processes}: with multi_node the hostfile sets the number of "
+            "processes. Leave the flag out."
         )
     if hostfile and not Path(hostfile).is_file():
         found.append(
-            f'--hostfile {hostfile}: no such file. Give DeepSpeed\'s, with a line "HOST slots=8" for each node.'
+            f"--hostfile {hostfile}: no such file. Give a DeepSpeed hostfile, with a line "
+            '"HOST slots=8" for each node.'
         )
     elif hostfile and not several_hosts:
         found.append(
-            f"--hostfile {hostfile}: hosts are for --deployment-type multi_node. Give that, or leave it out."
+            f"--hostfile {hostfile}: a hostfile needs --deployment-type multi_node. Give that, or "
+            "leave the hostfile out."
         )
     try:
         Path(output_dir).mkdir(parents=True, exist_ok=True)
@@ -61,21 +63,20 @@ def check_arguments(
     except OSError as error:
         fault = error.strerror
     if fault:
-        found.append(
-            f"--output-dir {output_dir}: no folder that can be written ({fault}). Give another."
-        )
+        found.append(f"--output-dir {output_dir}: not a writable folder ({fault}). Give another.")
     if found:
         raise ValueError("\n".join(found))
 
 
 def resolve_model(name: str) -> tuple[str, str]:
-    """What a model name on the command line means.
+    """Resolve a model name of the command line.
 
     Returns:
-        kind ("demo", "tiny" or "real") and, for "tiny", the family, for "real" a hub id or the folder as given.
+        The kind ("demo", "tiny" or "real"), and a name: the family of a tiny model, the hub id or
+        the unchanged folder of a real one.
 
     Raises:
-        ValueError: neither a known size, nor a folder or hub id by its looks.
+        ValueError: the name is no known size and does not look like a folder or hub id.
     """
     if name in ("", "smollm2", "smollm2-135m"):
         return "demo", "smollm2-135m"
@@ -89,15 +90,16 @@ def resolve_model(name: str) -> tuple[str, str]:
     if "/" in name or name.startswith((".", "~")) or Path(name).is_dir():
         return "real", name
     raise ValueError(
-        f"{name!r} is no known model: give one of {', '.join((*OPT_SIZES, *LLAMA2, *TINY))}, an existing folder or a hub "
-        "id (owner/name)."
+        f"{name!r} is no known model. Give one of {', '.join((*OPT_SIZES, *LLAMA2, *TINY))}, "
+        "an existing folder or a hub id (owner/name)."
     )
 
 
 def default_reward_model(actor: str) -> str:
-    """What step 2 starts from where nothing is said: opt-350m beside an OPT actor, as in DeepSpeed-Chat, else the actor's own.
+    """Return the model that step 2 starts from by default.
 
-    In step 3 the critic starts from the reward model, and reads the actor's tokens.
+    This is opt-350m for an OPT actor, as in DeepSpeed-Chat, else the actor's own model: in step 3
+    the critic starts from the reward model and has to read the actor's tokens.
 
     Args:
         actor: a hub id or a folder.
@@ -106,16 +108,14 @@ def default_reward_model(actor: str) -> str:
     is_opt = re.search(r"(^|[-_/])opt-", actor.lower()) is not None
     if folder.is_dir():
         try:
-            is_opt = (
-                json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
-                == "opt"
-            )
-        except (OSError, ValueError, LookupError, TypeError):  # step 1 says what is wrong with it
+            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            is_opt = config["model_type"] == "opt"
+        except (OSError, ValueError, LookupError, TypeError):  # step 1 reports what is wrong
             is_opt = False
     return "facebook/opt-350m" if is_opt else actor
 
 
 def size_name(name: str) -> str:
-    """The folder name for a model below the output folder: its last path part, as a plain file name."""
+    """Return a model's folder name in the output folder: its last path part, as a file name."""
     last = name.rstrip("/").split("/")[-1].removeprefix("opt-")
     return re.sub(r"[^A-Za-z0-9._-]", "_", last).strip(".") or "model"

@@ -1,4 +1,4 @@
-"""A command below this one: its output in a log and on the screen, and signals handed on to it."""
+"""Run a command: copy its output to a log and the screen, and forward signals to it."""
 
 import contextlib
 import os
@@ -8,20 +8,22 @@ import subprocess
 import sys
 import time
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable, TextIO
+from typing import TextIO
 
-# Lines of launchers and libraries: they go to the log, not to the screen.
+# Lines of launchers and libraries, which are in the log but not on the screen.
 NOISE = re.compile(
-    r"^\[\d{4}-\d\d-\d\d|^\[transformers\]|^DeepSpeed deepspeed\.|Warning: |^\s*return func\(|^\[Gloo\]|^\[rank\d"
+    r"^\[\d{4}-\d\d-\d\d|^\[transformers\]|^DeepSpeed deepspeed\.|Warning: |^\s*return func\(|"
+    r"^\[Gloo\]|^\[rank\d"
     r"|^(begin|end) bf16_ ?optimizer|^MA \d|^CPU Virtual Memory"
 )
 LAST_LINES = 15
-END_S = 30.0  # what a launcher, too, gives its processes to save before it kills them
+END_S = 30.0  # launchers give their processes as long to save before they kill them
 
 
 def start_process(command: list[str], environment: dict[str, str]) -> tuple[int, TextIO]:
-    """The process id of `command`, in a session of its own, and its output."""
+    """Start `command` in a new session and return its process id and its output."""
     process = subprocess.Popen(
         command,
         env=environment,
@@ -35,36 +37,30 @@ def start_process(command: list[str], environment: dict[str, str]) -> tuple[int,
 
 
 def run_logged(start: Callable[[], tuple[int, TextIO]], log: Path) -> None:
-    """Call `start() -> (process id, output)`; the output goes on the screen without launchers' noise, and to the end of `log`.
+    """Start a process and wait for its end; append its output to `log` and show it on the screen.
 
-    The process leads a session of its own. SIGINT, SIGTERM and SIGHUP (the terminal is gone) reach every process of it
-    (DeepSpeed's command would end without a word to those below), and this one waits until they have saved and ended.
-    Where log or screen cannot be written, the run goes on without; whatever else is raised here ends the session.
+    Launchers' noise is not shown. SIGINT, SIGTERM and SIGHUP (the terminal is gone) are forwarded
+    to every process of the session, since DeepSpeed's command would end without a word to its
+    ranks. This process then waits until they have saved and ended. The run continues if log or
+    screen cannot be written. Any other exception raised here ends the session.
+
+    Args:
+        start: ``start() -> (process id, output)``. The process has to lead a new session.
+        log: file to append the output to.
 
     Raises:
-        RuntimeError: it failed; the message holds its last lines, the log's path and, last, the cause.
-        KeyboardInterrupt: a signal came, and the command has ended.
+        RuntimeError: the command failed. The message holds its last lines, the path of the log and,
+            last, the cause.
+        KeyboardInterrupt: a signal was received, and the command has ended.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     last: deque[str] = deque(maxlen=LAST_LINES)
-    # Without a buffer nothing is left to be written, and to fail once more, when the file is closed.
-    with open(log, "ab", buffering=0) as file, _handed_on() as signals:
+    # Unbuffered: a buffer would be written when the file is closed, and fail again.
+    with open(log, "ab", buffering=0) as file, _forwarded_signals() as signals:
         pid, output = start()
         try:
-            signals.go_to(pid)
-            lost = False
-            for line in output:
-                try:
-                    file.write(line.encode())
-                except OSError as error:
-                    if not lost:
-                        _show(
-                            f"{log} cannot be written ({error.strerror}): some of its lines will be missing"
-                        )
-                    lost = True
-                if line.strip() and not NOISE.search(line):
-                    last.append(line.rstrip())
-                    _show(line.rstrip())
+            signals.forward_to(pid)
+            _copy_output(output, file, log, last)
             status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         except BaseException:
             _end(pid)
@@ -72,53 +68,68 @@ def run_logged(start: Callable[[], tuple[int, TextIO]], log: Path) -> None:
     if signals.received:
         raise KeyboardInterrupt
     if status != 0:
-        cause = next(
-            (line for line in reversed(last) if line.startswith("error")), f"exit status {status}"
-        )
+        errors = [line for line in last if line.startswith("error")]
+        cause = errors[-1] if errors else f"exit status {status}"
         raise RuntimeError("last lines:\n  " + "\n  ".join(last) + f"\nwhole log: {log}\n{cause}")
+
+
+def _copy_output(output: TextIO, file, log: Path, last: deque[str]) -> None:
+    """Write each line to `file`; show it and keep it in `last` unless it is noise."""
+    warned = False
+    for line in output:
+        try:
+            file.write(line.encode())
+        except OSError as error:
+            if not warned:
+                _show(f"{log} cannot be written ({error.strerror}): some lines will be missing")
+            warned = True
+        if line.strip() and not NOISE.search(line):
+            last.append(line.rstrip())
+            _show(line.rstrip())
 
 
 def _show(line: str) -> None:
     try:
         print("  " + line, flush=True)
-    except OSError:  # the terminal is gone, or who read the pipe
-        sys.stdout = open(os.devnull, "w")
+    except OSError:  # the terminal, or the reader of the pipe, is gone
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
 class _Signals:
-    """Those that came, handed on to all processes of a session, as soon as there is one."""
+    """Received signals, forwarded to all processes of a session as soon as it exists."""
 
     def __init__(self):
         self.received: list[int] = []
         self._pid = 0
 
-    def go_to(self, pid: int) -> None:
-        """Hand them on to the session of `pid` from now on."""
+    def forward_to(self, pid: int) -> None:
+        """Forward signals to the session of `pid` from now on, with those already received."""
         self._pid = pid
         if self.received:
-            self._hand_on()
+            self._forward()
 
-    def note(self, number: int, frame) -> None:
-        """The handler."""
+    def handle(self, number: int, frame) -> None:
+        """Note a signal and forward it."""
         self.received.append(number)
         if self._pid:
-            self._hand_on()
+            self._forward()
 
-    def _hand_on(self) -> None:
+    def _forward(self) -> None:
         try:
             os.killpg(self._pid, signal.SIGTERM)
-        except ProcessLookupError:  # it has ended, or is about to make its session
+        except ProcessLookupError:  # it has ended, or has not made its session yet
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._pid, signal.SIGTERM)
 
 
 @contextlib.contextmanager
-def _handed_on():
-    """Inside, the signals that end a program are noted and handed on; yields the `_Signals`."""
-    signals, numbers = _Signals(), [signal.SIGINT, signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
+def _forwarded_signals():
+    """Handle the signals that end a program by a ``_Signals``, which is yielded."""
+    signals = _Signals()
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
         numbers.append(signal.SIGHUP)
-    before = {number: signal.signal(number, signals.note) for number in numbers}
+    before = {number: signal.signal(number, signals.handle) for number in numbers}
     try:
         yield signals
     finally:
@@ -127,9 +138,9 @@ def _handed_on():
 
 
 def _end(pid: int) -> None:
-    """Have all processes of the session of `pid` save and end; those that are left after a while are killed."""
+    """Let the processes of the session of `pid` save and end; kill those that do not in time."""
     deadline = time.monotonic() + END_S
-    with contextlib.suppress(ProcessLookupError):  # none is left
+    with contextlib.suppress(ProcessLookupError):  # all have ended
         os.killpg(pid, signal.SIGTERM)
         while time.monotonic() < deadline:
             with contextlib.suppress(ChildProcessError):  # waited for before

@@ -1,6 +1,6 @@
-"""What a chain of steps knows of each: the command that began it, the one that has finished it, and its checkpoints.
+"""Records of the steps of a pipeline: the command that started each, and the one that finished it.
 
-The records, started.json and finished.json, lie in the output folder of a step.
+started.json and finished.json are in the output folder of a step, beside its checkpoints.
 """
 
 import contextlib
@@ -11,32 +11,40 @@ from pathlib import Path
 from dschat.runtime.files import write_json
 from dschat.runtime.lock import locked
 
-STARTED, FINISHED = "started.json", "finished.json"
-# Flags that may differ between a run and the one that goes on with it.
-FREE = ("--output_dir", "--save_interval")
+STARTED = "started.json"
+FINISHED = "finished.json"
+# A run may be resumed with other values of these flags.
+FLAGS_FREE_TO_CHANGE = ("--output_dir", "--save_interval")
 
 
 def finished_seconds(folder: Path, command: list[str]) -> float | None:
-    """The seconds that the step took, where a command of the same settings has finished it."""
+    """Return the seconds that the step took if it finished with the same settings, else None."""
     record = _read(folder / FINISHED) or {}
-    return record["seconds"] if record and not differences(record["command"], command) else None
+    if record and not differences(record["command"], command):
+        return record["seconds"]
+    return None
 
 
 def begin(folder: Path, command: list[str], *, later: list[Path], fresh: bool) -> list[str]:
-    """Put the folders in order for `command`, the main of a step and its flags, which is about to run.
+    """Prepare the folders for a step that is about to run.
 
     Args:
-        later: folders of the steps that start from its model: what they have done does not count any more.
-        fresh: begin from the start, and delete what others left.
+        folder: the step's output folder.
+        command: the step's main and its flags.
+        later: folders of the steps that start from this step's model. They have to run again.
+        fresh: start from the beginning, and delete the checkpoints of earlier runs.
 
     Returns:
-        The flags with which the main goes on, where it was begun with the same settings and did not finish.
+        The flags that resume the step, if it was started with the same settings and did not
+        finish; else an empty list.
 
     Raises:
-        ValueError: another run writes to one of the folders, or a checkpoint would be lost that may be wanted.
+        ValueError: another run writes to one of the folders, or a checkpoint would be lost that may
+            still be wanted.
     """
     with _all_locked([folder, *later]):
-        finished, started = _read(folder / FINISHED), _read(folder / STARTED)
+        finished = _read(folder / FINISHED)
+        started = _read(folder / STARTED)
         before = finished["command"] if finished else started
         changed = differences(before, command) if before else []
         own = _last_checkpoint(folder)
@@ -44,17 +52,19 @@ def begin(folder: Path, command: list[str], *, later: list[Path], fresh: bool) -
             kept = own or next(filter(None, map(_last_checkpoint, later)), None)
             if changed and kept:
                 raise ValueError(
-                    f"{kept} is of a run with other settings, and would be lost: {'; '.join(changed)}. Give the settings of that "
-                    "run, another --output-dir, or --fresh (with --step for one step alone) to begin anew."
+                    f"{kept} belongs to a run with other settings and would be lost: "
+                    f"{'; '.join(changed)}. Give the settings of that run, another --output-dir, "
+                    "or --fresh (with --step for one step only) to start from the beginning."
                 )
             if own and not before:
                 raise ValueError(
-                    f"{own} is of a run that cannot be gone on with: it was begun in another way, or a step before it has "
-                    "run since. Give --fresh to begin anew, or another --output-dir."
+                    f"{own} belongs to a run that cannot be resumed: it was started in another "
+                    "way, or an earlier step has run again since. Give --fresh to start from the "
+                    "beginning, or another --output-dir."
                 )
             if changed:
-                print(f"  begins anew with other settings: {'; '.join(changed)}", flush=True)
-        # A step that has finished is not gone on with: its checkpoints are of a model that is there.
+                print(f"  starts over with other settings: {'; '.join(changed)}", flush=True)
+        # A finished step is not resumed: its model is saved, its checkpoints are no longer needed.
         if fresh or finished:
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
             own = None
@@ -67,7 +77,9 @@ def begin(folder: Path, command: list[str], *, later: list[Path], fresh: bool) -
 
 
 def finish(folder: Path, command: list[str], seconds: float, *, later: list[Path]) -> None:
-    """Record that `command` has finished the step, and delete the checkpoints that `later` steps have of its old model.
+    """Record that `command` has finished the step.
+
+    Checkpoints of `later` steps started from the step's old model and are deleted.
 
     Raises:
         ValueError: another run writes to one of the later folders.
@@ -77,32 +89,36 @@ def finish(folder: Path, command: list[str], seconds: float, *, later: list[Path
         for stale in later:
             if _last_checkpoint(stale):
                 print(
-                    f"  {stale / 'checkpoints'}: deleted, as it began from a model that has been trained anew",
+                    f"  {stale / 'checkpoints'}: deleted; the model it started from has been "
+                    "trained again",
                     flush=True,
                 )
                 shutil.rmtree(stale / "checkpoints", ignore_errors=True)
 
 
 def differences(before: list[str], now: list[str]) -> list[str]:
-    """Every flag that decides what comes out of a main and has another value in `now`, with both values."""
-    old, new = _settings(before), _settings(now)
-    return [
-        f"{flag} was {old.get(flag, 'not given')} and is {new.get(flag, 'not given')}"
-        for flag in {**old, **new}
-        if flag not in FREE and old.get(flag) != new.get(flag)
-    ]
+    """Return a description of each flag that affects the result and differs in `now`."""
+    old = _settings(before)
+    new = _settings(now)
+    found = []
+    for flag in {**old, **new}:
+        if flag not in FLAGS_FREE_TO_CHANGE and old.get(flag) != new.get(flag):
+            was = old.get(flag, "not given")
+            found.append(f"{flag} was {was} and is {new.get(flag, 'not given')}")
+    return found
 
 
 def _settings(command: list[str]) -> dict[str, str]:
-    """The flags of a main and their values; where its folder lies, or that of the main itself, makes no difference."""
+    """Return the flags of a main and their values, without the location of the output folder."""
     flags: dict[str, str] = {}
     flag = ""
     for word in command[1:]:
         if word.startswith("--"):
-            flag, flags[word] = word, ""
+            flag = word
+            flags[flag] = ""
         else:
             flags[flag] = f"{flags[flag]} {word}".strip()
-    # OUTPUT/actor-models/SIZE: models and data of other steps lie below OUTPUT, too.
+    # Models and data of other steps are in the same tree: OUTPUT/actor-models/SIZE.
     root = str(Path(flags["--output_dir"]).parent.parent)
     return {flag: value.replace(f"{root}/", "") or "given" for flag, value in flags.items()}
 
@@ -117,10 +133,10 @@ def _read(file: Path):
 
 @contextlib.contextmanager
 def _all_locked(folders: list[Path]):
-    """Inside, no run writes to those of the folders that are there.
+    """Lock those of the folders that exist.
 
     Raises:
-        ValueError: one does.
+        ValueError: another run writes to one of them.
     """
     with contextlib.ExitStack() as stack:
         for folder in filter(Path.is_dir, folders):
@@ -128,6 +144,6 @@ def _all_locked(folders: list[Path]):
                 stack.enter_context(locked(folder))
             except BlockingIOError as error:
                 raise ValueError(
-                    f"{folder}: {error}. Wait for its end, or give another --output-dir."
+                    f"{folder}: {error}. Wait until it ends, or give another --output-dir."
                 ) from error
         yield

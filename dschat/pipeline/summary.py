@@ -1,8 +1,8 @@
-"""What a finished pipeline achieved, read back from the files that its steps wrote."""
+"""The results of a finished pipeline, read from the files that its steps wrote."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable, Optional
 
 import numpy as np
 
@@ -12,14 +12,15 @@ BOOTSTRAP_RESAMPLES = 10_000
 
 
 def read_jsonl(path: str | Path) -> list[dict]:
-    """The objects of a JSON-lines file."""
+    """Return the objects of a JSON Lines file."""
     return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
 
 
 def paired_lower_bound(before: list[float], after: list[float], *, seed: int = 0) -> float:
-    """Lower end of the 95% interval of mean(after - before), by a paired percentile bootstrap over the rows.
+    """Return the lower end of the 95% interval of mean(after - before).
 
-    Efron 1979; 10,000 resamples, the 2.5th percentile.
+    Paired percentile bootstrap over the rows (Efron 1979): the 2.5th percentile of 10,000
+    resamples.
     """
     gains = np.asarray(after, dtype=np.float64) - np.asarray(before, dtype=np.float64)
     picks = np.random.RandomState(seed).randint(
@@ -29,24 +30,26 @@ def paired_lower_bound(before: list[float], after: list[float], *, seed: int = 0
 
 
 def before_and_after(folder: str | Path, metric: str) -> tuple[float, float]:
-    """`metric` in the first and in the last line of folder/metrics.jsonl that have it."""
+    """Return the first and the last value of `metric` in folder/metrics.jsonl."""
     found = [line[metric] for line in read_jsonl(Path(folder) / "metrics.jsonl") if metric in line]
     return found[0], found[-1]
 
 
 def supervised_section(folder: str | Path, metric: str, name: str) -> dict[str, float]:
-    """``{name}_before`` and ``{name}_after`` of a step 1 or 2 folder."""
+    """Return ``{name}_before`` and ``{name}_after`` for the output folder of step 1 or 2."""
     before, after = before_and_after(folder, metric)
     return {f"{name}_before": before, f"{name}_after": after}
 
 
 def ppo_section(
-    folder: str | Path, *, judge: Optional[Callable[[str], float]] = None
+    folder: str | Path, *, judge: Callable[[str], float] | None = None
 ) -> dict[str, float]:
-    """Scores, KL, lengths and, with a judge, its opinion, before and after step 3, on the same held-out prompts.
+    """Return scores, KL and lengths before and after step 3, on the same held-out prompts.
 
     Args:
-        judge: text to a number; it sees prompt and answer as one text.
+        folder: the output folder of step 3.
+        judge: maps prompt and answer, as one text, to a number. If given, its mean before and
+            after is part of the section.
     """
     files = sorted((Path(folder) / "evaluation").glob("rollout_*.jsonl"))
     before, after = read_jsonl(files[0]), read_jsonl(files[-1])
@@ -80,7 +83,7 @@ def ppo_section(
 
 
 def summary_text(summary: dict) -> str:
-    """A pipeline's summary as a table, three prompts with their answers, and the seconds of each stage."""
+    """Format the summary: a table, sample prompts with their answers, and the seconds per part."""
     sft, reward, ppo = summary["sft"], summary["reward"], summary["ppo"]
     rows = [
         [

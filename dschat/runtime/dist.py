@@ -1,4 +1,4 @@
-"""Ranks and collectives, the same with one process and with many."""
+"""Ranks and collectives, which also work without a process group."""
 
 import os
 
@@ -7,50 +7,53 @@ import torch.distributed as dist
 
 
 def rank() -> int:
-    """This process's global rank; 0 without a process group."""
+    """Return the global rank; without a process group, the one that the launcher has set, or 0."""
     return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
 
 
 def world_size() -> int:
-    """Number of processes; 1 without a process group."""
+    """Return the number of ranks; 1 without a process group."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def has_peers() -> bool:
-    """True where there are other processes, so that a collective has something to do."""
+    """Return whether there are other ranks, so that a collective has something to do."""
     return world_size() > 1
 
 
 def ranks_per_node() -> int:
-    """Processes on this node, as its launcher says (deepspeed: LOCAL_SIZE, torchrun: LOCAL_WORLD_SIZE); else all."""
+    """Return the number of ranks on this node.
+
+    The launcher sets it: LOCAL_SIZE (deepspeed) or LOCAL_WORLD_SIZE (torchrun). Without either, all
+    ranks are taken to be on this node.
+    """
     return int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or world_size())
 
 
 def is_main() -> bool:
-    """True on the one process that prints and writes."""
+    """Return whether this is rank 0, which prints and writes."""
     return rank() == 0
 
 
 def all_reduce(tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
-    """A copy of `tensor`, reduced over all processes by "sum", "max" or "min"."""
+    """Return a detached copy of `tensor`, reduced over all ranks by "sum", "max" or "min"."""
     result = tensor.detach().clone()
     if has_peers():
-        dist.all_reduce(
-            result,
-            op={"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}[op],
-        )
+        ops = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
+        dist.all_reduce(result, op=ops[op])
     return result
 
 
 def gather_rows(rows: torch.Tensor, num_rows: int | None = None) -> torch.Tensor:
-    """Rows of all processes, interleaved: row i of rank r becomes row i * world_size + r.
+    """Gather the rows of all ranks, interleaved: row i of rank r becomes row i * world_size + r.
 
-    That is the order in which ``ShardedSampler`` deals them out, so that the first `num_rows` are the data set's own
-    rows and what wrapped around is cut off. Every process must bring the same number of rows, of any width: narrower
-    ones are padded with zeros.
+    ``ShardedSampler`` deals rows out in this order, so the first `num_rows` are the rows of the
+    data set, and those that wrapped around are cut off. Every rank must pass the same number of
+    rows. Widths may differ: narrower rows are padded with zeros.
 
     Args:
         rows: [N] or [N, C].
+        num_rows: rows to keep; None: all.
 
     Returns:
         [N * world_size] or [N * world_size, C], cut to `num_rows`.
@@ -67,10 +70,10 @@ def gather_rows(rows: torch.Tensor, num_rows: int | None = None) -> torch.Tensor
 
 
 def gather_texts(text: str) -> list[str]:
-    """The texts of all processes, by rank."""
+    """Gather the strings of all ranks, in the order of ranks."""
     if not has_peers():
         return [text]
-    # As bytes in a tensor: torch's own gathering of objects goes by pickle.
+    # As bytes in a tensor: torch.distributed.all_gather_object would unpickle data of other ranks.
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
     own = torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)
     lengths = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(world_size())]
@@ -78,15 +81,18 @@ def gather_texts(text: str) -> list[str]:
     longest = max(int(length) for length in lengths)
     texts = [torch.empty(longest, dtype=torch.uint8, device=device) for _ in range(world_size())]
     dist.all_gather(texts, torch.nn.functional.pad(own, (0, longest - len(own))))
-    return [bytes(row[: int(length)].tolist()).decode() for row, length in zip(texts, lengths)]
+    return [
+        bytes(row[: int(length)].tolist()).decode()
+        for row, length in zip(texts, lengths, strict=True)
+    ]
 
 
 def first_fault(fault: str) -> str:
-    """The text of the lowest rank that has one, on every process; "" where none has."""
+    """Return the first non-empty `fault` by rank, on every rank; "" if all are empty."""
     return next((text for text in gather_texts(fault) if text), "")
 
 
 def barrier() -> None:
-    """Wait for all processes."""
+    """Wait for all ranks."""
     if has_peers():
         dist.barrier()

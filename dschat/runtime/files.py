@@ -3,15 +3,16 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 
-def write_json(path: str | Path, value) -> None:
-    """Write JSON as ``write_text`` does."""
+def write_json(path: str | Path, value: Any) -> None:
+    """Write JSON, atomically like ``write_text``."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a file by a temporary sibling, fsync and rename: a reader sees all of it or the old file."""
+    """Write a file atomically (temporary file, fsync, rename): readers see the old or new one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -23,7 +24,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def fsync(path: str | Path) -> None:
-    """Have a file or a folder's list of names on disk."""
+    """Flush a file, or a folder's list of names, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

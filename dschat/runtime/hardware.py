@@ -1,4 +1,4 @@
-"""The hardware and the versions that a run uses."""
+"""Hardware and package versions of a run."""
 
 import importlib.metadata
 import os
@@ -10,7 +10,7 @@ import torch
 
 
 def hardware() -> dict[str, str | int | float]:
-    """Accelerator, processor, cores and host memory (GiB) of this machine."""
+    """Return accelerator, processor, cores and host memory (GiB) of this machine."""
     import psutil
 
     found: dict[str, str | int | float] = {
@@ -26,12 +26,14 @@ def hardware() -> dict[str, str | int | float]:
 
 
 def cpu_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Return the number of cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that results depend on."""
+    """Return the versions of Python and of the packages that affect results."""
     names = ("dschat", "torch", "deepspeed", "transformers", "datasets", "peft", "accelerate")
     found = {"python": platform.python_version()}
     for name in names:
@@ -43,7 +45,7 @@ def versions() -> dict[str, str]:
 
 
 def op_build_name() -> str:
-    """A file name for the versions and the folder that compiled DeepSpeed ops belong to."""
+    """Return a file name made of the versions and the folder of compiled DeepSpeed ops."""
     found = versions()
     folder = os.environ.get("TORCH_EXTENSIONS_DIR", "")
     return re.sub(

@@ -1,4 +1,4 @@
-"""Requests to stop (SIGTERM, SIGINT), answered between two steps; and a watch over the other processes of this host."""
+"""Requests to stop (SIGTERM, SIGINT), and a watch for ranks of this host that have ended."""
 
 import contextlib
 import os
@@ -7,33 +7,41 @@ import socket
 import sys
 import threading
 import time
+from types import FrameType
+from typing import Any
 
 import torch
 
 from dschat.runtime import dist
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-# Launchers pass the first signal on again, and a terminal sends it to them and to us alike.
+# A terminal sends SIGINT to the launcher and to its ranks, and the launcher forwards it: a rank
+# receives it twice.
 REPEATED_WITHIN_S = 1.0
 WATCH_INTERVAL_S = 2.0
-# A process that fails says why, and the launcher ends the others; only where that does not happen they end themselves.
+# Usually a rank that fails reports why, and the launcher ends the others. After this time without
+# that, they end themselves.
 GRACE_S = 15.0
 
 
-_kept: "Interruption | None" = None  # the last one whose signals were taken
+_kept: "Interruption | None" = None  # the last one that handled signals
 
 
 class Interruption:
-    """Inside the context a first signal is noted, and a second SIGINT, a moment later, interrupts at once.
+    """A context in which a first signal is noted, and a second SIGINT interrupts at once.
 
-    Behind it, too, where no error ended it, until ``release``: what is left then is to save the model, and that is not
-    to be lost either.
+    The second SIGINT has to come a moment after the first. If no error ends the context, signals
+    are handled the same way after it, until ``release``: the model still has to be saved.
     """
 
-    def __init__(self):
-        self._signal, self._when, self._before, self._over = 0, 0.0, {}, False
+    def __init__(self) -> None:
+        self._signal = 0
+        self._when = 0.0
+        self._before: dict[int, Any] = {}
+        self._over = False
 
     def __enter__(self) -> "Interruption":
+        """Handle signals from now on."""
         global _kept
         if threading.current_thread() is threading.main_thread():
             if _kept is not None:
@@ -42,47 +50,50 @@ class Interruption:
             self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
         return self
 
-    def __exit__(self, kind, *_) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Note that training is over; after an error, restore the signal handlers too."""
         self._over = True
         if kind is not None:
             self.release()
 
     def release(self) -> None:
-        """Signals act again as they did before the context."""
+        """Restore the signal handlers from before the context."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
 
     def agreed(self) -> int:
-        """The number of the signal that any process got, 0 where none did. Every process must call it."""
+        """Return the number of a signal that any rank received, else 0. All ranks must call it."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
         return int(dist.all_reduce(torch.tensor(self._signal, device=device), "max"))
 
-    def _note(self, number: int, frame) -> None:
+    def _note(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         if self._signal == 0:
-            self._signal, self._when = number, now
+            self._signal = number
+            self._when = now
             name = signal.Signals(number).name
-            # Not through logging: a handler may come in the middle of another message.
-            what = (
-                "the model is being saved, and the run ends behind that"
-                if self._over
-                else "will stop behind this step"
-            )
-            _say(f"\n{name}: {what} (rank {dist.rank()})\n")
+            if self._over:
+                outcome = "the model is being saved; the run ends after that"
+            else:
+                outcome = "the run will stop after this step"
+            # Not through logging: the handler may run in the middle of another message.
+            _write_stderr(f"\nReceived {name}: {outcome} (rank {dist.rank()})\n")
         elif number == signal.SIGINT and now - self._when > REPEATED_WITHIN_S:
             raise KeyboardInterrupt
 
 
 class PeerWatch:
-    """Ends this process, with a message, some seconds after another one of this host has ended inside the context.
+    """A context that ends this rank, with a message, soon after another rank of the host ended.
 
-    A collective that waits for a dead process may wait for ever, in C++, where no signal is heard.
+    Otherwise a collective could wait for the dead rank indefinitely. It waits in C++, where Python
+    does not handle signals.
     """
 
     def __enter__(self) -> "PeerWatch":
+        """Start watching in a thread."""
         self._done = threading.Event()
-        # Those that one launcher started, whose process ids mean the same here.
+        # Only the ranks of the same launcher: their process ids are valid here.
         place = f"{socket.gethostname()}/{os.getppid()}"
         found = [text.split() for text in dist.gather_texts(f"{place} {os.getpid()}")]
         self._peers = {rank: int(pid) for rank, (other, pid) in enumerate(found) if other == place}
@@ -91,23 +102,25 @@ class PeerWatch:
             threading.Thread(target=self._watch, daemon=True).start()
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
+        """Stop watching."""
         self._done.set()
 
     def _watch(self) -> None:
         while not self._done.wait(WATCH_INTERVAL_S):
             gone = [rank for rank, pid in self._peers.items() if not _alive(pid)]
             if gone and not self._done.wait(GRACE_S):
-                _say(
-                    f"\nerror (rank {dist.rank()}): the process of rank {gone[0]} has ended; so this one ends too\n"
+                _write_stderr(
+                    f"\nerror (rank {dist.rank()}): the process of rank {gone[0]} has ended, "
+                    "so this rank ends too\n"
                 )
                 with contextlib.suppress(OSError):
                     sys.stdout.flush()
                 os._exit(1)
 
 
-def _say(text: str) -> None:
-    # What reads the screen may have ended by the same signal, and the run is not to end by that.
+def _write_stderr(text: str) -> None:
+    # The reader of stderr may have ended by the same signal; the run must not fail because of that.
     with contextlib.suppress(OSError):
         os.write(2, text.encode())
 
@@ -117,4 +130,4 @@ def _alive(pid: int) -> bool:
         with open(f"/proc/{pid}/stat") as file:
             return file.read().rpartition(")")[2].split()[0] not in "ZX"
     except OSError:
-        return not os.path.exists("/proc/self/stat")  # without /proc nothing can be told
+        return not os.path.exists("/proc/self/stat")  # without /proc, assume that it is alive

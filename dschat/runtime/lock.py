@@ -1,22 +1,26 @@
-"""One run a folder: a lock that the system takes back when its process ends, however it ends."""
+"""A lock that lets one run at a time write to a folder.
+
+The system releases it when the process ends, however it ends.
+"""
 
 import contextlib
 import fcntl
 import os
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 from dschat.runtime.log import logger
 
 LOCK = ".lock"
-_held: dict[Path, int] = {}  # folder -> open file; a lock lives as long as its file is open
+_held: dict[Path, int] = {}  # folder -> open file; the lock is held while the file is open
 
 
 def lock_folder(folder: Path) -> None:
-    """Hold `folder` until this process ends.
+    """Lock `folder` until this process ends.
 
     Raises:
-        BlockingIOError: another process holds it; the message names it.
+        BlockingIOError: another process holds the lock; the message names it.
     """
     folder = folder.resolve()
     if folder not in _held:
@@ -24,8 +28,12 @@ def lock_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(folder: Path):
-    """Hold `folder` inside, in a process that does not hold it otherwise; raises as ``lock_folder`` does."""
+def locked(folder: Path) -> Iterator[None]:
+    """Lock `folder` inside the context, in a process that has not locked it already.
+
+    Raises:
+        BlockingIOError: another process holds the lock; the message names it.
+    """
     descriptor = _lock(folder)
     try:
         yield
@@ -34,7 +42,7 @@ def locked(folder: Path):
 
 
 def _lock(folder: Path) -> int:
-    """The open file with which `folder` is held."""
+    """Lock `folder` and return the descriptor of the open lock file."""
     descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -44,7 +52,8 @@ def _lock(folder: Path) -> int:
         raise BlockingIOError(f"another run writes to it ({holder})") from None
     except OSError as error:  # some network file systems have no locks
         logger.warning(
-            f"{folder}: cannot be locked ({error.strerror}): see yourself that no other run writes to it"
+            f"{folder}: cannot be locked ({error.strerror}). "
+            "Make sure that no other run writes to it."
         )
     os.ftruncate(descriptor, 0)
     os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())

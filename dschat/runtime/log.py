@@ -1,7 +1,7 @@
-"""Logging set-up, and failures that end with their cause.
+"""Logging, and exits that print the cause of a failure last.
 
-Libraries log through ``logging``; rank 0 shows INFO, the others only warnings. A main runs inside ``run_main``, so
-that whatever stops it is the last thing on the screen.
+The package logs through ``logging``; rank 0 shows INFO, other ranks only warnings. Every main runs
+in ``run_main``, which makes the cause of a failure the last thing on the screen.
 """
 
 import errno
@@ -12,16 +12,18 @@ import sys
 import time
 import traceback
 import warnings
+from collections.abc import Callable
 
 from dschat.runtime import dist
 
 logger = logging.getLogger("dschat")
 
-# Seconds that ranks other than the first of a node hold back their message: time for that first rank, which most
-# often fails of the same cause, to have reported it and for the launcher to have ended this one.
+# Seconds that ranks other than the first of a node delay their message. The first rank usually
+# fails of the same cause and reports it, and the launcher then ends the other ranks.
 OTHER_RANKS_WAIT_S = 5.0
 
-# Runs apart from the failed process and speaks once the launcher and its parent are gone (or after 30 s).
+# Runs in a process that outlives the failed one, and prints when the launcher and its parent are
+# gone (or after 30 s).
 _LAST_WORD = """
 import sys, time, psutil
 def alive(pid):
@@ -38,7 +40,7 @@ sys.stderr.write(sys.argv[1])
 
 
 def set_up_logging() -> None:
-    """Plain messages on stdout: INFO on rank 0, warnings elsewhere; DeepSpeed and transformers only warn."""
+    """Log plain messages to stdout: INFO on rank 0, warnings on others, errors of libraries."""
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger.handlers[:] = [handler]
@@ -54,18 +56,19 @@ def set_up_logging() -> None:
 
 
 class Stopped(Exception):
-    """The run was asked to stop, and has."""
+    """Raised after a run has stopped because it was asked to; `status` is its exit status."""
 
     def __init__(self, message: str, *, status: int):
         super().__init__(message)
         self.status = status
 
 
-def run_main(main) -> None:
-    """Run ``main()`` and exit 0; at a failure exit 1 with its cause as the last thing printed.
+def run_main(main: Callable[[], object]) -> None:
+    """Run ``main()`` and exit 0; on a failure exit 1 and print the cause last.
 
-    A ValueError is the user's to mend and shows as its message alone; anything else brings its traceback first.
-    Under the ``deepspeed`` launcher the message appears once more behind the launcher's own lines.
+    A ValueError is for the user to fix: only its message is shown. Other exceptions are shown with
+    their traceback. Under the ``deepspeed`` launcher the message is printed again after the
+    launcher's own lines.
     """
     set_up_logging()
     try:
@@ -81,14 +84,15 @@ def run_main(main) -> None:
     except Exception as error:
         traceback.print_exc()
         words = str(error)
-        # What the collectives of torch say when the other side is gone.
+        # Messages of torch's collectives when another rank is gone.
         lost = any(
             word in words
             for word in ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
         )
         if lost:
-            # At once, since the launcher may end this process while it gives the other one time to speak.
-            words = f"another process of the run has ended: look for its error above ({words.splitlines()[0]})"
+            # Print now: the launcher may end this rank while _fail waits for the other rank.
+            first_line = words.splitlines()[0]
+            words = f"another rank of the run has ended: see its error above ({first_line})"
             sys.stderr.write(f"\nrank {dist.rank()}: {words}\n")
             sys.stderr.flush()
         _fail(f"{type(error).__name__}: {words}{advice(error)}")
@@ -96,32 +100,27 @@ def run_main(main) -> None:
 
 
 def advice(error: Exception) -> str:
-    """What to change where a library fails for a reason that the user can mend; "" for other errors."""
+    """Return what the user can change after a library's error; "" for unknown errors."""
     text = str(error)
     if type(error).__name__ == "OutOfMemoryError":
         return (
-            "\nThe GPU's memory ran out: lower --per_device_train_batch_size (step 3: --per_device_training_batch_size "
-            "and --per_device_generation_batch_size), add --gradient_checkpointing (step 3: "
-            "--actor_gradient_checkpointing), --offload or LoRA, or raise the ZeRO stage; python -m dschat.plan says "
-            "what fits."
+            "\nThe GPU is out of memory. Lower --per_device_train_batch_size (step 3: "
+            "--per_device_training_batch_size and --per_device_generation_batch_size), add "
+            "--gradient_checkpointing (step 3: --actor_gradient_checkpointing), --offload or LoRA, "
+            "or raise the ZeRO stage. python -m dschat.plan shows what fits."
         )
     if isinstance(error, MemoryError) or "can't allocate memory" in text:
-        return (
-            "\nThe host's memory ran out: leave --offload out, or run fewer processes on each node."
-        )
-    # safetensors has an error of its own, with no number.
-    if (
-        isinstance(error, OSError) and error.errno == errno.ENOSPC
-    ) or "No space left on device" in text:
+        return "\nThe host is out of memory. Leave --offload out, or run fewer ranks on each node."
+    is_full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+    # safetensors raises another type, without errno.
+    if is_full or "No space left on device" in text:
         return "\nThe disk is full: free some of it, or give another --output_dir."
-    if "NCCL" in text or type(error).__name__ in (
-        "DistNetworkError",
-        "DistStoreError",
-        "DistBackendError",
-    ):
+    network_errors = ("DistNetworkError", "DistStoreError", "DistBackendError")
+    if "NCCL" in text or type(error).__name__ in network_errors:
         return (
-            "\nThe processes could not talk to each other: see that no other run uses the master port, that all nodes "
-            "reach the first one, and what NCCL_DEBUG=INFO prints; python -m dschat.doctor looks at this machine."
+            "\nThe ranks could not communicate. Check that no other run uses the master port, that "
+            "all nodes reach the first one, and what NCCL_DEBUG=INFO prints. "
+            "python -m dschat.doctor checks this machine."
         )
     return ""
 
@@ -142,10 +141,10 @@ def _fail(cause: str, *, status: int = 1, word: str = "error") -> None:
 
 
 def _launcher_pids() -> list[int]:
-    """The process ids of DeepSpeed's launcher and of the command above it, where this process runs under one."""
+    """Return the process ids of DeepSpeed's launcher and of the command above it, if any."""
     try:
         import psutil
-    except ImportError:  # comes with DeepSpeed; without it there is no launcher either
+    except ImportError:  # DeepSpeed needs it; without it there is no launcher either
         return []
     try:
         parent = psutil.Process().parent()
@@ -153,6 +152,9 @@ def _launcher_pids() -> list[int]:
             return []
         above = parent.parent()
         is_command = above is not None and any("deepspeed" in word for word in above.cmdline())
-    except psutil.Error:  # the launcher is going away already
+    except psutil.Error:  # the launcher is ending already
         return []
-    return [parent.pid] + ([above.pid] if is_command else [])
+    pids = [parent.pid]
+    if above is not None and is_command:
+        pids.append(above.pid)
+    return pids

@@ -1,18 +1,18 @@
-"""Paths as users give them."""
+"""Paths given by users, and the cache folder."""
 
 import os
 from pathlib import Path
 
 
 def user_path(path: str | Path) -> Path:
-    """`path` with the home folder in the place of ~ or ~NAME; as it is where there is no such user."""
+    """Replace a leading ~ or ~NAME by the home folder; an unknown user leaves `path` unchanged."""
     return Path(os.path.expanduser(path))
 
 
 def cache_dir() -> Path:
-    """$DSCHAT_CACHE, else $XDG_CACHE_HOME/dschat, else ~/.cache/dschat; not created here.
+    """Return $DSCHAT_CACHE, else $XDG_CACHE_HOME/dschat, else ~/.cache/dschat.
 
-    All that lies there can be made or fetched again.
+    The folder is not created here. Everything in it can be made or downloaded again.
     """
     if os.environ.get("DSCHAT_CACHE"):
         return user_path(os.environ["DSCHAT_CACHE"])

@@ -1,19 +1,25 @@
-"""A port on which the first process of a run listens."""
+"""The port on which rank 0 of a run listens."""
 
 import random
 import socket
 
-# Below the ports that a system hands to outgoing connections, which may take one between its choice and its use.
-FIRST, LAST = 10000, 32767
+# Below the ports of outgoing connections, one of which could take the port before it is used.
+FIRST = 10000
+LAST = 32767
 TRIES = 50
 
 
 def free_port(wanted: int = 0) -> int:
-    """`wanted`, or a port drawn at random, so that runs that start at the same time do not choose the same.
+    """Return `wanted` if it is free, or a free random port.
+
+    The port is random so that runs that start at the same time choose different ones.
+
+    Args:
+        wanted: a port; 0: any.
 
     Raises:
-        OSError: it is in use; or of TRIES ports none is free.
-        OverflowError: there is no such port.
+        OSError: `wanted` is in use, or none of TRIES random ports is free.
+        OverflowError: `wanted` is no port number.
     """
     draw = random.SystemRandom()
     for port in [wanted] if wanted else [draw.randint(FIRST, LAST) for _ in range(TRIES)]:

@@ -18,7 +18,7 @@ from dschat.models.tokenizer import eos_token_ids
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model said."""
+    """An answer of a model."""
 
     text: str  # without the end token, and without what it was stopped by
     num_tokens: int  # the end token counts
@@ -169,7 +169,7 @@ class ShownText(BaseStreamer):
 
 
 class _Stopped(StoppingCriteria):
-    """Ends generation at the first token behind which `stopped` returns True."""
+    """Ends generation at the first token after which `stopped` returns True."""
 
     def __init__(self, stopped: Callable[[], bool]):
         self.stopped = stopped

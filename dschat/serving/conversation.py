@@ -8,7 +8,7 @@ from dschat.data.templates import HUMAN, render
 
 
 def chat_format(prompt_format: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """What "auto" stands for in a conversation: "chat" where the tokenizer has a template, else "human_assistant"."""
+    """Resolve "auto" for a conversation: "chat" if the tokenizer has a template, else "human_assistant"."""
     if prompt_format != "auto":
         return prompt_format
     return "chat" if tokenizer.chat_template else "human_assistant"

@@ -1,4 +1,4 @@
-"""How many events a minute are let through, by whom they come from."""
+"""A limit of events a minute for each sender."""
 
 import threading
 import time

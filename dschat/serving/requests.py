@@ -2,7 +2,7 @@
 
 import json
 
-from dschat.data.row import checked_messages
+from dschat.data.row import validate_messages
 
 REQUEST_FIELDS = ("messages", "max_new_tokens")
 
@@ -31,7 +31,7 @@ def read_request(body: bytes, *, max_turns: int, max_new_tokens: int) -> tuple[l
         raise ValueError(f"unknown field {unknown[0][:80]!r}; known: {', '.join(REQUEST_FIELDS)}")
     if "messages" not in request:
         raise ValueError('no field "messages"')
-    messages = checked_messages(request["messages"], "messages")
+    messages = validate_messages(request["messages"], "messages")
     turns = [message for message in messages if message["role"] != "system"]
     if len(turns) > 2 * max_turns or len(messages) > len(turns) + 1:
         raise ValueError(

@@ -1,7 +1,7 @@
 """Answers by HTTP: one page, and POST /chat with JSON. Python's http.server, with limits on what a request may cost.
 
 It is made for one machine and a few people. There are no accounts and no encryption: what is to be reached from
-elsewhere belongs behind a server that has both.
+elsewhere belongs after a proxy server that has both.
 """
 
 import base64
@@ -30,7 +30,7 @@ DRAINED_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Limits:
-    """What requests may cost."""
+    """Limits on what requests may cost."""
 
     max_request_bytes: int
     requests_per_minute: int  # of one address
@@ -68,7 +68,7 @@ class ChatServer(ThreadingHTTPServer):
             host: the address to listen on.
             port: 0: any that is free; ``server_address`` tells it.
             page: the HTML of GET /, with at most one script and one style of its own and nothing from elsewhere.
-            read: the body of POST /chat to what is to be answered; its ValueErrors are the client's to mend.
+            read: the body of POST /chat to what is to be answered; its ValueErrors are the client's to fix.
             answer: that to the JSON of the answer; it is called by one thread at a time, and is to return early once
                 its second argument returns True.
 
@@ -255,7 +255,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def host_allowed(header: str, host: str) -> bool:
-    """Whether a Host header is localhost, an IP address, or `host`, with or without a port.
+    """Return whether a Host header is localhost, an IP address, or `host`, with or without a port.
 
     A page whose name was made to point at this machine still sends its own name, never an address.
     """
@@ -287,7 +287,7 @@ def content_policy(page: str) -> str:
 
 
 def opened_warning(host: str) -> str | None:
-    """What to say where `host` lets others than this machine in; None where it does not."""
+    """Return a warning if `host` lets other machines in, else None."""
     try:
         inside = ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -1,4 +1,4 @@
-"""Metrics: one JSON line a step, and the same numbers in TensorBoard."""
+"""Metrics: one JSON line per step, and the same numbers in TensorBoard."""
 
 import contextlib
 import json
@@ -15,10 +15,10 @@ NEWLINE = b"\n"
 
 
 class MetricsWriter:
-    """Writes metrics on rank 0; on other ranks, and without an output folder, it does nothing.
+    """Write metrics.jsonl and TensorBoard events; do nothing on ranks other than 0.
 
-    A number that is not finite becomes null in the file: JSON has no word for it. Lines that cannot be written (a full
-    disk) are kept and tried again with the next, and the run goes on.
+    A number that is not finite is null in the file: JSON has no other word for it. If lines cannot
+    be written (a full disk), they are kept and written with the next ones; the run continues.
     """
 
     def __init__(
@@ -28,11 +28,15 @@ class MetricsWriter:
         tensorboard_dir: str | Path | None = None,
         resume_from: int | None = None,
     ):
-        """
+        """Open the files.
+
         Args:
-            resume_from: go on with the file that is there, behind this step: later lines are cut off.
+            output_dir: folder of metrics.jsonl; None: no such file.
+            tensorboard_dir: folder of the events; None: no events.
+            resume_from: continue the existing file after this step; later lines are cut off.
         """
-        self._file = self._tensorboard = None
+        self._file = None
+        self._tensorboard = None
         self._unwritten = b""
         if not dist.is_main():
             return
@@ -40,8 +44,8 @@ class MetricsWriter:
             Path(output_dir).mkdir(parents=True, exist_ok=True)
             path = Path(output_dir) / "metrics.jsonl"
             if resume_from is not None:
-                _cut(path, resume_from)
-            self._file = open(path, "wb" if resume_from is None else "ab", buffering=0)
+                _truncate(path, resume_from)
+            self._file = open(path, "wb" if resume_from is None else "ab", buffering=0)  # noqa: SIM115
         if tensorboard_dir is not None:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -49,10 +53,11 @@ class MetricsWriter:
             self._tensorboard = SummaryWriter(str(tensorboard_dir), purge_step=purge)
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """One line for `step` (counted from 1; 0 is before training).
+        """Write the metrics of a step.
 
         Args:
-            values: stable names to numbers.
+            step: counted from 1; 0 is before training.
+            values: the number of each metric.
         """
         if self._file is not None:
             clean = {key: value if math.isfinite(value) else None for key, value in values.items()}
@@ -60,10 +65,10 @@ class MetricsWriter:
         self._try_tensorboard(lambda writer: _add_scalars(writer, step, values))
 
     def sync(self) -> None:
-        """Have all lines so far on disk, if it takes them."""
+        """Flush all lines to disk, if there is room for them."""
         if self._file is not None:
             self._write_lines("")
-            with contextlib.suppress(OSError):  # a disk that is full has been said
+            with contextlib.suppress(OSError):  # a full disk has been reported
                 os.fsync(self._file.fileno())
 
     def close(self) -> None:
@@ -78,14 +83,16 @@ class MetricsWriter:
         self._try_tensorboard(lambda writer: writer.close())
 
     def _write_lines(self, text: str) -> None:
-        before, self._unwritten = self._unwritten, self._unwritten + text.encode()
+        before = self._unwritten
+        self._unwritten = before + text.encode()
         try:
             while self._unwritten:
                 self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
         except OSError as error:
             if not before:
                 logger.warning(
-                    f"{self._file.name}: {error.strerror}; its lines are kept in memory meanwhile"
+                    f"{self._file.name}: {error.strerror}; lines are kept in memory until they "
+                    "can be written"
                 )
 
     def _try_tensorboard(self, action: Callable) -> None:
@@ -93,7 +100,7 @@ class MetricsWriter:
             try:
                 action(self._tensorboard)
             except OSError as error:
-                logger.warning(f"no more TensorBoard events: {error}")
+                logger.warning(f"no more TensorBoard events will be written: {error}")
                 self._tensorboard = None
 
 
@@ -103,10 +110,11 @@ def _add_scalars(writer, step: int, values: dict[str, float]) -> None:
     writer.flush()
 
 
-def _cut(path: Path, step: int) -> None:
-    """Keep the lines up to `step`; the last one may have been cut short where a run was killed."""
+def _truncate(path: Path, step: int) -> None:
+    """Keep the lines up to `step`; drop a last one that is incomplete because a run was killed."""
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else ():
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    for line in lines:
         try:
             known = line.endswith("\n") and json.loads(line)["step"] <= step
         except ValueError:

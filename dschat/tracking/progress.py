@@ -1,4 +1,4 @@
-"""The progress line."""
+"""The progress line of a run."""
 
 import time
 
@@ -15,16 +15,23 @@ class Progress:
     """
 
     def __init__(self, name: str, total: int, *, interval_s: float = 5.0, done: int = 0):
-        """
+        """Start the clock.
+
         Args:
-            done: steps that an earlier process took.
+            name: what the line begins with.
+            total: number of steps.
+            interval_s: seconds between two lines.
+            done: steps taken before the run was resumed.
         """
-        self.name, self.total, self.interval_s, self.done = name, total, interval_s, done
+        self.name = name
+        self.total = total
+        self.interval_s = interval_s
+        self.done = done
         self._start = time.monotonic()
         self._last = -float("inf")
 
     def update(self, step: int, fields: dict[str, str]) -> None:
-        """Step `step` of `total` (counted from 1) is done; `fields` are shown as they stand."""
+        """Report step `step` of `total` (counted from 1) as done; `fields` are part of the line."""
         now = time.monotonic()
         if not dist.is_main() or (now - self._last < self.interval_s and step != self.total):
             return
@@ -37,24 +44,31 @@ class Progress:
 
 
 def clock(seconds: float) -> str:
-    """Seconds as m:ss or h:mm:ss."""
+    """Format seconds as m:ss or h:mm:ss."""
     minutes, seconds = divmod(int(round(seconds)), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+    if hours:
+        return f"{hours}:{minutes:02d}:{seconds:02d}"
+    return f"{minutes}:{seconds:02d}"
 
 
 def memory_gib() -> tuple[float, float]:
-    """Memory used and in all, GiB: of the accelerator (peak reserved), or of this process and the host."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_reserved() / 2**30, torch.cuda.get_device_properties(
-            0
-        ).total_memory / 2**30
-    import psutil
+    """Return memory used and total memory, in GiB.
 
-    return psutil.Process().memory_info().rss / 2**30, psutil.virtual_memory().total / 2**30
+    On a GPU, used is the peak of reserved memory; on a CPU, the memory of this process on the host.
+    """
+    if torch.cuda.is_available():
+        used = torch.cuda.max_memory_reserved()
+        total = torch.cuda.get_device_properties(0).total_memory
+    else:
+        import psutil
+
+        used = psutil.Process().memory_info().rss
+        total = psutil.virtual_memory().total
+    return used / 2**30, total / 2**30
 
 
 def memory_text() -> str:
-    """``used/total GiB``."""
+    """Format memory as ``used/total GiB``."""
     used, total = memory_gib()
     return f"{used:.1f}/{total:.1f} GiB"

@@ -1,15 +1,13 @@
-"""What a run ran on, and tables for the screen."""
+"""Text tables."""
 
 
 def table(rows: list[list[str]], *, header: list[str]) -> str:
-    """Columns padded to their widest cell; the first to the left, the others to the right."""
+    """Format a table; the first column is aligned to the left, the others to the right."""
     cells = [header, *rows]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths))
-        )
-        for row in cells
-    ]
+    lines = []
+    for row in cells:
+        first = row[0].ljust(widths[0])
+        others = [row[i].rjust(widths[i]) for i in range(1, len(widths))]
+        lines.append("  ".join([first, *others]))
     return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])

@@ -16,7 +16,7 @@ from dschat.trainers.supervised_run import Stage, load_start
 
 
 def build_reference(stage: Stage):
-    """A frozen copy of the model that the step starts from, behind an engine of its own; None where the trained model
+    """A frozen copy of the model that the step starts from, inside a separate engine; None where the trained model
     with its adapters off is the reference.
     """
     config = stage.config

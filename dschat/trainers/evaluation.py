@@ -1,4 +1,4 @@
-"""How good the policy is: scores, exact KL and lengths of answers to held-out prompts."""
+"""Evaluation of the policy: scores, exact KL and lengths of answers to held-out prompts."""
 
 import contextlib
 import json
@@ -20,7 +20,7 @@ class PolicyEvaluation:
     kl: torch.Tensor  # [N] exact KL(policy || reference) summed over the answer, nats
     lengths: torch.Tensor  # [N] int64, tokens with the closing EOS
     ended: torch.Tensor  # [N] bool
-    tokens: torch.Tensor  # [N, R] int64; behind lengths: arbitrary
+    tokens: torch.Tensor  # [N, R] int64; arbitrary after lengths
 
     def summary(self) -> dict[str, float]:
         """Means, the scores' standard deviation, and the share of answers that ended by themselves."""
@@ -131,7 +131,7 @@ class PolicyEvaluator:
 
 @contextlib.contextmanager
 def _seeded(seed: int, device: torch.device):
-    """Inside, torch draws from `seed`; behind, as if nothing had been drawn."""
+    """Inside, torch draws from `seed`; afterwards, as if nothing had been drawn."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""What every main does before and after training: messages about flags, seeds, folders, the record of the run."""
+"""The output folder of a run: checks, the lock that keeps other runs out, and run.json."""
 
 import glob
 import json
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dschat.config.parse import config_dict, step_title
 from dschat.config.ppo_options import MODEL_FOLDERS
-from dschat.models.export import files_of_a_model, mend_folder
+from dschat.models.export import files_of_a_model, repair_folder
 from dschat.runtime import dist
 from dschat.runtime.files import write_json
 from dschat.runtime.hardware import hardware, versions
@@ -66,7 +66,7 @@ def prepare_output_dir(output_dir: str | None, *, step: str, below: Iterable[str
 
 
 def _other_model(path: Path, step: str, below: Iterable[str]) -> str:
-    """Why no model may be saved there, or "": one lies there already that is not of a run of this step."""
+    """Return why no model may be saved there, or "": one is there already that no run of this step wrote."""
     if _asides(path):  # an output folder that was being replaced, and is put in order later
         return ""
     if not (path / RECORD).exists():
@@ -86,7 +86,7 @@ def _other_model(path: Path, step: str, below: Iterable[str]) -> str:
 
 
 def _asides(path: Path) -> list[Path]:
-    """What the folder was a moment ago, where a run was killed as it replaced it."""
+    """Return the former folder that a run left when it was killed while replacing it."""
     return list(path.parent.glob(f".{glob.escape(path.name)}.*.old/{glob.escape(path.name)}"))
 
 
@@ -100,7 +100,7 @@ def _taken(path: Path, step: str, below: Iterable[str]) -> str:
         for folder in [*([path] if path.is_dir() else []), *_asides(path)]:
             lock_folder(folder)
         for folder in (path, *(path / name for name in MODEL_FOLDERS)):
-            mend_folder(folder)
+            repair_folder(folder)
         path.mkdir(parents=True, exist_ok=True)
         lock_folder(path)
     except BlockingIOError as error:

@@ -5,7 +5,7 @@ PromptBatch -> generate -> Answers -> rewards -> make_experience -> Experience
 """
 
 import time
-from typing import Callable, Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -88,14 +88,14 @@ class DeepSpeedPPOTrainer:
         self._order = torch.Generator().manual_seed(config.run.seed + 7919 * dist.rank())
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict]:
-        """What changes from rollout to rollout, besides the engines; see ``RunState``."""
+        """Return the state that changes from rollout to rollout, besides the engines; see ``RunState``."""
         return {"order": self._order.get_state()}, {
             "rollouts": self.rollouts,
             "kl_coef": self.kl.coef,
         }
 
     def restore(self, saved: Saved) -> None:
-        """Become what ``state`` was taken of."""
+        """Restore the state that ``state`` returned."""
         tensors, values = saved.of_rank(None if saved.same_processes else 0)
         self.rollouts, self.kl.coef = values["rollouts"], values["kl_coef"]
         if saved.same_processes:
@@ -228,7 +228,7 @@ class DeepSpeedPPOTrainer:
                 yield [trim(experience.rows(micro)) for micro in index]
 
     def _backward_actor(self, loss: torch.Tensor, totals: UpdateTotals, undo: int) -> None:
-        """Backward of the policy loss and, if asked, of the PTX loss behind it, as one micro-step of the engine."""
+        """Backward of the policy loss and, if asked, of the PTX loss after it, as one micro-step of the engine."""
         actor = self.engines.actor
         if self.ptx is None:
             actor.backward(loss)

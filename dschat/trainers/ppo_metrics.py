@@ -1,4 +1,4 @@
-"""What PPO is debugged with: statistics of a rollout and of the updates on it, over all processes."""
+"""Metrics to debug PPO with: statistics of a rollout and of the updates on it, over all processes."""
 
 import torch
 
@@ -87,7 +87,7 @@ def _parameters(model: torch.nn.Module, *, trained: bool = False) -> int:
 def logprob_gap(
     batches: list[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]],
 ) -> dict[str, float]:
-    """How far the generator's logprobs of the sampled tokens are from the training engine's: the mean of |difference|.
+    """Return the mean absolute difference of the generator's logprobs of the sampled tokens from the training engine's.
 
     Args:
         batches: the engine's logprobs, the generator's or None, and the response mask, all [B, R].
@@ -128,7 +128,7 @@ class UpdateTotals:
             self._ratio_max = torch.maximum(before, ratio_max)
 
     def means(self) -> dict[str, float]:
-        """Per-token means over all processes, and the micro-batches of a process behind each model's loss."""
+        """Per-token means over all processes, and the micro-batches of a rank in each model's loss."""
         reduced = dist.all_reduce(torch.stack([*self._sums.values(), *self._tokens.values()]))
         sums, tokens = reduced.chunk(2)
         means = dict(zip(self._sums, (sums / tokens).tolist()))

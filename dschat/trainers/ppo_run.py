@@ -39,7 +39,7 @@ def train_ppo(
     """Up to `rollouts`: generate experience, learn from it, report.
 
     Args:
-        state: gives the prompts, and behind each rollout may save the run or stop it.
+        state: gives the prompts, and after each rollout may save the run or stop it.
         evaluator: has ``evaluate(rollout) -> metrics``.
     """
     run = trainer.config.run
@@ -77,7 +77,7 @@ def stopped_by_reward(
     if not state.save_unfinished():
         return failure
     return RewardFailure(
-        f"{failure}\nThere is a checkpoint of what went before, step {state.step}: mend the reward, and go on with "
+        f"{failure}\nA checkpoint holds the rollouts before it, step {state.step}: fix the reward, and continue with "
         "--resume latest."
     )
 

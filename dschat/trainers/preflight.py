@@ -79,7 +79,7 @@ def _show_dry_run(config) -> None:
 
 
 def refuse_unknown_shapes(models: dict[str, list[str]]) -> None:
-    """Nothing where the shape of every model is found without asking the hub.
+    """Check that the shape of every model is found without asking the hub.
 
     Args:
         models: flags, and the folders or hub ids that they name.

@@ -1,6 +1,6 @@
 """The reference policy: the model that training starts from, as the trained one computes it before the first update."""
 
-from typing import Callable
+from collections.abc import Callable
 
 import torch
 

@@ -1,7 +1,7 @@
 """From the options to rewards: everything that can be checked is checked before a model loads."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Callable
 
 from dschat.config.ppo import PPOConfig
 from dschat.models.tokenizer import ensure_unambiguous_pad, load_tokenizer
@@ -21,7 +21,7 @@ from dschat.trainers.rewards import (
 
 @dataclass
 class RewardPlan:
-    """What rewards and what the critic reads; the models load at the first ``build``."""
+    """The rewards, and the tokens that the critic reads. The models load at the first ``build``."""
 
     config: PPOConfig
     tokenizer: object  # the actor's
@@ -107,7 +107,7 @@ def plan_rewards(config: PPOConfig, tokenizer) -> RewardPlan:
 
 
 def unlike_tokens(actor: str, reward: str) -> str:
-    """Why step 3 will refuse a critic that has been trained from the model `reward`, beside an actor from `actor`.
+    """Return why step 3 will refuse a critic trained from the model `reward` for an actor from `actor`.
 
     "" where it will not, or where a tokenizer cannot be loaded: the steps say why.
     """

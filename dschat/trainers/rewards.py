@@ -4,8 +4,9 @@ import importlib.util
 import math
 import numbers
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Callable, Protocol
+from typing import Protocol
 
 import torch
 
@@ -268,13 +269,13 @@ def load_function(name: str) -> Callable:
 
 
 def same_tokens(tokenizer, other) -> bool:
-    """True where every token of `tokenizer` has the same id in `other`, which may have more."""
+    """Return whether every token of `tokenizer` has the same id in `other`, which may have more."""
     known = other.get_vocab()
     return all(known.get(token) == index for token, index in tokenizer.get_vocab().items())
 
 
 def reads_alike(tokenizer, other, *, prompt_format: str, reward_prompt_format: str) -> bool:
-    """True where a reward model with the tokenizer `other` is to read the very tokens that the actor, with `tokenizer`, has
+    """Return whether a reward model with the tokenizer `other` reads the very tokens that the actor, with `tokenizer`, has
     read and written: the same ids, ends and chat template, and no prompt format of its own.
     """
     return (

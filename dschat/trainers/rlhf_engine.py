@@ -1,4 +1,4 @@
-"""The four models of step 3, each behind its DeepSpeed engine."""
+"""The four models of step 3, each inside its DeepSpeed engine."""
 
 from functools import partial
 
@@ -64,7 +64,7 @@ class DeepSpeedRLHFEngine:
         self.generator = self._generator()
 
     def add_reward(self, path: str, *, flag: str, tokenizer):
-        """Load a reward model behind an engine, and return the engine."""
+        """Load a reward model inside an engine, and return the engine."""
         system = self._config.system
         engine = self._inference_engine(
             (partial(load_reward_model, fresh_head=False), path, flag, tokenizer),
@@ -82,7 +82,7 @@ class DeepSpeedRLHFEngine:
         source = (load_reward_model, path, "--critic_model_name_or_path", tokenizer)
         if self._to_be_shared is not None:
             logger.info(
-                "the reward model is loaded anew, as the critic with its adapters off and a head of its own"
+                "the reward model is loaded again, as the critic with its adapters off and a head of its own"
             )
             self._to_be_shared.discard()
         self.critic = self._training_engine("critic", source, score_std=score_std)

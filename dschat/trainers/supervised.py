@@ -24,7 +24,7 @@ from dschat.tracking.progress import Progress, memory_gib
 
 
 class Objective(Protocol):
-    """What a supervised stage learns."""
+    """The objective of a supervised step."""
 
     name: str
 
@@ -113,9 +113,9 @@ def train_supervised(
     """Train `engine` for `total_steps` optimizer steps, evaluating before, between and after.
 
     Args:
-        run: gives the batches, and behind each step may save the run or stop it.
+        run: gives the batches, and after each update may save the run or stop it.
         eval_loader: in the data set's order.
-        num_eval_rows: how many of its rows are the data set's own; what wraps around behind them is not counted.
+        num_eval_rows: how many of its rows are the data set's own; what wraps around after them is not counted.
         eval_interval: optimizer steps between evaluations; 0: after every epoch.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What steps 1, 2 and DPO share before and after their loop: see the mains for the order."""
+"""The setup and the saving that steps 1, 2 and DPO share; the mains show the order."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +42,7 @@ class Stage:
     dtype: str
     tokenizer: object
     end_token_id: int
-    checkpoint: Checkpoint | None  # what the run goes on from
+    checkpoint: Checkpoint | None  # what the run resumes from
 
 
 def start_stage(config, *, number: int) -> Stage:

@@ -1,4 +1,4 @@
-"""What `zygote.py` may do to a run before its main begins: ``function(rank)``."""
+"""Hooks that `zygote.py` may run before a main begins: ``function(rank)``."""
 
 import time
 from dataclasses import replace
@@ -67,7 +67,7 @@ def nan_in_value(rank: int) -> None:
 
 
 def infinite_kl(rank: int) -> None:
-    """Behind two rollouts the reference gives the answers no probability at all."""
+    """After two rollouts the reference gives the answers no probability at all."""
     make = ppo.make_experience
 
     def spoiled(*args, **kwargs):
@@ -84,7 +84,7 @@ def infinite_kl(rank: int) -> None:
 
 
 def nothing_to_say(rank: int) -> None:
-    """Behind two rollouts every answer is its end alone."""
+    """After two rollouts every answer is its end alone."""
     generate, calls = ppo.generate, []
 
     def silent(*args, **kwargs):
@@ -109,7 +109,7 @@ def nothing_to_say(rank: int) -> None:
 
 
 def deaf(rank: int) -> None:
-    """Rank 0 stays in step 3 for ever, as it would in a collective of a GPU that waits for a dead process."""
+    """Rank 0 stays in step 3 without end, as it would in a collective of a GPU that waits for a dead process."""
     weight, calls = SFTObjective.weight, []
 
     def waiting(self, batch):

@@ -1,4 +1,4 @@
-"""Runs through `zygote.py`, and what they leave behind."""
+"""Runs through `zygote.py`, and what they leave."""
 
 import hashlib
 import json
@@ -68,7 +68,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Started:
-    """A run that goes on; its process group is that of its first rank."""
+    """A run in progress; its process group is that of its first rank."""
 
     out: Path
     pids: list[int]

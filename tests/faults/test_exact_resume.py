@@ -63,7 +63,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(options, zygote, tmp_path, r
     assert killed.metrics()[-1]["step"] == KILLED_IN - 1 and not killed.weights()
     resumed = zygote.run(step, tmp_path / "killed", f"{argv} --resume latest", ranks=ranks)
     assert resumed.statuses == [0] * ranks, resumed.log[-3000:]
-    assert f"going on behind step {SAVED_EVERY}" in resumed.log
+    assert f"resuming after step {SAVED_EVERY}" in resumed.log
     assert [line["step"] for line in whole.metrics()] == list(range(STEPS + 1))
     assert resumed.metrics() == whole.metrics()
     assert resumed.weights() == whole.weights() and len(whole.weights()) > 10

@@ -66,7 +66,7 @@ def test_twenty_kills_at_random_moments_lose_nothing_but_the_steps_behind_the_la
         in_save >= 3
     )  # a save that was aimed at may have been over, the faster the machine the more often
     assert resumed.metrics() == whole.metrics() and resumed.weights() == whole.weights()
-    assert 0 <= min(lost) and max(lost) <= every and last_step(out) == steps
+    assert min(lost) >= 0 and max(lost) <= every and last_step(out) == steps
     record(
         injected=KILLS,
         of_them_in_a_save=in_save,
@@ -78,8 +78,8 @@ def test_twenty_kills_at_random_moments_lose_nothing_but_the_steps_behind_the_la
 
 
 def begin(run) -> int:
-    """The step that a run says it goes on behind; 0 where it was killed before, or began anew."""
-    found = re.search(r"going on behind step (\d+)", run.log)
+    """The step that a run says it resumes after; 0 if it was killed before, or started again."""
+    found = re.search(r"resuming after step (\d+)", run.log)
     return int(found[1]) if found else 0
 
 
@@ -114,7 +114,7 @@ def test_a_full_disk_costs_a_checkpoint_and_no_more(ranks, full_on, zygote, tmp_
     assert (
         "no checkpoint of step 4" in full.log
         and "File too large" in full.log
-        and "the run goes on" in full.log
+        and "the run continues" in full.log
     )
     assert full.checkpoints() == ["latest", "step_00000002"]
     assert steps_of(full) == list(range(7)), full.log[-3000:]
@@ -127,7 +127,7 @@ def test_a_full_disk_costs_a_checkpoint_and_no_more(ranks, full_on, zygote, tmp_
     after = zygote.run(1, tmp_path / "out", f"{argv} --resume latest", ranks=ranks)
     assert after.statuses == [0] * ranks, after.log[-3000:]
     assert after.metrics() == whole.metrics() and after.weights() == whole.weights()
-    assert not list(tmp_path.glob(".out*")), "a temporary folder stayed behind"
+    assert not list(tmp_path.glob(".out*")), "a temporary folder was left"
     record(injected=2, survived=2, **after.lost(whole))  # the kill and the disk
 
 
@@ -139,7 +139,7 @@ def test_the_others_end_when_a_rank_is_killed(victim, zygote, tmp_path):
     run = zygote.wait(started, timeout_s=60)
     other = 1 - victim
     assert run.statuses[victim] == -9 and run.statuses[other] == 1, run.log[-3000:]
-    assert f"error (rank {other})" in run.log and "another process of the run has ended" in run.log
+    assert f"error (rank {other})" in run.log and "another rank of the run has ended" in run.log
 
 
 def test_a_rank_that_waits_for_a_dead_one_ends_itself(zygote, tmp_path):
@@ -298,7 +298,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(
     )
     resumed = zygote.run(1, tmp_path / "out", f"{argv} --resume latest")
     assert resumed.statuses == [0], resumed.log[-3000:]
-    assert "is no whole checkpoint" in resumed.log and "going on behind step 2" in resumed.log
+    assert "is no whole checkpoint" in resumed.log and "resuming after step 2" in resumed.log
     assert resumed.metrics() == whole.metrics() and resumed.weights() == whole.weights()
     record(injected=2, survived=2, **resumed.lost(whole))  # the kill and the flipped bit
 
@@ -318,10 +318,7 @@ def test_a_signal_to_one_rank_saves_and_ends_all(number, ranks, step, zygote, tm
     stopped = zygote.wait(started)
     assert stopped.statuses == [128 + number] * ranks, stopped.log[-3000:]
     step = steps_of(stopped)[-1]
-    assert (
-        f"stopped (rank 0): {number.name} behind step {step}: a checkpoint is written"
-        in stopped.log
-    )
+    assert f"stopped (rank 0): {number.name} after step {step}: checkpoint saved" in stopped.log
     assert 3 <= step < 8 and stopped.checkpoints() == ["latest", f"step_{step:08d}"]
     resumed = zygote.run(main, tmp_path / "out", f"{argv} --resume latest", ranks=ranks)
     assert resumed.statuses == [0] * ranks, resumed.log[-3000:]
@@ -361,7 +358,7 @@ def test_a_reward_that_fails_ends_the_run_behind_a_checkpoint(
     function.write_text(FAILING.replace("FATAL", "0"))
     resumed = zygote.run(3, tmp_path / "out", f"{argv} --resume latest")
     assert resumed.statuses == [0], resumed.log[-3000:]
-    assert f"going on behind step {done}" in resumed.log and steps_of(resumed) == list(range(7))
+    assert f"resuming after step {done}" in resumed.log and steps_of(resumed) == list(range(7))
     record(injected=1, survived=1)
 
 
@@ -387,11 +384,11 @@ def test_under_the_launcher_too_a_killed_rank_ends_the_run(stock, tmp_path):
         os.kill(int(holder), signal.SIGKILL)
         killed = time.monotonic()
         assert process.wait(60) != 0 and time.monotonic() - killed < 60
-        assert "rank 1: another process of the run has ended" in (tmp_path / "log").read_text()
+        assert "rank 1: another rank of the run has ended" in (tmp_path / "log").read_text()
         with pytest.raises(ProcessLookupError):
             os.killpg(process.pid, 0)
     finally:
-        # Nothing of the run stays behind a test that fails; behind one that passes the group is gone.
+        # No process of the run survives a test that fails; after one that passes the group is gone.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()

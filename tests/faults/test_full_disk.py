@@ -44,14 +44,14 @@ def test_a_full_disk_costs_a_checkpoint_and_ends_the_run_at_the_model(
     full = zygote.run(1, out, f"{argv} --resume latest", ranks=ranks, log=tmp_path / "log")
     for step in (4, 6):
         assert f"no checkpoint of step {step}" in full.log, full.log[-3000:]
-    assert "No space left on device" in full.log and "the run goes on" in full.log
+    assert "No space left on device" in full.log and "the run continues" in full.log
     assert full.checkpoints() == ["latest", "step_00000002"] and steps_of(full) == list(range(7))
     # The rank that writes the model says so last, in words that help.
     assert (
         full.statuses[0] == 1
         and "The disk is full: free some of it" in full.log.split("error (rank 0)")[-1]
     )
-    assert not full.weights() and not list(disk.glob(".out*")), "half a model stayed behind"
+    assert not full.weights() and not list(disk.glob(".out*")), "half a model was left"
     ballast.unlink()
     after = zygote.run(1, out, f"{argv} --resume latest", ranks=ranks, log=tmp_path / "log")
     assert after.statuses == [0] * ranks, after.log[-3000:]

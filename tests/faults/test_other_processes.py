@@ -1,4 +1,4 @@
-"""A run goes on with another number of processes, where a step keeps its number of rows."""
+"""A run resumes with another number of processes if an update keeps its number of rows."""
 
 import pytest
 from test_exact_resume import PPO, SUPERVISED

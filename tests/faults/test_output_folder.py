@@ -8,7 +8,7 @@ import pytest
 
 from dschat.config.ppo_options import MODEL_FOLDERS
 from dschat.models import export
-from dschat.models.export import mend_folder, replace_folder
+from dschat.models.export import repair_folder, replace_folder
 from dschat.trainers.output_folder import prepare_output_dir
 
 SFT = (
@@ -50,7 +50,7 @@ def test_a_replacement_that_was_killed_is_mended(killed_at, tmp_path, monkeypatc
     with pytest.raises(Killed):
         replace_folder(new, old)
     monkeypatch.undo()
-    mend_folder(old)
+    repair_folder(old)
     assert content(old) == {
         "config.json": "old" if killed_at <= 2 else "new",
         "metrics.jsonl": "lines",
@@ -65,7 +65,7 @@ def test_mending_leaves_what_belongs_to_others(tmp_path):
         folder(tmp_path / name)
         for name in (".out.x.abcd1234.tmp", ".outer.abcd1234.tmp", ".out.abcd.tmp")
     ]
-    mend_folder(out)
+    repair_folder(out)
     assert all(path.exists() for path in others) and content(out) == {"config.json": "mine"}
 
 
@@ -74,7 +74,7 @@ def test_the_second_run_in_a_folder_refuses(zygote, tmp_path):
     first = zygote.start(1, out, argv)
     first.wait_for_step(3)
     second = zygote.run(1, out, argv, log=tmp_path / "second.log")
-    first.wait_for_step((out / "metrics.jsonl").read_text().count("\n"))  # it goes on
+    first.wait_for_step((out / "metrics.jsonl").read_text().count("\n"))  # it continues
     first.kill()
     zygote.wait(first)
     assert second.statuses == [1]

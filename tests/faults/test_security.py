@@ -106,7 +106,7 @@ def test_code_that_comes_with_a_model_does_not_run(place, zygote, stock, tmp_pat
 def test_code_beside_a_known_architecture_does_not_run_either(place, zygote, stock, tmp_path):
     folder, target = tmp_path / "own", tmp_path / "was-run"
     names = ("AutoModel", "AutoModelForCausalLM", "AutoModelForSequenceClassification")
-    step, argv = trapped(place, stock, folder, target, {name: "own.OwnModel" for name in names})
+    step, argv = trapped(place, stock, folder, target, dict.fromkeys(names, "own.OwnModel"))
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     settings["auto_map"] = {"AutoTokenizer": [None, "own.OwnTokenizer"]}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))

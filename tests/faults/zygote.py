@@ -1,4 +1,4 @@
-"""Runs of the mains as processes that can be killed, forked from one that has the imports behind it.
+"""Runs of the mains as processes that can be killed, forked from one that has done the imports.
 
 Starting Python and its libraries costs many times what a miniature run does. This process reads jobs, one JSON line
 each, forks a process group with one process a rank, has each run a step's main, and answers with one JSON line: their

@@ -1,4 +1,6 @@
-"""The Hybrid Engine on a GPU: its attention kernel, and captured decoding against transformers' generate."""
+"""The Hybrid Engine on a GPU: its attention kernel, and captured decoding against transformers'
+generate.
+"""
 
 from types import SimpleNamespace
 
@@ -68,7 +70,7 @@ def tiny(tmp_path, family: str, dtype=torch.float32, **sizes) -> torch.nn.Module
 
 
 def stand_in(model, device):
-    """What a generator asks of an engine, around a plain module."""
+    """The part of an engine that a generator needs, around a plain module."""
     model = model.to(device).eval()
     return SimpleNamespace(
         module=model,
@@ -158,7 +160,9 @@ def test_skinny_products_are_products(inner, widths, rows, biased, dtype, device
 @pytest.mark.parametrize("compiled", [False, True], ids=["graph", "compiled"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bf16_steps_are_checked_and_pass(family, compiled, device, tmp_path):
-    """In half precision the products are kernels of ours; were one wrong, the check of the first step drops the graphs."""
+    """In half precision the products are kernels of ours; were one wrong, the check of the first
+    step drops the graphs.
+    """
     engine = stand_in(tiny(tmp_path, family, dtype=torch.bfloat16, std=0.1), device)
     ids, mask = prompts(device)
     hybrid = HybridEngine(engine, compiled=compiled)
@@ -227,7 +231,9 @@ def test_copies_of_a_prompt_and_logits_processors(device, tmp_path):
 
 @pytest.mark.parametrize("graph", [True, False], ids=["graph", "eager"])
 def test_samples_follow_the_models_distribution(graph, device, tmp_path):
-    """Chi-square of the second token's counts against its exact distribution, summed over all first tokens."""
+    """Chi-square of the second token's counts against its exact distribution, summed over all first
+    tokens.
+    """
     model = tiny(tmp_path, "llama", vocab_size=264)
     engine = stand_in(model, device)
     ids, mask = (t[:1] for t in prompts(device))
@@ -265,7 +271,7 @@ def test_samples_follow_the_models_distribution(graph, device, tmp_path):
 
 
 def second_token_distribution(model, ids, mask) -> torch.Tensor:
-    """[V] float64: sum over first tokens of p(first) p(second | first), behind one prompt."""
+    """[V] float64: sum over first tokens of p(first) p(second | first), after one prompt."""
     with torch.no_grad():
         first = (
             forward_logits(model, model, input_ids=ids, attention_mask=mask)[0, -1]
@@ -296,9 +302,11 @@ def second_token_distribution(model, ids, mask) -> torch.Tensor:
     ],
 )
 def test_answers_follow_the_weights(zero, lora, offload, grouped, device, tmp_path):
-    """Before a step, after it, twice in a row, freed and taken again; and the training weights are not touched.
+    """Before a step, after it, twice in a row, freed and taken again; and the training weights are
+    not touched.
 
-    A tensor-parallel group has one member here: its sums and broadcasts are NCCL's all the same, and are captured.
+    A tensor-parallel group has one member here: its sums and broadcasts are NCCL's all the same,
+    and are captured.
     """
     system = SystemOptions(zero_stage=zero, offload=offload)
     config = training_config(
@@ -360,7 +368,9 @@ def test_answers_follow_the_weights(zero, lora, offload, grouped, device, tmp_pa
 
 
 def logprob_gap(engine, ids, mask, decoded) -> float:
-    """Mean |difference| of the generator's logprobs of the sampled tokens and the training engine's."""
+    """Mean |difference| of the generator's logprobs of the sampled tokens and the training
+    engine's.
+    """
     live = torch.zeros_like(decoded.tokens, dtype=torch.bool)
     for row, answer in enumerate(answers(decoded.tokens)):
         live[row, : len(answer)] = True

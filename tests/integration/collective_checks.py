@@ -8,7 +8,7 @@ from dschat.runtime import dist
 
 
 def run_as_with_peers(*, step: int | str, argv: str, out: str) -> int:
-    """How many collectives the run has called, in a group of one."""
+    """Count the collectives that the run has called, in a group of one."""
     asked = mock.Mock(return_value=True)
     with mock.patch.object(dist, "has_peers", asked):
         run_main(step, argv=argv, out=out)

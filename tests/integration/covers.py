@@ -2,7 +2,7 @@
 
 import itertools
 import random
-from typing import Iterator
+from collections.abc import Iterator
 
 
 def product(axes: dict[str, tuple]) -> Iterator[dict]:

@@ -128,7 +128,7 @@ def window(engines, micro: int) -> bool:
 
 
 def snapshots(engines) -> list[dict[str, torch.Tensor]]:
-    """Of each engine what this rank holds: the model's weights and the optimizer's own, with their moments."""
+    """Return what this rank holds of each engine: the model's weights, and the optimizer's with their moments."""
     return [snapshot(engine) for engine in engines]
 
 
@@ -148,7 +148,7 @@ def snapshot(engine) -> dict[str, torch.Tensor]:
 
 
 def moved(before: list[dict], after: list[dict]) -> list[bool]:
-    """Of each engine whether anything of it differs, to the bit."""
+    """Return for each engine whether anything of it differs, to the bit."""
     pairs = zip(before, after)
     return [
         set(a) != set(b) or any(not torch.equal(a[name], b[name]) for name in a) for a, b in pairs
@@ -219,7 +219,7 @@ class OnePrompt:
 
 
 def refused_prompt(stock: str, *, zero: int) -> str:
-    """What a reward raises where its model's chat template refuses a prompt on rank 1 alone."""
+    """Return the error of a reward whose chat template refuses a prompt on rank 1 alone."""
     path = f"{stock}/reward/llama"
     tokenizer = load_tokenizer(path)
     config = inference_config(

@@ -28,7 +28,7 @@ ENDS = list(range(5, 264, 12))  # tokens that end an answer, so that lengths dif
 
 
 def greedy_tokens(stock: str, *, family: str, zero: int, lora: str, offload: bool) -> dict:
-    """What must hold of greedy answers; every entry should be true.
+    """Check greedy answers; every entry should be true.
 
     Args:
         lora: "", or how adapters get into the replica: "merge" or "attach".
@@ -74,7 +74,7 @@ def captured_steps_follow(engine, *, lora: str, expected: torch.Tensor) -> bool:
         hybrid = with_graphs(engine, lora_mode=lora or "auto", unpin=True)
         first = hybrid.decode(*prompts(), greedy()).tokens
         hybrid.end_rollout()
-        # What takes the freed copies' place, so that those made anew lie elsewhere.
+        # What takes the freed copies' place, so that the new ones are elsewhere.
         kept = [torch.empty_like(p) for p in hybrid.replica.model.parameters()]
         freed = hybrid.decode(*prompts(), greedy()).tokens
         step(engine)
@@ -89,7 +89,7 @@ def captured_steps_follow(engine, *, lora: str, expected: torch.Tensor) -> bool:
 
 
 def split_tokens(stock: str, *, family: str, lora: bool, gather_layers: int) -> dict:
-    """What must hold of greedy answers of a group of two ranks; every entry should be true.
+    """Check greedy answers of a group of two ranks; every entry should be true.
 
     Args:
         gather_layers: decoder layers gathered at a time.
@@ -322,7 +322,7 @@ def step(engine) -> None:
 
 
 def sharing_is_right(hybrid: HybridEngine, *, zero: int, lora: str) -> bool:
-    """Nothing is copied that need not be."""
+    """Check that no weight is copied without need."""
     replica, source = hybrid.replica, hybrid.engine.module
     own = {p.data_ptr() for p in source.parameters()}
     apart = [p for p in replica.model.parameters() if p.data_ptr() not in own]

@@ -43,14 +43,14 @@ class Case:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a case left behind."""
+    """The results that a case left."""
 
     out: Path
     ranks: list[dict]  # the results of `worker.py`
 
     @property
     def value(self):
-        """What the function returned on rank 0."""
+        """Return the function's result on rank 0."""
         return self.ranks[0]["value"]
 
     def metrics(self) -> list[dict]:
@@ -83,7 +83,7 @@ class Launches:
         cases = [case for case in self.cases if case.ranks == ranks]
         while cases:
             finished = self._launch(cases, ranks=ranks)
-            # A launch ends at a case that failed; those behind it get another.
+            # A launch ends at a case that failed; those after it get another.
             cases = cases[finished:]
 
     def _launch(self, cases: list[Case], *, ranks: int) -> int:

@@ -295,7 +295,7 @@ def run_with_travelling_states(*, argv: str, out: str) -> None:
 
 
 def master_addresses(engine) -> list[int]:
-    """Of the fp32 master weights. On a CPU Adam's moments, unlike them, are not copied to go to the host."""
+    """Return the bytes of the fp32 master weights. On a CPU Adam's moments, unlike them, are not copied to go to the host."""
     if engine.zero_optimization_stage() == 0:
         return []
     names = ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat")
@@ -384,5 +384,5 @@ def int8_memory(stock: str, *, zero: int, out: str) -> list[dict]:
 
 
 def requested_bytes() -> int:
-    """Of all tensors on the GPU. Allocated bytes are more: of blocks that the process has already, one may be 1 MiB larger."""
+    """Return the bytes of all tensors on the GPU. Allocated bytes are more: of blocks that the process has already, one may be 1 MiB larger."""
     return torch.cuda.memory_stats().get("requested_bytes.all.current", 0)

@@ -1,6 +1,6 @@
 """The options that steps 1 and 2 are run with, and the cases that follow from a choice of them."""
 
-from typing import Callable
+from collections.abc import Callable
 
 import pytest
 from covers import pairwise, product
@@ -38,7 +38,7 @@ AXES = {
     "lora": tuple(LORA),
     "ranks": (1, 2),
     "accumulation": (1, 2),
-    **{name: (False, True) for name in SWITCHES},
+    **dict.fromkeys(SWITCHES, (False, True)),
 }
 MODELS = {1: "{stock}/base/", 2: "{stock}/sft/", "dpo": "{stock}/sft/"}
 SHARES = {1: "1,0,0", 2: "0,1,0", "dpo": "0,1,0"}

@@ -1,4 +1,4 @@
-"""What a model folder that a step wrote has to be."""
+"""Checks of a model folder that a step wrote."""
 
 from pathlib import Path
 
@@ -40,11 +40,11 @@ def check_model_folder(folder: Path, *, start: Path, reward: bool, options: dict
         ends = model.generation_config.eos_token_id
         assert tokenizer.eos_token_id in (ends if isinstance(ends, list) else [ends])
         assert not model.generation_config.do_sample
-    assert not list(folder.parent.glob(f".{folder.name}*")), "a temporary folder stayed behind"
+    assert not list(folder.parent.glob(f".{folder.name}*")), "a temporary folder was left"
 
 
 def check_changes(model, start: Path, *, lora: str, exact: bool) -> None:
-    """What trains has changed, and nothing else. Not `exact`: short training may be lost in rounding norms near 1."""
+    """Check that trained weights changed and no others. Not `exact`: short training may be lost in rounding norms near 1."""
     is_reward = "ForSequenceClassification" in AutoConfig.from_pretrained(start).architectures[0]
     before, after = load_plainly(start, reward=is_reward).state_dict(), model.state_dict()
     common = {name for name in after if name in before} - {"score.weight"}
@@ -61,5 +61,5 @@ def check_changes(model, start: Path, *, lora: str, exact: bool) -> None:
 
 
 def _differs(before: torch.Tensor, after: torch.Tensor) -> bool:
-    """Whether rows that both have differ; a vocabulary may have grown."""
+    """Return whether rows that both have differ; a vocabulary may have grown."""
     return not torch.equal(after[: before.shape[0]], before.to(after.dtype))

@@ -71,7 +71,7 @@ def update(
         rows: of each process in a micro-batch.
         sgd: plain gradient descent of rate 1 without clipping, instead of AdamW of rate 1e-3.
         fill: the token that stands where nothing is attended.
-        wider: with columns in front and behind in which nothing is attended.
+        wider: with columns before and after in which nothing is attended.
         trimmed: micro-batches lose the columns in which nothing is attended, as in training.
     """
     flags = f"--actor_zero_stage {zero} --critic_zero_stage {zero} --per_device_training_batch_size {rows}"
@@ -176,7 +176,7 @@ def both_weights(trainer) -> dict[str, dict[str, torch.Tensor]]:
 
 
 def whitening(stock: str) -> dict:
-    """How far this rank's share of whitened advantages is from the share of the whole rollout, whitened at once."""
+    """Return the distance of this rank's whitened advantages from those of the rollout whitened at once."""
     whole = fixed_rollout(stock)
     mine = torch.arange(dist.rank(), len(whole.scores), dist.world_size())
     expected = masked_whiten(whole.advantages, whole.response_mask)
@@ -188,7 +188,7 @@ def whitening(stock: str) -> dict:
 
 
 def rollout(stock: str, *, family: str, zero: int) -> dict:
-    """What must hold of a rollout that is really sampled; every entry of the result should be true."""
+    """Check a rollout that is really sampled; every entry of the result should be true."""
     flags = (
         f"--actor_zero_stage {zero} --critic_zero_stage {zero} --per_device_generation_batch_size 8"
     )
@@ -243,8 +243,8 @@ def rollout(stock: str, *, family: str, zero: int) -> dict:
             answers.attention_mask, torch.cat([mask, live.long()], -1)
         ),
         "prompts unchanged": torch.equal(answers.input_ids[:, : ids.shape[1]], ids),
-        "nothing behind the end": all(not getattr(raw, n)[~live].any() for n in names[:-1]),
-        "what stands behind the end is not read": all(
+        "nothing after the end": all(not getattr(raw, n)[~live].any() for n in names[:-1]),
+        "what is after the end is not read": all(
             torch.equal(getattr(raw, n), getattr(perturbed, n)) for n in names
         ),
         "KL on each token, score on the last": torch.allclose(

@@ -252,7 +252,7 @@ def _write_wide_tokenizers(folder: Path) -> None:
 
 
 class Malicious:
-    """What a pickle can do to who reads it: here it makes a file."""
+    """A pickle that acts when it is read: here it makes a file."""
 
     def __init__(self, path: Path):
         self.path = path

@@ -1,4 +1,4 @@
-"""What a user gives by mistake ends with one message that names it, before any training."""
+"""A user's mistake ends with one message that names it, before any training."""
 
 import subprocess
 from pathlib import Path
@@ -20,8 +20,8 @@ OUTSIDE = [
 ]
 UNSEEN = ['unseen.jsonl, line 2: field "prompt" is empty', "at least one word", "--skip_bad_rows"]
 HUGE = [
-    'huge.jsonl, line 2: field "prompt" is a text of 2,621,440 bytes',
-    "most is 1,000,000",
+    'huge.jsonl, line 2: field "prompt" has 2,621,440 bytes of text',
+    "limit is 1,000,000",
     "split it",
     "--skip_bad_rows",
 ]
@@ -68,7 +68,7 @@ MISTAKES = {
         2,
         f"{REWARD} --data_path {{stock}}/faulty/many.jsonl",
         [
-            *("many.jsonl, line 2: no field", 'line 3: field "prompt" is 7, not a text'),
+            *("many.jsonl, line 2: no field", 'line 3: field "prompt" is 7, not a string'),
             *(
                 'line 4: field "chosen" is empty',
                 'line 5: fields "chosen" and "rejected" are equal',
@@ -117,7 +117,7 @@ MISTAKES = {
         f"{SFT} --per_device_train_batch_size 65",
         [
             "64 training rows",
-            "1 processes x 65 rows",
+            "world size 1 x 65 rows",
             "--per_device_train_batch_size",
             "--data_path",
         ],
@@ -127,7 +127,7 @@ MISTAKES = {
         f"{SFT} --per_device_train_batch_size 33",
         [
             "64 training rows",
-            "2 processes x 33 rows",
+            "world size 2 x 33 rows",
             "--per_device_train_batch_size",
             "--data_path",
         ],

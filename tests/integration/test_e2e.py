@@ -137,15 +137,15 @@ def test_an_interrupted_step_goes_on_from_its_checkpoint(finished, tmp_path):
         process.send_signal(signal.SIGINT)
         assert process.wait(120) == 1
     screen = (tmp_path / "log").read_text()
-    assert "SIGTERM behind step" in screen and "a checkpoint is written" in screen, screen[-3000:]
+    assert "SIGTERM after step" in screen and "checkpoint saved" in screen, screen[-3000:]
     assert screen.rstrip().endswith(
-        "interrupted; the same command goes on with the step that was running"
+        "Interrupted. Run the same command again to continue with the step that was running."
     )
     done = tiny("llama", output, tmp_path)
-    assert done.returncode == 0 and "going on behind step" in done.stdout, done.stdout[-3000:]
+    assert done.returncode == 0 and "resuming after step" in done.stdout, done.stdout[-3000:]
     assert done.stdout.count("finished before") == 2
     log = (ppo / "training.log").read_text()
-    assert 0 < log.find("a checkpoint is written") < log.find("going on behind step")
+    assert 0 < log.find("checkpoint saved") < log.find("resuming after step")
     check_summary(output)
     before, after = (
         [

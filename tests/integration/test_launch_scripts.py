@@ -117,7 +117,7 @@ class Bench:
         )
 
     def notes(self) -> list[list[str]]:
-        """Of each call of the interpreter: its folder, $WORLD_SIZE and its words."""
+        """Return for each call of the interpreter its folder, $WORLD_SIZE and its words."""
         path = self.folder.parent / "notes"
         return (
             [line.split("\0")[:-1] for line in path.read_text().splitlines()]
@@ -217,7 +217,7 @@ def test_positional_arguments_end_at_the_first_flag(bench):
     done = bench.run(SINGLE_NODE, "my output", "3", "--learning_rate", "1e-4", "9")
     assert done.returncode == 0, done.stdout
     (words,) = bench.notes()
-    # The last of a flag's values counts, so the user's stand behind the script's.
+    # The last of a flag's values counts, so the user's come after the script's.
     assert words[-3:] == ["--learning_rate", "1e-4", "9"]
     assert (
         words[words.index("--zero_stage") + 1] == "3"
@@ -552,14 +552,14 @@ def test_ctrl_c_at_a_script_saves_a_run_that_goes_on_later(stock, tmp_path):
             time.sleep(0.05)
         os.killpg(script.pid, signal.SIGINT)
         said = script.communicate(timeout=60)[0]
-    assert "a checkpoint is written" in said and script.returncode == 143, said[-3000:]
+    assert "checkpoint saved" in said and script.returncode == 143, said[-3000:]
     (step,) = (int(path.name[5:]) for path in (tmp_path / "out" / "checkpoints").glob("step_*"))
     done = subprocess.run([*command, "--resume", "latest"], timeout=200, **options)
-    assert done.returncode == 0 and f"going on behind step {step}" in done.stdout, done.stdout[
+    assert done.returncode == 0 and f"resuming after step {step}" in done.stdout, done.stdout[
         -3000:
     ]
     log = (tmp_path / "out" / "training.log").read_text()
-    assert "a checkpoint is written" in log and f"going on behind step {step}" in log
+    assert "checkpoint saved" in log and f"resuming after step {step}" in log
 
 
 @pytest.mark.parametrize("name, runs", list(zip(SWEEPS, (8, 4, 4, 18))))

@@ -1,4 +1,4 @@
-"""What saves memory must not change numbers: shared models, int8 weights, states that leave the device."""
+"""Savings of memory must not change numbers: shared models, int8 weights, states that leave the device."""
 
 import pytest
 import torch
@@ -40,7 +40,7 @@ ZERO = {
 
 
 def failing(launches, case) -> list[str]:
-    """What did not hold, and on which rank."""
+    """Return the checks that failed, and their ranks."""
     found = enumerate(launches[case].ranks)
     return [
         f"rank {rank}: {name}"
@@ -156,7 +156,7 @@ def test_idle_states_leave_the_gpu(case, launches):
 
 
 def numbers(launches, case: Case) -> list[dict]:
-    """What a run logged, without times and memory."""
+    """Return the metrics of a run, without times and memory."""
     lines = launches[case].metrics()
     numbers = [
         {k: v for k, v in line.items() if not k.startswith(("time/", "perf/"))} for line in lines

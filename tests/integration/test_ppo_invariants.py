@@ -1,4 +1,4 @@
-"""What must not change a PPO update: the split of a batch, ZeRO, padding, what stands behind an answer's end."""
+"""Invariants of a PPO update: the split of a batch, ZeRO, padding, what is after an answer's end."""
 
 from pathlib import Path
 

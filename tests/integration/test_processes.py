@@ -26,7 +26,7 @@ RANKS = 2
 
 @pytest.fixture(scope="module")
 def printed(tmp_path_factory) -> dict[str, list[str]]:
-    """What the processes said, by what started them; all at the same time, since most of it is importing."""
+    """Return the output of the processes, by launcher; all at the same time, since most of it is importing."""
     script = tmp_path_factory.mktemp("processes") / "script.py"
     script.write_text(SCRIPT)
     options = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

@@ -133,7 +133,7 @@ def test_a_torch_in_range_is_kept(repository):
         log(root)[0] == f"venv -m venv --system-site-packages {root}/.venv" and len(log(root)) == 2
     )
     shutil.rmtree(root / ".venv")
-    # What lies in a virtual environment of its own cannot be seen from another.
+    # What is in a separate virtual environment cannot be seen from another.
     run(root, STUB_IN_VENV="1")
     assert log(root)[2] == f"venv -m venv {root}/.venv"
 

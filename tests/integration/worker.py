@@ -2,7 +2,7 @@
 
     python -m deepspeed.launcher.runner --num_accelerators 2 --master_port 29512 worker.py cases.json
 
-`launches.py` writes cases.json and reads what each rank leaves behind: RESULTS/NAME.RANK.json. A case is the main of
+`launches.py` writes cases.json and reads what each rank leaves: RESULTS/NAME.RANK.json. A case is the main of
 a step (with its flags), or a function (with keyword arguments) whose result is kept.
 """
 
@@ -37,7 +37,7 @@ def load(path: str):
 
 
 def run(case: dict):
-    """What the case's function returns; None for the main of a step."""
+    """Return the result of the case's function; None for the main of a step."""
     module = load(case["file"])
     if case["argv"] is None:
         return getattr(module, case["function"])(**case["kwargs"])

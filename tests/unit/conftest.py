@@ -9,7 +9,7 @@ import torch
 
 @pytest.fixture(scope="module")
 def e2e():
-    """The module e2e_rlhf.py, loaded again for each test file."""
+    """Load e2e_rlhf.py as a module, once per test file."""
     path = Path(__file__).resolve().parents[2] / "e2e_rlhf.py"
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
@@ -19,6 +19,6 @@ def e2e():
 
 @pytest.fixture
 def as_rank_1(monkeypatch):
-    """A process that the launcher calls rank 1, before it has joined a group."""
+    """Set the launcher's rank to 1, without a process group."""
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
     monkeypatch.setenv("RANK", "1")

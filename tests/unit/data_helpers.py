@@ -1,4 +1,4 @@
-"""A byte-level tokenizer small enough to count its tokens by hand, and writers of small files."""
+"""A byte-level tokenizer whose tokens can be counted by hand, and writers of small files."""
 
 import json
 from pathlib import Path
@@ -14,9 +14,10 @@ CHAT_TEMPLATE = (
 
 
 def make_tokenizer(*, bos: bool = False, eos: bool = False, chat_template: str | None = None):
-    """One token a byte, but one for " a" ("Ġa"), and ids 0, 1, 2 for <pad>, <s>, </s>.
+    """Build a tokenizer of one token per byte, plus one for " a" ("Ġa").
 
-    `bos` and `eos` tell which of them the tokenizer adds to a text by itself.
+    Ids 0, 1 and 2 are <pad>, <s> and </s>. With `bos` or `eos`, the tokenizer adds that token to
+    every text.
     """
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: number for number, token in enumerate(["<pad>", "<s>", "</s>", *letters, "Ġa"])}
@@ -40,27 +41,26 @@ def make_tokenizer(*, bos: bool = False, eos: bool = False, chat_template: str |
 
 
 def ids_of(text: str, tokenizer=None) -> list[int]:
-    """The ids of `text` alone, byte by byte."""
+    """Return the ids of `text` alone, byte by byte."""
     tokenizer = tokenizer or make_tokenizer()
     return [tokenizer.convert_tokens_to_ids("Ġ" if letter == " " else letter) for letter in text]
 
 
 def write_lines(path: Path, rows: list) -> str:
-    """`rows` as JSON lines (a text or bytes as they stand); the path as text."""
+    """Write `rows` as JSON lines, strings and bytes unchanged; return the path as a string."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "wb") as file:
         for row in rows:
-            line = (
-                row
-                if isinstance(row, bytes)
-                else (row if isinstance(row, str) else json.dumps(row)).encode()
-            )
-            file.write(line + b"\n")
+            if not isinstance(row, str | bytes):
+                row = json.dumps(row)
+            if isinstance(row, str):
+                row = row.encode()
+            file.write(row + b"\n")
     return str(path)
 
 
 def pairs(num_rows: int, begin: int = 0) -> list[dict]:
-    """Preference pairs whose texts all differ."""
+    """Return preference pairs whose texts all differ."""
     return [
         {"prompt": f"p{number}", "chosen": f" good{number}", "rejected": f" bad{number}"}
         for number in range(begin, begin + num_rows)

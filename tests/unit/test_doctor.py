@@ -1,4 +1,4 @@
-"""python -m dschat.doctor: what it finds, and what it says to do."""
+"""python -m dschat.doctor: its findings and remedies."""
 
 import os
 import socket
@@ -21,15 +21,13 @@ def run(*words: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, env=outside, capture_output=True, text=True, cwd=ROOT)
 
 
-def test_every_line_is_good_or_says_what_to_do_and_a_stale_lock_stops(tmp_path):
+def test_every_line_is_good_or_has_a_remedy_and_a_stale_lock_stops(tmp_path):
     builds = tmp_path / "builds"
     (builds / "deepspeed_shm_comm").mkdir(parents=True)
     (builds / "deepspeed_shm_comm" / "lock").touch()
     done = run(TORCH_EXTENSIONS_DIR=str(builds))
     lines = done.stdout.splitlines()
-    assert done.returncode == 1 and done.stderr.endswith(
-        "what is BAD above has to be mended first\n"
-    )
+    assert done.returncode == 1 and done.stderr.endswith("Fix what is BAD above first.\n")
     found = [line for line in lines if line[:6] in ("good  ", "note  ", "BAD   ")]
     assert len(found) > 15 and all(": " in line for line in found if not line.startswith("good"))
     (bad,) = [line for line in lines if line.startswith("BAD")]
@@ -52,7 +50,7 @@ def test_every_line_is_good_or_says_what_to_do_and_a_stale_lock_stops(tmp_path):
     [(True, "torch is not installed: pip install 'torch"), (False, "packages: not even")],
 )
 def test_a_missing_package_is_named_without_a_traceback(there, line, tmp_path):
-    # An environment in which nothing is installed but this interpreter's own library, and packaging or not even that.
+    # An environment with only the standard library and, if `there`, packaging.
     code = (
         "import sys; sys.path = [p for p in sys.path if 'site-packages' not in p] + [sys.argv[1]]\n"
         "from dschat import doctor\ndoctor.main([])"
@@ -72,8 +70,8 @@ def test_a_missing_package_is_named_without_a_traceback(there, line, tmp_path):
     assert any(said.startswith(f"BAD   {line}") for said in done.stdout.splitlines())
 
 
-def test_an_old_python_reaches_the_line_that_names_it():
-    # 3.9 has no "str | None" for annotations that are evaluated.
+def test_an_old_python_can_read_the_module():
+    # Python 3.9 cannot evaluate "str | None" in annotations.
     assert isinstance(doctor.main.__annotations__["argv"], str)
 
 
@@ -83,7 +81,7 @@ def test_versions_outside_the_range_are_a_note(monkeypatch):
     assert "pip install 'pytest<1'" in found.remedy and not found.stops
 
 
-def test_a_lock_is_stale_only_while_nobody_builds(tmp_path):
+def test_a_lock_is_stale_only_if_no_process_builds(tmp_path):
     folder = tmp_path / "op"
     folder.mkdir()
     assert compiled_ops.stale_lock(folder) is None
@@ -116,11 +114,11 @@ def test_building_clears_stale_locks_and_builds_what_is_missing(tmp_path, monkey
     assert compiled_ops.needed_ops()[0].built and compiled_ops.build_ops() == {}
 
 
-def test_the_compiler_is_missed(monkeypatch):
+def test_a_missing_compiler_is_found(monkeypatch):
     monkeypatch.setenv("CXX", "no-compiler")
     found = doctor.check_compiler()[0]
     assert found.stops and "build-essential" in found.remedy
-    monkeypatch.setenv("CXX", f"{sys.executable} c++")  # as of ccache
+    monkeypatch.setenv("CXX", f"{sys.executable} c++")  # as with ccache
     assert not doctor.check_compiler()[0].stops
 
 

@@ -101,7 +101,7 @@ def train(
     """Train from the beginning or from `checkpoint`, and save.
 
     Args:
-        before: the evaluation before training; None where the run goes on.
+        before: the evaluation before training; None if the run is resumed.
     """
     config = trainer.config
     run = config.run
@@ -135,7 +135,7 @@ def actor_tokenizer(config: PPOConfig):
 
 
 def reward_scale(config: PPOConfig, score_sd: float) -> float:
-    """What scores are divided by in this run; logged, since the clips and the KL coefficient are in these units."""
+    """Return the divisor of the scores in this run. It is logged, since the clips and the KL coefficient are in these units."""
     if not config.ppo.normalize_reward:
         return 1.0
     if not score_sd > SMALLEST_SCORE_STD:

@@ -1,9 +1,14 @@
-"""Attention of one new token over a static key-value cache, as a Triton kernel that reads only what a row has.
+"""Attention of one new token over a static key-value cache, as a Triton kernel that reads only what
+a row has.
 
-A kernel that takes a mask reads the whole cache, however little of it is filled. This one gets bounds [first, end) for
-each row in device memory: left padding and the unfilled end are not read, and one captured CUDA graph serves every
-length. Long rows are split over several programs (Dao et al. 2023, Flash-Decoding), whose parts a second kernel joins.
-It also writes the token's key and value to the cache, which would be two launches a layer otherwise.
+A kernel that takes a mask reads the whole cache, however little of it is filled. This one gets
+bounds [first, end) for
+each row in device memory: left padding and the unfilled end are not read, and one captured CUDA
+graph serves every
+length. Long rows are split over several programs (Dao et al. 2023, Flash-Decoding), whose parts a
+second kernel joins.
+It also writes the token's key and value to the cache, which would be two launches a layer
+otherwise.
 """
 
 import torch
@@ -22,14 +27,17 @@ except ImportError:  # builds of torch for CPUs come without
 NAME = "dschat_decode"
 PROGRAMS = 512  # programs to aim for: four on each multiprocessor of an H100
 MAX_SPLITS = 16
-# Keys and values [B, K, 1, D] of the token that a decode step is at: from the cache's update, which gets them but sees no
-# attention, to the attention right behind it, which gets what the update returns.
+# Keys and values [B, K, 1, D] of the token that a decode step is at: from the cache's update, which
+# gets them but sees no
+# attention, to the attention right after it, which gets what the update returns.
 _handed_over: list[tuple[torch.Tensor, torch.Tensor]] = []
 
 
 def register() -> None:
-    """Make the attention known to transformers under NAME. With anything but bounds it is transformers' sdpa."""
-    limits.look()
+    """Make the attention known to transformers under NAME. With anything but bounds it is
+    transformers' sdpa.
+    """
+    limits.detect_shared_memory()
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, sdpa_mask)
 
@@ -47,10 +55,12 @@ def forget_handed_over() -> None:
 def attention_forward(
     module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs
 ):
-    """As transformers' attention functions: query [B, H, T, D], key and value [B, K, L, D] to [B, T, H, D].
+    """Attend as transformers' attention functions do: query [B, H, T, D], key and value [B, K, L,
+    D] to [B, T, H, D].
 
     Args:
-        attention_mask: bounds [B, 1, 1, 2] int32 for a decode step (T = 1), whose own key and value were handed over and
+        attention_mask: bounds [B, 1, 1, 2] int32 for a decode step (T = 1), whose own key and value
+            were handed over and
             go into `key` and `value`; else a mask as sdpa takes it.
     """
     if attention_mask is None or attention_mask.dtype != torch.int32:
@@ -73,11 +83,13 @@ def decode_attention(
     bounds: torch.Tensor,
     scale: float,
 ) -> torch.Tensor:
-    """[B, H, 1, D]: softmax(scale q k') v over cache positions first <= i < end, the last of which is written first.
+    """Return [B, H, 1, D], softmax(scale q k') v over cache positions first <= i < end, the last of
+    which is written first.
 
     Args:
         query: [B, H, 1, D].
-        key, value: the cache, [N, K, L, D] with N >= B, H a multiple of K; the last dimension contiguous. Position
+        key, value: the cache, [N, K, L, D] with N >= B, H a multiple of K; the last dimension
+            contiguous. Position
             end - 1 of each row becomes the new key and value.
         new_key, new_value: [B, K, 1, D].
         bounds: [B, 1, 1, 2] int32, first and end of each row; end > first.
@@ -85,10 +97,10 @@ def decode_attention(
     batch, heads, _, width = query.shape
     kv_heads = key.shape[1]
     group = heads // kv_heads
-    rows = 1 if group == 1 else max(16, next_power_of_2(group))
+    rows = 1 if group == 1 else max(16, limits.next_power_of_two(group))
     block, num_stages = limits.attention_block(
         rows=rows,
-        width=next_power_of_2(width),
+        width=limits.next_power_of_two(width),
         itemsize=query.element_size(),
         shared=limits.shared_bytes,
     )
@@ -114,7 +126,7 @@ def decode_attention(
         ROWS=rows,
         SCALE=scale * 1.4426950408889634,  # exp(x) = exp2(x log2 e), and the GPU has exp2
         WIDTH=width,
-        PADDED=next_power_of_2(width),
+        PADDED=limits.next_power_of_two(width),
         BLOCK=block,
         SPLITS=splits,
         num_warps=1 if width <= 64 else 2,
@@ -122,14 +134,15 @@ def decode_attention(
     )
     if splits > 1:
         _join[(batch * heads,)](
-            parts, sums, out, WIDTH=width, PADDED=next_power_of_2(width), SPLITS=splits, num_warps=1
+            parts,
+            sums,
+            out,
+            WIDTH=width,
+            PADDED=limits.next_power_of_two(width),
+            SPLITS=splits,
+            num_warps=1,
         )
     return out[:, :, None]
-
-
-def next_power_of_2(number: int) -> int:
-    """The next power of two; a function of ours, since torch.compile does not trace Triton's."""
-    return 1 << (number - 1).bit_length()
 
 
 if triton is not None:
@@ -176,7 +189,8 @@ if triton is not None:
         is_row = rows < GROUP
         there = is_row[:, None] & (d < WIDTH)[None, :]
         q = tl.load(query + heads[:, None] * WIDTH + d[None, :], mask=there, other=0.0)
-        # The first program of a row begins with the new token, and writes it; no program reads its place.
+        # The first program of a row begins with the new token, and writes it; no program reads its
+        # place.
         takes = (split == 0) & (d < WIDTH)
         new_k = tl.load(new_key + (b * KV_HEADS + h) * WIDTH + d, mask=takes, other=0.0)
         new_v = tl.load(new_value + (b * KV_HEADS + h) * WIDTH + d, mask=takes, other=0.0)

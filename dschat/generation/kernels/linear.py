@@ -1,8 +1,12 @@
-"""Linear layers of a decode step: a few rows against large matrices, which is a matter of reading those once.
+"""Linear layers of a decode step: a few rows against large matrices, which is a matter of reading
+those once.
 
-For up to 16 rows cuBLAS reads a matrix of 32 MiB at 73% of the bandwidth of a copy on an H100, and sums the parts of split
-products in kernels of their own. Here each program streams some rows of a matrix, whole, through tensor cores. Layers
-that read the same input (query, key and value; gate and up) share one launch, though their weights lie apart: they are the
+For up to 16 rows cuBLAS reads a matrix of 32 MiB at 73% of the bandwidth of a copy on an H100, and
+sums the parts of split
+products in kernels of their own. Here each program streams some rows of a matrix, whole, through
+tensor cores. Layers
+that read the same input (query, key and value; gate and up) share one launch, though their weights
+lie apart: they are the
 training weights, which cannot be packed.
 """
 
@@ -22,8 +26,10 @@ except ImportError:  # builds of torch for CPUs come without
     triton = None
 
 MAX_ROWS = 16  # the smallest number of rows that a tensor core's product has
-# From so many outputs on: rows of the matrix and columns of it that a program reads at a time, warps, stages of the
-# pipeline, and whether the matrix is the left factor. Measured on an H100; fewer than its 132 multiprocessors would not
+# From so many outputs on: rows of the matrix and columns of it that a program reads at a time,
+# warps, stages of the
+# pipeline, and whether the matrix is the left factor. Measured on an H100; fewer than its 132
+# multiprocessors would not
 # all have a program.
 SETTINGS = {
     6144: dict(BLOCK_N=64, BLOCK_K=128, num_warps=4, num_stages=6, LEFT=True),
@@ -35,7 +41,8 @@ SETTINGS = {
 class SkinnyLinear(nn.Linear):
     """An nn.Linear that takes the kernel for at most MAX_ROWS rows in half precision on a GPU.
 
-    The first of a group of layers computes for all of them; the others hand out what waits for them.
+    The first of a group of layers computes for all of them; the others hand out what waits for
+    them.
     """
 
     group: tuple["SkinnyLinear", ...]
@@ -43,7 +50,7 @@ class SkinnyLinear(nn.Linear):
     active = True
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., in] to [..., out]."""
+        """Map [..., in] to [..., out]."""
         rows = x.numel() // x.shape[-1]
         if rows > MAX_ROWS or not x.is_cuda or x.dtype == torch.float32 or not self.active:
             return F.linear(x, self.weight, self.bias)
@@ -71,8 +78,10 @@ def plain_products():
 
 
 def use_skinny_linears(layers: nn.ModuleList) -> None:
-    """Make every nn.Linear inside the decoder layers a SkinnyLinear; the same objects, so that weights stay in place."""
-    limits.look()
+    """Make every nn.Linear inside the decoder layers a SkinnyLinear; the same objects, so that
+    weights stay in place.
+    """
+    limits.detect_shared_memory()
     for parent in layers.modules():
         members = {name: m for name, m in parent.named_children() if type(m) is nn.Linear}
         names = {name: (name,) for name in members}
@@ -98,7 +107,7 @@ def use_plain_linears(layers: nn.ModuleList) -> None:
 def skinny_linear(
     x: torch.Tensor, weights: list[torch.Tensor], biases: list[torch.Tensor | None]
 ) -> list[torch.Tensor]:
-    """x W' + b in [M, N] for one to three W, summed in fp32 and rounded once.
+    """X W' + b in [M, N] for one to three W, summed in fp32 and rounded once.
 
     Args:
         x: [M, K], M at most MAX_ROWS, contiguous.

@@ -1,12 +1,14 @@
-"""A token drawn from softmax(logits / temperature) and its logprob, in two kernels that read the logits once.
+"""A token drawn from softmax(logits / temperature) and its logprob, in two kernels that read the
+logits once.
 
-Torch's own operations take a dozen launches for it and write [B, V] in fp32 several times; in a small model's decode step
+Torch's own operations take a dozen launches for it and write [B, V] in fp32 several times; in a
+small model's decode step
 they stand for more than a layer.
 """
 
 import torch
 
-from dschat.generation.kernels.attention import next_power_of_2
+from dschat.generation.kernels.limits import next_power_of_two
 
 try:
     import triton
@@ -22,7 +24,8 @@ def draw(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens [B] int64 and their logprobs [B] fp32.
 
-    argmax(score_i + G_i) with standard Gumbel noise G = -log E, E ~ Exp(1), draws i with its softmax probability.
+    argmax(score_i + G_i) with standard Gumbel noise G = -log E, E ~ Exp(1), draws i with its
+    softmax probability.
 
     Args:
         logits: [B, V] in any floating type.
@@ -40,7 +43,7 @@ def draw(
     )
     _join_chunks[(rows,)](
         logits, parts, places, tokens, logprobs, temperature, vocab, CHUNKS=chunks,
-        PADDED=next_power_of_2(chunks), num_warps=1,
+        PADDED=next_power_of_two(chunks), num_warps=1,
     )  # fmt: skip
     return tokens, logprobs
 
@@ -87,7 +90,7 @@ if triton is not None:
         best = tl.load(part, mask=live, other=-float("inf"))
         highest = tl.load(part + CHUNKS, mask=live, other=-1e30)
         total = tl.load(part + 2 * CHUNKS, mask=live, other=0.0)
-        # NaN compares with nothing, and its place might be behind the last token.
+        # NaN compares with nothing, and its place might be after the last token.
         token = tl.minimum(
             tl.load(places + row * CHUNKS + tl.minimum(tl.argmax(best, 0), CHUNKS - 1)), vocab - 1
         )

@@ -243,7 +243,7 @@ def test_policy_loss_by_hand():
 
 
 def test_the_largest_ratio_is_that_of_an_answer_token():
-    """Outside of the mask the ratio is 1, which a policy that became less sure of every token would hide behind."""
+    """Outside of the mask the ratio is 1, which a policy that became less sure of every token would hide."""
     mask = torch.tensor([[True, True, False]])
     logprobs, zeros = torch.full((1, 3), math.log(0.9)), torch.zeros(1, 3)
     assert policy_loss(logprobs, zeros, zeros, mask, cliprange=0.2)[1][

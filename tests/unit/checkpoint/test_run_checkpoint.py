@@ -143,7 +143,7 @@ def test_a_signal_waits_for_the_model_to_be_saved(monkeypatch, request):
 
     signal.signal(signal.SIGTERM, before)  # the default would end the tests where this one fails
     request.addfinalizer(lambda: signal.signal(signal.SIGTERM, original))
-    monkeypatch.setattr(interrupt, "_say", said.append)
+    monkeypatch.setattr(interrupt, "_write_stderr", said.append)
     interruption = Interruption()
     with interruption:
         pass
@@ -151,7 +151,7 @@ def test_a_signal_waits_for_the_model_to_be_saved(monkeypatch, request):
     assert len(said) == 1 and "the model is being saved" in said[0]
     with Interruption() as following:
         signal.raise_signal(signal.SIGTERM)
-        assert "will stop behind this step" in said[1] and following.agreed() == signal.SIGTERM
+        assert "will stop after this step" in said[1] and following.agreed() == signal.SIGTERM
     following.release()
     assert signal.getsignal(signal.SIGTERM) == before
     with pytest.raises(ZeroDivisionError), Interruption():

@@ -1,4 +1,4 @@
-"""Flags and files to configurations: DeepSpeed-Chat's names and defaults, and what users are told."""
+"""Parsing of flags and files: DeepSpeed-Chat's names and defaults, and messages to users."""
 
 import json
 import typing
@@ -123,7 +123,7 @@ STEP3 = {
     "enable_test_mode": False,
     "test_stop_step": 0,
 }
-# Where ours differ; docs/differences_from_deepspeed_chat.md says why.
+# Our defaults that differ; docs/differences_from_deepspeed_chat.md explains why.
 OURS = {
     "dtype": "auto",
     "data_output_path": None,
@@ -133,7 +133,7 @@ OURS = {
     "seed": 1234,
 }
 DPO_OURS = {"learning_rate": 1e-6, "dropout": 0.0}
-# A value other than the default where the type alone gives none.
+# Values other than the default, for flags whose type is not enough to make one up.
 OTHER = {
     "data_path": ["a.jsonl", "b/c"],
     "sft_only_data_path": ["a.jsonl"],
@@ -169,13 +169,13 @@ STEPS = {
 
 
 def ours(step: str) -> dict:
-    """The defaults of a step's flags."""
+    """Return our defaults of a step's flags."""
     differing = {**OURS, **(DPO_OURS if step == "DPO" else {})}
     return {name: differing.get(name, value) for name, value in STEPS[step][1].items()}
 
 
 def words(values: dict) -> list[str]:
-    """Command-line words; True is a bare flag."""
+    """Return the command line that sets `values`; True is a flag without a value."""
     found = []
     for key, value in values.items():
         found.append(f"--{key}")
@@ -228,7 +228,7 @@ def test_a_required_model_is_asked_for(step):
     )
 
 
-def test_learning_schedules_of_deepspeed_chat_are_known():
+def test_learning_rate_schedules_of_deepspeed_chat_are_accepted():
     for name in (
         "linear",
         "cosine",
@@ -257,7 +257,7 @@ def test_old_names_of_the_batch_flags():
         batch.generation_batches,
     )
     assert sizes == (8, 4, 3)
-    # In steps 1 and 2 the first of them is a flag of its own.
+    # In steps 1 and 2, --per_device_train_batch_size is the current name of a flag.
     argv = ["--model_name_or_path", "m", "--per_device_train_batch_size", "8"]
     assert parse_config(SFTConfig, argv).batch.per_device_train_batch_size == 8
     assert "--generation_batch_numbers" in message(SFTConfig, ["--generation_batch_numbers", "2"])
@@ -265,7 +265,7 @@ def test_old_names_of_the_batch_flags():
 
 @pytest.mark.parametrize("suffix", [".yaml", ".yml", ".json"])
 @pytest.mark.parametrize("step", STEPS)
-def test_a_file_says_the_same_as_flags(step, suffix, tmp_path):
+def test_a_file_gives_the_same_configuration_as_flags(step, suffix, tmp_path):
     config_class, _, required = STEPS[step]
     given = {**required, **{name: other_value(name, value) for name, value in ours(step).items()}}
     path = tmp_path / f"run{suffix}"
@@ -273,7 +273,7 @@ def test_a_file_says_the_same_as_flags(step, suffix, tmp_path):
         json.dumps(given) if suffix == ".json" else yaml.safe_dump(given), encoding="utf-8"
     )
     assert parse_config(config_class, [str(path)]) == parse_config(config_class, words(given))
-    # The launcher puts its flag in front.
+    # The launcher inserts --local_rank before the user's words.
     assert parse_config(config_class, ["--local_rank=0", str(path)]) == parse_config(
         config_class, words(given)
     )
@@ -291,7 +291,8 @@ def test_a_recorded_configuration_is_a_file_for_the_same_run(step, tmp_path):
 def test_files_take_numbers_as_yaml_reads_them_null_false_and_old_names(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(
-        "actor_model_name_or_path: a\ncritic_model_name_or_path: c\nactor_learning_rate: 5e-5\ncritic_dropout: null\n"
+        "actor_model_name_or_path: a\ncritic_model_name_or_path: c\n"
+        "actor_learning_rate: 5e-5\ncritic_dropout: null\n"
         "normalize_reward: false\ngeneration_batch_numbers: 2\ndata_path: [x.jsonl]\n"
     )
     found = parsed(PPOConfig, [str(path)])
@@ -305,7 +306,7 @@ def test_files_take_numbers_as_yaml_reads_them_null_false_and_old_names(tmp_path
     assert [found[name] for name in names] == [5e-5, None, False, 2, ["x.jsonl"]]
 
 
-def test_switches_that_are_on_can_be_put_off():
+def test_switches_that_are_on_by_default_can_be_turned_off():
     required = words(STEPS["step 3"][2])
     assert parsed(PPOConfig, required)["normalize_reward"] is True
     assert parsed(PPOConfig, [*required, "--no_normalize_reward"])["normalize_reward"] is False
@@ -363,11 +364,13 @@ def test_an_empty_list_in_a_file_is_an_empty_list(tmp_path):
 def test_unknown_flags_are_named_with_the_nearest_known_one():
     found = message(SFTConfig, ["--learnin_rate", "1e-3", "--zero_stag", "2", "--qqqq"])
     assert found.splitlines() == [
-        "--learnin_rate: no flag of that name (Step 1, supervised fine-tuning). Did you mean --learning_rate?",
-        "--zero_stag: no flag of that name (Step 1, supervised fine-tuning). Did you mean --zero_stage?",
+        "--learnin_rate: no flag of that name (Step 1, supervised fine-tuning). "
+        "Did you mean --learning_rate?",
+        "--zero_stag: no flag of that name (Step 1, supervised fine-tuning). "
+        "Did you mean --zero_stage?",
         "--qqqq: no flag of that name (Step 1, supervised fine-tuning). --help lists the flags.",
     ]
-    # No beginning of a flag stands for it.
+    # Flags cannot be abbreviated.
     assert "--zero: no flag" in message(SFTConfig, ["--zero", "1"])
 
 
@@ -376,7 +379,7 @@ def test_a_stray_word_and_a_file_beside_flags(tmp_path):
     found = message(SFTConfig, ["run.yaml", "--zero_stage", "2"])
     assert (
         found
-        == "run.yaml: a configuration file takes no flags beside it; write them into the file."
+        == "run.yaml: a configuration file takes no flags beside it. Write them into the file."
     )
 
 
@@ -400,11 +403,11 @@ def test_all_problems_are_reported_at_once():
     ]
 
 
-# Flags of a run that is otherwise sound, and the one line that they should bring.
+# Flags of an otherwise good run, and the one line that reports them.
 BAD_VALUES = {
     "step 1": [
         ("--eval_fraction 0", "--eval_fraction 0.0: must be above 0."),
-        ("--eval_fraction 0.95", "--eval_fraction 0.95: must lie between 0.0 and 0.9."),
+        ("--eval_fraction 0.95", "--eval_fraction 0.95: must be between 0.0 and 0.9."),
         ("--gradient_accumulation_steps 0", "--gradient_accumulation_steps 0: must be at least 1."),
         (
             "--output_dir=",
@@ -412,17 +415,17 @@ BAD_VALUES = {
         ),
         (
             "--seed 99999999999999999999999",
-            "--seed 99999999999999999999999: must lie between 0 and 4294967295.",
+            "--seed 99999999999999999999999: must be between 0 and 4294967295.",
         ),
-        ("--seed -1", "--seed -1: must lie between 0 and 4294967295."),
+        ("--seed -1", "--seed -1: must be between 0 and 4294967295."),
         ("--max_train_steps -1", "--max_train_steps -1: must be at least 0."),
         ("--num_warmup_steps -1", "--num_warmup_steps -1: must be at least 0."),
         ("--per_device_train_batch_size 0", "--per_device_train_batch_size 0: must be at least 1."),
         ("--per_device_eval_batch_size 0", "--per_device_eval_batch_size 0: must be at least 1."),
-        ("--dropout 1.5", "--dropout 1.5: must lie between 0.0 and 1.0."),
+        ("--dropout 1.5", "--dropout 1.5: must be between 0.0 and 1.0."),
         ("--learning_rate -1", "--learning_rate -1.0: must be at least 0."),
-        ("--data_seed -1", "--data_seed -1: must lie between 0 and 4294967295."),
-        ("--data_seed 4294967296", "--data_seed 4294967296: must lie between 0 and 4294967295."),
+        ("--data_seed -1", "--data_seed -1: must be between 0 and 4294967295."),
+        ("--data_seed 4294967296", "--data_seed 4294967296: must be between 0 and 4294967295."),
         ("--learning_rate nan", "--learning_rate nan: must be a finite number, at least 0."),
         ("--lora_alpha inf", "--lora_alpha inf: must be a finite number, above 0."),
         ("--log_interval_s -1", "--log_interval_s -1.0: must be at least 0."),
@@ -433,18 +436,19 @@ BAD_VALUES = {
         ("--only_optimize_lora", "--only_optimize_lora needs adapters: give --lora_dim above 0."),
         (
             "--enable_mixed_precision_lora",
-            "--enable_mixed_precision_lora keeps the weights that LoRA adapts in int8: give --lora_dim above 0.",
+            "--enable_mixed_precision_lora keeps the weights that LoRA adapts in int8: "
+            "give --lora_dim above 0.",
         ),
         ("--data_path", "--data_path names no data set."),
     ],
     "step 2": [
-        ("--cut_fraction 1.5", "--cut_fraction 1.5: must lie between 0.0 and 1.0."),
+        ("--cut_fraction 1.5", "--cut_fraction 1.5: must be between 0.0 and 1.0."),
         ("--eval_interval -1", "--eval_interval -1: must be at least 0."),
         ("--eval_iters 0", "--eval_iters 0: must be at least 1."),
     ],
     "DPO": [
         ("--beta 0", "--beta 0.0: must be above 0."),
-        ("--label_smoothing 0.6", "--label_smoothing 0.6: must lie between 0.0 and 0.5."),
+        ("--label_smoothing 0.6", "--label_smoothing 0.6: must be between 0.0 and 0.5."),
         ("--eval_interval -1", "--eval_interval -1: must be at least 0."),
         ("--only_optimize_lora", "--only_optimize_lora needs adapters: give --lora_dim above 0."),
     ],
@@ -472,7 +476,8 @@ BAD_VALUES = {
         ("--inference_tp_size 2", "--inference_tp_size 2 needs --actor_zero_stage 3, not 0."),
         (
             "--enable_mixed_precision_lora --critic_lora_dim 8",
-            "--enable_mixed_precision_lora keeps the weights that LoRA adapts in int8: give --actor_lora_dim above 0.",
+            "--enable_mixed_precision_lora keeps the weights that LoRA adapts in int8: "
+            "give --actor_lora_dim above 0.",
         ),
         (
             "--only_optimize_lora",
@@ -485,21 +490,21 @@ BAD_VALUES = {
         ("--missing_eos_penalty -1", "--missing_eos_penalty -1.0: must be at least 0."),
         ("--cliprange 0", "--cliprange 0.0: must be above 0."),
         ("--cliprange_value 0", "--cliprange_value 0.0: must be above 0."),
-        ("--gamma 1.1", "--gamma 1.1: must lie between 0.0 and 1.0."),
-        ("--lam -0.1", "--lam -0.1: must lie between 0.0 and 1.0."),
+        ("--gamma 1.1", "--gamma 1.1: must be between 0.0 and 1.0."),
+        ("--lam -0.1", "--lam -0.1: must be between 0.0 and 1.0."),
         ("--entropy_coef -1", "--entropy_coef -1.0: must be at least 0."),
         ("--target_kl 0", "--target_kl 0.0: must be above 0."),
         ("--critic_warmup_steps -1", "--critic_warmup_steps -1: must be at least 0."),
         ("--temperature 0", "--temperature 0.0: must be above 0."),
-        ("--top_p 1.5", "--top_p 1.5: must lie between 0.0 and 1.0."),
+        ("--top_p 1.5", "--top_p 1.5: must be between 0.0 and 1.0."),
         ("--top_k -1", "--top_k -1: must be at least 0."),
         (
             "--greedy_rollouts --num_samples_per_prompt 4",
             "--greedy_rollouts would give 4 equal answers to each prompt: leave it out, or give "
             "--num_samples_per_prompt 1.",
         ),
-        ("--min_answer_len 300", "--min_answer_len 300: must lie between 0 and 256."),
-        ("--ema_decay 1.5", "--ema_decay 1.5: must lie between 0.0 and 1.0."),
+        ("--min_answer_len 300", "--min_answer_len 300: must be between 0 and 256."),
+        ("--ema_decay 1.5", "--ema_decay 1.5: must be between 0.0 and 1.0."),
         ("--unsup_coef -1", "--unsup_coef -1.0: must be at least 0."),
         ("--eval_interval -1", "--eval_interval -1: must be at least 0."),
         ("--eval_prompts 1", "--eval_prompts 1: must be at least 2."),
@@ -527,7 +532,7 @@ MODELS = {
 
 
 def float_flags(config_class) -> list[str]:
-    """Every flag that takes a number with a point, or a list of such."""
+    """Return every flag that takes a float, or a list of floats."""
     groups = typing.get_type_hints(config_class).values()
     options = [
         (name, kind) for group in groups for name, kind in typing.get_type_hints(group).items()
@@ -537,7 +542,7 @@ def float_flags(config_class) -> list[str]:
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
 @pytest.mark.parametrize("config_class", MODELS, ids=lambda config_class: config_class.__name__)
-def test_no_flag_takes_what_is_no_finite_number(config_class, value):
+def test_no_flag_accepts_nan_or_infinity(config_class, value):
     flags = float_flags(config_class)
     assert len(flags) >= {
         SFTConfig: 6,
@@ -597,13 +602,16 @@ def test_no_flag_takes_what_is_no_finite_number(config_class, value):
         ),
     ],
 )
-def test_no_model_that_is_read_is_written_over(step, flags, named, tmp_path, monkeypatch):
+def test_a_model_that_is_read_is_not_overwritten(step, flags, named, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "base").mkdir()
     (tmp_path / "link").symlink_to("base")
     config_class, _, required = STEPS[step]
     (output,) = flags.partition("--output_dir ")[2].split()
-    line = f"--output_dir {output}: this run would replace {named}, or write into it. Give another folder."
+    line = (
+        f"--output_dir {output}: this run would replace {named}, or write into it. "
+        "Give another folder."
+    )
     assert message(config_class, words(required) + flags.split()) == line
 
 
@@ -615,20 +623,22 @@ def test_no_model_that_is_read_is_written_over(step, flags, named, tmp_path, mon
         ("step 1", "--model_name_or_path out/actor --output_dir out"),
         (
             "step 3",
-            "--actor_model_name_or_path models/actor --critic_model_name_or_path models/critic --output_dir models/3",
+            "--actor_model_name_or_path models/actor --critic_model_name_or_path models/critic "
+            "--output_dir models/3",
         ),
         (
             "step 3",
-            "--actor_model_name_or_path first/actor --critic_model_name_or_path first/critic --output_dir second",
+            "--actor_model_name_or_path first/actor --critic_model_name_or_path first/critic "
+            "--output_dir second",
         ),
     ],
 )
-def test_models_beside_above_and_below_the_output_folder_may_be_read(step, flags):
+def test_models_outside_the_written_folders_may_be_read(step, flags):
     config_class, _, required = STEPS[step]
     assert parse_config(config_class, words(required) + flags.split()).run.output_dir
 
 
-def test_a_folder_called_tilde_is_nobodys_wish():
+def test_a_tilde_that_no_shell_expanded_is_refused():
     found = message(SFTConfig, "--model_name_or_path m --output_dir ~/out".split())
     assert found == "--output_dir ~/out: give the path in full, without ~."
 
@@ -642,23 +652,25 @@ def test_a_value_of_the_wrong_type_is_named_with_its_flag(flags):
     assert flag in found and value in found
 
 
-def test_step_sizes_that_do_not_divide_a_rollout():
+def test_a_rollout_that_is_no_multiple_of_an_update_is_refused():
     required = words(STEPS["step 3"][2])
-    flags = "--per_device_generation_batch_size 6 --generation_batches 2 --per_device_training_batch_size 8"
+    flags = "--per_device_generation_batch_size 6 --generation_batches 2 "
+    flags += "--per_device_training_batch_size 8"
     found = message(PPOConfig, required + flags.split())
     assert "12 rows" in found and "8 rows" in found
     for flag in (*flags.split()[::2], "--gradient_accumulation_steps"):
         assert flag in found
 
 
-def test_sizes_that_follow_from_the_options():
+def test_derived_sizes_and_the_options_of_each_role():
     required = words(STEPS["step 3"][2])
-    flags = "--per_device_generation_batch_size 6 --generation_batches 4 --per_device_training_batch_size 3 "
-    flags += "--gradient_accumulation_steps 2 --ppo_epochs 3 --offload --actor_zero_stage 2 --critic_lora_dim 4 "
+    flags = "--per_device_generation_batch_size 6 --generation_batches 4 "
+    flags += "--per_device_training_batch_size 3 --gradient_accumulation_steps 2 --ppo_epochs 3 "
+    flags += "--offload --actor_zero_stage 2 --critic_lora_dim 4 "
     flags += "--only_optimize_lora --critic_lora_learning_rate 0.5 --actor_freeze_layers 1"
     config = parse_config(PPOConfig, required + flags.split())
     assert (config.rollout_rows, config.updates_per_rollout) == (24, 12)
-    # Only the model that has adapters can train them alone.
+    # Only the critic has adapters, so the actor is trained in full.
     assert (config.actor_lora.only_optimize_lora, config.critic_lora.only_optimize_lora) == (
         False,
         True,
@@ -679,7 +691,7 @@ def test_sizes_that_follow_from_the_options():
     )
 
 
-def test_int8_is_for_the_models_that_have_adapters():
+def test_only_models_with_adapters_keep_int8_weights():
     flags = "--enable_mixed_precision_lora --actor_lora_dim 4"
     config = parse_config(PPOConfig, words(STEPS["step 3"][2]) + flags.split())
     assert config.actor_system.enable_mixed_precision_lora
@@ -710,13 +722,14 @@ def test_int8_is_for_the_models_that_have_adapters():
         ),
         ("--critic_lora_dim 4 --only_optimize_lora --reward_fn file.py:f", False, False),
         (
-            "--critic_lora_dim 4 --only_optimize_lora --advantage_estimator rloo --num_samples_per_prompt 2",
+            "--critic_lora_dim 4 --only_optimize_lora --advantage_estimator rloo "
+            "--num_samples_per_prompt 2",
             False,
             False,
         ),
     ],
 )
-def test_models_are_shared_only_where_all_but_adapters_is_frozen(flags, reference, reward):
+def test_models_are_shared_only_if_all_but_the_adapters_is_frozen(flags, reference, reward):
     config = parse_config(PPOConfig, words(STEPS["step 3"][2]) + flags.split())
     assert (config.shares_reference, config.shares_reward) == (reference, reward)
 

@@ -1,4 +1,4 @@
-"""Whatever a file or a flag holds: it is used, or one ValueError names it. Nothing else, and no waiting."""
+"""Files and flags of any content: each is used, or one ValueError names it, without delay."""
 
 import json
 import string
@@ -47,10 +47,13 @@ FIELDS = st.dictionaries(
     max_size=5,
 )
 GOOD = {"prompt": "a", "chosen": " b", "rejected": " c"}
-# White space, controls, zero-width characters, marks of direction, fillers, a variation selector, and a tag.
-UNSEEN = " \t\r\n\x00\x1f\x7f\x85\xa0\xad\u034f\u061c\u115f\u1160\u180e\u2003\u200b\u200d\u200e\u2028\u202e\u2060\u2800\u3000"
-UNSEEN += "\u3164\ufe0f\ufeff\uffa0\U000e0020\U000e0100"
-# How a text gets into a row, and the name that a message gives its field.
+# White space, controls, zero-width characters, direction marks, fillers, a variation selector, and
+# a tag.
+UNSEEN = (
+    " \t\r\n\x00\x1f\x7f\x85\xa0\xad\u034f\u061c\u115f\u1160\u180e\u2003\u200b\u200d\u200e\u2028"
+    "\u202e\u2060\u2800\u3000\u3164\ufe0f\ufeff\uffa0\U000e0020\U000e0100"
+)
+# The name of a field in messages, and a row with a given text in that field.
 FIELDS_OF_TEXT = {
     "prompt": lambda text: {**GOOD, "prompt": text},
     "chosen": lambda text: {**GOOD, "chosen": text},
@@ -65,12 +68,12 @@ FIELDS_OF_TEXT = {
 
 
 def conversation(*texts: str) -> dict:
-    """A row of messages, of the user and the assistant by turns."""
-    return {
-        "messages": [
-            {"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)
-        ]
-    }
+    """Return a row of messages, alternately of the user and the assistant."""
+    messages = []
+    for i, text in enumerate(texts):
+        role = "user" if i % 2 == 0 else "assistant"
+        messages.append({"role": role, "content": text})
+    return {"messages": messages}
 
 
 @given(raw=FIELDS)
@@ -81,13 +84,14 @@ def test_fields_of_any_kind_make_a_row_or_an_error(raw):
     except ValueError as error:
         assert str(error)
         return
-    texts = (
-        [row.prompt]
-        if isinstance(row.prompt, str)
-        else [message["content"] for message in row.prompt if message["content"]]
-    )
-    for text in [*texts, *(answer for answer in (row.chosen, row.rejected) if answer is not None)]:
-        assert isinstance(text, str) and text.encode("utf-8") is not None
+    if isinstance(row.prompt, str):
+        texts = [row.prompt]
+    else:
+        texts = [message["content"] for message in row.prompt if message["content"]]
+    texts += [answer for answer in (row.chosen, row.rejected) if answer is not None]
+    for text in texts:
+        assert isinstance(text, str)
+        text.encode("utf-8")
         assert not set(text) <= set(UNSEEN)
     assert row.rejected is None or row.rejected != row.chosen
 
@@ -100,7 +104,7 @@ def test_fields_of_any_kind_make_a_row_or_an_error(raw):
 )
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv"])
 @QUICK
-def test_any_file_is_read_or_named(tmp_path_factory, suffix, lines, skip):
+def test_any_file_is_read_or_named_in_an_error(tmp_path_factory, suffix, lines, skip):
     path = tmp_path_factory.mktemp("any") / f"rows{suffix}"
     path.write_bytes(b"\n".join(lines))
     try:
@@ -117,7 +121,7 @@ def test_any_file_is_read_or_named(tmp_path_factory, suffix, lines, skip):
 
 
 def check_items(row: Row, tokenizer) -> None:
-    """Every data set gives items of the right length, or an error that names the row."""
+    """Check that every dataset gives items within the length limit."""
     options = dict(prompt_format="human_assistant")
     ending = dict(max_seq_len=12, end_token_id=tokenizer.eos_token_id)
     sets = [PromptDataset([row], tokenizer, max_prompt_len=12, **options)]
@@ -137,7 +141,7 @@ def check_items(row: Row, tokenizer) -> None:
     bad=st.sampled_from(['{"prompt"', "7", "{}", '{"prompt": 1}', "\\"]),
 )
 @QUICK
-def test_the_line_of_a_fault_is_named_exactly(tmp_path_factory, good, more, bad):
+def test_the_line_of_a_fault_is_exact(tmp_path_factory, good, more, bad):
     path = tmp_path_factory.mktemp("line") / "rows.jsonl"
     path.write_text("\n".join([json.dumps(GOOD)] * good + [bad] + [json.dumps(GOOD)] * more) + "\n")
     with pytest.raises(ValueError, match=rf"rows\.jsonl, line {good + 1}: ") as caught:
@@ -148,52 +152,50 @@ def test_the_line_of_a_fault_is_named_exactly(tmp_path_factory, good, more, bad)
         assert len(source.train) + len(source.eval) == good + more
 
 
-def check_that_a_row_is_named_or_left_out(folder, row: dict, *words: str) -> None:
-    """`row` as line 2 of a file ends in one ValueError with `words`, or with --skip_bad_rows is left out and counted."""
+def check_row_is_refused_or_left_out(folder, row: dict, *words: str) -> None:
+    """Check that `row`, as line 2 of a file, raises ValueError with all `words`.
+
+    With --skip_bad_rows, it must be left out and counted.
+    """
     path = folder / "rows.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in (GOOD, row, GOOD, GOOD)))
     with pytest.raises(ValueError) as caught:
         load_source(str(path), eval_fraction=0.5, data_seed=0)
-    assert [
-        word
-        for word in ("rows.jsonl, line 2: ", *words, "--skip_bad_rows")
-        if word not in str(caught.value)
-    ] == []
+    for word in ("rows.jsonl, line 2: ", *words, "--skip_bad_rows"):
+        assert word in str(caught.value)
     with mock.patch.object(sources.logger, "warning") as warning:
         source = load_source(str(path), eval_fraction=0.5, data_seed=0, skip_bad_rows=True)
     assert len(source.train) + len(source.eval) == 3
-    assert (warning.call_args[0][0] % warning.call_args[0][1:]).startswith(
-        "left out 1 bad rows of 4; the first: "
-    )
+    template, *values = warning.call_args[0]
+    assert (template % tuple(values)).startswith("left out 1 bad rows of 4; the first: ")
 
 
 @given(text=st.text(alphabet=UNSEEN, max_size=8))
 @pytest.mark.parametrize("name", FIELDS_OF_TEXT)
 @settings(max_examples=15, deadline=None, derandomize=True, database=None)
-def test_a_text_that_cannot_be_seen_is_named_or_left_out(tmp_path_factory, name, text):
-    # An answer to nothing can be learned, and turns of the assistant may have called a tool.
-    assume(
-        not (name == "prompt" and text == "")
-        and not (name == "messages[1].content" and not text.strip())
-    )
+def test_an_invisible_text_is_refused_or_left_out(tmp_path_factory, name, text):
+    # An answer to an empty prompt can be learned, and the assistant may have called a tool.
+    assume(not (name == "prompt" and text == ""))
+    assume(not (name == "messages[1].content" and not text.strip()))
     words = (
         f'field "{name}" is empty ({" ".join(json.dumps(text).split())})',
         "it needs at least one word",
     )
-    check_that_a_row_is_named_or_left_out(
+    check_row_is_refused_or_left_out(
         tmp_path_factory.mktemp("unseen"), FIELDS_OF_TEXT[name](text), *words
     )
 
 
-@given(unseen=st.text(alphabet=UNSEEN, max_size=4), behind=st.booleans())
+@given(unseen=st.text(alphabet=UNSEEN, max_size=4), trailing=st.booleans())
 @QUICK
-def test_answers_that_differ_by_what_cannot_be_seen_are_equal(unseen, behind):
+def test_answers_that_differ_only_in_invisible_characters_are_equal(unseen, trailing):
+    rejected = f"b{unseen}" if trailing else f"{unseen}b"
     with pytest.raises(ValueError, match="no preference"):
-        row_from_columns({**GOOD, "rejected": f"b{unseen}" if behind else f"{unseen}b"})
+        row_from_columns({**GOOD, "rejected": rejected})
 
 
 @pytest.mark.parametrize("text", ["", " \n"])
-def test_an_empty_message_of_the_system_says_that_there_is_none(text):
+def test_empty_messages_of_system_and_assistant_are_allowed(text):
     messages = [{"role": "system", "content": text}, {"role": "user", "content": "a"}]
     messages += [{"role": "assistant", "content": text}, {"role": "user", "content": "b"}]
     assert row_from_columns({"prompt": messages}).prompt == messages
@@ -204,19 +206,19 @@ def test_an_empty_message_of_the_system_says_that_there_is_none(text):
 
 @pytest.mark.parametrize("letter", ["x", "é", "文", "\U0001f600"])
 @pytest.mark.parametrize("name", FIELDS_OF_TEXT)
-def test_a_text_of_two_megabytes_is_named_or_left_out(tmp_path, name, letter):
+def test_a_text_of_two_megabytes_is_refused_or_left_out(tmp_path, name, letter):
     text = letter * (2**21 // len(letter.encode()))
     started = time.monotonic()
     words = (
-        f'field "{name}" is a text of {len(text.encode()):,} bytes',
-        "the most is 1,000,000",
+        f'field "{name}" has {len(text.encode()):,} bytes of text',
+        "the limit is 1,000,000",
         "split it into rows",
     )
-    check_that_a_row_is_named_or_left_out(tmp_path, FIELDS_OF_TEXT[name](text), *words)
+    check_row_is_refused_or_left_out(tmp_path, FIELDS_OF_TEXT[name](text), *words)
     assert time.monotonic() - started < 5
 
 
-def test_the_lines_of_a_file_of_prompts_are_checked_too(tmp_path):
+def test_the_lines_of_a_prompts_file_are_checked_too(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_text(f"a\n\n\u200b\u2060\n{'x' * 2**21}\n", encoding="utf-8")
     with pytest.raises(ValueError) as caught:
@@ -224,16 +226,16 @@ def test_the_lines_of_a_file_of_prompts_are_checked_too(tmp_path):
     first, second = str(caught.value).splitlines()
     assert first.startswith(f'--prompts_file {path}, line 3: field "prompt" is empty')
     assert second.startswith(
-        f'--prompts_file {path}, line 4: field "prompt" is a text of 2,097,152 bytes'
+        f'--prompts_file {path}, line 4: field "prompt" has 2,097,152 bytes of text'
     )
 
 
-def test_the_longest_text_is_just_that():
+def test_the_longest_text_has_exactly_the_limit():
     longest = "x" * MAX_TEXT_BYTES
     assert row_from_columns({**GOOD, "prompt": longest}).prompt == longest
-    with pytest.raises(ValueError, match="is a text of 1,000,001 bytes"):
+    with pytest.raises(ValueError, match="has 1,000,001 bytes of text"):
         row_from_columns({**GOOD, "prompt": longest + "x"})
-    with pytest.raises(ValueError, match='"messages" is a text of 1,000,002 bytes'):
+    with pytest.raises(ValueError, match='"messages" has 1,000,002 bytes of text'):
         row_from_columns(conversation(*["x" * (MAX_TEXT_BYTES // 3 + 1)] * 3))
 
 
@@ -246,36 +248,30 @@ def test_any_split_is_a_partition_or_an_error(shares, rows):
         assert f"--data_split {shares}" in str(error)
         return
     assert sum(share_sizes(rows, parsed)) == rows
-    parts = [split_indices(rows, shares, stage=stage, data_seed=1) for stage in (1, 2, 3)]
+    parts = [split_indices(rows, shares, step=step, data_seed=1) for step in (1, 2, 3)]
     assert sorted(sum(parts, [])) == list(range(rows))
 
 
 FLAGS = st.dictionaries(
     st.sampled_from(
         [
-            *(
-                "zero_stage",
-                "max_seq_len",
-                "per_device_eval_batch_size",
-                "gradient_accumulation_steps",
-                "lora_dim",
-            ),
-            *(
-                "num_train_epochs",
-                "max_train_steps",
-                "save_interval",
-                "save_total_limit",
-                "freeze_layers",
-            ),
-            *(
-                "learning_rate",
-                "weight_decay",
-                "eval_fraction",
-                "lora_alpha",
-                "seed",
-                "output_dir",
-                "resume",
-            ),
+            "zero_stage",
+            "max_seq_len",
+            "per_device_eval_batch_size",
+            "gradient_accumulation_steps",
+            "lora_dim",
+            "num_train_epochs",
+            "max_train_steps",
+            "save_interval",
+            "save_total_limit",
+            "freeze_layers",
+            "learning_rate",
+            "weight_decay",
+            "eval_fraction",
+            "lora_alpha",
+            "seed",
+            "output_dir",
+            "resume",
         ]
     ),
     st.integers(-3, 5)
@@ -285,21 +281,23 @@ FLAGS = st.dictionaries(
 )
 
 
-@given(flags=FLAGS, step=st.sampled_from([SFTConfig, RewardConfig, DPOConfig, PPOConfig]))
+@given(flags=FLAGS, config_class=st.sampled_from([SFTConfig, RewardConfig, DPOConfig, PPOConfig]))
 @QUICK
-def test_any_flags_are_a_configuration_or_an_error_that_names_one_of_them(flags, step):
-    words = [word for name, value in flags.items() for word in (f"--{name}={value}",)]
-    models = ["--model_name_or_path=m"] if step is not PPOConfig else []
-    models = models or ["--actor_model_name_or_path=m", "--critic_model_name_or_path=m"]
+def test_any_flags_make_a_configuration_or_an_error_that_names_one_of_them(flags, config_class):
+    if config_class is PPOConfig:
+        models = ["--actor_model_name_or_path=m", "--critic_model_name_or_path=m"]
+    else:
+        models = ["--model_name_or_path=m"]
+    words = [f"--{name}={value}" for name, value in flags.items()]
     try:
-        parse_config(step, models + words)
+        parse_config(config_class, models + words)
     except ValueError as error:
         assert any(f"--{name}" in str(error) for name in flags), error
 
 
 @given(data=st.data(), sizes=st.lists(st.integers(1, 300), min_size=1, max_size=4))
 @QUICK
-def test_any_damage_to_a_checkpoint_shows(tmp_path_factory, data, sizes):
+def test_any_damage_to_a_checkpoint_is_found(tmp_path_factory, data, sizes):
     folder = tmp_path_factory.mktemp("folder")
     (folder / "inner").mkdir()
     for number, size in enumerate(sizes):

@@ -30,7 +30,7 @@ def prompt_data(rows, *, bos=False, max_prompt_len=100, chat_template=None, prom
     )
 
 
-def test_leading_ids_are_those_in_front_alone():
+def test_leading_ids_are_only_those_before_the_text():
     assert leading_ids(make_tokenizer()) == []
     assert leading_ids(make_tokenizer(bos=True)) == [BOS]
     assert leading_ids(make_tokenizer(eos=True)) == []
@@ -44,16 +44,16 @@ def test_sft_item(bos, lead):
     assert item["labels"] == [-100] * (len(lead) + 2) + [*ids_of("zw"), EOS]
 
 
-def test_end_token_stands_once():
+def test_end_token_is_not_repeated():
     assert sft(Row("x", "z</s>"))["input_ids"] == [*ids_of("xz"), EOS]
 
 
-def test_bos_of_a_chat_template_stands_once():
+def test_bos_of_a_chat_template_is_not_repeated():
     item = sft(Row("x", "z"), bos=True, prompt_format="chat", chat_template=CHAT_TEMPLATE)
     assert item["input_ids"] == [BOS, *ids_of("<user>x</><assistant>z"), EOS]
 
 
-def test_joint_tokens_behind_the_prompt():
+def test_prompt_and_answer_are_tokenized_jointly():
     assert sft(Row("x", " az"))["labels"] == [-100, SPACE_A, *ids_of("z"), EOS]
 
 
@@ -72,10 +72,10 @@ def test_token_across_the_border_is_split_so_that_the_prompt_keeps_its_ids():
     [
         (False, 6, "uvwxy", 3),  # all of "uvw" + "xy" + </s>
         (False, 5, "vwxy", 3),
-        (True, 5, "wxy", 3),  # BOS stays, "uv" goes
+        (True, 5, "wxy", 3),  # BOS stays, "uv" is cut
         (True, 4, "xy", 3),
         (False, 3, "xy", 3),
-        (False, 2, "xy", 2),  # the end token goes
+        (False, 2, "xy", 2),  # the end token is cut
         (True, 2, "x", 1),
     ],
 )
@@ -84,7 +84,8 @@ def test_truncation_takes_the_prompt_from_the_left_then_the_answer_from_the_righ
 ):
     item = sft(Row("uvw", "xy"), bos=bos, max_seq_len=max_seq_len)
     expected = [BOS] * bos + ids_of(text) + [EOS] * (labels == 3)
-    assert item["input_ids"] == expected and len(expected) == max_seq_len
+    assert item["input_ids"] == expected
+    assert len(expected) == max_seq_len
     assert item["labels"] == [-100] * (max_seq_len - labels) + expected[max_seq_len - labels :]
 
 
@@ -121,9 +122,8 @@ def test_cut_pairs_have_equal_length_and_no_end():
     lengths = {len(item["chosen_ids"]) - 1 for item in cut}
     assert lengths == {2, 3, 4, 5}
     for item in cut:
-        assert (
-            len(item["chosen_ids"]) == len(item["rejected_ids"]) and EOS not in item["rejected_ids"]
-        )
+        assert len(item["chosen_ids"]) == len(item["rejected_ids"])
+        assert EOS not in item["rejected_ids"]
     assert all(item["rejected_ids"][-1] == EOS for item in items if item not in cut)
     again = pair_data(rows, cut_fraction=0.5, seed=3)
     assert items == [again[i] for i in range(len(rows))]
@@ -141,11 +141,10 @@ def test_cut_answers_still_differ():
         "rejected_ids": ids_of("psamey"),
         "num_prompt": 1,
     }
-    assert data[1]["chosen_ids"] == [
-        *ids_of("psame"),
-        EOS,
-    ]  # one begins the other: cutting would make them equal
-    assert data[2]["chosen_ids"] == [*ids_of("px"), EOS]  # shorter than the shortest cut
+    # One answer begins with the other: cutting would make them equal.
+    assert data[1]["chosen_ids"] == [*ids_of("psame"), EOS]
+    # Shorter than the shortest cut.
+    assert data[2]["chosen_ids"] == [*ids_of("px"), EOS]
 
 
 @pytest.mark.parametrize("bos", [False, True])
@@ -155,7 +154,9 @@ def test_prompt_item_is_the_beginning_of_the_sft_item(bos):
     item = data[1]
     assert item == {"input_ids": [BOS] * bos + ids_of("hello") + [SPACE_A], "index": 1}
     assert sft(row, bos=bos)["input_ids"][: len(item["input_ids"])] == item["input_ids"]
-    assert (data.prompt_text(1), data.columns(1), data.row(1)) == ("hello a", {"gold": 4}, row)
+    assert data.prompt_text(1) == "hello a"
+    assert data.columns(1) == {"gold": 4}
+    assert data.row(1) == row
 
 
 def test_long_prompt_keeps_its_end_and_bos():
@@ -192,8 +193,9 @@ def test_truncation_report():
     )
 
 
-def test_truncation_report_looks_at_a_part_of_every_source():
-    short, long = [Row("p", "a")] * 5000, [Row("p" * 9, "a")] * 5000
+def test_truncation_report_looks_at_rows_of_every_source():
+    short = [Row("p", "a")] * 5000
+    long = [Row("p" * 9, "a")] * 5000
     read = []
 
     class Rows:
@@ -218,11 +220,12 @@ def test_truncation_report_looks_at_a_part_of_every_source():
         "50 of 1000 rows, the first of each source, are longer than"
     )
     assert report(short * 100, long[:3]).startswith("3 of 1000 rows")
-    assert report(*[short] * 40, long).startswith("24 of 1000 rows") and len(read) == 1000
+    assert report(*[short] * 40, long).startswith("24 of 1000 rows")
+    assert len(read) == 1000
     assert report(short).startswith("0 of the first 1000 rows")
 
 
-def test_pairs_that_are_equal_once_cut_are_counted_and_all_of_them_refused():
+def test_pairs_that_are_equal_once_cut_are_counted_and_refused_if_all_are():
     far = Row("p", " same but", " same and", place="f.jsonl, line 7")
     near = Row("p", " but", " and")
     options = dict(prompt_format="plain", end_token_id=EOS)
@@ -231,14 +234,15 @@ def test_pairs_that_are_equal_once_cut_are_counted_and_all_of_them_refused():
         return truncation_report(PairDataset(rows, make_tokenizer(), max_seq_len=limit, **options))
 
     assert report([far, near], 5).endswith(
-        "; 1 pairs of these have no difference left, and teach nothing"
+        "; 1 of these pairs have two equal answers once cut, and teach nothing"
     )
-    assert "difference" not in report([far, near], 8)
+    assert "equal" not in report([far, near], 8)
     dataset = PairDataset([far], make_tokenizer(), max_seq_len=5, **options)
-    assert "1 pairs of these have no difference left" in truncation_report(dataset, trained=False)
+    assert "1 of these pairs have two equal answers" in truncation_report(dataset, trained=False)
     with pytest.raises(
         ValueError,
-        match="--max_seq_len 5: f.jsonl, line 7: .* all 1 pairs looked at. Give a larger --max_seq_len",
+        match="--max_seq_len 5: f.jsonl, line 7: .* all 1 pairs looked at. "
+        "Give a larger --max_seq_len",
     ):
         report([far], 5)
 
@@ -254,7 +258,7 @@ def test_collate_text_pads_right_by_length():
     assert batch.labels.tolist() == [[-100, PAD, 6], [7, -100, -100]]
 
 
-def test_collate_pairs_puts_the_chosen_first():
+def test_collate_pairs_puts_chosen_rows_first():
     items = [
         {"chosen_ids": [3, 4, EOS], "rejected_ids": [3, EOS], "num_prompt": 1},
         {"chosen_ids": [6, 5, EOS], "rejected_ids": [6, 5, 8, 9], "num_prompt": 2},
@@ -267,14 +271,12 @@ def test_collate_pairs_puts_the_chosen_first():
         [6, 5, 8, 9],
     ]
     assert batch.attention_mask.tolist() == [[1, 1, 1, 0], [1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 1]]
-    none = -100
-    answers = [
-        [none, 4, EOS, none],
-        [none, none, EOS, none],
-        [none, EOS, none, none],
-        [none, none, 8, 9],
+    assert batch.labels.tolist() == [
+        [-100, 4, EOS, -100],
+        [-100, -100, EOS, -100],
+        [-100, EOS, -100, -100],
+        [-100, -100, 8, 9],
     ]
-    assert batch.labels.tolist() == answers
 
 
 def test_collate_prompts_pads_left():

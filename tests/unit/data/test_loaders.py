@@ -27,7 +27,7 @@ from tests.unit.data_helpers import (
 
 
 def order(num_rows, *, epoch=0, **options):
-    """The rows of all ranks, in their places of the global order."""
+    """Return the rows of all ranks in the global order."""
     world_size = options["world_size"]
     samplers = [ShardedSampler(num_rows, rank=rank, **options) for rank in range(world_size)]
     for sampler in samplers:
@@ -41,36 +41,29 @@ def order(num_rows, *, epoch=0, **options):
     "num_rows, world_size, batch_size, window, total",
     [(12, 2, 3, 2, 12), (13, 2, 3, 2, 24), (10, 3, 2, 1, 12), (1, 1, 1, 1, 1), (5, 2, 4, 2, 16)],
 )
-def test_sampler_covers_every_row_and_whole_windows_only(
-    num_rows, world_size, batch_size, window, total
-):
+def test_sampler_covers_every_row_in_whole_windows(num_rows, world_size, batch_size, window, total):
     options = dict(world_size=world_size, batch_size=batch_size, window=window, seed=7)
     plain = order(num_rows, shuffle=False, **options)
     assert plain == [i % num_rows for i in range(total)]
     shuffled = order(num_rows, shuffle=True, **options)
-    assert sorted(shuffled[:num_rows]) == list(
-        range(num_rows)
-    )  # disjoint over the ranks, and complete
+    # Disjoint over the ranks, and complete.
+    assert sorted(shuffled[:num_rows]) == list(range(num_rows))
     assert shuffled == (shuffled[:num_rows] * total)[:total]
 
 
-def test_sampler_shuffles_anew_each_epoch():
+def test_sampler_order_depends_on_seed_and_epoch():
     options = dict(world_size=2, batch_size=1, shuffle=True)
     first = order(20, seed=7, **options)
-    assert first == order(20, seed=7, **options) and first != sorted(first)
-    assert (
-        len(
-            {
-                tuple(order(20, seed=seed, epoch=epoch, **options))
-                for seed in (7, 8)
-                for epoch in (0, 1)
-            }
-        )
-        == 4
-    )
+    assert first == order(20, seed=7, **options)
+    assert first != sorted(first)
+    orders = set()
+    for seed in (7, 8):
+        for epoch in (0, 1):
+            orders.add(tuple(order(20, seed=seed, epoch=epoch, **options)))
+    assert len(orders) == 4
 
 
-def test_sampler_tells_real_rows_from_padding():
+def test_sampler_counts_rows_before_the_padding():
     def num_unique(num_rows, rank):
         return ShardedSampler(
             num_rows, rank=rank, world_size=4, batch_size=2, shuffle=False, seed=0
@@ -81,9 +74,9 @@ def test_sampler_tells_real_rows_from_padding():
     assert [num_unique(8, rank) for rank in range(4)] == [2, 2, 2, 2]
 
 
-def test_sampler_says_when_it_repeats_rows(caplog):
+def test_sampler_warns_about_repeated_rows(caplog):
     ShardedSampler(5, rank=0, world_size=2, batch_size=4, window=2, shuffle=True, seed=0)
-    assert "5 rows are fewer than the 16 of one step" in caplog.text
+    assert "5 rows are fewer than the 16 of one update" in caplog.text
 
 
 def data_options(*paths, **options):
@@ -96,13 +89,13 @@ def folder(tmp_path, name="set", num_train=20, num_eval=10, begin=0):
     return tmp_path / name
 
 
-def build(stage, data):
+def build(step, data):
     tokenizer = make_tokenizer()
-    ends = dict(max_seq_len=50, end_token_id=EOS)
-    if stage == 1:
-        return build_sft_data(data, tokenizer, sft_only_data_path=[], **ends)
-    if stage == 2:
-        return build_pair_data(data, tokenizer, cut_fraction=1.0, seed=1, **ends)
+    options = dict(max_seq_len=50, end_token_id=EOS)
+    if step == 1:
+        return build_sft_data(data, tokenizer, sft_only_data_path=[], **options)
+    if step == 2:
+        return build_pair_data(data, tokenizer, cut_fraction=1.0, seed=1, **options)
     return build_prompt_data(data, tokenizer, max_prompt_len=50)
 
 
@@ -112,23 +105,24 @@ def prompts(dataset):
 
 def test_steps_share_no_row_of_either_part(tmp_path):
     data = data_options(folder(tmp_path), folder(tmp_path, "other", 5, 5, begin=100))
-    built = [build(stage, data) for stage in (1, 2, 3)]
+    built = [build(step, data) for step in (1, 2, 3)]
     assert [(len(train), len(held_out)) for train, held_out in built] == [(5, 3), (10, 6), (10, 6)]
-    for part in (0, 1):
-        found = [prompt for step in built for prompt in prompts(step[part])]
-        assert len(set(found)) == len(found) == (25, 15)[part]
+    for part, num_rows in ((0, 25), (1, 15)):
+        found = [prompt for parts in built for prompt in prompts(parts[part])]
+        assert len(set(found)) == len(found) == num_rows
     assert prompts(build(3, data)[0]) == prompts(built[2][0])
 
 
 def test_sft_only_sets_are_whole(tmp_path):
     data = data_options(folder(tmp_path), data_split="0,1,1")
-    tokenizer, ends = make_tokenizer(), dict(max_seq_len=50, end_token_id=EOS)
+    tokenizer = make_tokenizer()
+    options = dict(max_seq_len=50, end_token_id=EOS)
     other = str(folder(tmp_path, "other", 5, 4, begin=100))
-    train, held_out = build_sft_data(data, tokenizer, sft_only_data_path=[other], **ends)
+    train, held_out = build_sft_data(data, tokenizer, sft_only_data_path=[other], **options)
     assert prompts(train) == [f"p{i}" for i in range(100, 105)]
     assert prompts(held_out) == [f"p{i}" for i in range(105, 109)]
     with pytest.raises(ValueError, match=r"--data_split 0,1,1 leaves step 1 no train row"):
-        build_sft_data(data, tokenizer, sft_only_data_path=[], **ends)
+        build_sft_data(data, tokenizer, sft_only_data_path=[], **options)
 
 
 def test_empty_evaluation_share_is_an_error(tmp_path):
@@ -138,7 +132,7 @@ def test_empty_evaluation_share_is_an_error(tmp_path):
         build(1, data_options(folder(tmp_path, num_eval=1)))
 
 
-def test_malformed_split_comes_before_the_data():
+def test_malformed_split_fails_before_data_is_read():
     with pytest.raises(ValueError, match="--data_split 1"):
         build(1, data_options("/no/such/file.jsonl", data_split="1"))
 
@@ -157,22 +151,16 @@ def test_rows_without_the_answer_that_a_step_needs(tmp_path, caplog):
         ValueError, match=r'line 1\d: no "rejected", which step 2 needs; \d+ of the 18 rows'
     ):
         build(2, data)
+    data = data_options(path, data_split="0,1,0", skip_bad_rows=True, eval_fraction=0.5)
     with caplog.at_level(logging.WARNING):
-        train, held_out = build(
-            2, data_options(path, data_split="0,1,0", skip_bad_rows=True, eval_fraction=0.5)
-        )
+        train, held_out = build(2, data)
     assert sorted(prompts(train) + prompts(held_out)) == sorted(f"p{i}" for i in range(10))
+    path = write_lines(tmp_path / "p.jsonl", [{"prompt": f"q{i}"} for i in range(30)])
     with pytest.raises(ValueError, match='no "chosen", which step 1 needs'):
-        build(
-            1,
-            data_options(
-                write_lines(tmp_path / "p.jsonl", [{"prompt": f"q{i}"} for i in range(30)])
-            ),
-        )
+        build(1, data_options(path))
+    path = write_lines(tmp_path / "e.jsonl", [{"prompt": "", "chosen": "x"}] * 30)
     with pytest.raises(ValueError, match='no "prompt", which step 3 needs'):
-        build(
-            3, data_options(write_lines(tmp_path / "e.jsonl", [{"prompt": "", "chosen": "x"}] * 30))
-        )
+        build(3, data_options(path))
 
 
 def test_building_reports_cut_rows(tmp_path, caplog):
@@ -210,19 +198,18 @@ def test_evaluation_takes_the_first_rows_of_every_source_in_proportion(tmp_path,
     assert "evaluating on the first 8 of 30 held-out rows" in caplog.text
 
 
-def test_format_that_rows_do_not_fit_shows_when_built(tmp_path):
+def test_building_fails_if_rows_do_not_fit_the_format(tmp_path):
     with pytest.raises(ValueError, match="--prompt_format chat"):
         build(3, data_options(folder(tmp_path), prompt_format="chat"))
 
 
 @pytest.mark.parametrize("part", ["train", "eval"])
-def test_format_that_a_later_source_does_not_fit_shows_when_built(tmp_path, part):
+def test_building_fails_if_a_later_source_does_not_fit_the_format(tmp_path, part):
     texts = folder(tmp_path, num_train=1500, num_eval=1500)
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     for name in ("train", "eval"):
-        messages = [
-            {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
-        ]
-        write_lines(tmp_path / "late" / f"{name}.jsonl", messages * 3 if name == part else pairs(3))
+        rows = [{"messages": messages}] * 3 if name == part else pairs(3)
+        write_lines(tmp_path / "late" / f"{name}.jsonl", rows)
     data = data_options(texts, tmp_path / "late", data_split="0,0,1", prompt_format="plain")
     with pytest.raises(
         ValueError, match=rf"{part}.jsonl, line \d: --prompt_format plain cannot show messages"
@@ -245,14 +232,14 @@ def test_loader_gives_each_rank_its_batches(tmp_path):
         )
         loader.sampler.set_epoch(2)
         batches = list(loader)
-        assert len(batches) == len(loader) == 4 and all(
-            batch.input_ids.shape[0] == 3 for batch in batches
-        )
+        assert len(batches) == len(loader) == 4
+        assert all(batch.input_ids.shape[0] == 3 for batch in batches)
         row = int(batches[0].index[0])
         expected = ids_of(train.prompt_text(row))
         assert batches[0].input_ids[0].tolist()[-len(expected) :] == expected
         seen += [int(i) for batch in batches for i in batch.index]
-    assert set(seen) == set(range(20)) and len(seen) == 24
+    assert set(seen) == set(range(20))
+    assert len(seen) == 24
 
 
 def test_inspect_shows_every_step(tmp_path, capsys):
@@ -268,15 +255,17 @@ def test_inspect_shows_every_step(tmp_path, capsys):
     inspect.main([*words, "--prompt_format", "chat"])
     shown = capsys.readouterr().out
     assert "step 1, supervised fine-tuning: 4 rows to train on, 2 held out" in shown
-    assert "step 2, reward model: 8" in shown and "step 3, PPO: 8" in shown
-    assert "train.jsonl, line " in shown and "<user>p" in shown and "tokens: " in shown
+    assert "step 2, reward model: 8" in shown
+    assert "step 3, PPO: 8" in shown
+    for words_shown in ("train.jsonl, line ", "<user>p", "tokens: "):
+        assert words_shown in shown
     inspect.main([*words, "--data_split", "1,0,0"])
     assert "step 3, PPO: nothing to read: --data_split 1,0,0" in capsys.readouterr().out
     with pytest.raises(ValueError, match="--data_path /no/file.jsonl"):
         inspect.main(["--data_path", "/no/file.jsonl", *words[2:]])
 
 
-def test_inspect_takes_the_tokenizers_that_the_steps_take(tmp_path, capsys):
+def test_inspect_loads_the_same_tokenizers_as_the_steps(tmp_path, capsys):
     words = ["--data_path", str(folder(tmp_path)), "--model"]
     make_tokenizer().save_pretrained(tmp_path / "base")
     (tmp_path / "adapter").mkdir()

@@ -12,7 +12,8 @@ from dschat.demo.tiny_models import byte_tokenizer
 
 
 def test_texts_of_local_files(tmp_path):
-    text, rows = tmp_path / "a.txt", tmp_path / "b.jsonl"
+    text = tmp_path / "a.txt"
+    rows = tmp_path / "b.jsonl"
     text.write_text("first\nline\n\n\nsecond\n")
     rows.write_text(json.dumps({"text": "one"}) + "\n" + json.dumps({"text": "two"}) + "\n")
     assert load_texts(str(text)) == ["first\nline", "second"]
@@ -44,14 +45,13 @@ def test_bad_files_are_named_with_the_flag(tmp_path, name, content, words):
 
 def write_set(folder, texts, kind=None):
     folder.mkdir()
-    table = datasets.Dataset.from_dict(
-        {"text": texts}, features=kind and datasets.Features({"text": datasets.Value(kind)})
-    )
+    features = datasets.Features({"text": datasets.Value(kind)}) if kind else None
+    table = datasets.Dataset.from_dict({"text": texts}, features=features)
     table.to_parquet(folder / "train.parquet")
     return str(folder)
 
 
-def test_nulls_of_a_set_are_left_out_and_counted(tmp_path, caplog):
+def test_null_texts_of_a_set_are_left_out_and_counted(tmp_path, caplog):
     name = write_set(tmp_path / "set", ["one", None, "two", None, "", "three"])
     with caplog.at_level(logging.WARNING):
         texts = load_texts(name, cache_dir=str(tmp_path / "cache"))
@@ -70,14 +70,14 @@ def test_large_strings_are_texts(tmp_path, caplog):
 @pytest.mark.parametrize(
     "texts, words",
     [
-        ([1, 2], "its field text holds int64, not texts"),
-        ([["a"], ["b"]], "its field text holds .*string.*, not texts"),
-        ([{"a": "b"}], "its field text holds .*string.*, not texts"),
-        ([b"a"], "its field text holds binary, not texts"),
+        ([1, 2], "its field text holds int64, not strings"),
+        ([["a"], ["b"]], "its field text holds .*string.*, not strings"),
+        ([{"a": "b"}], "its field text holds .*string.*, not strings"),
+        ([b"a"], "its field text holds binary, not strings"),
         ([None, None], "no text in it"),
     ],
 )
-def test_a_set_without_texts_is_refused_at_the_start(tmp_path, texts, words):
+def test_a_set_without_texts_is_refused(tmp_path, texts, words):
     name = write_set(tmp_path / "set", texts)
     with pytest.raises(ValueError, match=f"--unsupervised_dataset_name {name}: {words}"):
         load_texts(name, cache_dir=str(tmp_path / "cache"))
@@ -89,20 +89,20 @@ def test_a_name_that_no_file_can_have_is_refused(tmp_path, name):
         load_texts(name, cache_dir=str(tmp_path / "cache"))
 
 
-def test_blocks_are_full_and_every_text_is_read_once_a_pass():
+def test_blocks_are_full_and_every_text_is_read_once_per_epoch():
     tokenizer = byte_tokenizer(add_bos=False)
     texts = ["aaa", "bbb", "ccc", "ddd"]  # 4 tokens each with their EOS
     batches = PTXBatches(texts, tokenizer, batch_size=2, block_size=4, rank=0, world_size=1, seed=3)
-    first = [
-        tokenizer.decode(row) for batch in itertools.islice(batches, 2) for row in batch.input_ids
-    ]
+    first = []
+    for batch in itertools.islice(batches, 2):
+        first.extend(tokenizer.decode(row) for row in batch.input_ids)
     assert sorted(first) == ["aaa</s>", "bbb</s>", "ccc</s>", "ddd</s>"]
     batch = next(batches)
     assert batch.input_ids.shape == (2, 4) and batch.attention_mask.all()
     assert batch.labels.tolist() == batch.input_ids.tolist()
 
 
-def test_processes_read_texts_of_their_own():
+def test_ranks_read_different_texts():
     tokenizer = byte_tokenizer(add_bos=False)
     texts = [letter * 3 for letter in "abcdef"]
     seen = []
@@ -111,4 +111,5 @@ def test_processes_read_texts_of_their_own():
             texts, tokenizer, batch_size=3, block_size=4, rank=rank, world_size=2, seed=0
         )
         seen.append({tokenizer.decode(row) for row in next(batches).input_ids})
-    assert not seen[0] & seen[1] and len(seen[0] | seen[1]) == 6
+    assert not seen[0] & seen[1]
+    assert len(seen[0] | seen[1]) == 6

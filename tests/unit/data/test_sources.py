@@ -26,7 +26,11 @@ def rows_of(source, part="train"):
     return [source.row(table[i], place=table.place(i)) for i in range(len(table))]
 
 
-# What stands on line 3, and what the message must say of it.
+def all_rows_of(source):
+    return rows_of(source, "train") + rows_of(source, "eval")
+
+
+# Line 3 of a file, and what the message must contain.
 BAD_LINES = {
     "broken": ('{"prompt": "p", "chosen": ', "not readable as JSON"),
     "a list": ('["p", "c"]', "an object with named fields"),
@@ -38,8 +42,8 @@ BAD_LINES = {
         'no field "prompt" or "messages" among ["chosen", "text"]',
     ),
     "null prompt": ({"prompt": None, "chosen": "c"}, 'no field "prompt"'),
-    "prompt number": ({"prompt": 5, "chosen": "c"}, 'field "prompt" is 5, not a text'),
-    "chosen list": ({"prompt": "p", "chosen": ["c"]}, 'field "chosen" is ["c"], not a text'),
+    "prompt number": ({"prompt": 5, "chosen": "c"}, 'field "prompt" is 5, not a string'),
+    "chosen list": ({"prompt": "p", "chosen": ["c"]}, 'field "chosen" is ["c"], not a string'),
     "empty": ({"prompt": "p", "chosen": ""}, 'field "chosen" is empty ("")'),
     "blank": ({"prompt": "p", "response": " \n"}, 'field "response" is empty (" \\n")'),
     "equal": (
@@ -52,8 +56,11 @@ BAD_LINES = {
         {"messages": [{"role": "user", "content": None}]},
         'field "messages[0].content" is null',
     ),
-    "no user": ({"messages": [{"role": "assistant", "content": "x"}]}, "no message of the user"),
-    "no messages": ({"messages": []}, "no message of the user"),
+    "no user": (
+        {"messages": [{"role": "assistant", "content": "x"}]},
+        "does not end with a message of the user",
+    ),
+    "no messages": ({"messages": []}, "does not end with a message of the user"),
     "text messages": ({"messages": "hello"}, 'field "messages" is "hello", not a list'),
 }
 
@@ -64,12 +71,14 @@ def test_bad_line_names_file_line_value_and_remedy(tmp_path, caplog, line, words
     with pytest.raises(ValueError) as caught:
         load(path)
     message = str(caught.value)
-    assert f"{path}, line 3: " in message and words in message and "--skip_bad_rows" in message
+    for expected in (f"{path}, line 3: ", words, "--skip_bad_rows"):
+        assert expected in message
     assert message.count("line ") == 1
     with caplog.at_level(logging.WARNING):
         source = load(path, skip_bad_rows=True)
     assert len(source.train) + len(source.eval) == 4
-    assert "left out 1 bad rows of 5" in caplog.text and words in caplog.text
+    assert "left out 1 bad rows of 5" in caplog.text
+    assert words in caplog.text
 
 
 def test_many_bad_lines_make_one_message(tmp_path):
@@ -80,24 +89,21 @@ def test_many_bad_lines_make_one_message(tmp_path):
     assert "... and 3 more." in str(caught.value)
 
 
-def test_a_column_that_is_there_twice_is_named(tmp_path):
+def test_a_repeated_column_is_named(tmp_path):
     (tmp_path / "rows.csv").write_text("prompt,chosen,prompt\na,b,c\n")
     with pytest.raises(
         ValueError, match=r"rows.csv, line 1: the header has 'prompt' more than once"
     ):
         load(tmp_path / "rows.csv")
-    # Spreadsheets write cells that nobody filled.
+    # Spreadsheets write empty cells.
     (tmp_path / "rows.csv").write_text('prompt,chosen,,\na,b,,\n"",c,,\n')
     source = load(tmp_path / "rows.csv")
-    rows = sorted(
-        (row.prompt, row.chosen, tuple(row.columns))
-        for part in ("train", "eval")
-        for row in rows_of(source, part)
-    )
-    assert rows == [("", "c", ()), ("a", "b", ())]
+    rows = all_rows_of(source)
+    assert sorted((row.prompt, row.chosen) for row in rows) == [("", "c"), ("a", "b")]
+    assert all(row.columns == {} for row in rows)
 
 
-def test_what_is_neither_file_nor_folder_is_refused_without_waiting(tmp_path):
+def test_a_pipe_is_refused_without_waiting(tmp_path):
     os.mkfifo(tmp_path / "rows.jsonl")
     with pytest.raises(ValueError, match=r"--data_path .*rows.jsonl: neither a file nor a folder"):
         load(tmp_path / "rows.jsonl")
@@ -122,11 +128,9 @@ def test_json_list_remembers_lines(tmp_path):
     text = '\ufeff[\n {"prompt": "a",\n  "chosen": "b"},\n\n {"prompt": "c", "chosen": "d"}\n]\n'
     path.write_text(text, encoding="utf-8")
     records = read_records(path)
-    assert (records.lines, [row["prompt"] for row in records.rows], records.faults) == (
-        [2, 5],
-        ["a", "c"],
-        [],
-    )
+    assert records.lines == [2, 5]
+    assert [row["prompt"] for row in records.rows] == ["a", "c"]
+    assert records.faults == []
 
 
 @pytest.mark.parametrize(
@@ -147,13 +151,10 @@ def test_broken_json_list(tmp_path, text, line):
     assert [number for number, _ in read_records(path).faults] == [line]
 
 
-def test_line_separators_inside_json_end_no_line(tmp_path):
+def test_unicode_line_separators_inside_json_do_not_end_a_line(tmp_path):
     path = write_lines(tmp_path / "rows.jsonl", ['{"prompt": "a\u2028b", "chosen": "c\x85"}', GOOD])
     assert read_records(tmp_path / "rows.jsonl").lines == [1, 2]
-    assert {row.prompt for part in ("train", "eval") for row in rows_of(load(path), part)} == {
-        "a\u2028b",
-        "p",
-    }
+    assert {row.prompt for row in all_rows_of(load(path))} == {"a\u2028b", "p"}
 
 
 def test_csv_with_quoted_newlines_and_faults(tmp_path):
@@ -164,16 +165,17 @@ def test_csv_with_quoted_newlines_and_faults(tmp_path):
         {"prompt": "two\nlines", "chosen": "c1"},
         {"prompt": "p2", "chosen": "a,b"},
     ]
-    assert (records.lines, [line for line, _ in records.faults]) == ([2, 4, 6], [5])
+    assert records.lines == [2, 4, 6]
+    assert [line for line, _ in records.faults] == [5]
     with pytest.raises(ValueError) as caught:
         load(path)
     assert "rows.csv, line 5: 1 cells under a header of 2" in str(caught.value)
     assert 'rows.csv, line 6: field "chosen" is not valid UTF-8' in str(caught.value)
 
 
-# A bad row between good ones, and how many rows of ten it takes along.
+# Bad rows that leave the rows around them readable.
 CSV_FAULTS = {
-    "behind a quote": '"p"x,c',
+    "after a quote": '"p"x,c',
     "open": '"5" pipe,c',
     "both": 'p,"says "hi" there"',
     "over lines": '"one\nsays "hi" and bye",c',
@@ -181,7 +183,7 @@ CSV_FAULTS = {
 
 
 @pytest.mark.parametrize("line", CSV_FAULTS.values(), ids=CSV_FAULTS)
-def test_a_bad_quote_costs_its_row_alone(tmp_path, caplog, line):
+def test_a_bad_quote_costs_only_its_row(tmp_path, caplog, line):
     lines = [
         "prompt,chosen",
         *(f"p{i},c{i}" for i in range(3)),
@@ -195,12 +197,11 @@ def test_a_bad_quote_costs_its_row_alone(tmp_path, caplog, line):
         load(tmp_path / "rows.csv")
     with caplog.at_level(logging.WARNING):
         source = load(tmp_path / "rows.csv", skip_bad_rows=True)
-    rows = [row.prompt for part in ("train", "eval") for row in rows_of(source, part)]
-    assert sorted(rows) == [f"p{i}" for i in range(9)]
+    assert sorted(row.prompt for row in all_rows_of(source)) == [f"p{i}" for i in range(9)]
     assert "left out 1 bad rows of 10" in caplog.text
 
 
-# What takes an unknown number of rows along, and the line behind which they stand.
+# Faults that hide an unknown number of rows, and the line after which these are.
 LOSSES = {
     "unclosed quote": ("csv", 'prompt,chosen\na,b\nc,"d\ne,f\ng,h\n', 3),
     "closed by another row": ("csv", 'prompt,chosen\na,b\nc,"d\ne,f\n"g","h"\ni,j\n', 3),
@@ -208,7 +209,8 @@ LOSSES = {
     "header": ("csv", '"prompt"x,chosen\na,b\nc,d\n', 1),
     "list": (
         "json",
-        '[{"prompt": "a", "chosen": "b"},\n{"prompt": "c" "chosen": "d"},\n{"prompt": "e", "chosen": "f"}]',
+        '[{"prompt": "a", "chosen": "b"},\n{"prompt": "c" "chosen": "d"},\n'
+        '{"prompt": "e", "chosen": "f"}]',
         2,
     ),
     "comma": ("json", '[{"prompt": "a", "chosen": "b"}\n{"prompt": "c", "chosen": "d"}]', 2),
@@ -226,10 +228,8 @@ def test_rows_that_cannot_be_told_apart_are_never_left_out(tmp_path, suffix, tex
         load(path, skip_bad_rows=skip)
     message = str(caught.value)
     assert f"{path}, line {line}: " in message
-    assert (
-        f"How many rows follow line {line} cannot be told, so --skip_bad_rows cannot leave it out. Mend it."
-        in message
-    )
+    assert f"The rows after line {line} cannot be told apart" in message
+    assert "--skip_bad_rows cannot leave out the bad one. Fix that line." in message
 
 
 def test_columns_and_places(tmp_path):
@@ -244,7 +244,7 @@ def test_columns_and_places(tmp_path):
     ]
 
 
-def test_chosen_goes_before_response(tmp_path):
+def test_chosen_takes_precedence_over_response(tmp_path):
     row = rows_of(load(write_lines(tmp_path / "r.jsonl", [{**GOOD, "response": " yes"}] * 2)))[0]
     assert (row.chosen, row.rejected, row.columns) == (" yes", " no", {"response": " yes"})
 
@@ -257,7 +257,7 @@ def test_messages(tmp_path):
         {"role": "user", "content": "u2"},
     ]
     last = {"role": "assistant", "content": "a2", "weight": 1}
-    table = [
+    rows = [
         {"messages": [*turns, last]},
         {"messages": turns},
         {"messages": [*turns, last], "rejected": "r"},
@@ -265,16 +265,20 @@ def test_messages(tmp_path):
         {"messages": turns, "chosen": "c"},
     ]
     folder = tmp_path / "set"
-    path = write_lines(folder / "train.jsonl", table)
-    write_lines(folder / "eval.jsonl", table[:1])
-    found = [(row.chosen, row.rejected) for row in rows_of(load(folder))]
-    assert found == [("a2", None), (None, None), ("a2", "r"), ("c", "r"), ("c", None)]
-    assert all(row.prompt == turns for row in rows_of(load(folder))), path
+    write_lines(folder / "train.jsonl", rows)
+    write_lines(folder / "eval.jsonl", rows[:1])
+    found = rows_of(load(folder))
+    answers = [(row.chosen, row.rejected) for row in found]
+    assert answers == [("a2", None), (None, None), ("a2", "r"), ("c", "r"), ("c", None)]
+    assert all(row.prompt == turns for row in found)
 
 
 def test_hold_out_is_disjoint_stable_and_never_empty(tmp_path):
     path = write_lines(tmp_path / "rows.jsonl", pairs(10))
-    prompts = lambda source, part: [row.prompt for row in rows_of(source, part)]  # noqa: E731
+
+    def prompts(source, part):
+        return [row.prompt for row in rows_of(source, part)]
+
     source = load(path, eval_fraction=0.3)
     assert len(source.eval) == 3
     assert sorted(prompts(source, "train") + prompts(source, "eval")) == sorted(
@@ -285,7 +289,7 @@ def test_hold_out_is_disjoint_stable_and_never_empty(tmp_path):
     assert len(load(path, eval_fraction=0.001).eval) == 1
     with pytest.raises(ValueError, match="--eval_fraction 0"):
         load(path, eval_fraction=0)
-    with pytest.raises(ValueError, match="one row cannot be parted"):
+    with pytest.raises(ValueError, match="one row cannot be split"):
         load(write_lines(tmp_path / "one.jsonl", pairs(1)))
 
 
@@ -332,7 +336,7 @@ def test_arrow_tables_are_checked_and_named_by_row(tmp_path, kind):
     assert len(source.eval) == (375 if kind == "dataset" else 2)
 
 
-# What set_format leaves behind in a folder: another kind of table, or columns that are out of sight.
+# Formats that a stored table may keep: another kind of table, or hidden columns.
 FORMATS = {
     "pandas": {"type": "pandas"},
     "arrow": {"type": "arrow"},
@@ -347,11 +351,11 @@ FORMATS = {
 def test_the_format_of_a_stored_table_does_not_matter(tmp_path, form, parts):
     rows = [{**row, "gold": number} for number, row in enumerate(pairs(4))]
     stored = datasets.Dataset.from_list(rows).with_format(**form)
-    (datasets.DatasetDict({"train": stored, "test": stored}) if parts else stored).save_to_disk(
-        tmp_path / "set"
-    )
+    if parts:
+        stored = datasets.DatasetDict({"train": stored, "test": stored})
+    stored.save_to_disk(tmp_path / "set")
     source = load(tmp_path / "set")
-    found = rows_of(source) + ([] if parts else rows_of(source, "eval"))
+    found = rows_of(source) if parts else all_rows_of(source)
     assert sorted((row.prompt, row.chosen, row.rejected, row.columns["gold"]) for row in found) == [
         (*row.values(), number) for number, row in enumerate(pairs(4))
     ]
@@ -387,7 +391,7 @@ def test_unreadable_parquet(tmp_path):
 @pytest.mark.parametrize(
     "name", ["rows*.parquet", "x[1]/rows.parquet", "x[1]/r?ws.parquet", "{a,b}.parquet"]
 )
-def test_a_parquet_path_is_no_pattern(tmp_path, name):
+def test_a_parquet_path_is_not_read_as_a_pattern(tmp_path, name):
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)
     (tmp_path / "x1").mkdir()
@@ -401,8 +405,7 @@ def test_a_parquet_path_is_no_pattern(tmp_path, name):
             datasets.Dataset.from_list(pairs(4, begin)).to_parquet(tmp_path / other)
     datasets.Dataset.from_list(pairs(4)).to_parquet(path)
     source = load(path, cache_dir=str(tmp_path / "cache"))
-    rows = [row.prompt for part in ("train", "eval") for row in rows_of(source, part)]
-    assert sorted(rows) == ["p0", "p1", "p2", "p3"]
+    assert sorted(row.prompt for row in all_rows_of(source)) == ["p0", "p1", "p2", "p3"]
 
 
 @pytest.mark.parametrize("skip", [False, True])
@@ -452,7 +455,7 @@ def test_hub_that_cannot_be_reached(tmp_path, monkeypatch):
         load("Dahoas/rm-static")
 
 
-def test_hub_set_with_a_script_comes_from_its_converted_branch(tmp_path, monkeypatch):
+def test_hub_set_with_a_script_is_loaded_from_its_converted_branch(tmp_path, monkeypatch):
     asked = []
 
     def load_dataset(name, config=None, **options):
@@ -474,14 +477,14 @@ def test_hub_set_with_a_script_comes_from_its_converted_branch(tmp_path, monkeyp
         "revision": "refs/convert/parquet",
         "cache_dir": "there",
     }
-    rows = rows_of(source) + rows_of(source, "eval")
-    # The row without an answer is left out without --skip_bad_rows: the set is published as it is.
+    rows = all_rows_of(source)
+    # The row without an answer is left out even without --skip_bad_rows: users cannot fix the set.
     assert sorted((row.prompt, row.chosen) for row in rows) == [
         (f"\n\nHuman: q{i}\n\nAssistant:", f" a{i}") for i in range(1, 5)
     ]
 
 
-# A raw row of each named set, and the texts that it must give.
+# A raw row of each named set, and the expected texts.
 ASKED = "\n\nHuman: q\n\nAssistant:"
 NAMED = {
     "Dahoas/rm-static": (
@@ -544,17 +547,17 @@ NAMED = {
 def test_every_named_set_gives_its_texts():
     assert set(NAMED) == set(HUB_SETS)
     for name, (raw, texts) in NAMED.items():
-        row = HUB_SETS[name].row_of(raw)
+        row = HUB_SETS[name].row_function(raw)
         assert (row.prompt, row.chosen, row.rejected) == texts, name
 
 
-def test_tie_is_no_pair():
+def test_a_tie_has_no_rejected_answer():
     raw = {**NAMED["openai/webgpt_comparisons"][0], "score_0": 0.0, "score_1": 0.0}
-    assert HUB_SETS["openai/webgpt_comparisons"].row_of(raw).rejected is None
+    assert HUB_SETS["openai/webgpt_comparisons"].row_function(raw).rejected is None
 
 
-def test_names_match_exactly(tmp_path):
-    """A local copy is known by the end of its path; a name that merely contains another is not."""
+def test_hub_names_match_exactly(tmp_path):
+    """Match a local copy by the end of its path, but not a name that only contains another."""
     raw = NAMED["stanfordnlp/SHP"][0]
     assert len(load(write_copy(tmp_path / "stanfordnlp" / "SHP", raw)).train) == 3
     with pytest.raises(ValueError, match="No row here is usable"):

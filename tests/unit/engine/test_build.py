@@ -1,4 +1,4 @@
-"""What goes before deepspeed.initialize, and AdamW's groups; no process group."""
+"""Setup before deepspeed.initialize, and AdamW's groups; no process group."""
 
 import json
 import socket

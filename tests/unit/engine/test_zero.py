@@ -52,7 +52,7 @@ REFUSED = [check_case(f"refused-{zero}", "refused_prompt", zero=zero) for zero i
 
 
 def failing(launches, case) -> list[str]:
-    """What did not hold, and on which rank."""
+    """Return the checks that failed, and their ranks."""
     found = enumerate(launches[case].ranks)
     return [
         f"rank {rank}: {name}"

@@ -1,8 +1,9 @@
-"""Decoding by captured steps, with stand-ins for what needs a GPU: slots, compaction, captures and their check."""
+"""Decoding by captured steps, with stand-ins for what needs a GPU: slots, compaction, captures and
+their check.
+"""
 
 import pytest
 import torch
-from test_engine_decoding import config, prompts, stand_in
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dschat.engine.hybrid_engine import HybridEngine, PlainGenerator
@@ -11,6 +12,7 @@ from dschat.generation.kernels import attention
 from dschat.generation.kernels.linear import SkinnyLinear
 from dschat.models.causal_lm import load_causal_lm
 from tests.graph_stand_ins import attend, graphs_on_cpu, with_graphs
+from tests.unit.generation.test_decoding import config, prompts, stand_in
 from tests.unit.models_helpers import FAMILIES, tiny
 
 
@@ -50,7 +52,8 @@ def test_answers_are_those_of_generate(family):
     more = hybrid._graphs.captures
     same(hybrid.decode(*many, config(**early)), expected)
     assert hybrid._graphs.captures == more > captured, "what was captured should serve again"
-    # Longer answers than the cache holds, other settings, and buffers that were freed: all is captured anew.
+    # Longer answers than the cache holds, other settings, and buffers that were freed: all is
+    # captured again.
     for settings in (dict(max_new_tokens=90), dict(max_new_tokens=90, min_new_tokens=5)):
         same(hybrid.decode(*many, config(**settings)), plain.decode(*many, config(**settings)))
     hybrid.release_cache = True
@@ -123,7 +126,9 @@ def test_a_step_that_computes_something_else_is_noticed(fault, monkeypatch):
 
 
 def made(kind: str, **more):
-    """A miniature model of transformers that is none of FAMILIES, whose greedy answers are of many tokens."""
+    """A miniature model of transformers that is none of FAMILIES, whose greedy answers are of many
+    tokens.
+    """
     sizes = dict(
         vocab_size=264,
         hidden_size=64,

@@ -1,4 +1,6 @@
-"""Decoding by the replica on a CPU: what is sampled, how often a prompt is read, and DeepSpeed's interface."""
+"""Decoding by the replica on a CPU: what is sampled, how often a prompt is read, and DeepSpeed's
+interface.
+"""
 
 import warnings
 from types import SimpleNamespace
@@ -23,7 +25,9 @@ ENDS = list(range(5, 264, 12))
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory):
-    """What a generator asks of an engine, around a model whose greedy answers are of many tokens."""
+    """The part of an engine that a generator needs, around a model whose greedy answers are of many
+    tokens.
+    """
     path = make_tiny_model(tmp_path_factory.mktemp("steep"), family="llama", std=0.5)
     return stand_in(load_causal_lm(str(path), dtype=torch.float32).eval())
 
@@ -136,7 +140,7 @@ def test_finished_rows_leave_the_batch(engine):
     for step, count in enumerate(rows[1:], 1):
         live = sum(length > step for length in lengths)
         assert live <= count and live > 0.74 * count
-    # What stands behind an end is padding, with logprob 0.
+    # What is after an end is padding, with logprob 0.
     for row, length in enumerate(lengths):
         assert not found.tokens[row, length:].any() and not found.logprobs[row, length:].any()
 

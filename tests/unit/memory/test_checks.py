@@ -1,4 +1,4 @@
-"""What the steps refuse of their models' shapes before any weight is read, and how layers are cut."""
+"""Checks of models' shapes before any weight is read, and the cuts of layers."""
 
 import pytest
 import torch
@@ -222,7 +222,7 @@ def is_colwise_bias(name: str) -> bool:
 
 
 def announced(flags: str, monkeypatch, *levels: str) -> list[str]:
-    """What is said of such a step 3 at its start, on these levels of the log."""
+    """Return the messages of a step 3 with these flags at its start, on these levels of the log."""
     lines: list[str] = []
     for level in levels:
         monkeypatch.setattr(no_effect.logger, level, lines.append)
@@ -256,9 +256,7 @@ def test_split_flags_without_effect_are_told(flags, said, monkeypatch):
     [
         (
             "--target_kl 0.1",
-            [
-                "--target_kl has no effect: each rollout has one update, and no others that could be left out"
-            ],
+            ["--target_kl has no effect: each rollout has a single update, so none can be skipped"],
         ),
         ("--target_kl 0.1 --ppo_epochs 2", []),
         ("--target_kl 0.1 --per_device_training_batch_size 8", []),
@@ -268,7 +266,7 @@ def test_split_flags_without_effect_are_told(flags, said, monkeypatch):
         ),
         (
             "--kl_coef 0 --kl_target 6",
-            ["--kl_target has no effect: it multiplies --kl_coef, which is 0 and stays so"],
+            ["--kl_target has no effect: it multiplies --kl_coef, which is 0 and stays 0"],
         ),
         ("--kl_target 6", []),
         ("--kl_coef 0", []),

@@ -68,7 +68,8 @@ def test_stage_1_parts_the_optimizer_states(stage):
     assert (found.weights, found.master, found.adam, found.gradients) == (2000, 700, 1400, 1400)
     assert found.early == 2 * BUCKET
     assert found.reduce == 2 * BUCKET + 350  # its own part of the gradients, beside all of them
-    # The largest group's quarter, 150, flat in bf16 and in fp32; what other processes step is gone by then.
+    # The largest group's quarter, 150, flat in bf16 and in fp32; what other processes step is gone
+    # by then.
     assert found.step == 6 * 150 - (1400 - 350)
     assert found.build == 2 * 600
 
@@ -82,7 +83,8 @@ def test_stage_2_parts_the_gradients_too():
 def test_stage_3_parts_the_weights_too():
     found = training(3)
     assert (found.weights, found.master, found.adam) == (500, 700, 1400)
-    # A bucket of DeepSpeed's default size, its part of the gradients, and the whole weights in use (here: all).
+    # A bucket of DeepSpeed's default size, its part of the gradients, and the whole weights in use
+    # (here: all).
     assert found.buffers == 2 * 500_000_000 + 350 + 2000
     assert found.step == 6 * 175
     assert (
@@ -103,7 +105,8 @@ def test_offload_leaves_weights_on_the_gpu(stage):
 def test_offload_of_stage_3_leaves_nothing_but_what_is_in_use():
     found = training(3, offload=True)
     assert (found.weights, found.buffers) == (0, 2 * 500_000_000 + 2000)
-    # The trained weights are page-locked in any case: 2 x 150 and 2 x 25 bytes, the next powers of two.
+    # The trained weights are page-locked in any case: 2 x 150 and 2 x 25 bytes, the next powers of
+    # two.
     assert found.host == 500 + (512 - 300) + (64 - 50) + 18 * 175
     assert (
         training(3, offload=True, world_size=1).buffers == 2 * 500_000_000 + 2000
@@ -112,7 +115,8 @@ def test_offload_of_stage_3_leaves_nothing_but_what_is_in_use():
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_page_locked_buffers_take_powers_of_two(stage):
-    # Of groups of 150 and 25: fp32 weights and gradients, bf16 weights; the moments are not page-locked.
+    # Of groups of 150 and 25: fp32 weights and gradients, bf16 weights; the moments are not
+    # page-locked.
     assert training(stage, offload=True, pin=True).host == 2 * (1024 + 128) + (512 + 64) + 8 * 175
     # Four times as many parameters in the same two groups, of 512 and 128: powers of two already.
     exact = replace(SIZE, groups=(512, 128))
@@ -127,7 +131,8 @@ def test_page_locked_buffers_of_stage_3():
     pinned = training(3, offload=True, pin=True, size=replace(SIZE, rounding=1.5))
     assert pinned.host_weights == 1.5 * (500 - 350) + 512 + 64
     assert pinned.host - pinned.host_weights == 12 * 175 + 512 + (1024 + 128)
-    # Steps of 10^9 elements, of which 4 x 10^9 bytes round up to 2^32; what is left over rounds up by itself.
+    # Steps of 10^9 elements, of which 4 x 10^9 bytes round up to 2^32; what is left over rounds up
+    # by itself.
     large = replace(SIZE, parameters=2_500_000_000, groups=(2_500_000_000,))
     found = training(3, offload=True, pin=True, size=large, world_size=1)
     assert found.host - found.host_weights == 12 * 2_500_000_000 + 2**33 + 2 * 2**32 + 2**31
@@ -164,7 +169,8 @@ def test_models_that_only_evaluate():
 
 
 def test_activations_of_a_llama_layer():
-    # A token: two norms of 4 x 8 (fp32) + 2 x 8 (out) + 2 x 8 (normalised), four of 2 x 8 in the attention, four of
+    # A token: two norms of 4 x 8 (fp32) + 2 x 8 (out) + 2 x 8 (normalised), four of 2 x 8 in the
+    # attention, four of
     # 2 x 16 in the feed-forward part, and 4 bytes of log-sum-exp for each of two heads.
     assert activations.layer_bytes(SIZE, width=2) == 2 * (32 + 16 + 16) + 4 * 16 + 4 * 32 + 8
     ends = (4 + 6) * 8
@@ -299,7 +305,8 @@ def test_a_tensor_parallel_replica_is_divided_but_for_embeddings_norms_and_head(
     assert (
         whole.phases["generate"] - split.phases["generate"] == freed + prefill - 2 * in_layers / 4
     )
-    # Of 64 prompts of 256 tokens on each of four ranks the hidden states are whole, the feed-forward part is a quarter.
+    # Of 64 prompts of 256 tokens on each of four ranks the hidden states are whole, the
+    # feed-forward part is a quarter.
     many = flags.replace("generation_batch_size 4", "generation_batch_size 64")
     whole, split = ppo(many, world_size=8), ppo(f"{many} --inference_tp_size 4", world_size=8)
     gathered = 4 * 64 * 256 * (2 * 3 * (4096 + 11008 / 4) + 4 * 4096)
@@ -334,7 +341,8 @@ def test_a_shared_reference_and_a_shared_reward_are_no_copies():
 
 
 def test_idle_states_are_on_the_host_but_for_updates():
-    # fp32 weights and two moments of 700 trained parameters on 4 processes; under ZeRO-3 the gradients' buffer too.
+    # fp32 weights and two moments of 700 trained parameters on 4 processes; under ZeRO-3 the
+    # gradients' buffer too.
     assert (training(2).idle, training(3).idle, training(0, dtype="fp32").idle) == (
         12 * 175,
         14 * 175,
@@ -418,7 +426,8 @@ def test_each_phase_is_parted_by_what_lies_there():
     tokens, logits = 4 * 512, 4 * 512 * 32000  # fewer logits than a chunk of the loss
     kept = tokens * (32 * 2 * 4096 + 10 * 4096)  # a layer's input of each layer; the ends
     loss = (2 + 25) * logits
-    # One layer, recomputed: two norms, attention and feed-forward part, log-sum-exps; and gradients.
+    # One layer, recomputed: two norms, attention and feed-forward part, log-sum-exps; and
+    # gradients.
     again = 2 * (4 + 2 + 2) * 4096 + 2 * (4 * 4096 + 4 * 11008) + 4 * 32
     working = tokens * (again + 2 * (2 * 4096 + 3 * 11008))
     gradients = 2 * BUCKET + 2 * n / 8
@@ -441,7 +450,8 @@ def test_each_phase_is_parted_by_what_lies_there():
     assert backward.split()[-3] == f"{(kept + working) / GIB:.1f}"
     frozen = f"{flags} --lora_dim 8 --only_optimize_lora".replace("--gradient_checkpointing", "")
     adapters = plan_step(parse_config(SFTConfig, frozen.split()), world_size=8, dtype="bf16")
-    # Norms that do not train keep less; adapters keep their inputs' products: 4 of the attention, 3 of the rest, 8 each.
+    # Norms that do not train keep less; adapters keep their inputs' products: 4 of the attention, 3
+    # of the rest, 8 each.
     layer = 2 * (4 + 2) * 4096 + 2 * (4 * 4096 + 4 * 11008) + 4 * 32 + 2 * 7 * 8
     assert adapters.parts["backward"]["activations"] == tokens * (32 * layer + 10 * 4096) + loss
 
@@ -470,12 +480,14 @@ def test_the_rows_of_the_plan_are_those_of_a_gpu_and_of_a_host():
         row[: header.index("weights")].strip(): row[header.index("weights") :].split()
         for row in rows[:-1]
     }
-    # 4 rows of 512 tokens in 32 layers of keys and values; all weights of the actor while it generates, then none.
+    # 4 rows of 512 tokens in 32 layers of keys and values; all weights of the actor while it
+    # generates, then none.
     assert cells["generate"][-3:-1] == ["1.0", f"{2 * 6_738_415_616 / GIB:.1f}"]
     assert cells["actor backward"][-3:-1] == ["1.0", "0.0"]
     for cell in cells.values():
         assert float(cell[-1]) == pytest.approx(sum(map(float, cell[:-1])), abs=0.3)
-    # Actor and critic in bf16, of which each process has 1.57 GiB a model, page-locked 2; and fp32 weights, gradients,
+    # Actor and critic in bf16, of which each process has 1.57 GiB a model, page-locked 2; and fp32
+    # weights, gradients,
     # moments and a bf16 copy of an eighth for each process.
     trained = 2 * 6_738_415_616 - 32000 * 4096 + 4096
     assert cells["a host of 8"][:2] == [f"{8 * 2 * 2:.1f}", f"{18 * trained / GIB:.1f}"]

@@ -146,7 +146,7 @@ def test_no_adapter_is_written_where_it_would_not_be_all(tmp_path):
     tokenizer, out = load_tokenizer(tiny("llama")), tmp_path / "out"
     save_model(stirred(load_causal_lm(tiny("llama"), dtype=FP32)), tokenizer, out)
     assert (out / ADAPTER_FOLDER).is_dir()
-    # An adapter of an older model does not stay behind.
+    # An adapter of an older model does not stay.
     save_model(
         stirred(load_causal_lm(tiny("llama"), dtype=FP32), only_optimize_lora=False), tokenizer, out
     )

@@ -29,7 +29,7 @@ def copy(llama, tmp_path) -> Path:
 
 
 def load(folder: Path):
-    """What a step does, in its order."""
+    """Load as a step does, in its order."""
     tokenizer = load_tokenizer(str(folder))
     named_size(str(folder), flag=FLAG)
     return load_causal_lm(str(folder), dtype=torch.float32, tokenizer=tokenizer)
@@ -52,7 +52,7 @@ def check_refused(folder: Path, *words: str) -> None:
 )
 def test_a_damaged_file_is_named(name, text, copy):
     (copy / name).write_bytes(text if isinstance(text, bytes) else text.encode())
-    check_refused(copy, name, "Copy it anew")
+    check_refused(copy, name, "Copy it again")
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_a_configuration_that_makes_no_sense_is_named(change, copy):
 def test_a_damaged_index_is_named(text, copy):
     (copy / "model.safetensors").rename(copy.parent / "model.safetensors")
     (copy / "model.safetensors.index.json").write_text(text)
-    check_refused(copy, "model.safetensors.index.json", "Copy it anew")
+    check_refused(copy, "model.safetensors.index.json", "Copy it again")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

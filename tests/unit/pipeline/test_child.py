@@ -1,4 +1,4 @@
-"""run_logged: the processes below it get its signals, and never outlive it."""
+"""run_logged: child processes receive its signals and never outlive it."""
 
 import contextlib
 import fcntl
@@ -17,22 +17,26 @@ import pytest
 from dschat.pipeline import child
 
 ROOT = Path(__file__).resolve().parents[3]
-# A process that notes its id, and on SIGTERM saves; it ends by itself after a minute.
-BELOW = "trap 'echo saved; exit 3' TERM; echo $$ >{pid}; echo begun; for i in $(seq 600); do sleep 0.1; done"
+# A process that writes down its id and saves on SIGTERM; it ends by itself after a minute.
+BELOW = (
+    "trap 'echo saved; exit 3' TERM; echo $$ >{pid}; echo begun; "
+    "for i in $(seq 600); do sleep 0.1; done"
+)
 ABOVE = """
 import os, sys
 from functools import partial
 from pathlib import Path
 from dschat.pipeline.child import run_logged, start_process
 try:
-    run_logged(partial(start_process, ["bash", "-c", sys.argv[1]], dict(os.environ)), Path(sys.argv[2]))
+    command = ["bash", "-c", sys.argv[1]]
+    run_logged(partial(start_process, command, dict(os.environ)), Path(sys.argv[2]))
 except KeyboardInterrupt:
     sys.exit(7)
 """
 
 
 def ended(pid: int) -> bool:
-    """Whether the process ends in ten seconds; it is killed otherwise."""
+    """Return whether the process ends within ten seconds; kill it otherwise."""
     for _ in range(100):
         try:
             os.kill(pid, 0)
@@ -44,12 +48,12 @@ def ended(pid: int) -> bool:
 
 
 def noted(file: Path) -> int:
-    """The process id in `file`, once it is there."""
+    """Wait for `file` and return the process id in it."""
     for _ in range(300):
         with contextlib.suppress(OSError, ValueError):
             return int(file.read_text())
         time.sleep(0.1)
-    raise AssertionError("nothing has begun")
+    raise AssertionError("the process did not start")
 
 
 def take_terminal() -> None:
@@ -57,7 +61,7 @@ def take_terminal() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
 
 
-def test_a_lost_terminal_lets_the_run_save_and_ends_it(tmp_path):
+def test_a_run_saves_and_ends_when_its_terminal_is_lost(tmp_path):
     main, terminal = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, "-c", ABOVE, BELOW.format(pid=tmp_path / "pid"), str(tmp_path / "log")],
@@ -70,9 +74,9 @@ def test_a_lost_terminal_lets_the_run_save_and_ends_it(tmp_path):
     pid = noted(tmp_path / "pid")
     while "begun" not in (tmp_path / "log").read_text():
         time.sleep(0.05)
-    os.close(main)  # the kernel sends SIGHUP, and what is written to the screen fails from here on
+    os.close(main)  # the kernel sends SIGHUP, and writes to the screen fail from here on
     status = process.wait(30)
-    assert ended(pid), "what ran below lives on"
+    assert ended(pid), "the child process is still running"
     assert status == 7 and (tmp_path / "log").read_text().endswith("saved\n")
 
 
@@ -94,7 +98,7 @@ def test_sighup_that_is_ignored_stays_ignored(tmp_path):
     assert process.returncode == 0 and "done" in said, said
 
 
-def test_without_a_reader_of_the_screen_the_run_goes_on(tmp_path):
+def test_the_run_continues_without_a_reader_of_its_output(tmp_path):
     words = [
         sys.executable,
         "-c",
@@ -112,7 +116,7 @@ def test_without_a_reader_of_the_screen_the_run_goes_on(tmp_path):
     process.stderr.close()
 
 
-def test_a_log_that_cannot_be_written_is_said_once(capsys):
+def test_a_log_that_cannot_be_written_is_reported_once(capsys):
     start = partial(
         child.start_process, ["sh", "-c", "echo one; sleep 0.2; echo two"], dict(os.environ)
     )
@@ -125,7 +129,7 @@ def test_a_log_that_cannot_be_written_is_said_once(capsys):
 @pytest.mark.parametrize(
     "below", [BELOW, BELOW.replace("'echo saved; exit 3'", "''")], ids=["saves", "does not listen"]
 )
-def test_whatever_is_raised_ends_the_run(below, tmp_path, monkeypatch):
+def test_any_exception_ends_the_run(below, tmp_path, monkeypatch):
     class Broken:
         def search(self, line):
             raise MemoryError
@@ -138,14 +142,12 @@ def test_whatever_is_raised_ends_the_run(below, tmp_path, monkeypatch):
     assert ended(noted(tmp_path / "pid"))
 
 
-def test_a_signal_that_comes_before_there_is_a_process_is_handed_on(tmp_path):
+def test_a_signal_received_before_the_process_exists_is_forwarded(tmp_path):
     def start():
         os.kill(os.getpid(), signal.SIGTERM)
         return child.start_process(["sleep", "20"], dict(os.environ))
 
-    before = signal.signal(
-        signal.SIGTERM, lambda *_: None
-    )  # the tests' own process does not end by it
+    before = signal.signal(signal.SIGTERM, lambda *_: None)  # so that this process does not end
     try:
         began = time.monotonic()
         with pytest.raises(KeyboardInterrupt):
@@ -155,7 +157,7 @@ def test_a_signal_that_comes_before_there_is_a_process_is_handed_on(tmp_path):
     assert time.monotonic() - began < 10
 
 
-def test_a_forked_launcher_has_none_of_the_callers_handlers(tmp_path, monkeypatch):
+def test_a_forked_launcher_does_not_inherit_signal_handlers(tmp_path, monkeypatch):
     from dschat.engine import fork_launcher
 
     def say_handlers():

@@ -1,4 +1,4 @@
-"""What e2e_rlhf.py makes of names: models, folders and the flags of each step, which the mains must accept."""
+"""e2e_rlhf.py: model names, folders and the flags of each step, which the mains must accept."""
 
 import sys
 from pathlib import Path
@@ -33,7 +33,7 @@ def test_names_of_models(name, expected):
     assert resolve_model(name) == expected
 
 
-def test_a_folder_without_a_slash_is_found_and_a_name_of_nothing_is_refused(tmp_path, monkeypatch):
+def test_a_folder_without_a_slash_is_found_and_an_unknown_name_is_refused(tmp_path, monkeypatch):
     (tmp_path / "mine").mkdir()
     monkeypatch.chdir(tmp_path)
     assert resolve_model("mine") == ("real", "mine")
@@ -65,8 +65,9 @@ def test_the_mains_accept_every_recipe(step, kind, on_gpu, single_gpu):
 
 def test_commands_of_real_sizes(e2e):
     args = e2e.parse_args(
-        "--actor-model facebook/opt-1.3b --reward-model facebook/opt-350m --deployment-type multi_node "
-        "--hostfile hosts --output-dir out --actor-zero-stage 2 --data-path rows.jsonl".split()
+        "--actor-model facebook/opt-1.3b --reward-model facebook/opt-350m "
+        "--deployment-type multi_node --hostfile hosts --output-dir out --actor-zero-stage 2 "
+        "--data-path rows.jsonl".split()
     )
     plan = e2e.make_plan(args)
     output = Path(args.output_dir)
@@ -94,7 +95,7 @@ def test_the_launcher_counts_processes_by_deployment(e2e, monkeypatch):
         return e2e.launcher(e2e.parse_args(text.split()), on_gpu=on_gpu, port=29500)[5:]
 
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    here = ["--hostfile", ""]  # not DeepSpeed's default of other machines
+    here = ["--hostfile", ""]  # not DeepSpeed's default hostfile
     assert words("", True) == [*here, "--num_gpus", "1"]
     assert words("--deployment-type single_node", True) == here
     assert words("--deployment-type single_node --num-processes 4", True) == [
@@ -118,7 +119,7 @@ def test_the_launcher_counts_processes_by_deployment(e2e, monkeypatch):
         words("", True)
 
 
-def test_models_that_do_not_go_together_are_refused(e2e):
+def test_models_that_do_not_fit_together_are_refused(e2e):
     with pytest.raises(ValueError, match="--actor-model 1.3b and --reward-model tiny-opt"):
         e2e.make_plan(e2e.parse_args("--actor-model 1.3b --reward-model tiny-opt".split()))
 
@@ -135,9 +136,7 @@ def test_models_that_do_not_go_together_are_refused(e2e):
         ("no model", "no model"),
     ],
 )
-def test_beside_an_actor_that_is_no_opt_the_reward_model_starts_from_it_too(
-    actor, expected, e2e, tmp_path, monkeypatch
-):
+def test_the_default_reward_model_follows_the_actor(actor, expected, e2e, tmp_path, monkeypatch):
     for name, kind in (
         ("an opt folder", "opt"),
         ("an opt-125m that is a llama", "llama"),
@@ -178,12 +177,12 @@ def test_a_critic_that_cannot_read_the_actors_tokens_is_refused_before_step_1(
     ):
         main(*pair)
     assert ran == []
-    main(*pair, "--step", "1", "2")  # whose models may go other ways
+    main(*pair, "--step", "1", "2")  # without step 3 the models need not fit
     assert ran == [str(other)] and f"--reward-model {other}" in capsys.readouterr().out
     main(
         "--actor-model", str(actor), "--reward-model", str(tmp_path)
-    )  # no tokenizer: step 2 says so
-    # A padding token that step 2 gives its model is no difference.
+    )  # no tokenizer: step 2 reports it
+    # A padding token that step 2 adds does not count as a difference.
     tokenizer = byte_tokenizer(pad_is_eos=True)
     tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
     tokenizer.save_pretrained(actor)
@@ -191,7 +190,7 @@ def test_a_critic_that_cannot_read_the_actors_tokens_is_refused_before_step_1(
     assert ran == [str(other), str(tmp_path), str(other)] and capsys.readouterr().out == ""
 
 
-def test_what_is_in_the_way_of_a_run_is_named_at_once(tmp_path):
+def test_all_bad_arguments_are_named_at_once(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError) as refused:
         check_arguments(
@@ -205,9 +204,9 @@ def test_what_is_in_the_way_of_a_run_is_named_at_once(tmp_path):
     assert hosts.startswith("--hostfile none: no such file") and "slots=8" in hosts
     assert (
         output
-        == f"--output-dir {tmp_path}/file: no folder that can be written (File exists). Give another."
+        == f"--output-dir {tmp_path}/file: not a writable folder (File exists). Give another."
     )
-    with pytest.raises(ValueError, match=r"--num-processes 3: this machine shows 2 GPU\(s\)"):
+    with pytest.raises(ValueError, match=r"--num-processes 3: this machine has 2 GPU\(s\)"):
         check_arguments(
             str(tmp_path / "out"), num_processes=3, num_gpus=2, save_interval=0, hostfile=None
         )
@@ -229,7 +228,7 @@ def test_what_is_in_the_way_of_a_run_is_named_at_once(tmp_path):
     assert (tmp_path / "out").is_dir()
 
 
-def test_the_command_ends_with_these_words(e2e, tmp_path, monkeypatch):
+def test_the_command_reports_bad_arguments(e2e, tmp_path, monkeypatch):
     command = [
         "e2e_rlhf.py",
         "--actor-model",

@@ -1,4 +1,4 @@
-"""What e2e_rlhf.py goes on with, and what it begins anew: its records of steps, and the checkpoints in their folders."""
+"""e2e_rlhf.py: which steps it resumes and which it starts over, by records and checkpoints."""
 
 import json
 import subprocess
@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 class Chain:
-    """e2e_rlhf.py with mains that only note their flags, and that stop behind a checkpoint where they are told to."""
+    """e2e_rlhf.py with mains that only note their flags, and that can stop after a checkpoint."""
 
     def __init__(self, e2e, output: Path, monkeypatch):
         self.e2e, self.output = e2e, output
@@ -26,7 +26,11 @@ class Chain:
             raise KeyboardInterrupt
 
     def __call__(self, words: str = "", *, stop: int = 0) -> list[tuple[int, bool]]:
-        """The steps that ran, each with whether it went on from a checkpoint; step `stop` writes one and stops."""
+        """Run the pipeline; step `stop` writes a checkpoint and stops.
+
+        Returns:
+            The steps that ran, each with whether it was resumed.
+        """
         self.ran: list[tuple[int, bool]] = []
         self.stopped = {stop}
         args = self.e2e.parse_args(f"--actor-model 1.3b --output-dir {self.output} {words}".split())
@@ -37,11 +41,11 @@ class Chain:
         return self.ran
 
     def folder(self, step: int) -> Path:
-        """A step's output folder."""
+        """Return a step's output folder."""
         return next(self.output.glob(f"{'actor reward step3'.split()[step - 1]}-models/*"))
 
     def checkpoints(self) -> list[int]:
-        """The steps that have checkpoints."""
+        """Return the steps that have checkpoints."""
         return [step for step in (1, 2, 3) if list(self.folder(step).glob("checkpoints/step_*"))]
 
 
@@ -50,40 +54,40 @@ def chain(e2e, tmp_path, monkeypatch) -> Chain:
     return Chain(e2e, tmp_path / "out", monkeypatch)
 
 
-ANEW, RESUMED = False, True
+FRESH, RESUMED = False, True
 
 
-def test_a_step_that_was_stopped_goes_on_and_finished_ones_do_not_run(chain):
-    assert chain(stop=2) == [(1, ANEW), (2, ANEW)]
-    assert chain(stop=3) == [(2, RESUMED), (3, ANEW)]
+def test_a_stopped_step_is_resumed_and_finished_ones_do_not_run(chain):
+    assert chain(stop=2) == [(1, FRESH), (2, FRESH)]
+    assert chain(stop=3) == [(2, RESUMED), (3, FRESH)]
     assert chain() == [(3, RESUMED)]
     assert chain() == []
-    assert chain("--fresh") == [(1, ANEW), (2, ANEW), (3, ANEW)] and chain.checkpoints() == []
+    assert chain("--fresh") == [(1, FRESH), (2, FRESH), (3, FRESH)] and chain.checkpoints() == []
 
 
 @pytest.mark.parametrize("earlier", [1, 2])
-def test_behind_a_step_that_has_run_anew_nothing_goes_on(earlier, chain):
+def test_steps_after_one_that_ran_again_start_over(earlier, chain):
     chain(stop=3)
-    assert chain(f"--step {earlier}") == [(earlier, ANEW)]
+    assert chain(f"--step {earlier}") == [(earlier, FRESH)]
     assert not (chain.folder(3) / "started.json").exists()
-    assert chain() == [(3, ANEW)]
+    assert chain() == [(3, FRESH)]
     (chain.folder(3) / "finished.json").unlink()
     (chain.folder(3) / "checkpoints" / "step_00000005").mkdir(parents=True)
-    assert chain(f"--step {earlier} 3") == [(earlier, ANEW), (3, ANEW)]
+    assert chain(f"--step {earlier} 3") == [(earlier, FRESH), (3, FRESH)]
 
 
-def test_checkpoints_behind_a_step_stay_until_it_has_finished(chain):
+def test_checkpoints_of_later_steps_stay_until_a_step_has_finished(chain):
     chain(stop=3)
     chain("--step 1", stop=1)
     assert chain.checkpoints() == [1, 3]
     with pytest.raises(
-        ValueError, match="step_00000005 is of a run that cannot be gone on with.* --fresh"
+        ValueError, match="step_00000005 belongs to a run that cannot be resumed.* --fresh"
     ):
         chain("--step 3")
-    assert chain() == [(1, RESUMED), (3, ANEW)]
+    assert chain() == [(1, RESUMED), (3, FRESH)]
 
 
-def test_what_may_differ_freely_changes_nothing(chain, monkeypatch, tmp_path):
+def test_flags_that_are_free_to_change_do_not_matter(chain, monkeypatch, tmp_path):
     chain("--save-interval 5", stop=3)
     moved = {
         step: Path("/elsewhere") / main.relative_to(ROOT) for step, main in chain.e2e.MAINS.items()
@@ -98,7 +102,7 @@ def test_what_may_differ_freely_changes_nothing(chain, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("stop", [1, 3])
-def test_other_settings_delete_no_checkpoint_unless_they_are_told_to(stop, chain):
+def test_other_settings_delete_no_checkpoint_without_fresh(stop, chain):
     chain("--save-interval 5 --data-path a.jsonl b.jsonl", stop=stop)
     records = {file: file.read_text() for file in chain.output.rglob("*.json")}
     with pytest.raises(ValueError) as refused:
@@ -109,17 +113,17 @@ def test_other_settings_delete_no_checkpoint_unless_they_are_told_to(stop, chain
     assert str(chain.folder(stop) / "checkpoints" / "step_00000005") in said and "--fresh" in said
     assert "--data_path was a.jsonl b.jsonl and is a.jsonl; --zero_stage was 0 and is 2" in said
     assert "save_interval" not in said
-    assert chain("--data-path a.jsonl --fresh") == [(1, ANEW), (2, ANEW), (3, ANEW)]
+    assert chain("--data-path a.jsonl --fresh") == [(1, FRESH), (2, FRESH), (3, FRESH)]
 
 
-def test_without_checkpoints_other_settings_run_what_has_finished_again(chain, capsys):
+def test_without_checkpoints_other_settings_run_finished_steps_again(chain, capsys):
     chain()
-    assert chain("--reward-zero-stage 2") == [(2, ANEW), (3, ANEW)]
-    assert "begins anew with other settings: --zero_stage was 0 and is 2" in capsys.readouterr().out
+    assert chain("--reward-zero-stage 2") == [(2, FRESH), (3, FRESH)]
+    assert "starts over with other settings: --zero_stage was 0 and is 2" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("words", ["", "--fresh", "--step 1"])
-def test_the_folder_of_a_run_that_lasts_is_not_touched(words, chain):
+def test_the_folder_of_another_running_run_is_not_touched(words, chain):
     chain(stop=3)
     (chain.folder(3) / "checkpoints" / "step_00000009").mkdir()
     files = sorted(chain.output.rglob("*.json"))

@@ -50,7 +50,7 @@ def test_ppo_section_by_hand(tmp_path):
                 "length": len(a),
                 "ended": s > 0,
             }
-            for s, a in zip(scores, answers)
+            for s, a in zip(scores, answers, strict=True)
         ]
 
     write_rows(tmp_path / "evaluation" / "rollout_000000.jsonl", rows([-1.0, 1.0], [" bad", " so"]))
@@ -62,7 +62,7 @@ def test_ppo_section_by_hand(tmp_path):
     assert (section["length_before"], section["length_after"]) == (3.5, 4.0)
     assert (section["eos_rate_before"], section["eos_rate_after"]) == (0.5, 1.0)
     assert (section["judge_before"], section["judge_after"]) == (0.0, 0.5)
-    assert section["score_gain_lower95"] == 1.0  # gains 3 and 1: the least resample is (1, 1)
+    assert section["score_gain_lower95"] == 1.0  # gains 3 and 1: the lowest resample is (1, 1)
     text = summary_text(
         {
             "sft": {"perplexity_before": 9.0, "perplexity_after": 4.5},

@@ -22,7 +22,7 @@ FAILURES = {
 
 
 def python(code: str, *, main: str = "", **environment: str) -> subprocess.CompletedProcess:
-    """Run a main whose body is `main` inside run_main, after `code`; stderr and stdout as one."""
+    """Run `code`, then a main with the body `main` in run_main; stderr goes to stdout."""
     program = (
         f"from dschat.runtime import log\n{code}\ndef main():\n    {main}\nlog.run_main(main)\n"
     )
@@ -39,7 +39,7 @@ def python(code: str, *, main: str = "", **environment: str) -> subprocess.Compl
 @pytest.mark.parametrize("case", FAILURES)
 def test_a_failure_ends_with_its_cause_and_status_1(case):
     body, cause, has_traceback = FAILURES[case]
-    # What stands in a buffer has to come out in front of the cause.
+    # Buffered output has to be printed before the cause.
     done = python("", main=f"print('before', end=''); {body}")
     assert done.returncode == 1
     assert done.stdout.endswith(f"\nerror (rank 0): {cause}\n")
@@ -66,7 +66,7 @@ def test_other_ranks_show_warnings_only_and_name_themselves():
 
 
 @pytest.mark.parametrize(("local_rank", "waits"), [("0", []), ("1", [log.OTHER_RANKS_WAIT_S])])
-def test_ranks_behind_the_first_of_a_node_hold_back(local_rank, waits, monkeypatch, capsys):
+def test_only_the_first_rank_of_a_node_reports_at_once(local_rank, waits, monkeypatch, capsys):
     events = []
     monkeypatch.setenv("LOCAL_RANK", local_rank)
     monkeypatch.setattr(log.time, "sleep", lambda seconds: events.append(seconds))
@@ -76,7 +76,7 @@ def test_ranks_behind_the_first_of_a_node_hold_back(local_rank, waits, monkeypat
     assert capsys.readouterr().err == "\nerror (rank 0): cause\n"
 
 
-def test_under_a_launcher_the_cause_comes_once_more_behind_its_lines(tmp_path):
+def test_under_a_launcher_the_cause_is_printed_again_after_its_lines(tmp_path):
     launcher = tmp_path / "deepspeed_launcher.py"
     launcher.write_text(
         "import subprocess, sys, time\n"
@@ -90,12 +90,12 @@ def test_under_a_launcher_the_cause_comes_once_more_behind_its_lines(tmp_path):
         [sys.executable, launcher], env=environment, capture_output=True, text=True, timeout=60
     )
     assert (
-        done.stderr
-        == "\nerror (rank 0): the cause\nthe launcher on its own failure\n\nerror (rank 0): the cause\n"
+        done.stderr == "\nerror (rank 0): the cause\nthe launcher on its own failure\n"
+        "\nerror (rank 0): the cause\n"
     )
 
 
-def test_collectives_of_one_process():
+def test_collectives_of_one_rank():
     rows = torch.arange(6.0).view(3, 2)
     assert (dist.rank(), dist.world_size(), dist.is_main()) == (0, 1, True)
     assert torch.equal(dist.gather_rows(rows), rows) and torch.equal(
@@ -109,11 +109,11 @@ def test_collectives_of_one_process():
     dist.barrier()
 
 
-def test_the_rank_before_a_group_exists_is_the_launchers(as_rank_1):
+def test_without_a_group_the_rank_is_the_one_set_by_the_launcher(as_rank_1):
     assert (dist.rank(), dist.is_main(), dist.world_size()) == (1, False, 1)
 
 
-# Three rows on each of two ranks, dealt out as rows 0, 2, 4 and 1, 3, 5; rank 1 has one column less.
+# Three rows on each of two ranks, dealt as rows 0, 2, 4 and 1, 3, 5; rank 1 has one column less.
 TWO_RANKS = """
 import sys
 import torch
@@ -121,7 +121,8 @@ import torch.distributed
 from dschat.runtime import dist
 
 rank = int(sys.argv[1])
-torch.distributed.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
+store = f"file://{sys.argv[2]}"
+torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
 rows = torch.tensor([[10.0 * i, i][: 2 - rank] for i in range(rank, 6, 2)])
 print(dist.gather_rows(rows, 5).tolist())
 print(dist.gather_rows(torch.tensor([rank])).tolist())
@@ -130,7 +131,7 @@ print([dist.all_reduce(value, op).item() for op in ("sum", "max", "min")], value
 """
 
 
-def test_collectives_of_two_processes(tmp_path):
+def test_collectives_of_two_ranks(tmp_path):
     command = [sys.executable, "-c", TWO_RANKS]
     processes = [
         subprocess.Popen(
@@ -150,14 +151,14 @@ def test_collectives_of_two_processes(tmp_path):
         ]
 
 
-def test_write_json_leaves_the_old_file_until_the_new_one_is_whole(tmp_path, monkeypatch):
+def test_write_json_keeps_the_old_file_until_the_new_one_is_complete(tmp_path, monkeypatch):
     path = tmp_path / "new" / "run.json"
     files.write_json(path, {"a": "é"})
     assert path.read_text(encoding="utf-8") == '{\n  "a": "é"\n}\n'
     order = []
     fsync, replace = os.fsync, os.replace
     monkeypatch.setattr(files.os, "fsync", lambda fd: (order.append("fsync"), fsync(fd)))
-    # Up to the very last moment a reader sees the old file, and the new one lies whole beside it.
+    # Until the rename a reader sees the old file, and the new one is complete beside it.
     monkeypatch.setattr(
         files.os,
         "replace",
@@ -197,6 +198,6 @@ def test_a_report_names_the_machine_and_the_versions():
         (RuntimeError("NCCL error: unhandled system error"), "NCCL_DEBUG=INFO"),
     ],
 )
-def test_errors_of_the_machine_say_what_to_change(error, word):
+def test_errors_of_the_machine_come_with_advice(error, word):
     assert word in log.advice(error)
     assert log.advice(KeyError("x")) == ""

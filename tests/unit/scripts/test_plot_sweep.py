@@ -1,4 +1,4 @@
-"""The figure of a sweep: curves by folder name, and what is missing."""
+"""The figure of a sweep: curves by folder name, and missing runs."""
 
 import json
 
@@ -16,7 +16,7 @@ def write_run(folder, name: str, values) -> None:
     (folder / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def test_sixteen_runs_are_looked_for_and_what_is_there_is_read(tmp_path):
+def test_runs_are_read_and_missing_ones_are_named(tmp_path):
     write_run(tmp_path, "z2_he_true_offload_false_lora_true", [0.5, None, 2.0, 1.5])
     write_run(tmp_path, "z3_he_false_offload_false_lora_false", [])
     curves, missing = read_curves(tmp_path, "objective/score")
@@ -30,7 +30,7 @@ def test_sixteen_runs_are_looked_for_and_what_is_there_is_read(tmp_path):
     assert summary(curve) == ["4", "0.500", "1.500", "2.000"]
 
 
-def test_a_moving_average_begins_with_what_there_is():
+def test_a_moving_average_starts_with_fewer_values():
     assert moving_average([1.0, 3.0, 5.0, 7.0], 2) == [1.0, 2.0, 4.0, 6.0]
     assert moving_average([1.0, 3.0], 1) == [1.0, 3.0]
 

@@ -1,4 +1,4 @@
-"""scripts/reproduce_ppo.py, with a launcher that writes down what a run would: what is run again, and what is judged."""
+"""scripts/reproduce_ppo.py with a launcher that only writes metrics: reruns and verdicts."""
 
 import json
 from types import SimpleNamespace
@@ -12,7 +12,10 @@ KINDS = ("epochs1", "epochs4")
 
 @pytest.fixture
 def script(tmp_path, monkeypatch):
-    """`main` on two models and two kinds of runs; `launched` are the commands, `gain` is what every run gains."""
+    """Prepare two models and two kinds of runs.
+
+    `main` runs the script, `launched` lists its commands, and `gain` is the score gain of each run.
+    """
     for name in ("actor", "critic"):
         (tmp_path / name / "model").mkdir(parents=True)
         (tmp_path / name / "model" / "config.json").write_text("{}")
@@ -55,7 +58,7 @@ def script(tmp_path, monkeypatch):
 
 
 def write_run(folder: str, *, gain: float, fast: bool) -> None:
-    """Metrics and evaluations of four rollouts; a fast run gains all in the first two."""
+    """Write metrics and evaluations of four rollouts; a fast run gains all in the first two."""
     evaluations = reproduce_ppo.Path(folder) / "evaluation"
     evaluations.mkdir(parents=True)
     steps = {0: 0.0, 2: gain if fast else 0.5 * gain, 4: gain}
@@ -121,7 +124,7 @@ def test_slow_learning_with_four_epochs_is_a_missed_bar(script):
     assert not all_met and rows[-1][1:] == ["4", "NO"]
 
 
-def test_only_what_has_other_flags_or_models_is_run_again(script):
+def test_only_runs_with_other_flags_or_models_are_repeated(script):
     script.main("--seeds", "1")
     assert len(script.launched) == 2
     script.main("--seeds", "1")
@@ -131,7 +134,7 @@ def test_only_what_has_other_flags_or_models_is_run_again(script):
     script.more = ["--kl_coef", "0.5"]
     script.main("--seeds", "1")
     assert len(script.launched) == 2 and "0.5" in script.launched[0]
-    # Folder names are as before: what is in them tells.
+    # The folder names are the same; only the files differ.
     for name, file in (("actor", "model.safetensors"), ("critic", "config.json")):
         (script.models / name / "model" / file).write_text("other")
         script.main("--seeds", "1")

@@ -117,16 +117,16 @@ WRONG = {
         "unknown field 'file'; known: messages, max_new_tokens",
     ),
     "messages of another type": ({"messages": "hello"}, 'field "messages" is "hello", not a list'),
-    "no message": ({"messages": []}, 'field "messages" has no message of the user'),
+    "no message": ({"messages": []}, 'field "messages" does not end with a message of the user'),
     "another role": ({"messages": [{"role": "root", "content": "a"}]}, "messages[0] is"),
     "no content": (
         {"messages": [{"role": "user"}]},
-        'field "messages[0].content" is null, not a text',
+        'field "messages[0].content" is null, not a string',
     ),
     "half a character": ({"messages": [{"role": "user", "content": "\ud800"}]}, "not valid UTF-8"),
     "the model's last": (
         {"messages": [{"role": "assistant", "content": "a"}]},
-        "no message of the user",
+        "does not end with a message of the user",
     ),
     "too many turns": (
         {"messages": HELLO["messages"] * 5},

@@ -14,11 +14,13 @@ from dschat.tracking.metrics import MetricsWriter
 ROOT = Path(__file__).resolve().parents[3]
 
 
-def test_metrics_are_json_lines_with_null_for_what_is_not_finite(tmp_path):
+def test_metrics_are_json_lines_with_null_for_nan_and_infinity(tmp_path):
     writer = MetricsWriter(tmp_path / "new")
     writer.write(0, {"eval/loss": 1.5})
     lines = (tmp_path / "new" / "metrics.jsonl").read_text().splitlines()
-    assert lines == ['{"step": 0, "eval/loss": 1.5}'], "a line is there as soon as it is written"
+    assert lines == ['{"step": 0, "eval/loss": 1.5}'], (
+        "a line is in the file as soon as it is written"
+    )
     writer.write(1, {"a": math.nan, "b": math.inf, "c": -math.inf, "d": 2})
     writer.close()
     lines = (tmp_path / "new" / "metrics.jsonl").read_text().splitlines()
@@ -28,7 +30,7 @@ def test_metrics_are_json_lines_with_null_for_what_is_not_finite(tmp_path):
     )
 
 
-def test_metrics_wait_for_a_disk_that_is_full(tmp_path, shown):
+def test_metrics_are_kept_while_the_disk_is_full(tmp_path, shown):
     writer = MetricsWriter(tmp_path)
     disk = writer._file
     with open("/dev/full", "wb", buffering=0) as writer._file:
@@ -43,17 +45,17 @@ def test_metrics_wait_for_a_disk_that_is_full(tmp_path, shown):
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
 
 
-def test_metrics_that_found_no_room_are_counted_at_the_end(tmp_path, shown):
+def test_lost_metrics_are_counted_at_the_end(tmp_path, shown):
     writer = MetricsWriter(tmp_path)
     writer._file.close()
-    writer._file = open("/dev/full", "wb", buffering=0)
+    writer._file = open("/dev/full", "wb", buffering=0)  # noqa: SIM115
     for step in (1, 2):
         writer.write(step, {})
     writer.close()
     assert "lacks its last 2 lines" in shown[-1]
 
 
-def test_events_that_cannot_be_written_end_no_run(tmp_path, shown, monkeypatch):
+def test_a_run_continues_if_events_cannot_be_written(tmp_path, shown, monkeypatch):
     writer = MetricsWriter(tmp_path, tensorboard_dir=tmp_path / "events")
 
     def full(*args, **kwargs):
@@ -90,7 +92,7 @@ def test_other_ranks_write_no_metrics(tmp_path, as_rank_1):
 
 @pytest.fixture
 def shown(monkeypatch) -> list[str]:
-    """The messages of the package's logger."""
+    """Collect the messages of the package's logger."""
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())
@@ -115,7 +117,7 @@ def test_progress_shows_the_first_the_last_and_a_line_every_interval(shown, monk
     assert shown[-1].endswith("left 0:00")
 
 
-def test_progress_is_rank_0s(shown, as_rank_1):
+def test_only_rank_0_shows_progress(shown, as_rank_1):
     progress.Progress("SFT", 1).update(1, {})
     assert shown == []
 

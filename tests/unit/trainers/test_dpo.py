@@ -19,7 +19,7 @@ from dschat.trainers.dpo import DPOObjective
 
 EOS = 2
 BETA, SMOOTHING = 0.7, 0.2
-# Answers of unequal lengths behind prompts of unequal lengths; the end token stands inside of texts, too.
+# Answers of unequal lengths after prompts of unequal lengths; the end token stands inside of texts, too.
 ITEMS = [
     {"chosen_ids": [9, 5, 6, 7, EOS], "rejected_ids": [9, 5, EOS], "num_prompt": 2},
     {"chosen_ids": [8, EOS], "rejected_ids": [8, 11, 12, 13, 14, EOS], "num_prompt": 1},
@@ -59,13 +59,13 @@ def model(request, tmp_path_factory):
 
 
 def plain_logprob(model, ids: list[int], num_prompt: int) -> torch.Tensor:
-    """Of one answer, without padding, a token at a time."""
+    """Return the logprob of one answer, without padding, a token at a time."""
     table = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].log_softmax(-1)
     return sum(table[t - 1, ids[t]] for t in range(num_prompt, len(ids)))
 
 
 def plain_pairs(policy, reference) -> list[dict]:
-    """Of each item rewards, logprobs and the loss."""
+    """Return rewards, logprobs and the loss of each item."""
     found = []
     for item in ITEMS:
         logprobs, rewards = [], []

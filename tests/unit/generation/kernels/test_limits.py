@@ -1,4 +1,6 @@
-"""Kernels' sizes against GPUs' shared memory. What they take was read from Triton 3.6's compilations of these kernels."""
+"""Kernels' sizes against GPUs' shared memory. What they take was read from Triton 3.6's
+compilations of these kernels.
+"""
 
 import pytest
 
@@ -56,5 +58,5 @@ def test_the_gpu_is_asked(monkeypatch):
     monkeypatch.setattr(limits, "shared_bytes", H100)
     monkeypatch.setattr(limits.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(limits.torch.cuda, "get_device_properties", lambda: Properties)
-    limits.look()
+    limits.detect_shared_memory()
     assert limits.shared_bytes == L4

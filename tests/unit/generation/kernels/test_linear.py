@@ -1,4 +1,6 @@
-"""Which linear layers of a replica share a launch. The products themselves need a GPU: tests/gpu."""
+"""Groups of a replica's linear layers that share a launch. The products themselves need a GPU:
+tests/gpu.
+"""
 
 import torch
 from torch import nn
