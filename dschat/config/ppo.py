@@ -197,7 +197,7 @@ class PPOConfig:
         )
         found = fields_at_least(self.batch, sizes, 1)
         found += fields_at_least(self.data, ("max_prompt_seq_len", "max_answer_seq_len"), 1)
-        if not found and self.rollout_rows % self.rows_per_update:
+        if not found and self.rows_per_update > 0 and self.rollout_rows % self.rows_per_update:
             found.append(
                 f"A rollout of {self.rollout_rows} rows per rank "
                 "(--per_device_generation_batch_size x --generation_batches x "

@@ -453,6 +453,7 @@ BAD_VALUES = {
         ("--only_optimize_lora", "--only_optimize_lora needs adapters: give --lora_dim above 0."),
     ],
     "step 3": [
+        ("--gradient_accumulation_steps 0", "--gradient_accumulation_steps 0: must be at least 1."),
         ("--actor_zero_stage 4", "--actor_zero_stage 4: ZeRO has the stages 0, 1, 2 and 3."),
         ("--critic_zero_stage -1", "--critic_zero_stage -1: ZeRO has the stages 0, 1, 2 and 3."),
         ("--actor_lora_dim -1", "--actor_lora_dim -1: must be at least 0."),
