@@ -200,12 +200,12 @@ def test_a_step_that_caches_nothing_is_noticed(device, tmp_path, monkeypatch):
     """The logits of the first step are right all the same; those of the next would not be."""
     engine = stand_in(tiny(tmp_path, "llama"), device)
     ids, mask = prompts(device)
-    kernel = cuda_graphs.decode_attention.decode_attention
+    kernel = cuda_graphs.attention.decode_attention
 
     def on_copies(query, key, value, *rest):
         return kernel(query, key.clone(), value.clone(), *rest)
 
-    monkeypatch.setattr(cuda_graphs.decode_attention, "decode_attention", on_copies)
+    monkeypatch.setattr(cuda_graphs.attention, "decode_attention", on_copies)
     hybrid = HybridEngine(engine, compiled=False)
     expected = answers(PlainGenerator(engine).decode(ids, mask, greedy()).tokens)
     assert answers(hybrid.decode(ids, mask, greedy()).tokens) == expected
