@@ -13,7 +13,7 @@ ZERO3 = "--actor_zero_stage 3 --critic_zero_stage 3"
 
 
 @dataclass(frozen=True)
-class Row:
+class MemoryRow:
     """One measurement: a step, its shapes, its flags, and how much memory it may take."""
 
     step: int
@@ -29,36 +29,42 @@ class Row:
 
 
 ROWS = {
-    "sft-7b-lora-offload-32gb": Row(
+    "sft-7b-lora-offload-32gb": MemoryRow(
         1, "llama-2-7b", f"--zero_stage 2 --offload {LORA.format('')}", cap_gb=32
     ),
-    "rm-7b-lora-offload-32gb": Row(
+    "rm-7b-lora-offload-32gb": MemoryRow(
         2, "llama-2-7b", f"--zero_stage 2 --offload {LORA.format('')}", cap_gb=32, rows=2
     ),
-    "ppo-7b-lora-offload-32gb": Row(
+    "ppo-7b-lora-offload-32gb": MemoryRow(
         3, "llama-2-7b", f"{ZERO2} --offload {PPO_LORA}", critic="llama-2-7b", cap_gb=32, answer=128
     ),
-    "ppo-13b-lora": Row(
+    "ppo-13b-lora": MemoryRow(
         3, "opt-13b", f"{ZERO2} {PPO_LORA}", critic="opt-350m", rows=16, answer=128
     ),
-    "ppo-30b-lora-shared": Row(3, "opt-30b", f"{ZERO2} {PPO_LORA}", critic="opt-350m", answer=128),
-    "ppo-7b-lora": Row(3, "llama-2-7b", f"{ZERO2} {PPO_LORA}", critic="llama-2-7b", answer=128),
-    "ppo-7b-lora-mixz": Row(
+    "ppo-30b-lora-shared": MemoryRow(
+        3, "opt-30b", f"{ZERO2} {PPO_LORA}", critic="opt-350m", answer=128
+    ),
+    "ppo-7b-lora": MemoryRow(
+        3, "llama-2-7b", f"{ZERO2} {PPO_LORA}", critic="llama-2-7b", answer=128
+    ),
+    "ppo-7b-lora-mixz": MemoryRow(
         3,
         "llama-2-7b",
         f"{ZERO2} {PPO_LORA} --enable_mixed_precision_lora",
         critic="llama-2-7b",
         answer=128,
     ),
-    "ppo-7b-zero3-lora": Row(3, "llama-2-7b", f"{ZERO3} {PPO_LORA}", critic="opt-350m", answer=32),
-    "ppo-7b-zero3-lora-mixz": Row(
+    "ppo-7b-zero3-lora": MemoryRow(
+        3, "llama-2-7b", f"{ZERO3} {PPO_LORA}", critic="opt-350m", answer=32
+    ),
+    "ppo-7b-zero3-lora-mixz": MemoryRow(
         3,
         "llama-2-7b",
         f"{ZERO3} {PPO_LORA} --enable_mixed_precision_lora",
         critic="opt-350m",
         answer=32,
     ),
-    "ppo-13b-lora-idle-states": Row(
+    "ppo-13b-lora-idle-states": MemoryRow(
         3,
         "opt-13b",
         f"{ZERO2} {PPO_LORA} --offload_idle_states",
@@ -66,7 +72,7 @@ ROWS = {
         rows=16,
         answer=128,
     ),
-    "ppo-30b-lora-mixz": Row(
+    "ppo-30b-lora-mixz": MemoryRow(
         3,
         "opt-30b",
         f"{ZERO2} {PPO_LORA} --enable_mixed_precision_lora",
@@ -74,7 +80,7 @@ ROWS = {
         answer=128,
     ),
     # In host memory, by the plan: 143 GiB of master weights and moments, 72 of gradients and of weights in bf16.
-    "ppo-13b-full-offload": Row(
+    "ppo-13b-full-offload": MemoryRow(
         3,
         "opt-13b",
         f"{ZERO2} --offload --no_pin_memory --actor_gradient_checkpointing --critic_gradient_checkpointing",
@@ -83,10 +89,10 @@ ROWS = {
         min_host_gib=240,
     ),
     # All weights train, which takes one GPU of 141 GB or two of 80; how it scales is told by running it on more.
-    "sft-7b-zero3-full": Row(
+    "sft-7b-zero3-full": MemoryRow(
         1, "llama-2-7b", "--zero_stage 3 --gradient_checkpointing", min_gpus_gib=110
     ),
-    "ppo-7b-zero3-full": Row(
+    "ppo-7b-zero3-full": MemoryRow(
         3,
         "llama-2-7b",
         f"{ZERO3} --actor_gradient_checkpointing --critic_gradient_checkpointing "
@@ -208,7 +214,7 @@ def random_ids(rows: int, length: int, seed: int):
 
 
 def measure_supervised(
-    row: Row, meter: Meter, *, sizes: tuple[int, int, int], tiny: bool, rollouts: int
+    row: MemoryRow, meter: Meter, *, sizes: tuple[int, int, int], tiny: bool, rollouts: int
 ) -> dict:
     """Optimizer steps of step 1 or 2."""
     import torch
@@ -257,7 +263,7 @@ def measure_supervised(
 
 
 def measure_ppo(
-    row: Row, meter: Meter, *, sizes: tuple[int, int, int], tiny: bool, rollouts: int
+    row: MemoryRow, meter: Meter, *, sizes: tuple[int, int, int], tiny: bool, rollouts: int
 ) -> dict:
     """Rollouts of step 3 and the updates on them."""
     import torch
