@@ -344,7 +344,7 @@ def reward(prompts, answers, **columns):
     [(4, 2), (5, 3)],
     ids=["in-a-rollout", "in-an-evaluation"],
 )
-def test_a_reward_that_fails_ends_the_run_behind_a_checkpoint(
+def test_a_reward_that_fails_ends_the_run_after_a_checkpoint(
     fatal, done, zygote, tmp_path, record
 ):
     function = tmp_path / "rewards.py"
@@ -353,7 +353,7 @@ def test_a_reward_that_fails_ends_the_run_behind_a_checkpoint(
     failed = zygote.run(3, tmp_path / "out", argv)
     assert failed.statuses == [1], failed.log[-3000:]
     assert "the judge does not answer" in failed.log and "the prompt" in failed.log
-    assert f"There is a checkpoint of what went before, step {done}" in failed.log
+    assert f"A checkpoint holds the rollouts before it, step {done}" in failed.log
     assert failed.checkpoints() == ["latest", f"step_{done:08d}"] and steps_of(failed)[-1] == done
     function.write_text(FAILING.replace("FATAL", "0"))
     resumed = zygote.run(3, tmp_path / "out", f"{argv} --resume latest")

@@ -140,7 +140,7 @@ def test_built_in_prompts_of_every_language(models, monkeypatch, capsys):
 
 # Flags, and what the message must hold.
 BAD_PROMPT_EVAL = {
-    "beam groups": (["--num_beam_groups", "2"], ["--num_beam_groups 2", "leave it at 1"]),
+    "beam groups": (["--num_beam_groups", "2"], ["--num_beam_groups 2", "Leave it at 1"]),
     "numbers": (
         ["--num_beams", "0", "--max_new_tokens", "0"],
         ["--num_beams 0", "--max_new_tokens 0"],

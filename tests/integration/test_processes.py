@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from dschat.engine.build import start_processes
 from dschat.engine.launch_env import shared_buffers
-from dschat.tracking import dist
+from dschat.runtime import dist
 
 start_processes()
 total = dist.all_reduce(torch.tensor(dist.rank() + 1))
