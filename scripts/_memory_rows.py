@@ -226,7 +226,7 @@ def measure_supervised(
     from dschat.engine.optim import step_together
     from dschat.runtime import dist
     from dschat.trainers.supervised import RewardObjective, SFTObjective
-    from dschat.trainers.supervised_run import Stage, build_engine
+    from dschat.trainers.supervised_run import SupervisedRun, build_engine
 
     rows, prompt, answer = sizes
     texts = rows if row.step == 1 else 2 * rows
@@ -239,8 +239,8 @@ def measure_supervised(
         return random_model(path, dtype=dtype, tiny=tiny, head=row.step == 2)
 
     with meter.phase("load"):
-        stage = Stage(row.step, config, device, config.model.dtype, None, 2, None)
-        engine = build_engine(stage, load, total_steps=rollouts)
+        run = SupervisedRun(row.step, config, device, config.model.dtype, None, 2, None)
+        engine = build_engine(run, load, total_steps=rollouts)
     objective, losses = (SFTObjective if row.step == 1 else RewardObjective)(), []
     for step in range(rollouts):
         ids = random_ids(texts, prompt + answer, step)

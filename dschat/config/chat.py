@@ -17,7 +17,7 @@ from dschat.config.value_checks import (
 
 
 @dataclass(frozen=True)
-class ChatModel(InferenceModel):
+class ChatModelOptions(InferenceModel):
     """The model to talk to."""
 
     path: str = flag(
@@ -28,7 +28,7 @@ class ChatModel(InferenceModel):
 
 
 @dataclass(frozen=True)
-class Answers:
+class AnswerOptions:
     """How answers are generated, and how long a conversation may be."""
 
     _argument_group_name = "answers"
@@ -89,8 +89,8 @@ class Serving:
 class ChatConfig:
     """Talk to a model."""
 
-    model: ChatModel
-    answers: Answers
+    model: ChatModelOptions
+    answers: AnswerOptions
     serving: Serving
 
     def problems(self) -> list[str]:

@@ -12,26 +12,26 @@ from dschat.engine.shared_models import AdaptersOff
 from dschat.runtime import dist
 from dschat.trainers.reference_model import reference_loader
 from dschat.trainers.supervised import answer_nll, evaluate_rows
-from dschat.trainers.supervised_run import Stage, load_start
+from dschat.trainers.supervised_run import SupervisedRun, load_start
 
 
-def build_reference(stage: Stage):
+def build_reference(run: SupervisedRun):
     """A frozen copy of the model that the step starts from, inside a separate engine; None where the trained model
     with its adapters off is the reference.
     """
-    config = stage.config
+    config = run.config
     if config.shares_reference:
         return None
     system = replace(config.system, offload=config.system.offload_reference_model)
     ds_config = inference_config(
         system,
-        dtype=stage.dtype,
+        dtype=run.dtype,
         micro_batch_size=config.batch.per_device_train_batch_size,
         world_size=dist.world_size(),
     )
     load = reference_loader(config.system, config.lora, flag="--lora_module_name")
     return build_inference_engine(
-        load_start(stage, load, ds_config, dropout=0.0), ds_config=ds_config
+        load_start(run, load, ds_config, dropout=0.0), ds_config=ds_config
     )
 
 

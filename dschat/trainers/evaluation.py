@@ -50,7 +50,7 @@ class PolicyEvaluator:
     ):
         """
         Args:
-            rewards: Answers to scores [B].
+            rewards: SampledAnswers to scores [B].
             loader: PromptBatches in the data set's order.
             output_dir: answers go to evaluation/rollout_N.jsonl below it; None: nowhere.
         """

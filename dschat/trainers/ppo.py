@@ -1,6 +1,6 @@
 """PPO on DeepSpeed engines: generate experience, then learn from it.
 
-PromptBatch -> generate -> Answers -> rewards -> make_experience -> Experience
+PromptBatch -> generate -> SampledAnswers -> rewards -> make_experience -> Experience
     -> ppo_epochs x shuffled minibatches of policy_loss and value_loss (and, if asked, a PTX loss).
 """
 
@@ -25,7 +25,7 @@ from dschat.tracking.progress import memory_gib
 from dschat.trainers.ppo_metrics import UpdateTotals, logprob_gap, rollout_metrics
 from dschat.trainers.rlhf_engine import DeepSpeedRLHFEngine
 from dschat.trainers.rollout import (
-    Answers,
+    SampledAnswers,
     answer_logits,
     answer_values,
     concatenate,
@@ -49,7 +49,7 @@ class DeepSpeedPPOTrainer:
         self,
         engines: DeepSpeedRLHFEngine,
         config: PPOConfig,
-        rewards: Callable[[Answers], torch.Tensor],
+        rewards: Callable[[SampledAnswers], torch.Tensor],
         *,
         eos_token_ids: tuple[int, ...],
         pad_token_id: int,
@@ -58,7 +58,7 @@ class DeepSpeedPPOTrainer:
     ):
         """
         Args:
-            rewards: Answers to scores [B].
+            rewards: SampledAnswers to scores [B].
             eos_token_ids: the ids that end an answer.
             score_std: scores are divided by it; one constant for the whole run.
             ptx: endless batches of general text for the PTX loss.
@@ -103,7 +103,7 @@ class DeepSpeedPPOTrainer:
 
     def generate_experience(
         self, batches: list[PromptBatch]
-    ) -> tuple[Experience, list[Answers], dict[str, float]]:
+    ) -> tuple[Experience, list[SampledAnswers], dict[str, float]]:
         """One rollout: answers to all prompt batches, scored, with whitened advantages.
 
         Returns:

@@ -14,7 +14,7 @@ from dschat.algorithms.masks import pool_last
 from dschat.data.templates import render
 from dschat.runtime import dist
 from dschat.runtime.paths import user_path
-from dschat.trainers.rollout import Answers
+from dschat.trainers.rollout import SampledAnswers
 
 BLAME_S = 10.0  # seconds to look for the answer on which a function fails
 
@@ -38,7 +38,7 @@ class Reward(Protocol):
 
     name: str
 
-    def __call__(self, answers: Answers, texts: Callable[[], AnswerTexts]) -> torch.Tensor:
+    def __call__(self, answers: SampledAnswers, texts: Callable[[], AnswerTexts]) -> torch.Tensor:
         """[B] fp32 scores."""
 
 
@@ -48,7 +48,7 @@ class ModelReward:
     def __init__(self, engine, name: str):
         self.engine, self.name = engine, name
 
-    def __call__(self, answers: Answers, texts) -> torch.Tensor:
+    def __call__(self, answers: SampledAnswers, texts) -> torch.Tensor:
         values = self.engine(input_ids=answers.input_ids, attention_mask=answers.attention_mask)
         return pool_last(values, answers.attention_mask)
 
@@ -74,7 +74,7 @@ class RetokenisedReward:
         )
         self.max_tokens = max_tokens
 
-    def __call__(self, answers: Answers, texts) -> torch.Tensor:
+    def __call__(self, answers: SampledAnswers, texts) -> torch.Tensor:
         known, ids, failure = texts(), [], None
         for row, answer, ended in zip(known.rows, known.answers, known.ended):
             try:
@@ -120,7 +120,7 @@ class FunctionReward:
     def __init__(self, function: Callable, name: str):
         self.function, self.name = function, name
 
-    def __call__(self, answers: Answers, texts) -> torch.Tensor:
+    def __call__(self, answers: SampledAnswers, texts) -> torch.Tensor:
         known = texts()
         columns: dict[str, list] = {}
         for name in {name for row in known.rows for name in row.columns}:
@@ -181,7 +181,7 @@ class WeightedRewards:
         self.rewards, self.weights = rewards, weights or [1.0] * len(rewards)
         self.dataset, self.tokenizer = dataset, tokenizer
 
-    def __call__(self, answers: Answers) -> torch.Tensor:
+    def __call__(self, answers: SampledAnswers) -> torch.Tensor:
         """[B] fp32.
 
         Raises:
@@ -218,7 +218,7 @@ class WeightedRewards:
             raise RewardFailure("a reward failed on another process, which says why")
         return total
 
-    def _texts(self, answers: Answers) -> AnswerTexts:
+    def _texts(self, answers: SampledAnswers) -> AnswerTexts:
         index = answers.prompts.index.tolist()
         kept = [tokens[mask] for tokens, mask in zip(answers.tokens, answers.response_mask)]
         return AnswerTexts(

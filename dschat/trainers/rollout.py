@@ -19,7 +19,7 @@ from dschat.runtime.log import logger
 
 
 @dataclass(frozen=True)
-class Answers:
+class SampledAnswers:
     """Prompts with sampled answers."""
 
     prompts: PromptBatch
@@ -67,7 +67,7 @@ def sampling_config(
     )
 
 
-def generate(generator, prompts: PromptBatch, *, generation: GenerationConfig) -> Answers:
+def generate(generator, prompts: PromptBatch, *, generation: GenerationConfig) -> SampledAnswers:
     """Sample `generation.num_return_sequences` answers to each prompt, those of one prompt together.
 
     Args:
@@ -82,7 +82,7 @@ def generate(generator, prompts: PromptBatch, *, generation: GenerationConfig) -
     tokens, mask = decoded.tokens[:, :longest], mask[:, :longest]
     tokens = torch.where(mask, tokens, torch.full_like(tokens, generation.pad_token_id))
     final = tokens.gather(-1, last_index(mask)[:, None]).squeeze(-1)
-    return Answers(
+    return SampledAnswers(
         prompts=prompts,
         input_ids=torch.cat([prompts.input_ids, tokens], dim=-1),
         attention_mask=torch.cat([prompts.attention_mask, mask.long()], dim=-1),
@@ -116,7 +116,7 @@ def answer_values(
 
 def make_experience(
     engines,
-    answers: Answers,
+    answers: SampledAnswers,
     scores: torch.Tensor,
     *,
     config: PPOConfig,
@@ -224,7 +224,7 @@ def trim(experience: Experience) -> Experience:
     return Experience(**columns)
 
 
-def exact_kl(engines, answers: Answers) -> torch.Tensor:
+def exact_kl(engines, answers: SampledAnswers) -> torch.Tensor:
     """[B] fp32: KL(policy || reference) over the whole vocabulary, summed over each answer's positions, nats."""
     inputs = (answers.input_ids, answers.attention_mask, answers.tokens.shape[1])
     with torch.no_grad():
@@ -232,7 +232,7 @@ def exact_kl(engines, answers: Answers) -> torch.Tensor:
     return torch.where(answers.response_mask, kl, torch.zeros_like(kl)).sum(-1)
 
 
-def print_answers(batches: list[Answers], scores: torch.Tensor, tokenizer) -> None:
+def print_answers(batches: list[SampledAnswers], scores: torch.Tensor, tokenizer) -> None:
     """Print prompts, answers and scores of every process, in the order of the ranks; rank 0 prints.
 
     Args:

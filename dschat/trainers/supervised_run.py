@@ -33,7 +33,7 @@ from dschat.trainers.supervised import Objective, train_supervised
 
 
 @dataclass(frozen=True)
-class Stage:
+class SupervisedRun:
     """A supervised step that has joined its processes and loaded its tokenizer, but no model yet."""
 
     number: int
@@ -45,7 +45,7 @@ class Stage:
     checkpoint: Checkpoint | None  # what the run resumes from
 
 
-def start_stage(config, *, number: int) -> Stage:
+def start_run(config, *, number: int) -> SupervisedRun:
     """Join the process group, seed, check the output folder, load the tokenizer and show the memory plan.
 
     Raises:
@@ -66,28 +66,36 @@ def start_stage(config, *, number: int) -> Stage:
     end = end_token_id(tokenizer, add_eot_token=model.add_eot_token, eot_token=model.eot_token)
     dtype = resolve_dtype(model.dtype)
     show_plan(config, dtype=dtype)
-    return Stage(number, config, device, dtype, tokenizer, end, checkpoint)
+    return SupervisedRun(number, config, device, dtype, tokenizer, end, checkpoint)
 
 
-def train_stage(
-    stage: Stage, objective: Objective, *, load_model, train_loader, eval_loader
+def train_run(
+    run: SupervisedRun,
+    objective: Objective,
+    *,
+    load_model,
+    train_loader,
+    eval_loader,
+    eval_interval: int = 0,
+    print_loss: bool = False,
 ) -> torch.nn.Module:
     """Load the model, train it and return it (still inside its engine, LoRA and ZeRO partitions).
 
     Args:
         load_model: ``load_causal_lm`` or ``load_reward_model``.
     """
-    config = stage.config
-    schedule, run = config.schedule, config.run
+    config = run.config
+    schedule = config.schedule
+    options = config.run
     epoch_steps = len(train_loader) // schedule.gradient_accumulation_steps
     total_steps = schedule.max_train_steps or epoch_steps * schedule.num_train_epochs
-    tensorboard = run.tensorboard_path if run.enable_tensorboard else None
-    engine = build_engine(stage, load_model, total_steps=total_steps, tensorboard=tensorboard)
-    events = f"{tensorboard}/step{stage.number}_tensorboard_logs" if tensorboard else None
-    done = stage.checkpoint.step if stage.checkpoint else None
-    metrics = MetricsWriter(run.output_dir, tensorboard_dir=events, resume_from=done)
+    tensorboard = options.tensorboard_path if options.enable_tensorboard else None
+    engine = build_engine(run, load_model, total_steps=total_steps, tensorboard=tensorboard)
+    events = f"{tensorboard}/step{run.number}_tensorboard_logs" if tensorboard else None
+    done = run.checkpoint.step if run.checkpoint else None
+    metrics = MetricsWriter(options.output_dir, tensorboard_dir=events, resume_from=done)
     record_run(
-        config, run.output_dir, dtype=stage.dtype, total_steps=total_steps, resumed_from=done
+        config, options.output_dir, dtype=run.dtype, total_steps=total_steps, resumed_from=done
     )
     state = RunState(
         config,
@@ -96,7 +104,7 @@ def train_stage(
         engines={"model": engine},
         metrics=metrics,
     )
-    state.restore(stage.checkpoint)
+    state.restore(run.checkpoint)
     train_supervised(
         engine,
         objective,
@@ -105,41 +113,43 @@ def train_stage(
         num_eval_rows=len(eval_loader.dataset),
         total_steps=total_steps,
         metrics=metrics,
-        eval_interval=getattr(run, "eval_interval", 0),
-        log_interval_s=run.log_interval_s,
-        print_loss=getattr(run, "print_loss", False),
+        eval_interval=eval_interval,
+        log_interval_s=options.log_interval_s,
+        print_loss=print_loss,
     )
     metrics.close()
     return engine.module
 
 
-def save_stage(stage: Stage, model: torch.nn.Module, tokenizer=None) -> None:
+def save_run(run: SupervisedRun, model: torch.nn.Module, tokenizer=None) -> None:
     """Write the model folder into --output_dir, beside metrics.jsonl and run.json. Every process must call it."""
-    if stage.config.run.output_dir is not None:
-        save_model(model, tokenizer or stage.tokenizer, Path(stage.config.run.output_dir))
+    if run.config.run.output_dir is not None:
+        save_model(model, tokenizer or run.tokenizer, Path(run.config.run.output_dir))
 
 
-def build_engine(stage: Stage, load_model, *, total_steps: int, tensorboard: str | None = None):
+def build_engine(
+    run: SupervisedRun, load_model, *, total_steps: int, tensorboard: str | None = None
+):
     """The engine around the step's model, which `load_model` loads.
 
     Args:
         total_steps: optimizer steps of the run, the schedule's length.
         tensorboard: folder of the engine's own events; None: none.
     """
-    config = stage.config
+    config = run.config
     ds_config = training_config(
         config.system,
-        dtype=stage.dtype,
+        dtype=run.dtype,
         micro_batch_size=config.batch.per_device_train_batch_size,
         gradient_accumulation_steps=config.schedule.gradient_accumulation_steps,
         world_size=dist.world_size(),
         on_cpu=on_cpu(),
         tensorboard_path=tensorboard,
-        tensorboard_name=f"step{stage.number}_model",
+        tensorboard_name=f"step{run.number}_model",
         ranks_per_node=dist.ranks_per_node(),
     )
     ds_config = override(ds_config, config.run.deepspeed_config or config.run.deepscale_config)
-    model = load_start(stage, load_model, ds_config, dropout=config.system.dropout)
+    model = load_start(run, load_model, ds_config, dropout=config.system.dropout)
     lora_names = prepare_for_training(model, lora=config.lora, system=config.system)
     if config.system.enable_mixed_precision_lora:
         quantize_linears(model, adapted_layer_names(model))
@@ -156,20 +166,20 @@ def build_engine(stage: Stage, load_model, *, total_steps: int, tensorboard: str
 
 
 def load_start(
-    stage: Stage, load_model, ds_config: dict, *, dropout: float | None
+    run: SupervisedRun, load_model, ds_config: dict, *, dropout: float | None
 ) -> torch.nn.Module:
     """The model that the step starts from, for an engine of `ds_config`; under ZeRO-3 in its partitions.
 
     Args:
         dropout: every dropout probability; None: the model's own.
     """
-    model = stage.config.model
-    logger.info(f"loading {model.model_name_or_path} in {stage.dtype} on {stage.device}")
+    model = run.config.model
+    logger.info(f"loading {model.model_name_or_path} in {run.dtype} on {run.device}")
     with partitioned_loading(ds_config):
         loaded = load_model(
             model.model_name_or_path,
-            dtype=TORCH_DTYPES[stage.dtype],
-            tokenizer=stage.tokenizer,
+            dtype=TORCH_DTYPES[run.dtype],
+            tokenizer=run.tokenizer,
             dropout=dropout,
             trust_remote_code=model.trust_remote_code,
         )

@@ -344,9 +344,7 @@ def reward(prompts, answers, **columns):
     [(4, 2), (5, 3)],
     ids=["in-a-rollout", "in-an-evaluation"],
 )
-def test_a_reward_that_fails_ends_the_run_after_a_checkpoint(
-    fatal, done, zygote, tmp_path, record
-):
+def test_a_reward_that_fails_ends_the_run_after_a_checkpoint(fatal, done, zygote, tmp_path, record):
     function = tmp_path / "rewards.py"
     function.write_text(FAILING.replace("FATAL", str(fatal)))
     argv = f"{PPO} --reward_fn {function}:reward --advantage_estimator rloo --num_samples_per_prompt 2 --eval_interval 3"

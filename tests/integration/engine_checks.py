@@ -23,7 +23,7 @@ from dschat.models.reward_model import load_reward_model
 from dschat.models.tokenizer import load_tokenizer
 from dschat.runtime import dist
 from dschat.trainers.rewards import RetokenisedReward, RewardFailure, WeightedRewards
-from dschat.trainers.rollout import Answers
+from dschat.trainers.rollout import SampledAnswers
 
 
 def planted(
@@ -241,7 +241,9 @@ def refused_prompt(stock: str, *, zero: int) -> str:
     ids = here(torch.tensor([[5, 6]]))
     ones = torch.ones_like(ids)
     prompts = PromptBatch(ids[:, :1], ones[:, :1], torch.zeros_like(ids[0, :1]))
-    answers = Answers(prompts, ids, ones, response_mask=ones[:, 1:].bool(), ended=ones[:, 0].bool())
+    answers = SampledAnswers(
+        prompts, ids, ones, response_mask=ones[:, 1:].bool(), ended=ones[:, 0].bool()
+    )
     try:
         WeightedRewards([reward], [], OnePrompt(), tokenizer)(answers)
     except RewardFailure as error:

@@ -8,41 +8,43 @@ from dschat.models.causal_lm import load_causal_lm
 from dschat.runtime.log import run_main
 from dschat.trainers.dpo import DPOObjective, build_reference
 from dschat.trainers.preflight import dry_run
-from dschat.trainers.supervised_run import save_stage, start_stage, train_stage
+from dschat.trainers.supervised_run import save_run, start_run, train_run
 
 
 def main() -> None:
     config = parse_config(DPOConfig)
     if config.run.dry_run:
         return dry_run(config)
-    stage = start_stage(config, number=2)
+    run = start_run(config, number=2)
     train_data, eval_data = build_pair_data(
         config.data,
-        stage.tokenizer,
+        run.tokenizer,
         max_seq_len=config.data.max_seq_len,
-        end_token_id=stage.end_token_id,
+        end_token_id=run.end_token_id,
     )
     train_loader, eval_loader = make_loaders(
         train_data,
         eval_data,
         collate_pairs,
-        pad_id=stage.tokenizer.pad_token_id,
+        pad_id=run.tokenizer.pad_token_id,
         train_batch_size=config.batch.per_device_train_batch_size,
         eval_batch_size=config.batch.per_device_eval_batch_size,
         window=config.schedule.gradient_accumulation_steps,
         seed=config.run.seed,
     )
     objective = DPOObjective(
-        build_reference(stage), beta=config.dpo.beta, label_smoothing=config.dpo.label_smoothing
+        build_reference(run), beta=config.dpo.beta, label_smoothing=config.dpo.label_smoothing
     )
-    model = train_stage(
-        stage,
+    model = train_run(
+        run,
         objective,
         load_model=load_causal_lm,
         train_loader=train_loader,
         eval_loader=eval_loader,
+        eval_interval=config.run.eval_interval,
+        print_loss=config.run.print_loss,
     )
-    save_stage(stage, model)
+    save_run(run, model)
 
 
 if __name__ == "__main__":

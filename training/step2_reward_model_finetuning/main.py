@@ -10,21 +10,21 @@ from dschat.runtime import dist
 from dschat.runtime.log import run_main
 from dschat.trainers.preflight import dry_run
 from dschat.trainers.supervised import RewardObjective
-from dschat.trainers.supervised_run import save_stage, start_stage, train_stage
+from dschat.trainers.supervised_run import save_run, start_run, train_run
 
 
 def main() -> None:
     config = parse_config(RewardConfig)
     if config.run.dry_run:
         return dry_run(config)
-    stage = start_stage(config, number=2)
+    run = start_run(config, number=2)
     # The saved model is pooled by pad id, so the pad must be a token that no text holds.
-    pad_id = ensure_unambiguous_pad(stage.tokenizer)
+    pad_id = ensure_unambiguous_pad(run.tokenizer)
     train_data, eval_data = build_pair_data(
         config.data,
-        stage.tokenizer,
+        run.tokenizer,
         max_seq_len=config.data.max_seq_len,
-        end_token_id=stage.end_token_id,
+        end_token_id=run.end_token_id,
         cut_fraction=config.data.cut_fraction,
         seed=config.run.seed,
     )
@@ -39,14 +39,15 @@ def main() -> None:
         window=config.schedule.gradient_accumulation_steps,
         seed=config.run.seed,
     )
-    model = train_stage(
-        stage,
+    model = train_run(
+        run,
         RewardObjective(),
         load_model=load_reward_model,
         train_loader=train_loader,
         eval_loader=eval_loader,
+        eval_interval=config.run.eval_interval,
     )
-    save_stage(stage, model.model)
+    save_run(run, model.model)
 
 
 if __name__ == "__main__":

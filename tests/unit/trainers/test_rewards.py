@@ -21,7 +21,7 @@ from dschat.trainers.rewards import (
     reads_alike,
     same_tokens,
 )
-from dschat.trainers.rollout import Answers
+from dschat.trainers.rollout import SampledAnswers
 
 PROMPTS = ["one", "two"]
 
@@ -47,7 +47,7 @@ def make_answers(texts=("ab", "c"), ended=(True, False)):
     tokens = torch.tensor([row + [0] * (longest - len(row)) for row in ids])
     mask = torch.arange(longest) < torch.tensor([[len(row)] for row in ids])
     ones = torch.ones_like(prompt)
-    return Answers(
+    return SampledAnswers(
         prompts=PromptBatch(prompt, ones, torch.arange(2)),
         input_ids=torch.cat([prompt, tokens], -1),
         attention_mask=torch.cat([ones, mask.long()], -1),
