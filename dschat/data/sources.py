@@ -4,27 +4,20 @@ Every row is checked once, when the dataset is opened. A bad row thus stops a ru
 loads, and the rows left out do not depend on the step: all steps split the same rows.
 """
 
-import glob
 import logging
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import datasets
 import numpy as np
-import pyarrow.parquet
 
 from dschat.data.hub_sets import HUB_SETS, HubSet, local_json_row
-from dschat.data.readers import read_records
 from dschat.data.row import Row, RowFunction, row_from_columns
-from dschat.runtime.paths import user_path
+from dschat.data.tables import LOCAL_JSON, Fault, Table, format_error, open_tables, parse_entry
 
 logger = logging.getLogger(__name__)
 
-SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
-EVAL_NAMES = ("eval", "test", "validation", "valid", "dev")
-HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 # The errors of a row function over fields that are missing, null or of another type.
 ROW_FAULTS = (ValueError, KeyError, TypeError, IndexError, AttributeError)
 FAULTS_SHOWN = 5
@@ -36,13 +29,10 @@ HOLD_OUT_SALT = 1
 class Part:
     """Rows of one table, a sequence of raw rows (dictionaries)."""
 
-    table: Sequence  # list of dict, or a memory-mapped datasets.Dataset
+    table: Table
     index: np.ndarray  # [N] int64, which rows of the table, in order
     # "prompt", "chosen" and "rejected": [N] bool, True if the row has that text
     has: dict[str, np.ndarray]
-    title: str
-    # The line of each row of the table; None: messages give the row's number, counted from 1.
-    lines: Sequence[int] | None = None
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -50,14 +40,11 @@ class Part:
 
     def __getitem__(self, position: int) -> dict:
         """Return the raw row at `position`."""
-        return self.table[int(self.index[position])]
+        return self.table.rows[int(self.index[position])]
 
     def place(self, position: int) -> str:
         """Return a row's place for messages: "rows.jsonl, line 7" or "name (train), row 7"."""
-        number = int(self.index[position])
-        if self.lines is None:
-            return f"{self.title}, row {number + 1}"
-        return f"{self.title}, line {self.lines[number]}"
+        return self.table.place(int(self.index[position]))
 
     def take(self, positions: Sequence[int]) -> "Part":
         """Return the rows at `positions` as a new part of the same table."""
@@ -81,16 +68,7 @@ class Source:
         try:
             return replace(self.row_function(raw), place=place)
         except ROW_FAULTS as error:
-            raise ValueError(f"{place or self.name}: {_format_error(error)}") from error
-
-
-@dataclass(frozen=True)
-class _Table:
-    rows: Sequence
-    title: str
-    lines: Sequence[int] | None = None
-    faults: tuple = ()  # (line, message) of what could not be read
-    lost_after: int | None = None  # the line after which rows cannot be told from one another
+            raise ValueError(f"{place or self.name}: {format_error(error)}") from error
 
 
 def load_source(
@@ -99,6 +77,9 @@ def load_source(
     eval_fraction: float,
     data_seed: int,
     skip_bad_rows: bool = False,
+    config: str | None = None,
+    split: str | None = None,
+    prefer: tuple[str, ...] = (),
     cache_dir: str | None = None,
 ) -> Source:
     """Open one entry of --data_path.
@@ -115,19 +96,28 @@ def load_source(
             no evaluation part.
         data_seed: seed of the choice of held-out rows.
         skip_bad_rows: leave malformed rows out and log their number, instead of raising.
+        config: configuration of a hub dataset whose entry names none.
+        split: part to train on, if the entry names none.
+        prefer: see `tables.open_tables`.
         cache_dir: folder for downloads from the hub; None: that of the datasets library.
 
     Raises:
         ValueError: for anything that cannot be used; names the file and line or the dataset and
             row, and the remedy.
     """
-    hub_set = _find_hub_set(path)
+    entry = parse_entry(path)
+    hub_set = _find_hub_set(entry.path)
     row_function = hub_set.row_function if hub_set else row_from_columns
-    if path == "local/jsonfile":
+    if path == LOCAL_JSON:
         row_function = local_json_row
-        tables = _open_folder(Path("data"), cache_dir, suffixes=(".json",))
-    else:
-        tables = _open_tables(path, hub_set or HubSet(row_from_columns), cache_dir)
+    tables = open_tables(
+        entry.path,
+        repository=hub_set.repository if hub_set else None,
+        config=entry.config or (hub_set.config if hub_set else None) or config,
+        split=entry.split or split,
+        prefer=prefer,
+        cache_dir=cache_dir,
+    )
     # Users cannot fix a published set, and the known ones have a few rows without a usable answer.
     skip = skip_bad_rows or hub_set is not None
     parts = {name: _check_table(table, row_function, skip=skip) for name, table in tables.items()}
@@ -151,152 +141,16 @@ def _find_hub_set(path: str) -> HubSet | None:
     return next((HUB_SETS[name] for name in names if name in HUB_SETS), None)
 
 
-def _open_tables(path: str, hub_set: HubSet, cache_dir: str | None) -> dict[str, _Table]:
-    local = user_path(path)
-    if _exists(local, path):
-        if not local.is_file() and not local.is_dir():
-            raise ValueError(
-                f"--data_path {path}: neither a file nor a folder. Give a file or a folder."
-            )
-        return _open_local(local, cache_dir)
-    looks_local = path.startswith((".", "/", "~")) or path.endswith(SUFFIXES)
-    if looks_local or not HUB_NAME.fullmatch(path):
-        raise ValueError(
-            f"--data_path {path}: no such file or folder, and not a possible hub name. Give a path "
-            "that exists, or a name such as owner/name."
-        )
-    return _open_hub_set(path, hub_set, cache_dir)
-
-
-def _exists(local: Path, path: str) -> bool:
-    try:
-        return local.exists()
-    except OSError as error:  # a name that is too long, or a folder that may not be read
-        raise ValueError(
-            f"--data_path {path}: {error.strerror}. Give a path that exists, or a name such as "
-            "owner/name."
-        ) from error
-
-
-def _open_local(path: Path, cache_dir: str | None) -> dict[str, _Table]:
-    if path.is_file():
-        return {"train": _open_file(path, cache_dir)}
-    if not any((path / name).exists() for name in ("dataset_dict.json", "state.json")):
-        return _open_folder(path, cache_dir)
-    try:
-        stored = datasets.load_from_disk(str(path))
-    except Exception as error:  # damaged files raise many kinds of errors
-        raise ValueError(
-            f"{path}: not readable as a folder of datasets.save_to_disk: {_format_error(error)}"
-        ) from error
-    return _select_parts(stored, str(path))
-
-
-def _open_folder(
-    folder: Path, cache_dir: str | None, suffixes: tuple[str, ...] = SUFFIXES
-) -> dict[str, _Table]:
-    tables = {}
-    for part, stems in (("train", ("train",)), ("eval", EVAL_NAMES)):
-        files = [folder / (stem + suffix) for stem in stems for suffix in suffixes]
-        files = [file for file in files if file.is_file()]
-        if len(files) > 1:
-            names = " and ".join(file.name for file in files)
-            raise ValueError(f"{folder}: {names} are both its {part} part; keep one.")
-        if files:
-            tables[part] = _open_file(files[0], cache_dir)
-    if "train" not in tables:
-        raise ValueError(
-            f"{folder}: no train{'|'.join(suffixes)} in this folder, and no dataset_dict.json of "
-            "datasets.save_to_disk. Give a file, or a folder that holds train.* and eval.*."
-        )
-    return tables
-
-
-def _open_file(path: Path, cache_dir: str | None) -> _Table:
-    if path.suffix != ".parquet":
-        records = read_records(path)
-        return _Table(
-            rows=records.rows,
-            title=str(path),
-            lines=records.lines,
-            faults=tuple(records.faults),
-            lost_after=records.lost_after,
-        )
-    try:
-        # The library makes no table of a file without rows.
-        if not pyarrow.parquet.read_metadata(path).num_rows:
-            return _Table([], str(path))
-        # The library reads the path as a pattern, and takes the size of the first row group as its
-        # batch size, which may be 0.
-        pattern = glob.escape(str(path))
-        table = datasets.Dataset.from_parquet(pattern, cache_dir=cache_dir, batch_size=1000)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = _format_error(error.__cause__ or error)
-        raise ValueError(f"{path}: not readable as Parquet: {reason}") from error
-    return _Table(table, str(path))
-
-
-def _open_hub_set(name: str, hub_set: HubSet, cache_dir: str | None) -> dict[str, _Table]:
-    repository = hub_set.repository or name
-    logger.info("%s: opening from the hub", name)
-    try:
-        stored = _load_from_hub(repository, hub_set.config, cache_dir)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise ValueError(
-            f"--data_path {name}: no such file or folder here, and loading it from the hub failed "
-            f"({_format_error(error)}). Give a {', '.join(SUFFIXES)} file, or a folder that holds "
-            "train.* and eval.*. If another machine reaches the hub, write a copy there with "
-            f"datasets.save_to_disk, into a folder whose path ends with {name}, and give that."
-        ) from error
-    return _select_parts(stored, name)
-
-
-def _load_from_hub(
-    repository: str, config: str | None, cache_dir: str | None
-) -> datasets.Dataset | datasets.DatasetDict:
-    try:
-        return datasets.load_dataset(repository, config, cache_dir=cache_dir)
-    except RuntimeError as error:
-        if "scripts are no longer supported" not in str(error):
-            raise
-        # The hub converts datasets with a loading script; the converted files are on this branch.
-        return datasets.load_dataset(
-            repository, data_dir=config, revision="refs/convert/parquet", cache_dir=cache_dir
-        )
-
-
-def _select_parts(stored: datasets.Dataset | datasets.DatasetDict, title: str) -> dict[str, _Table]:
-    # save_to_disk keeps a format, with which rows may not be dictionaries of plain values.
-    stored = stored.with_format(None)
-    if isinstance(stored, datasets.Dataset):
-        return {"train": _Table(stored, title)}
-    train = "train"
-    if train not in stored and len(stored) == 1:
-        train = next(iter(stored))
-    if train not in stored:
-        raise ValueError(
-            f"{title}: its parts are {', '.join(stored)}, and none is called train. Save the part "
-            "to train on alone."
-        )
-    tables = {"train": _Table(stored[train], f"{title} ({train})")}
-    for name in EVAL_NAMES:
-        if name in stored and name != train:
-            tables["eval"] = _Table(stored[name], f"{title} ({name})")
-            break
-    return tables
-
-
-def _check_table(table: _Table, row_function: RowFunction, *, skip: bool) -> Part:
+def _check_table(table: Table, row_function: RowFunction, *, skip: bool) -> Part:
     """Return all good rows of a table; raise ValueError for others, or leave them out if `skip`."""
-    faults = list(table.faults)
+    faults = table.faults
     good = []
     has = {"prompt": [], "chosen": [], "rejected": []}
     for number, raw in enumerate(_iterate_rows(table.rows)):
         try:
             row = row_function(raw)
         except ROW_FAULTS as error:
-            line = number + 1 if table.lines is None else table.lines[number]
-            faults.append((line, _format_error(error)))
+            faults.append(table.fault(number, format_error(error)))
             continue
         good.append(number)
         has["prompt"].append(bool(row.prompt))
@@ -309,18 +163,16 @@ def _check_table(table: _Table, row_function: RowFunction, *, skip: bool) -> Par
             "left out %d bad rows of %d; the first: %s",
             len(faults),
             len(faults) + len(good),
-            _format_fault(table, *min(faults)),
+            min(faults),
         )
     if not good:
         raise ValueError(
             f"{table.title}: no rows in it. Give at least one, or take it out of --data_path."
         )
     return Part(
-        table=table.rows,
+        table=table,
         index=np.array(good, dtype=np.int64),
         has={name: np.array(flags, dtype=bool) for name, flags in has.items()},
-        title=table.title,
-        lines=table.lines,
     )
 
 
@@ -334,14 +186,14 @@ def _iterate_rows(rows: Sequence) -> Iterator[dict]:
             yield dict(zip(batch, values, strict=True))
 
 
-def _format_faults(table: _Table, faults: list[tuple[int, str]], *, all_bad: bool) -> str:
+def _format_faults(table: Table, faults: list[Fault], *, all_bad: bool) -> str:
     """Format the first faults, what a row needs, and the remedy."""
-    shown = [_format_fault(table, line, message) for line, message in faults[:FAULTS_SHOWN]]
+    shown = [str(fault) for fault in faults[:FAULTS_SHOWN]]
     if len(faults) > FAULTS_SHOWN:
         shown.append(f"... and {len(faults) - FAULTS_SHOWN} more.")
     if table.lost_after is not None:
         remedy = (
-            f"The rows after line {table.lost_after} cannot be told apart, so --skip_bad_rows "
+            f"The rows after {table.lost_after} cannot be told apart, so --skip_bad_rows "
             "cannot leave out the bad one. Fix that line."
         )
     elif all_bad:
@@ -355,23 +207,12 @@ def _format_faults(table: _Table, faults: list[tuple[int, str]], *, all_bad: boo
     return "\n".join(shown)
 
 
-def _format_fault(table: _Table, line: int, message: str) -> str:
-    unit = "row" if table.lines is None else "line"
-    return f"{table.title}, {unit} {line}: {message}."
-
-
-def _format_error(error: BaseException) -> str:
-    """Format an error as one line without its final full stop."""
-    text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-    return " ".join(text.split()).rstrip(".")[:500]
-
-
 def _hold_out(part: Part, *, eval_fraction: float, data_seed: int) -> tuple[Part, Part]:
     """Split a part at random into training and evaluation rows, each in their own order."""
     if len(part) < 2:
         raise ValueError(
-            f"{part.title}: one row cannot be split into training and evaluation. Give more rows, "
-            "or an eval.* file."
+            f"{part.table.title}: one row cannot be split into training and evaluation. Give more "
+            "rows, or an eval.* file."
         )
     if not 0 < eval_fraction < 1:
         raise ValueError(

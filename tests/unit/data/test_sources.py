@@ -328,7 +328,7 @@ def test_arrow_tables_are_checked_and_named_by_row(tmp_path, kind):
         }
         datasets.DatasetDict(parts).save_to_disk(folder)
     source = load(folder, cache_dir=str(tmp_path / "cache"))
-    assert isinstance(source.train.table, datasets.Dataset)
+    assert isinstance(source.train.table.rows, datasets.Dataset)
     part = source.train
     row = source.row(part[1100], place=part.place(1100))
     number = int(row.prompt[1:])
