@@ -141,7 +141,7 @@ class GraphDecoder:
         """Free graphs, cache and buffers; the next call makes them again."""
         if self.graphs:
             torch.cuda.synchronize()  # a graph must not go while it runs
-        attention.forget_handed_over()
+        attention.newest_token.clear()
         self.graphs.clear()
         self.cache = self.state = self.sampler = self._pool = None
         self._key = ()

@@ -63,7 +63,7 @@ class SlotLayer(CacheLayerMixin):
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         """Store the new tokens [rows, heads, T, width]; returns what attention reads."""
         if self.captured:
-            attention.hand_over(key_states, value_states)
+            attention.newest_token.put(key_states, value_states)
             return self.keys, self.values
         keys, values = self.keys[: self.rows], self.values[: self.rows]
         end = self.filled + key_states.shape[2]

@@ -1,14 +1,10 @@
-"""Attention of one new token over a static key-value cache, as a Triton kernel that reads only what
-a row has.
+"""Attention of one new token over a static key-value cache, as a Triton kernel.
 
-A kernel that takes a mask reads the whole cache, however little of it is filled. This one gets
-bounds [first, end) for
-each row in device memory: left padding and the unfilled end are not read, and one captured CUDA
-graph serves every
-length. Long rows are split over several programs (Dao et al. 2023, Flash-Decoding), whose parts a
-second kernel joins.
-It also writes the token's key and value to the cache, which would be two launches a layer
-otherwise.
+A kernel that takes a mask reads the whole cache, however little of it is filled. This one receives
+bounds [first, end) for each row in device memory. It reads neither left padding nor the unfilled
+end, and one captured CUDA graph serves every length. Long rows are split over several programs
+(Flash-Decoding, Dao et al. 2023); a second kernel joins their parts. The kernel also writes the
+token's key and value to the cache, which would otherwise be two launches per layer.
 """
 
 import torch
@@ -21,57 +17,75 @@ from dschat.generation.kernels import limits
 try:
     import triton
     import triton.language as tl
-except ImportError:  # builds of torch for CPUs come without
+except ImportError:  # torch's CPU builds do not include it
     triton = None
 
 NAME = "dschat_decode"
 PROGRAMS = 512  # programs to aim for: four on each multiprocessor of an H100
 MAX_SPLITS = 16
-# Keys and values [B, K, 1, D] of the token that a decode step is at: from the cache's update, which
-# gets them but sees no
-# attention, to the attention right after it, which gets what the update returns.
-_handed_over: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+
+class NewestToken:
+    """Key and value of a decode step's newest token, from the cache's update to the attention.
+
+    The update receives them but calls no attention; the attention of the same layer runs right
+    after it and receives only what the update returns, which is the whole cache. transformers has
+    no argument between the two, so the update puts the tensors here and the attention takes them.
+    """
+
+    def __init__(self) -> None:
+        self._pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def put(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Leave the newest token's key and value [B, K, 1, D] to the attention that comes next."""
+        self._pairs.append((key, value))
+
+    def take(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Remove and return the key and value that were put last."""
+        return self._pairs.pop()
+
+    def clear(self) -> None:
+        """Drop what no attention took, which happens if the model has another attention."""
+        self._pairs.clear()
+
+
+newest_token = NewestToken()  # one for all: steps run one after the other
 
 
 def register() -> None:
-    """Make the attention known to transformers under NAME. With anything but bounds it is
-    transformers' sdpa.
+    """Register the attention with transformers under NAME.
+
+    A call with anything but bounds runs transformers' sdpa.
     """
     limits.detect_shared_memory()
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
-def hand_over(key: torch.Tensor, value: torch.Tensor) -> None:
-    """Leave the newest token's key and value [B, K, 1, D] to the attention that comes next."""
-    _handed_over.append((key, value))
-
-
-def forget_handed_over() -> None:
-    """Drop what no attention took: a model whose attention is another one."""
-    _handed_over.clear()
-
-
 def attention_forward(
     module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs
 ):
-    """Attend as transformers' attention functions do: query [B, H, T, D], key and value [B, K, L,
-    D] to [B, T, H, D].
+    """Attend with the signature of transformers' attention functions.
 
     Args:
-        attention_mask: bounds [B, 1, 1, 2] int32 for a decode step (T = 1), whose own key and value
-            were handed over and
-            go into `key` and `value`; else a mask as sdpa takes it.
+        module: the model's attention module.
+        query: [B, H, T, D].
+        key, value: [B, K, L, D].
+        attention_mask: bounds [B, 1, 1, 2] int32 for a decode step (T = 1), else a mask as sdpa
+            takes it. A decode step writes the key and value in `newest_token` to `key` and `value`.
+        dropout, scaling: as sdpa takes them.
+
+    Returns:
+        The output [B, T, H, D], and None for the attention weights.
     """
     if attention_mask is None or attention_mask.dtype != torch.int32:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    new_key, new_value = _handed_over.pop()
-    return decode_attention(query, key, value, new_key, new_value, attention_mask, scale).transpose(
-        1, 2
-    ), None
+    new_key, new_value = newest_token.take()
+    output = decode_attention(query, key, value, new_key, new_value, attention_mask, scale)
+    return output.transpose(1, 2), None
 
 
 def decode_attention(
@@ -83,16 +97,20 @@ def decode_attention(
     bounds: torch.Tensor,
     scale: float,
 ) -> torch.Tensor:
-    """Return [B, H, 1, D], softmax(scale q k') v over cache positions first <= i < end, the last of
-    which is written first.
+    """Compute softmax(scale q k') v over the cache positions first <= i < end of each row.
+
+    Position end - 1 of each row is overwritten first, with the new key and value.
 
     Args:
         query: [B, H, 1, D].
-        key, value: the cache, [N, K, L, D] with N >= B, H a multiple of K; the last dimension
-            contiguous. Position
-            end - 1 of each row becomes the new key and value.
+        key, value: the cache, [N, K, L, D] with N >= B and H a multiple of K; the last dimension is
+            contiguous.
         new_key, new_value: [B, K, 1, D].
         bounds: [B, 1, 1, 2] int32, first and end of each row; end > first.
+        scale: factor of the scores.
+
+    Returns:
+        [B, H, 1, D].
     """
     batch, heads, _, width = query.shape
     kv_heads = key.shape[1]
@@ -173,12 +191,10 @@ if triton is not None:
         BLOCK: tl.constexpr,
         SPLITS: tl.constexpr,
     ):
-        b, h = (
-            (tl.program_id(0) // KV_HEADS).to(tl.int64),
-            (tl.program_id(0) % KV_HEADS).to(tl.int64),
-        )
+        b = (tl.program_id(0) // KV_HEADS).to(tl.int64)
+        h = (tl.program_id(0) % KV_HEADS).to(tl.int64)
         split = tl.program_id(1)
-        # What is read of the cache ends before the new token.
+        # The part of the cache that is read ends before the new token.
         first, newest = tl.load(bounds + 2 * b), tl.load(bounds + 2 * b + 1) - 1
         share = tl.cdiv(tl.cdiv(newest - first, SPLITS), BLOCK) * BLOCK
         first += split * share
@@ -189,8 +205,8 @@ if triton is not None:
         is_row = rows < GROUP
         there = is_row[:, None] & (d < WIDTH)[None, :]
         q = tl.load(query + heads[:, None] * WIDTH + d[None, :], mask=there, other=0.0)
-        # The first program of a row begins with the new token, and writes it; no program reads its
-        # place.
+        # The first program of a row begins with the new token and writes it. No program reads its
+        # position.
         takes = (split == 0) & (d < WIDTH)
         new_k = tl.load(new_key + (b * KV_HEADS + h) * WIDTH + d, mask=takes, other=0.0)
         new_v = tl.load(new_value + (b * KV_HEADS + h) * WIDTH + d, mask=takes, other=0.0)

@@ -1,13 +1,10 @@
-"""Linear layers of a decode step: a few rows against large matrices, which is a matter of reading
-those once.
+"""Linear layers of a decode step: products of a few rows with large matrices.
 
-For up to 16 rows cuBLAS reads a matrix of 32 MiB at 73% of the bandwidth of a copy on an H100, and
-sums the parts of split
-products in kernels of their own. Here each program streams some rows of a matrix, whole, through
-tensor cores. Layers
-that read the same input (query, key and value; gate and up) share one launch, though their weights
-lie apart: they are the
-training weights, which cannot be packed.
+Their speed is that of reading the matrices once. For up to 16 rows cuBLAS reads a matrix of 32 MiB
+at 73% of a copy's bandwidth on an H100, and sums the parts of split products in separate kernels.
+Here each program streams whole rows of a matrix through tensor cores. Layers that read the same
+input (query, key and value; gate and up) share one launch, although their weights are separate
+tensors: they are the training weights, which cannot be packed.
 """
 
 import contextlib
@@ -22,15 +19,13 @@ from dschat.models.families import SHARED_INPUT_NAMES
 try:
     import triton
     import triton.language as tl
-except ImportError:  # builds of torch for CPUs come without
+except ImportError:  # torch's CPU builds do not include it
     triton = None
 
 MAX_ROWS = 16  # the smallest number of rows that a tensor core's product has
-# From so many outputs on: rows of the matrix and columns of it that a program reads at a time,
-# warps, stages of the
-# pipeline, and whether the matrix is the left factor. Measured on an H100; fewer than its 132
-# multiprocessors would not
-# all have a program.
+# By the smallest number of outputs: rows and columns of the matrix that a program reads at a time,
+# warps, pipeline stages, and whether the matrix is the left factor. Measured on an H100. Larger
+# blocks for few outputs would leave some of its 132 multiprocessors without a program.
 SETTINGS = {
     6144: dict(BLOCK_N=64, BLOCK_K=128, num_warps=4, num_stages=6, LEFT=True),
     4096: dict(BLOCK_N=32, BLOCK_K=256, num_warps=2, num_stages=6, LEFT=False),
@@ -38,38 +33,54 @@ SETTINGS = {
 }
 
 
-class SkinnyLinear(nn.Linear):
-    """An nn.Linear that takes the kernel for at most MAX_ROWS rows in half precision on a GPU.
+class SharedLaunch:
+    """Layers that read the same input, and the outputs that one launch computed for them.
 
-    The first of a group of layers computes for all of them; the others hand out what waits for
-    them.
+    The first layer computes the outputs of all and returns its own. The other layers, which the
+    model calls after it in order, take theirs from `outputs`.
+
+    Attributes:
+        layers: the layers, in the order in which the model calls them.
+        outputs: what the layers after the first have not taken yet.
     """
 
-    group: tuple["SkinnyLinear", ...]
-    waiting: list[torch.Tensor]
-    active = True
+    def __init__(self, layers: tuple["SkinnyLinear", ...]) -> None:
+        self.layers = layers
+        self.outputs: list[torch.Tensor] = []
+
+
+class SkinnyLinear(nn.Linear):
+    """An nn.Linear that uses the kernel for at most MAX_ROWS rows in half precision on a GPU.
+
+    It is made from an nn.Linear by ``use_skinny_linears``, which sets `launch`.
+    """
+
+    launch: SharedLaunch
+    active = True  # False inside ``plain_products``
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map [..., in] to [..., out]."""
         rows = x.numel() // x.shape[-1]
         if rows > MAX_ROWS or not x.is_cuda or x.dtype == torch.float32 or not self.active:
             return F.linear(x, self.weight, self.bias)
-        if self.waiting and self.group[0] is not self:
-            return self.waiting.pop(0)
-        # One called out of turn computes for itself alone.
-        layers = self.group if self.group[0] is self else (self,)
+        launch = self.launch
+        is_first = launch.layers[0] is self
+        if launch.outputs and not is_first:
+            return launch.outputs.pop(0)
+        # A layer that is called out of turn computes its own output alone.
+        layers = launch.layers if is_first else (self,)
         flat = x.reshape(rows, x.shape[-1]).contiguous()
         found = skinny_linear(
             flat, [layer.weight for layer in layers], [layer.bias for layer in layers]
         )
         found = [out.view(*x.shape[:-1], out.shape[-1]) for out in found]
-        self.waiting[:] = found[1:]
+        launch.outputs[:] = found[1:]
         return found[0]
 
 
 @contextlib.contextmanager
 def plain_products():
-    """Inside, every SkinnyLinear is a plain nn.Linear."""
+    """Make every SkinnyLinear compute as nn.Linear does, inside this context."""
     SkinnyLinear.active = False
     try:
         yield
@@ -78,8 +89,10 @@ def plain_products():
 
 
 def use_skinny_linears(layers: nn.ModuleList) -> None:
-    """Make every nn.Linear inside the decoder layers a SkinnyLinear; the same objects, so that
-    weights stay in place.
+    """Turn every nn.Linear inside the decoder layers into a SkinnyLinear.
+
+    The class of the objects changes and the objects stay: weights keep their addresses, and others
+    that hold a layer (the replica's parts, LoRA) keep seeing it.
     """
     limits.detect_shared_memory()
     for parent in layers.modules():
@@ -89,35 +102,45 @@ def use_skinny_linears(layers: nn.ModuleList) -> None:
             alike = {members[name].in_features for name in group if name in members}
             if set(group) <= set(members) and len(alike) == 1:
                 names.update(dict.fromkeys(group, group))
-        waiting = {group: [] for group in names.values()}
+        launches = {
+            group: SharedLaunch(tuple(members[name] for name in group)) for group in names.values()
+        }
         for name, linear in members.items():
             linear.__class__ = SkinnyLinear
-            linear.group = tuple(members[other] for other in names[name])
-            linear.waiting = waiting[names[name]]
+            linear.launch = launches[names[name]]
 
 
 def use_plain_linears(layers: nn.ModuleList) -> None:
-    """Make every SkinnyLinear inside the decoder layers an nn.Linear again."""
+    """Turn every SkinnyLinear inside the decoder layers back into an nn.Linear."""
     for linear in layers.modules():
         if type(linear) is SkinnyLinear:
             linear.__class__ = nn.Linear
-            del linear.group, linear.waiting
+            del linear.launch
 
 
 def skinny_linear(
     x: torch.Tensor, weights: list[torch.Tensor], biases: list[torch.Tensor | None]
 ) -> list[torch.Tensor]:
-    """X W' + b in [M, N] for one to three W, summed in fp32 and rounded once.
+    """Compute x W' + b for one to three W, summed in fp32 and rounded once.
 
     Args:
-        x: [M, K], M at most MAX_ROWS, contiguous.
-        weights: [N, K] each, contiguous, N of their own.
+        x: [M, K], contiguous; M is at most MAX_ROWS.
+        weights: [N, K] each, contiguous; N may differ.
         biases: [N] each, or None for all.
+
+    Returns:
+        [M, N] for each weight.
     """
     m, k = x.shape
     widths = [weight.shape[0] for weight in weights]
     outs = [torch.empty(m, n, dtype=x.dtype, device=x.device) for n in widths]
-    settings = dict(SETTINGS[6144 if sum(widths) >= 6144 else 4096 if sum(widths) >= 4096 else 0])
+    outputs = sum(widths)
+    if outputs >= 6144:
+        settings = dict(SETTINGS[6144])
+    elif outputs >= 4096:
+        settings = dict(SETTINGS[4096])
+    else:
+        settings = dict(SETTINGS[0])
     settings["num_stages"] = limits.product_stages(
         settings["num_stages"],
         rows=MAX_ROWS,

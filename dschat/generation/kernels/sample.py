@@ -1,9 +1,7 @@
-"""A token drawn from softmax(logits / temperature) and its logprob, in two kernels that read the
-logits once.
+"""Sampling from softmax(logits / temperature) in two kernels that read the logits once.
 
-Torch's own operations take a dozen launches for it and write [B, V] in fp32 several times; in a
-small model's decode step
-they stand for more than a layer.
+Torch's own operations take a dozen launches and write [B, V] in fp32 several times. In a small
+model's decode step they cost more than a layer.
 """
 
 import torch
@@ -13,16 +11,16 @@ from dschat.generation.kernels.limits import next_power_of_two
 try:
     import triton
     import triton.language as tl
-except ImportError:  # builds of torch for CPUs come without
+except ImportError:  # torch's CPU builds do not include it
     triton = None
 
-BLOCK = 2048  # tokens that a program looks at
+BLOCK = 2048  # tokens that a program reads
 
 
 def draw(
     logits: torch.Tensor, noise: torch.Tensor, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens [B] int64 and their logprobs [B] fp32.
+    """Draw a token for each row.
 
     argmax(score_i + G_i) with standard Gumbel noise G = -log E, E ~ Exp(1), draws i with its
     softmax probability.
@@ -30,6 +28,10 @@ def draw(
     Args:
         logits: [B, V] in any floating type.
         noise: [B, V] fp32, E.
+        temperature: divides the logits.
+
+    Returns:
+        Tokens [B] int64, and their logprobs [B] fp32.
     """
     logits = logits.contiguous()
     rows, vocab = logits.shape
@@ -63,7 +65,7 @@ if triton is not None:
         )
         gumbel = -tl.log(tl.load(noise + row * vocab + at, mask=live, other=1.0))
         best, place = tl.max(score + gumbel, 0, return_indices=True)
-        # A chunk may hold nothing but -inf: its highest must not be, or exp gets inf - inf.
+        # If a chunk is all -inf, its maximum must not be, or exp would receive inf - inf.
         highest = tl.maximum(tl.max(score, 0), -1e30)
         part = parts + row * 3 * CHUNKS + chunk
         tl.store(part, best)
@@ -90,7 +92,7 @@ if triton is not None:
         best = tl.load(part, mask=live, other=-float("inf"))
         highest = tl.load(part + CHUNKS, mask=live, other=-1e30)
         total = tl.load(part + 2 * CHUNKS, mask=live, other=0.0)
-        # NaN compares with nothing, and its place might be after the last token.
+        # NaN is not equal to any maximum, so its place might be after the last token.
         token = tl.minimum(
             tl.load(places + row * CHUNKS + tl.minimum(tl.argmax(best, 0), CHUNKS - 1)), vocab - 1
         )

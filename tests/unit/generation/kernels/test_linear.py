@@ -21,12 +21,13 @@ def test_layers_of_one_input_form_groups_and_keep_their_weights():
     assert torch.equal(model(input_ids=ids).logits, expected)
     attention, mlp = layers[0].self_attn, layers[0].mlp
     together = (attention.q_proj, attention.k_proj, attention.v_proj)
-    assert all(
-        layer.group == together and layer.waiting is together[0].waiting for layer in together
-    )
-    assert mlp.gate_proj.group == mlp.up_proj.group == (mlp.gate_proj, mlp.up_proj)
-    assert attention.o_proj.group == (attention.o_proj,) and mlp.down_proj.group == (mlp.down_proj,)
-    assert layers[1].self_attn.q_proj.waiting is not attention.q_proj.waiting
+    assert attention.q_proj.launch.layers == together
+    assert all(layer.launch is attention.q_proj.launch for layer in together)
+    assert mlp.gate_proj.launch is mlp.up_proj.launch
+    assert mlp.gate_proj.launch.layers == (mlp.gate_proj, mlp.up_proj)
+    assert attention.o_proj.launch.layers == (attention.o_proj,)
+    assert mlp.down_proj.launch.layers == (mlp.down_proj,)
+    assert layers[1].self_attn.q_proj.launch is not attention.q_proj.launch
     assert type(model.lm_head) is nn.Linear and isinstance(mlp.down_proj, SkinnyLinear)
 
 
@@ -35,7 +36,7 @@ def test_names_that_read_other_inputs_are_no_group():
     for name, width in (("q_proj", 4), ("k_proj", 4), ("v_proj", 6), ("gate_proj", 4)):
         layers[0].add_module(name, nn.Linear(width, 3))
     use_skinny_linears(layers)
-    assert all(layer.group == (layer,) for layer in layers[0].children())
+    assert all(layer.launch.layers == (layer,) for layer in layers[0].children())
 
 
 def test_plain_products_end_with_their_block():
