@@ -24,9 +24,6 @@ WATCH_INTERVAL_S = 2.0
 GRACE_S = 15.0
 
 
-_kept: "Interruption | None" = None  # the last one that handled signals
-
-
 class Interruption:
     """A context in which a first signal is noted, and a second SIGINT interrupts at once.
 
@@ -42,11 +39,11 @@ class Interruption:
 
     def __enter__(self) -> "Interruption":
         """Handle signals from now on."""
-        global _kept
         if threading.current_thread() is threading.main_thread():
-            if _kept is not None:
-                _kept.release()
-            _kept = self
+            # The previous context may still handle signals: its handler is a method of it.
+            previous = getattr(signal.getsignal(SIGNALS[0]), "__self__", None)
+            if isinstance(previous, Interruption):
+                previous.release()
             self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
         return self
 
