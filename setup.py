@@ -13,6 +13,8 @@ REQUIREMENTS = [
 README = HERE / "README.md"
 # demo: fetching the embedded default's model and drawing its curves.
 DEMO = ["gguf>=0.17", "matplotlib>=3.8"]
+# zstd: data files with the suffix .zst.
+ZSTD = ["zstandard>=0.22"]
 # test: pytest and what scripts/lint.sh runs; formatters change between versions, so that one is fixed.
 TEST = [
     "pytest>=8",
@@ -22,6 +24,7 @@ TEST = [
     "types-PyYAML",
     "types-psutil",
     *DEMO,
+    *ZSTD,
 ]
 
 setup(
@@ -35,5 +38,5 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["dschat", "dschat.*"]),
     install_requires=REQUIREMENTS,
-    extras_require={"demo": DEMO, "test": TEST},
+    extras_require={"demo": DEMO, "test": TEST, "zstd": ZSTD},
 )

@@ -1,17 +1,26 @@
-"""Readers of local JSON, JSON lines and CSV files that remember the line of each row.
+"""Readers of local JSON, JSON lines, CSV and TSV files that remember the line of each row.
 
 The readers of the libraries report neither the line nor the value of a fault.
 """
 
 import bisect
 import csv
+import gzip
 import io
 import json
 import re
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
 SPACE = re.compile(r"[ \t\r\n]*")
+JSON_LINES = (".jsonl", ".ndjson")
+RECORD_SUFFIXES = (".json", *JSON_LINES, ".csv", ".tsv")
+COMPRESSED_SUFFIXES = tuple(
+    suffix + compression for suffix in RECORD_SUFFIXES for compression in (".gz", ".zst")
+)
+# Fields under which exports put their list of rows.
+WRAPPERS = ("data", "rows", "records", "examples", "instances", "items", "train")
 
 
 @dataclass
@@ -39,27 +48,120 @@ class Records:
         return self
 
 
-def read_records(path: Path) -> Records:
-    """Read the objects of a .json, .jsonl or .csv file.
+def file_suffix(path: Path) -> str:
+    """Return the suffix of a file, including that of its compression: ".jsonl.gz"."""
+    compressed = path.suffix in (".gz", ".zst")
+    return "".join(path.suffixes[-2:]) if compressed else path.suffix
 
-    A .json file holds one list, or one object a line. A .csv file begins with a header. Lines count
-    from 1. Faults are collected, not raised.
+
+def read_records(path: Path) -> Records:
+    """Read the objects of a .json, .jsonl, .ndjson, .csv or .tsv file, or of one in .gz or .zst.
+
+    A .json file holds one list, or one object a line. A .csv or .tsv file begins with a header.
+    Lines count from 1. Faults are collected, not raised.
 
     Raises:
-        ValueError: for another suffix, or a file that cannot be opened.
+        ValueError: for another suffix, a file that cannot be opened or decompressed, or a .json
+            file that is one object of rows or columns.
     """
+    suffix = file_suffix(path)
+    if suffix not in RECORD_SUFFIXES + COMPRESSED_SUFFIXES:
+        raise ValueError(
+            f"{path}: files of type {suffix or 'no suffix'} cannot be read; give "
+            f"{', '.join(RECORD_SUFFIXES)}, or one of them with .gz or .zst"
+        )
+    data = _read_bytes(path).removeprefix(b"\xef\xbb\xbf")
+    kind = suffix.removesuffix(".gz").removesuffix(".zst")
+    if kind in (".csv", ".tsv"):
+        return _read_csv(data, delimiter="\t" if kind == ".tsv" else ",")
+    if kind == ".json":
+        if data.lstrip()[:1] == b"[":
+            return _read_json_list(data)
+        _refuse_other_json(path, data)
+    return _read_json_lines(data)
+
+
+def _read_bytes(path: Path) -> bytes:
+    """Read a file, and decompress it if its suffix is .gz or .zst."""
     try:
-        data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+        data = path.read_bytes()
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from error
-    if path.suffix == ".csv":
-        return _read_csv(data)
-    if path.suffix == ".json" and data.lstrip()[:1] == b"[":
-        return _read_json_list(data)
-    if path.suffix in (".json", ".jsonl"):
-        return _read_json_lines(data)
+    if path.suffix == ".gz":
+        try:
+            return gzip.decompress(data)
+        except (OSError, EOFError, zlib.error) as error:
+            raise ValueError(
+                f"{path}: not readable as gzip ({error}). Copy or compress it again."
+            ) from error
+    if path.suffix == ".zst":
+        return _decompress_zstd(path, data)
+    return data
+
+
+def _decompress_zstd(path: Path, data: bytes) -> bytes:
+    try:
+        import zstandard
+    except ImportError as error:
+        raise ValueError(
+            f"{path}: reading .zst files needs the package zstandard, which is not installed. Run "
+            "pip install zstandard, or decompress the file."
+        ) from error
+    try:
+        # A file may have several frames. A stream reader takes the end of the file for that of a
+        # frame; only the object below knows whether a frame was whole.
+        parts = []
+        while data:
+            frame = zstandard.ZstdDecompressor().decompressobj()
+            parts.append(frame.decompress(data))
+            if not frame.eof:
+                raise zstandard.ZstdError("the file ends too early")
+            data = frame.unused_data
+    except zstandard.ZstdError as error:
+        raise ValueError(
+            f"{path}: not readable as Zstandard ({error}). Copy or compress it again."
+        ) from error
+    return b"".join(parts)
+
+
+def _refuse_other_json(path: Path, data: bytes) -> None:
+    """Raise ValueError if a file is one object that holds rows or columns, and not a row."""
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError):  # several objects, or faults that are reported by line
+        return
+    if not isinstance(value, dict) or not value:
+        return
+    wrapper = next((name for name in WRAPPERS if _is_list_of_rows(value.get(name))), None)
+    if wrapper:
+        found = f'one object with the rows under "{wrapper}"'
+        remedy = f'Save the list under "{wrapper}" alone'
+    elif _is_columns(list(value.values())):
+        found = "one object of columns"
+        remedy = 'Save its rows (pandas: to_json(path, orient="records"))'
+    else:
+        return
     raise ValueError(
-        f"{path}: files of type {path.suffix} cannot be read; give .json, .jsonl or .csv"
+        f'{path}: it holds {found}. Expected is one list of rows, [{{"prompt": ...}}, ...], or one '
+        f"row a line. {remedy}."
+    )
+
+
+def _is_list_of_rows(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(row, dict) for row in value)
+
+
+def _is_columns(values: list) -> bool:
+    """Return whether `values` are columns, as lists or as pandas' {"0": ..., "1": ...}.
+
+    A row of messages is a list of objects too, so lists of objects are no columns.
+    """
+    if all(isinstance(value, list) for value in values):
+        same_length = len({len(value) for value in values}) == 1
+        return same_length and not any(isinstance(cell, dict) for cell in values[0])
+    return all(
+        isinstance(value, dict) and value and all(key.isdigit() for key in value)
+        for value in values
     )
 
 
@@ -119,7 +221,7 @@ def _skip_space(text: str, position: int) -> int:
     return SPACE.match(text, position).end()
 
 
-def _read_csv(data: bytes) -> Records:
+def _read_csv(data: bytes, delimiter: str) -> Records:
     """Read a table.
 
     After a bad quote, the next line begins a new row, unless the bad row may continue there.
@@ -129,7 +231,7 @@ def _read_csv(data: bytes) -> Records:
     # faulty.
     text = list(io.StringIO(data.decode("utf-8", errors="surrogateescape"), newline=""))
     csv.field_size_limit(2**31 - 1)
-    reader = csv.reader(text, strict=True)
+    reader = csv.reader(text, delimiter=delimiter, strict=True)
     header = None
     first_line = 1
     open_line = None  # the first line that may have left a quote open

@@ -1,10 +1,7 @@
-import csv
 import json
 import logging
-import os
 
 import datasets
-import pyarrow.parquet
 import pytest
 
 from dschat.data.hub_sets import HUB_SETS
@@ -101,12 +98,6 @@ def test_a_repeated_column_is_named(tmp_path):
     rows = all_rows_of(source)
     assert sorted((row.prompt, row.chosen) for row in rows) == [("", "c"), ("a", "b")]
     assert all(row.columns == {} for row in rows)
-
-
-def test_a_pipe_is_refused_without_waiting(tmp_path):
-    os.mkfifo(tmp_path / "rows.jsonl")
-    with pytest.raises(ValueError, match=r"--data_path .*rows.jsonl: neither a file nor a folder"):
-        load(tmp_path / "rows.jsonl")
 
 
 @pytest.mark.parametrize("content", ["", "\n\n", "[]"])
@@ -293,24 +284,6 @@ def test_hold_out_is_disjoint_stable_and_never_empty(tmp_path):
         load(write_lines(tmp_path / "one.jsonl", pairs(1)))
 
 
-@pytest.mark.parametrize("name", ["eval", "test", "validation"])
-def test_folder_of_files(tmp_path, name):
-    write_lines(tmp_path / "train.jsonl", pairs(3))
-    with open(tmp_path / f"{name}.csv", "w", newline="") as file:
-        csv.writer(file).writerows([["prompt", "chosen"], ["q", "a"]])
-    source = load(tmp_path)
-    assert [row.prompt for row in rows_of(source)] == ["p0", "p1", "p2"]
-    assert [row.prompt for row in rows_of(source, "eval")] == ["q"]
-    write_lines(tmp_path / "train.json", pairs(3))
-    with pytest.raises(ValueError, match="train.json and train.jsonl are both its train part"):
-        load(tmp_path)
-
-
-def test_folder_without_data(tmp_path):
-    with pytest.raises(ValueError, match="no train.json"):
-        load(tmp_path)
-
-
 @pytest.mark.parametrize("kind", ["parquet", "dataset", "dataset_dict"])
 def test_arrow_tables_are_checked_and_named_by_row(tmp_path, kind):
     rows = pairs(1500)  # more than one batch of the check
@@ -336,32 +309,6 @@ def test_arrow_tables_are_checked_and_named_by_row(tmp_path, kind):
     assert len(source.eval) == (375 if kind == "dataset" else 2)
 
 
-# Formats that a stored table may keep: another kind of table, or hidden columns.
-FORMATS = {
-    "pandas": {"type": "pandas"},
-    "arrow": {"type": "arrow"},
-    "numpy": {"type": "numpy"},
-    "torch": {"type": "torch", "columns": ["gold"]},
-    "some columns": {"columns": ["prompt"]},
-}
-
-
-@pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
-@pytest.mark.parametrize("parts", [False, True])
-def test_the_format_of_a_stored_table_does_not_matter(tmp_path, form, parts):
-    rows = [{**row, "gold": number} for number, row in enumerate(pairs(4))]
-    stored = datasets.Dataset.from_list(rows).with_format(**form)
-    if parts:
-        stored = datasets.DatasetDict({"train": stored, "test": stored})
-    stored.save_to_disk(tmp_path / "set")
-    source = load(tmp_path / "set")
-    found = rows_of(source) if parts else all_rows_of(source)
-    assert sorted((row.prompt, row.chosen, row.rejected, row.columns["gold"]) for row in found) == [
-        (*row.values(), number) for number, row in enumerate(pairs(4))
-    ]
-    assert all(type(row.columns["gold"]) is int for row in found)
-
-
 def test_bad_row_of_an_arrow_table(tmp_path, caplog):
     datasets.Dataset.from_list([*pairs(1100), {**GOOD, "rejected": ""}]).save_to_disk(
         tmp_path / "set"
@@ -372,87 +319,11 @@ def test_bad_row_of_an_arrow_table(tmp_path, caplog):
     assert len(source.train) + len(source.eval) == 1100
 
 
-@pytest.mark.parametrize(
-    "name, text", [("state.json", "{}"), ("state.json", "["), ("dataset_info.json", "{")]
-)
-def test_damaged_folder_of_save_to_disk(tmp_path, name, text):
-    datasets.Dataset.from_list(pairs(4)).save_to_disk(tmp_path / "set")
-    (tmp_path / "set" / name).write_text(text)
-    with pytest.raises(ValueError, match="set: not readable as a folder of datasets.save_to_disk"):
-        load(tmp_path / "set")
-
-
-def test_unreadable_parquet(tmp_path):
-    (tmp_path / "x.parquet").write_bytes(b"no parquet")
-    with pytest.raises(ValueError, match="x.parquet: not readable as Parquet"):
-        load(tmp_path / "x.parquet", cache_dir=str(tmp_path / "cache"))
-
-
-@pytest.mark.parametrize(
-    "name", ["rows*.parquet", "x[1]/rows.parquet", "x[1]/r?ws.parquet", "{a,b}.parquet"]
-)
-def test_a_parquet_path_is_not_read_as_a_pattern(tmp_path, name):
-    path = tmp_path / name
-    path.parent.mkdir(exist_ok=True)
-    (tmp_path / "x1").mkdir()
-    for other, begin in (
-        ("rows2.parquet", 10),
-        ("x1/rows.parquet", 20),
-        ("x[1]/rows.parquet", 30),
-        ("a.parquet", 40),
-    ):
-        if (tmp_path / other).parent.is_dir():
-            datasets.Dataset.from_list(pairs(4, begin)).to_parquet(tmp_path / other)
-    datasets.Dataset.from_list(pairs(4)).to_parquet(path)
-    source = load(path, cache_dir=str(tmp_path / "cache"))
-    assert sorted(row.prompt for row in all_rows_of(source)) == ["p0", "p1", "p2", "p3"]
-
-
 @pytest.mark.parametrize("skip", [False, True])
 def test_parquet_without_rows(tmp_path, skip):
     datasets.Dataset.from_list(pairs(1)).select([]).to_parquet(tmp_path / "none.parquet")
     with pytest.raises(ValueError, match="none.parquet: no rows in it"):
         load(tmp_path / "none.parquet", skip_bad_rows=skip, cache_dir=str(tmp_path / "cache"))
-
-
-def test_parquet_whose_first_group_is_empty(tmp_path):
-    table = datasets.Dataset.from_list(pairs(4)).data.table
-    with pyarrow.parquet.ParquetWriter(tmp_path / "rows.parquet", table.schema) as file:
-        file.write_table(table.slice(0, 0))
-        file.write_table(table)
-    source = load(tmp_path / "rows.parquet", cache_dir=str(tmp_path / "cache"))
-    assert len(source.train) + len(source.eval) == 4
-
-
-@pytest.mark.parametrize("path", ["./nowhere", "/no/such/rows.jsonl", "rows.jsonl", "a/b/c"])
-def test_missing_path(path, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=rf"--data_path {path}: no such file or folder"):
-        load(path)
-
-
-@pytest.mark.parametrize(
-    "path", ["x" * 256, "/tmp/" + "x" * 256 + "/rows.jsonl", "a/" * 2500 + "b"]
-)
-def test_a_name_that_no_file_can_have_is_refused(path, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(
-        ValueError,
-        match=r"^--data_path .*: File name too long\. Give a path that exists, or a name such as",
-    ):
-        load(path)
-
-
-def test_hub_that_cannot_be_reached(tmp_path, monkeypatch):
-    def unreachable(*args, **options):
-        raise ConnectionError("Couldn't reach it")
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    with pytest.raises(
-        ValueError, match=r"--data_path Dahoas/rm-static: .*Couldn't reach it.*save_to_disk"
-    ):
-        load("Dahoas/rm-static")
 
 
 def test_hub_set_with_a_script_is_loaded_from_its_converted_branch(tmp_path, monkeypatch):
