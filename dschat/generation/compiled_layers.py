@@ -1,19 +1,19 @@
-"""Decoder layers through torch.compile, all by one compilation."""
+"""Decoder layers that share one compilation by torch.compile."""
 
 import torch
 from torch import nn
 
 from dschat.generation.decoding import SlotCache, SlotLayer
 
-RECOMPILES = 64  # each number of rows compiles a layer once
+RECOMPILES = 64  # a layer is compiled once for each number of rows
 
 
 class CompiledLayers:
-    """Inside this context decoder layers run compiled, each with its own part of `cache`.
+    """A context in which decoder layers run compiled, each with its own part of `cache`.
 
-    To the compiler all layers are alike once the number of a layer, by which it finds its part of
-    the cache, is the same
-    for all; a whole model would take it as many times as long.
+    A layer finds its part of the cache by its number. With the same number for all, the layers are
+    equal to the compiler, which compiles one of them. Compiling a whole model would take as many
+    times as long as it has layers.
     """
 
     def __init__(self, layers: nn.ModuleList):
@@ -37,13 +37,13 @@ class CompiledLayers:
     def __exit__(self, *error) -> None:
         self._limit.__exit__(*error)
         for layer in self.layers:
-            del layer.forward  # the instance's; the class's is uncovered
+            del layer.forward  # the instance's, so that the class's is used again
         for module, number in self._numbers:
             module.layer_idx = number
 
 
 def _with_slots(forward, cache: SlotCache, slots: SlotLayer):
-    """Wrap `forward` to receive one layer's part wherever it is given the whole cache."""
+    """Wrap `forward` to receive one layer's part in place of the whole cache."""
 
     def call(*args, **kwargs):
         args = [slots if arg is cache else arg for arg in args]

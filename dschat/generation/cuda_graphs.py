@@ -1,9 +1,8 @@
-"""Decoding on a GPU: each step, sampling included, is one CUDA graph over buffers that stay where
-they are.
+"""Decoding on a GPU: each step, with sampling, is one CUDA graph over buffers at fixed addresses.
 
-The host runs a few steps ahead of the device and reads how many rows are left from copies that have
-arrived by then, so
-that no step waits for it; finished rows are dropped by going over to graphs of fewer rows.
+The host runs a few steps ahead of the device. It reads the number of unfinished rows from copies
+that have arrived by then, so no step waits for it. Finished rows are dropped by a change to a graph
+of fewer rows.
 """
 
 import contextlib
@@ -34,17 +33,16 @@ from dschat.models.forward import takes_position_ids
 from dschat.models.structure import cache_argument, decoder_layers
 from dschat.runtime.log import logger
 
-AHEAD = 8  # steps that the host may be ahead of the device
+AHEAD = 8  # steps by which the host may be ahead of the device
 SMALLEST = 8  # the smallest graph holds an eighth of the rows
 LENGTH_STEP = 64  # cache lengths are multiples of it
 
 
 class GraphDecoder:
-    """Answers of one replica, by graphs that are captured once for each number of rows.
+    """Generate with one replica, by graphs that are captured once for each number of rows.
 
-    They hold the addresses of weights and buffers: a call with other sampling settings, longer or
-    more answers, or
-    weights elsewhere captures them again.
+    The graphs hold the addresses of weights and buffers. They are captured again if a call has
+    other sampling settings, more or longer responses, or weights at other addresses.
     """
 
     def __init__(
@@ -60,20 +58,21 @@ class GraphDecoder:
         Args:
             model: the replica's module; its attention becomes decode_attention's.
             compiled: run each decoder layer of a decode step through torch.compile.
-            max_rows, max_length: size of the key-value cache; more is allocated where a call needs
-                it.
+            max_rows, max_length: size of the key-value cache; more is allocated if a call needs it.
             group: the ranks that run the same steps, each with a slice of the model. Captured steps
-                hold their
-                collectives; captures, replays and compactions follow from the tokens alone, which
-                are the same on all.
+                contain their collectives. Captures, replays and compactions depend on the tokens
+                alone, which are the same on all ranks.
         """
         attention.register()
-        self.model, self.compiled, self.group = model, compiled, group
+        self.model = model
+        self.compiled = compiled
+        self.group = group
         self._own_attention = model.config._attn_implementation
         model.config._attn_implementation = attention.NAME
         _, layers = decoder_layers(model)
         use_skinny_linears(layers)
-        self.max_rows, self.max_length = max_rows, max_length
+        self.max_rows = max_rows
+        self.max_length = max_length
         self.cache: SlotCache | None = None
         self.state: GraphBuffers | None = None
         self.sampler: Sampler | None = None
@@ -97,7 +96,9 @@ class GraphDecoder:
         """Generate as ``decoding.eager_decode`` does.
 
         Args:
-            addresses: of the replica's weights now.
+            input_ids, attention_mask: [B, P], padded on the left.
+            generation: sampling settings.
+            addresses: those of the replica's weights now.
 
         Raises:
             GraphMismatch: a step fails, or the first replayed one does not give a plain step's
@@ -113,13 +114,11 @@ class GraphDecoder:
             # Weights may have moved on one rank alone; the others capture with it.
             fresh = bool(self.group.gather(torch.tensor(fresh, device=input_ids.device)).any())
         if fresh:
-            # Graphs hold the addresses of the sampler's tensors too: it lives as long as they do.
+            # Graphs hold the addresses of the sampler's tensors too, so it is kept as long as they.
             self.release()
             agree = keep_tokens if self.group is None else self.group.agree
-            self.sampler, self.pad_token_id = (
-                Sampler(generation, input_ids.device, agree),
-                generation.pad_token_id,
-            )
+            self.sampler = Sampler(generation, input_ids.device, agree)
+            self.pad_token_id = generation.pad_token_id
 
         def make_cache(shapes):
             self._allocate(shapes, num_rows, input_ids.shape[1] + num_new, num_new)
@@ -138,68 +137,74 @@ class GraphDecoder:
         return Decoded(self.state.tokens[:num_rows].clone(), self.state.logprobs[:num_rows].clone())
 
     def release(self) -> None:
-        """Free graphs, cache and buffers; the next call makes them again."""
+        """Free graphs, cache and buffers. The next call allocates them again."""
         if self.graphs:
-            torch.cuda.synchronize()  # a graph must not go while it runs
+            torch.cuda.synchronize()  # a graph must not be freed while it runs
         attention.newest_token.clear()
         self.graphs.clear()
         self.cache = self.state = self.sampler = self._pool = None
         self._key = ()
 
     def undo(self) -> None:
-        """Free everything, and leave the model's layers as they were."""
+        """Free everything and restore the model's layers."""
         self.release()
         self.model.config._attn_implementation = self._own_attention
         use_plain_linears(decoder_layers(self.model)[1])
 
     def _allocate(self, shapes, num_rows: int, length: int, num_new: int) -> None:
-        """Cache and buffers for `num_rows` answers; kept, with their graphs, where they are large
-        enough.
+        """Allocate cache and buffers for `num_rows` responses.
+
+        Those that exist are kept, with their graphs, if they are large enough.
         """
         if self.cache is not None:
             held = self.cache.layers[0].keys
             if num_rows <= held.shape[0] and length <= held.shape[2]:
                 return
         self.graphs.clear()
-        self.max_rows, self.max_length = max(self.max_rows, num_rows), max(self.max_length, length)
+        self.max_rows = max(self.max_rows, num_rows)
+        self.max_length = max(self.max_length, length)
         length = -(-self.max_length // LENGTH_STEP) * LENGTH_STEP
-        self.cache = self.state = None  # before the new ones are there
+        self.cache = self.state = None  # freed before the new ones are allocated
         self.cache = SlotCache(shapes, rows=self.max_rows, length=length)
         if self.compiled:
             self._compiled.cache = self.cache
         self.state = GraphBuffers.allocate(
             slots=self.max_rows,
             num_new=num_new,
-            # A step writes the token that comes next too, one after the last that the cache holds.
+            # A step also writes the next token, one position after the last in the cache.
             num_text=length + 1 if self.sampler.penalty is not None else 0,
             vocab=self.model.config.get_text_config().vocab_size,
             like=shapes[0][0],
         )
 
     def _graph(self, rows: int) -> torch.cuda.CUDAGraph:
-        """Return the graph of a step of the first `rows` slots, captured at its first use; the
-        state stays as it is.
+        """Return the graph of a step of the first `rows` slots, captured at its first use.
+
+        The state does not change.
         """
         if rows in self.graphs:
             return self.graphs[rows]
         started = time.monotonic()
-        s, saved = self.state, {name: buffer.clone() for name, buffer in vars(self.state).items()}
-        held, last = self.cache.layers[0].rows, self.cache.layers[0].get_max_length() - 1
+        s = self.state
+        saved = {name: buffer.clone() for name, buffer in vars(s).items()}
+        held = self.cache.layers[0].rows
+        last = self.cache.layers[0].get_max_length() - 1
         self.cache.start(rows=rows, filled=0, captured=True)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        # The draws of these steps must not count: a run that captures again, after a checkpoint
-        # say, samples the same.
+        # The draws of these steps must not count: a run that captures again, for example after it
+        # has resumed, must sample the same.
         with (
             torch.random.fork_rng([s.step.device] if s.step.is_cuda else []),
             torch.cuda.stream(stream),
             self._compiled,
         ):
-            # Compiles and allocates outside of the capture, and writes the cache's last position.
+            # This compiles and allocates before the capture, and writes the cache's last position.
             for _ in range(2):
                 s.position.fill_(last)
                 s.step.zero_()
-                s.bounds[..., 0], s.bounds[..., 1] = last, last + 1
+                s.bounds[..., 0] = last
+                s.bounds[..., 1] = last + 1
                 self._step(rows)
         torch.cuda.current_stream().wait_stream(stream)
         self._pool = self._pool or torch.cuda.graph_pool_handle()
@@ -212,7 +217,8 @@ class GraphDecoder:
         torch.cuda.synchronize()
         self.graphs[rows] = graph
         seconds = time.monotonic() - started
-        self.captures, self.capture_s = self.captures + 1, self.capture_s + seconds
+        self.captures += 1
+        self.capture_s += seconds
         compiled = "with" if self.compiled else "without"
         logger.info(
             f"Hybrid Engine: captured a decode step of {rows} rows {compiled} "
@@ -221,8 +227,11 @@ class GraphDecoder:
         return graph
 
     def _graph_or_mismatch(self, rows: int) -> torch.cuda.CUDAGraph:
-        """Return ``_graph(rows)``; its errors mean that this model or GPU takes no graphs:
-        attention of its own, say.
+        """Return ``_graph(rows)``.
+
+        Raises:
+            GraphMismatch: the model or GPU does not support graphs; for example, the model has
+                another attention.
         """
         try:
             return self._graph(rows)
@@ -234,7 +243,7 @@ class GraphDecoder:
             raise GraphMismatch(f"{type(error).__name__}: {error}") from error
 
     def _step(self, rows: int) -> None:
-        """Decode one token for the first `rows` slots; all that changes stays in the buffers."""
+        """Decode one token for the first `rows` slots; all results are written to the buffers."""
         s = self.state
         inputs = dict(input_ids=s.token[:rows], attention_mask=s.bounds[:rows], use_cache=True)
         if takes_position_ids(self.model):
@@ -259,20 +268,25 @@ class GraphDecoder:
     def _start(
         self, logits: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor
     ) -> None:
-        """Set the first N slots to texts whose first answer tokens are drawn from the prefill's
-        logits [N, V].
+        """Start the first N slots: draw the first response tokens from the prefill's logits [N, V].
+
+        Args:
+            logits: [N, V].
+            input_ids, attention_mask: prompts [N, P].
         """
-        s, (num_rows, num_prompt) = self.state, input_ids.shape
+        s = self.state
+        num_rows, num_prompt = input_ids.shape
         self.cache.start(rows=num_rows, filled=num_prompt, captured=True)
         if s.texts.shape[1]:
-            s.texts[:num_rows] = input_ids[
-                :, -1:
-            ]  # what is not there yet repeats a token that is: no other penalty
+            # Future positions repeat a token of the prompt, which does not change the penalty.
+            s.texts[:num_rows] = input_ids[:, -1:]
             s.texts[:num_rows, :num_prompt] = input_ids
         new, logprobs = self.sampler(logits, s.texts[:num_rows], 0)
         s.tokens.fill_(self.pad_token_id)
         s.logprobs.zero_()
-        s.tokens[:num_rows, 0], s.logprobs[:num_rows, 0], s.token[:num_rows, 0] = new, logprobs, new
+        s.tokens[:num_rows, 0] = new
+        s.logprobs[:num_rows, 0] = logprobs
+        s.token[:num_rows, 0] = new
         s.row.copy_(torch.arange(len(s.row), device=s.row.device))
         s.finished[:num_rows] = self.sampler.is_end(new)
         lengths = attention_mask.sum(-1)
@@ -285,8 +299,10 @@ class GraphDecoder:
             s.texts[:num_rows, num_prompt] = new
 
     def _plain_step(self, attention_mask: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Logits [N, V] of the first decode step without graph, compilation and kernels of ours,
-        and what it caches.
+        """Run the first decode step without graph, compilation and the kernels.
+
+        Returns:
+            Logits [N, V], and the keys and values that the step caches, by layer.
         """
         num_rows, num_prompt = attention_mask.shape
         self.cache.start(rows=num_rows, filled=num_prompt)
@@ -297,12 +313,16 @@ class GraphDecoder:
         places = self.cache.newest(rows=num_rows, position=num_prompt)
         cached = [place.clone() for place in places]
         for place in places:
-            place.zero_()  # what the captured step does not write is seen to be missing
+            place.zero_()  # so that what the captured step does not write is noticed
         return logits, cached
 
     def _run(self, num_rows: int, num_new: int, expected: tuple | None) -> None:
-        """Replay until all answers have ended; `expected` is what the plain first step gave, to be
-        compared.
+        """Replay until all responses have ended.
+
+        Args:
+            num_rows: N.
+            num_new: most tokens of a response.
+            expected: the result of ``_plain_step`` if the first step is to be compared with it.
         """
         sizes = sorted({-(-num_rows // divisor) for divisor in (1, 2, 4, SMALLEST)})
         rows = num_rows
@@ -324,8 +344,9 @@ class GraphDecoder:
                 self._compare(num_rows, *expected)
 
     def _compact(self, held: int, rows: int) -> None:
-        """Move the unfinished ones of the first `held` slots, and finished ones to fill up, to the
-        first `rows`.
+        """Move the unfinished of the first `held` slots to the first `rows` slots.
+
+        Finished ones fill the rest.
         """
         slots = torch.argsort(self.state.finished[:held].int(), stable=True)[:rows]
         self.state.take(slots)
@@ -333,16 +354,18 @@ class GraphDecoder:
             layer.keep(slots)
 
     def _compare(self, num_rows: int, logits: torch.Tensor, cached: list[torch.Tensor]) -> None:
-        """Compare the first replayed step with a plain one: its logits, and whether each layer has
-        cached the token.
+        """Compare the first replayed step with a plain one.
+
+        Raises:
+            GraphMismatch: the logits differ, or a layer has not cached the token.
         """
         gap = logit_gap(self.state.logits[:num_rows], logits)
         found = self.cache.newest(rows=num_rows, position=int(self.state.position) - 1)
         missing = cache_gap(found, cached)
-        # Ranks of a group continue together or not at all.
+        # All ranks of a group continue, or none.
         if self.group is not None:
             gap, missing = (self.group.gather(value).max() for value in (gap, missing))
-        # Written so that NaN fails.
+        # Not `gap > tolerance`, which is False for NaN.
         if not gap.item() <= TOLERANCE[logits.dtype]:
             raise GraphMismatch(f"logits differ by {gap.item():.3g} standard deviations")
         if not missing.item() <= MISSING:

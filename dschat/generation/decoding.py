@@ -1,9 +1,7 @@
-"""Decoding by a plain transformers module: a prefill that groups prompts by length, then one token
-at a time.
+"""Decoding with a transformers module: a prefill in groups of like length, then token by token.
 
-Prompts stand padded on the left, [N, P]; answer token r of a row is written at position P + r of
-the key-value cache.
-This file holds what runs anywhere; graph_decoding.py replays the steps as CUDA graphs.
+Prompts are padded on the left, [N, P]. Response token r of a row is written at position P + r of
+the key-value cache. This file runs on any device; cuda_graphs.py replays the steps as CUDA graphs.
 """
 
 from collections.abc import Iterator
@@ -19,10 +17,9 @@ from dschat.generation.sampling import Agree, Sampler, keep_tokens
 from dschat.models.forward import position_ids_from_mask, takes_position_ids
 from dschat.models.structure import cache_argument, forward_takes
 
-GROUP_TOKENS = 64  # prompts whose lengths fall into one stretch of so many tokens share a prefill
-POLL_STEPS = 8  # steps between looks at the device whether all answers have ended
-# Largest difference of logits between two ways to compute them, in standard deviations of the
-# logits.
+GROUP_TOKENS = 64  # prompts whose lengths are in one interval of so many tokens share a prefill
+POLL_STEPS = 8  # steps between reads from the device whether all responses have ended
+# Largest difference of logits computed in two ways, in standard deviations of the logits.
 TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 0.5, torch.float16: 0.2}
 MISSING = 0.5  # keys and values that were not written differ by 1, as cache_gap counts
 COMPACT_AT = 0.75  # share of unfinished rows at which the eager loop drops the finished ones
@@ -30,22 +27,19 @@ COMPACT_AT = 0.75  # share of unfinished rows at which the eager loop drops the 
 
 @dataclass(frozen=True)
 class Decoded:
-    """Answers of N rows."""
+    """Responses of N rows."""
 
     tokens: torch.Tensor  # [N, R] int64; padding after the first EOS
-    logprobs: (
-        torch.Tensor | None
-    )  # [N, R] fp32, of the full softmax at the sampling temperature, where they are known
+    # [N, R] fp32, of the full softmax at the sampling temperature; None if they are not known
+    logprobs: torch.Tensor | None
 
 
 class SlotLayer(CacheLayerMixin):
     """Keys and values of one layer in buffers [N, heads, L, head width] that are allocated once.
 
-    In a `captured` step the whole buffers are returned, so that it serves every length, and
-    decode_attention's kernel puts
-    the new token where the row's bounds end; else new tokens go after the `filled` positions, and
-    what is filled is
-    returned.
+    In a `captured` step ``update`` returns the whole buffers, so that the step serves every length,
+    and decode_attention's kernel writes the new token where the row's bounds end. Otherwise new
+    tokens are written after the `filled` positions, and ``update`` returns the filled part.
     """
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor):
@@ -61,7 +55,7 @@ class SlotLayer(CacheLayerMixin):
         """Do nothing: the buffers exist."""
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
-        """Store the new tokens [rows, heads, T, width]; returns what attention reads."""
+        """Store the new tokens [rows, heads, T, width] and return what attention reads."""
         if self.captured:
             attention.newest_token.put(key_states, value_states)
             return self.keys, self.values
@@ -81,13 +75,13 @@ class SlotLayer(CacheLayerMixin):
         return self.filled + query_length, 0
 
     def get_max_length(self) -> int:
-        """Return the positions of the buffers."""
+        """Return the number of positions in the buffers."""
         return self.keys.shape[2]
 
     get_max_cache_shape = get_max_length  # its name before transformers 5.2x
 
     def keep(self, rows: torch.Tensor) -> None:
-        """Rows [n] of the buffers move to the front, and only they are used from now on."""
+        """Move rows [n] of the buffers to the front, and use only these from now on."""
         self.rows = len(rows)
         for buffer in (self.keys, self.values):
             buffer[: self.rows] = buffer.index_select(0, rows)
@@ -99,14 +93,14 @@ class SlotCache(Cache):
     def __init__(self, shapes: list[tuple[torch.Tensor, torch.Tensor]], *, rows: int, length: int):
         """
         Args:
-            shapes: keys and values [*, heads, *, width] of each layer, which say heads, width,
-                dtype and device.
+            shapes: keys and values [*, heads, *, width] of each layer, for heads, width, dtype and
+                device.
             rows: N.
             length: L.
         """
         layers = []
         for pair in shapes:
-            # Zeros: what a mask hides is still multiplied by a weight of 0, and 0 * NaN is NaN.
+            # Zeros: a masked value is still multiplied by a weight of 0, and 0 * NaN is NaN.
             buffers = [t.new_zeros(rows, t.shape[1], length, t.shape[3]) for t in pair]
             layers.append(SlotLayer(*buffers))
         super().__init__(layers=layers)
@@ -122,7 +116,7 @@ class SlotCache(Cache):
             layer.rows, layer.filled, layer.captured = rows, filled, captured
 
     def newest(self, *, rows: int, position: int) -> list[torch.Tensor]:
-        """Keys and values [rows, heads, width] of one position, layer by layer, in the buffers."""
+        """Return views of the keys and values [rows, heads, width] of one position, by layer."""
         return [
             buffer[:rows, :, position]
             for layer in self.layers
@@ -130,8 +124,13 @@ class SlotCache(Cache):
         ]
 
     def fill(self, cache: Cache, rows: torch.Tensor, *, copies: int, end: int) -> None:
-        """Put the prompts that `cache` holds into positions [end - T, end) of `copies` slots for
-        each of `rows`.
+        """Copy the prompts in `cache` to positions [end - T, end) of `copies` slots per row.
+
+        Args:
+            cache: a prefilled cache of prompts [n, T].
+            rows: [n], the numbers of these prompts in the batch.
+            copies: slots of each prompt.
+            end: position after the prompts.
         """
         slots = (rows[:, None] * copies + torch.arange(copies, device=rows.device)).view(-1)
         for slot_layer, layer in zip(self.layers, cache.layers):
@@ -141,12 +140,13 @@ class SlotCache(Cache):
 
 
 class GraphMismatch(Exception):
-    """A step cannot be captured, or computes something else than a plain one."""
+    """An error: a step cannot be captured, or does not compute the same as a plain step."""
 
 
 def length_groups(attention_mask: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Row indices [n] of prompts of like length, so that short ones are not prefilled as long as
-    the longest.
+    """Yield row indices [n] of prompts of similar length.
+
+    Short prompts are then not prefilled at the length of the longest.
     """
     stretch = (attention_mask.sum(-1) - 1).clamp(min=0) // GROUP_TOKENS
     for value in stretch.unique().tolist():
@@ -156,8 +156,9 @@ def length_groups(attention_mask: torch.Tensor) -> Iterator[torch.Tensor]:
 def prefill(
     model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor
 ) -> tuple[torch.Tensor, Cache]:
-    """Logits [n, V] of the last position, and a cache of the prompts [n, P] without the columns
-    that all pad.
+    """Return logits [n, V] of the last position and a cache of the prompts [n, P].
+
+    Columns that are padding in all rows are left out.
     """
     start = int(attention_mask.argmax(-1).min())
     input_ids, attention_mask = input_ids[:, start:], attention_mask[:, start:]
@@ -179,7 +180,7 @@ def has_plain_cache(model: nn.Module) -> bool:
 
 
 def takes_graphs(model: nn.Module) -> str | None:
-    """None where a GraphDecoder can run `model`, else why not."""
+    """Return None if a GraphDecoder can run `model`, else the reason why not."""
     if attention.triton is None:
         return "Triton is not installed"
     if not has_plain_cache(model):
@@ -203,8 +204,13 @@ def has_length_dependent_rope(model: nn.Module) -> bool:
 def decode_step(
     model: nn.Module, tokens: torch.Tensor, mask: torch.Tensor, cache: Cache
 ) -> torch.Tensor:
-    """Logits [N, V] after `tokens` [N], the newest of the texts whose attention mask is `mask` [N,
-    T].
+    """Return logits [N, V] after one more token of each row.
+
+    Args:
+        model: the module.
+        tokens: [N], the newest tokens.
+        mask: [N, T], the attention mask of the texts with these tokens.
+        cache: keys and values of the texts before them; receives theirs.
     """
     inputs = dict(input_ids=tokens[:, None], attention_mask=mask, use_cache=True)
     if takes_position_ids(model):
@@ -220,20 +226,22 @@ def prefill_slots(
     copies: int,
     make_cache,
 ) -> tuple[torch.Tensor, SlotCache]:
-    """Every prompt [B, P] prefilled once and put into `copies` slots each.
+    """Prefill every prompt [B, P] once and copy it to `copies` slots.
 
     Args:
-        make_cache: the keys and values of a prefilled group, layer by layer, to the SlotCache to be
-            used.
+        model: the module.
+        input_ids, attention_mask: [B, P], padded on the left.
+        copies: slots of each prompt.
+        make_cache: returns the SlotCache to use, from the keys and values of each layer of a
+            prefilled group.
 
     Returns:
         Logits [B * copies, V] after the prompts, and the cache, whose positions [0, P) are filled.
     """
     cache, logits = None, None
     groups = length_groups(attention_mask)
-    if has_length_dependent_rope(
-        model
-    ):  # which has to see the longest text of the batch, as in the training module
+    if has_length_dependent_rope(model):
+        # It has to see the longest text of the batch, as in the training module.
         groups = [torch.arange(len(input_ids), device=input_ids.device)]
     for rows in groups:
         found, group = prefill(model, input_ids[rows], attention_mask[rows])
@@ -252,15 +260,16 @@ def eager_decode(
     generation: GenerationConfig,
     agree: Agree = keep_tokens,
 ) -> Decoded:
-    """Generate answers to prompts [B, P], `num_return_sequences` in a row for each, one forward a
-    token.
+    """Generate responses to prompts [B, P], with one forward pass per token.
 
-    Finished rows leave the batch once they are a quarter of it. Models with caches of other kinds
-    (sliding windows)
-    keep all rows, and prefill each copy of a prompt.
+    Finished rows are dropped from the batch once they are a quarter of it. Models with other kinds
+    of caches (sliding windows) keep all rows and prefill each copy of a prompt.
 
     Args:
-        agree: the Sampler's.
+        model: the module.
+        input_ids, attention_mask: [B, P], padded on the left.
+        generation: sampling settings; `num_return_sequences` responses of a prompt are neighbours.
+        agree: see ``Sampler``.
     """
     copies, num_new = generation.num_return_sequences or 1, generation.max_new_tokens
     sampler = Sampler(generation, input_ids.device, agree)
@@ -309,18 +318,18 @@ def eager_decode(
 
 
 def logit_gap(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
-    """Return [], the largest difference of two logits [N, V], in standard deviations of the
-    expected ones; to hold TOLERANCE.
+    """Return the largest difference of two logits [N, V], as a scalar to compare with TOLERANCE.
+
+    The unit is the standard deviation of the expected logits.
     """
     return (found.float() - expected.float()).abs().max() / expected.float().std()
 
 
 def cache_gap(found: list[torch.Tensor], expected: list[torch.Tensor]) -> torch.Tensor:
-    """Return [], the largest difference of keys or values, layer by layer, as a part of the
-    expected ones' norm; to hold MISSING.
+    """Return the largest difference of keys or values, as a scalar to compare with MISSING.
 
-    Where both are zero it is 0: a padding token's are, in the first layer of a model that embeds it
-    as zeros.
+    The unit is the norm of the expected tensor of a layer. If both are zeros, the difference is 0:
+    a padding token's are, in the first layer of a model that embeds it as zeros.
     """
     tiny = torch.finfo(torch.float32).tiny
     gaps = [
@@ -331,7 +340,8 @@ def cache_gap(found: list[torch.Tensor], expected: list[torch.Tensor]) -> torch.
 
 
 def _poll(step: int, device: torch.device) -> bool:
-    """Return whether to ask now which rows have ended. On a GPU seldom: asking waits for the
-    device.
+    """Return whether to check now which rows have ended.
+
+    On a GPU this is done seldom, since it waits for the device.
     """
     return device.type == "cpu" or (step + 1) % POLL_STEPS == 0

@@ -1,4 +1,4 @@
-"""The buffers of a captured decode step; they stay where they are while its graphs live."""
+"""The buffers of a captured decode step, which keep their addresses while its graphs exist."""
 
 from dataclasses import dataclass
 
@@ -7,27 +7,25 @@ import torch
 
 @dataclass
 class GraphBuffers:
-    """The buffers that a step reads and writes; N slots, R answer tokens."""
+    """The buffers that a decode step reads and writes, of N slots and R response tokens."""
 
     token: torch.Tensor  # [N, 1] int64, the newest token
     positions: torch.Tensor  # [N, 1] int64, its position id
-    bounds: (
-        torch.Tensor
-    )  # [N, 1, 1, 2] int32, cache positions that a row attends to: first, and one after the newest
+    # [N, 1, 1, 2] int32, the cache positions that a row attends to: first, and one after the newest
+    bounds: torch.Tensor
     position: torch.Tensor  # [1] int64, where the newest token goes in the cache
-    step: torch.Tensor  # [] int64, how many answer tokens there are
-    row: torch.Tensor  # [N] int64, the answer that a slot works on
+    step: torch.Tensor  # [] int64, the number of response tokens
+    row: torch.Tensor  # [N] int64, the response that a slot works on
     finished: torch.Tensor  # [N] bool
     remaining: torch.Tensor  # [] int64, slots that have not finished
-    tokens: torch.Tensor  # [N, R] int64, the answers
+    tokens: torch.Tensor  # [N, R] int64, the responses
     logprobs: torch.Tensor  # [N, R] fp32
-    texts: (
-        torch.Tensor
-    )  # [N, T] int64, prompts and answers where the repetition penalty reads them, else [N, 0]
+    # [N, T] int64, prompts and responses if the repetition penalty reads them, else [N, 0]
+    texts: torch.Tensor
     logits: torch.Tensor  # [N, V], of the last step
 
     def take(self, slots: torch.Tensor) -> None:
-        """Slots [n] move to the front."""
+        """Move slots [n] to the front."""
         for buffer in (
             self.token,
             self.positions,
@@ -42,8 +40,9 @@ class GraphBuffers:
     def allocate(
         cls, *, slots: int, num_new: int, num_text: int, vocab: int, like: torch.Tensor
     ) -> "GraphBuffers":
-        """Buffers of N = `slots`, R = `num_new`, T = `num_text` and V = `vocab`, logits in the
-        dtype of `like`.
+        """Allocate buffers of N = `slots`, R = `num_new`, T = `num_text` and V = `vocab`.
+
+        The logits have the dtype of `like`, and all buffers its device.
         """
         device = like.device
         whole = dict(dtype=torch.int64, device=device)

@@ -1,4 +1,4 @@
-"""Choosing the next token: transformers' logits processors, then the most likely token or a draw."""
+"""Sampling: transformers' logits processors, then the most likely token or a random draw."""
 
 from collections.abc import Callable
 
@@ -23,8 +23,9 @@ def keep_tokens(tokens: torch.Tensor) -> torch.Tensor:
 
 
 class Sampler:
-    """Logits [B, V] to tokens [B], by one GenerationConfig. Without host synchronisation, so a CUDA
-    graph can hold it.
+    """A callable from logits [B, V] to tokens [B], by the settings of one GenerationConfig.
+
+    It does not synchronize with the host, so a CUDA graph can hold it.
     """
 
     def __init__(
@@ -32,11 +33,12 @@ class Sampler:
     ):
         """
         Args:
-            agree: makes the tokens [B] that processes have drawn for the same rows the same on all
-                of them.
+            generation: sampling settings.
+            device: of the logits.
+            agree: makes the tokens [B] that ranks have drawn for the same rows equal on all ranks.
 
         Raises:
-            ValueError: beam search, which an inference replica does not do.
+            ValueError: beam search, which an inference replica does not support.
         """
         if (generation.num_beams or 1) > 1:
             raise ValueError(
@@ -50,8 +52,7 @@ class Sampler:
         )
         self.min_new_tokens = generation.min_new_tokens or 0
         self.eos = torch.tensor(eos_ids(generation), device=device, dtype=torch.long)
-        # The order is that of transformers' generate: the penalty, then the barred ends, then the
-        # warpers.
+        # The order of transformers' generate: penalty, barred ends, warpers.
         penalty = generation.repetition_penalty
         self.penalty = None if penalty in (None, 1.0) else RepetitionPenaltyLogitsProcessor(penalty)
         self.warpers = LogitsProcessorList()
@@ -68,23 +69,23 @@ class Sampler:
             or generation.top_k
             or (generation.top_p or 1.0) < 1.0
         )
-        # Tokens that others have drawn need their own logprobs, which the kernels know of one token
-        # alone.
+        # The kernels return the logprob of the token that they draw, not of another rank's token.
         self.fused = triton is not None and self.do_sample and not changed and agree is keep_tokens
 
     def __call__(
         self, logits: torch.Tensor, texts: torch.Tensor | None, step: torch.Tensor | int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens [B] int64, and their logprobs [B] fp32.
-
-        The logprobs are of the full softmax at the sampling temperature, which is what PPO's ratio
-        is made of; top-k,
-        top-p and the penalty do not enter.
+        """Choose the next token of each row.
 
         Args:
             logits: [B, V] of the last position.
-            texts: [B, T] the tokens so far, read by the repetition penalty alone.
-            step: how many tokens of the answer there are, an int or an int64 scalar on the device.
+            texts: [B, T], the tokens so far; only the repetition penalty reads them.
+            step: number of response tokens so far, an int or an int64 scalar on the device.
+
+        Returns:
+            Tokens [B] int64, and their logprobs [B] fp32. The logprobs are of the full softmax at
+            the sampling temperature, which PPO's ratio needs: top-k, top-p and the repetition
+            penalty do not enter.
         """
         if self.fused and logits.is_cuda:
             return draw(
@@ -103,7 +104,7 @@ class Sampler:
         if self.do_sample:
             # argmax(score_i + G_i) with standard Gumbel noise G = -log E, E ~ Exp(1), draws i with
             # its softmax probability.
-            # torch.multinomial checks its input, which costs a synchronisation on some devices.
+            # torch.multinomial checks its input, which costs a synchronization on some devices.
             tokens = (scores - torch.empty_like(scores).exponential_().log_()).argmax(-1)
         else:
             tokens = scores.argmax(-1)
@@ -113,11 +114,13 @@ class Sampler:
         return tokens, logprobs
 
     def is_end(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Return [B] bool: which of `tokens` [B] end an answer."""
+        """Return a mask [B] that is True if the token ends a response."""
         return (tokens[:, None] == self.eos).any(-1)
 
 
 def eos_ids(generation: GenerationConfig) -> list[int]:
-    """Return the ids that end an answer, as a list whatever the config holds."""
+    """Return the ids that end a response, as a list."""
     ids = generation.eos_token_id
-    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+    if ids is None:
+        return []
+    return [ids] if isinstance(ids, int) else list(ids)

@@ -1,11 +1,10 @@
-"""Tensor-parallel generation: neighbouring ranks hold a slice each of every decoder layer, and
-generate one batch together.
+"""Tensor-parallel generation: neighbouring ranks each hold a slice of every decoder layer.
 
-Megatron's scheme (Shoeybi et al. 2019, section 3): what reads the hidden state is split by outputs
-("colwise"), what
-writes to it by inputs ("rowwise"), and the parts of the latter are summed, twice a layer. Heads and
-the columns of the
-feed-forward part lie on one rank each; embeddings, norms and the head are whole on all.
+They generate one batch together, by Megatron's scheme (Shoeybi et al. 2019, section 3). Linear
+layers that read the hidden state are split by outputs ("colwise"), those that write to it by inputs
+("rowwise"); the partial results of the latter are summed, twice a layer. Each attention head and
+each column of the feed-forward part is on one rank. Embeddings, norms and the head are whole on
+all ranks.
 """
 
 import functools
@@ -19,7 +18,7 @@ from transformers import PreTrainedConfig
 
 from dschat.models.structure import decoder_layers
 
-# By transformers' model_type, for families whose configuration has no plan of its own.
+# By transformers' model_type, for families whose configuration has no plan.
 PLANS = {
     "opt": {
         **{f"layers.*.self_attn.{name}": "colwise" for name in ("q_proj", "k_proj", "v_proj")},
@@ -29,7 +28,7 @@ PLANS = {
     }
 }
 LAYER = "layers.*."
-# What a forward leaves whole; its gradient alone differs.
+# Styles that do not split the forward pass; only their gradients differ.
 WHOLE = ("replicated_with_grad_allreduce",)
 HEAD_COUNTS = (
     "num_heads",
@@ -42,9 +41,10 @@ HEAD_COUNTS = (
 
 
 def split_plan(config: PreTrainedConfig) -> dict[str, str]:
-    """Names inside a decoder layer to "colwise" or "rowwise", by transformers' plan or PLANS; {}
-    where there is none, or
-    one that also asks for something else (packed matrices, experts).
+    """Return the style, "colwise" or "rowwise", of each linear layer inside a decoder layer.
+
+    The plan is PLANS' or transformers'. It is empty if there is no plan, or if the plan has other
+    styles (packed matrices, experts).
     """
     text = config.get_text_config()
     plan = PLANS.get(text.model_type) or getattr(text, "base_model_tp_plan", None) or {}
@@ -54,11 +54,15 @@ def split_plan(config: PreTrainedConfig) -> dict[str, str]:
 
 
 def split_problems(config: PreTrainedConfig, size: int, *, world_size: int) -> list[str]:
-    """Return the reasons why groups of `size` ranks cannot generate with a model, one sentence
-    each; none for 1.
+    """Return the reasons why groups of `size` ranks cannot generate with a model.
 
     Args:
-        world_size: processes of the run.
+        config: the model's configuration.
+        size: ranks of a group; 1 has no problems.
+        world_size: ranks of the run.
+
+    Returns:
+        One sentence for each reason.
     """
     flag, found = f"--inference_tp_size {size}", []
     if size == 1:
@@ -94,7 +98,7 @@ def split_problems(config: PreTrainedConfig, size: int, *, world_size: int) -> l
 
 @dataclass(frozen=True)
 class TensorGroup:
-    """The ranks that generate together: `size` neighbours, this one is number `index`."""
+    """The ranks that generate together: `size` neighbours, of which this one is number `index`."""
 
     size: int
     index: int
@@ -113,14 +117,14 @@ class TensorGroup:
         return tensor
 
     def gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return [size, ...], the tensors of all ranks, which have one shape."""
+        """Return the tensors of all ranks, stacked to [size, ...]; they must have one shape."""
         flat = tensor.contiguous().view(-1)
         parts = [torch.empty_like(flat) for _ in range(self.size)]
         dist.all_gather(parts, flat, group=self.handle)
         return torch.stack(parts).view(self.size, *tensor.shape)
 
     def slice(self, tensor: torch.Tensor, dim: int | None) -> torch.Tensor:
-        """Return this rank's part along `dim`; all of it if that is None."""
+        """Return this rank's part along `dim`, or all of it if that is None."""
         if dim is None:
             return tensor
         assert tensor.shape[dim] % self.size == 0, (
@@ -131,12 +135,13 @@ class TensorGroup:
 
 @functools.lru_cache
 def tensor_group(size: int) -> TensorGroup | None:
-    """Return this rank's group; None for 1. Every rank must call it, `size` must divide their
-    number.
+    """Return this rank's group, or None if `size` is 1.
+
+    Every rank must call it, and `size` must divide the number of ranks.
     """
     if size == 1:
         return None
-    # Each process has to make all groups, in one order.
+    # Each rank has to make all groups, in the same order.
     handles = [
         dist.new_group(range(first, first + size))
         for first in range(0, dist.get_world_size(), size)
@@ -146,9 +151,7 @@ def tensor_group(size: int) -> TensorGroup | None:
 
 
 class RowwiseLinear(nn.Linear):
-    """An nn.Linear whose weight is a slice of the columns; its input is that slice of the hidden
-    columns.
-    """
+    """An nn.Linear whose weight is a slice of the columns, for the same slice of the input."""
 
     group: TensorGroup
 
@@ -159,10 +162,10 @@ class RowwiseLinear(nn.Linear):
 
 
 def split_layers(model: nn.Module, group: TensorGroup) -> dict[tuple[nn.Module, str], int]:
-    """Make the decoder layers of a model on the meta device those of one rank.
+    """Cut the decoder layers of a model on the meta device to those of one rank.
 
     Returns:
-        The dimension that was cut, of each (module, name of its parameter).
+        The dimension that was cut, by (module, name of its parameter).
     """
     plan, cut = split_plan(model.config), {}
     _, layers = decoder_layers(model)
@@ -192,21 +195,22 @@ def split_layers(model: nn.Module, group: TensorGroup) -> dict[tuple[nn.Module, 
 def gather_prompts(
     group: TensorGroup, input_ids: torch.Tensor, attention_mask: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the prompts of the whole group with their masks, [size * B, P of the longest], padded
-    on the left.
+    """Return the prompts of the whole group and their masks, [size * B, longest P].
 
     Args:
-        input_ids, attention_mask: [B, P], each rank's own, padded on the left; B is that of all.
+        group: the ranks that generate together.
+        input_ids, attention_mask: [B, P] of this rank, padded on the left; B must be the same on
+            all ranks of the group.
     """
     shapes = group.gather(torch.tensor(input_ids.shape, device=input_ids.device)).tolist()
     rows, longest = {shape[0] for shape in shapes}, max(shape[1] for shape in shapes)
     if len(rows) > 1:
         raise ValueError(
-            f"ranks that generate together bring unlike numbers of prompts: "
+            f"ranks that generate together have different numbers of prompts: "
             f"{[shape[0] for shape in shapes]}"
         )
     missing = longest - input_ids.shape[1]
-    # A token that the row has anyway, so that a repetition penalty takes no notice.
+    # Pad with a token that the row contains anyway, so that a repetition penalty does not change.
     input_ids = torch.cat([input_ids[:, -1:].expand(-1, missing), input_ids], dim=-1)
     attention_mask = F.pad(attention_mask, (missing, 0))
     return group.gather(input_ids).flatten(0, 1), group.gather(attention_mask).flatten(0, 1)

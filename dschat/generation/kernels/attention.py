@@ -205,8 +205,7 @@ if triton is not None:
         is_row = rows < GROUP
         there = is_row[:, None] & (d < WIDTH)[None, :]
         q = tl.load(query + heads[:, None] * WIDTH + d[None, :], mask=there, other=0.0)
-        # The first program of a row begins with the new token and writes it. No program reads its
-        # position.
+        # The first program of a row begins with the new token and writes it. None reads its place.
         takes = (split == 0) & (d < WIDTH)
         new_k = tl.load(new_key + (b * KV_HEADS + h) * WIDTH + d, mask=takes, other=0.0)
         new_v = tl.load(new_value + (b * KV_HEADS + h) * WIDTH + d, mask=takes, other=0.0)

@@ -7,8 +7,8 @@ does not start. The amounts were read from Triton 3.6's compilations for compute
 
 import torch
 
-# Shared memory of one program: an H100's until ``detect_shared_memory`` is called. A plain number in
-# the module, because torch.compile traces the kernels' callers and must not trace the query.
+# Shared memory of one program: an H100's until ``detect_shared_memory`` is called. It is a number
+# in the module because torch.compile traces the kernels' callers and must not trace the query.
 shared_bytes = 227 * 1024
 
 

@@ -146,7 +146,7 @@ def test_finished_rows_leave_the_batch(engine):
 
 
 def test_what_a_step_has_not_cached_is_seen_and_what_it_caches_as_zeros_is_not():
-    """A padding token's keys and values in the first layer are zeros where it is embedded as zeros."""
+    """A padding token embedded as zeros has zeros as its first layer's keys and values."""
     zeros, some = torch.zeros(3, 2, 4), torch.ones(3, 2, 4)
     assert cache_gap([zeros, some], [zeros, some]) == 0
     assert cache_gap([zeros, some], [zeros, 1.01 * some]) < MISSING
