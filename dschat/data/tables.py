@@ -310,6 +310,13 @@ def _open_folder(
         raise _no_part(str(folder), named, choice.split)
     if train is None:
         wanted = "train" + (suffixes[0] if len(suffixes) == 1 else ".*")
+        subfolders = [path for path in _list_folder(folder) if path.is_dir()]
+        fit = [path.name for path in subfolders if choice.find(list(_list_parts(path, suffixes)))]
+        if fit:
+            raise ValueError(
+                f"{folder}: no {wanted} in this folder, but in its folders {', '.join(fit)}. Give "
+                f"one of them, such as {folder / fit[0]}."
+            )
         raise ValueError(
             f"{folder}: no {wanted} in this folder or its data folder, no train-*.* of several "
             "files, and no dataset_dict.json of datasets.save_to_disk. Give a file, or a folder "
@@ -343,9 +350,7 @@ def _list_folder(folder: Path) -> list[Path]:
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise ValueError(
-            f"{folder}: {error.strerror}. Give a folder that may be read."
-        ) from error
+        raise ValueError(f"{folder}: {error.strerror}. Give a folder that may be read.") from error
 
 
 def _is_data_file(path: Path, suffixes: tuple[str, ...]) -> bool:

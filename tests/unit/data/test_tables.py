@@ -326,6 +326,7 @@ def test_snapshot_of_the_hub(tmp_path, inner):
         ["train-0.jsonl", "train-1.jsonl.gz"],
         ["train_0001.jsonl", "train_0002.jsonl"],
         ["train_00000_of_00002.jsonl", "train_00001_of_00002.jsonl"],
+        ["train-00000-of-00002-0a1b.jsonl", "train-00001-of-00002-2c3d.jsonl"],
         ["train1.jsonl", "train2.jsonl"],
         ["train-a.jsonl", "train.b.jsonl"],
         ["train/x.jsonl", "train/y.jsonl.gz"],
@@ -517,6 +518,8 @@ def test_configuration_of_a_snapshot_is_its_folder(tmp_path):
     write_parquet(tmp_path / "main" / "train-00000-of-00001.parquet", 2)
     for tables in (open_entry(f"{tmp_path}:main"), open_entry(tmp_path, config="main")):
         assert prompts(tables["train"]) == names(0, 2)
+    with pytest.raises(ValueError, match=rf"but in its folders main. Give .* {tmp_path}/main\."):
+        open_entry(tmp_path)
 
 
 # The hub
