@@ -1,8 +1,7 @@
-"""Advice on the flags that make a run fit: every set of a few flags is planned, and the smallest
-and mildest that fits is taken.
+"""Advice on the flags that make a run fit.
 
-Where no small set does, whole kinds of changes are planned together, and what is not needed is left
-out again.
+Every set of a few flags is planned, and the smallest and mildest that fits is taken. If no small
+set fits, whole kinds of changes are planned together, and what is not needed is removed again.
 """
 
 import functools
@@ -17,9 +16,9 @@ from dschat.memory.model_size import find_config
 from dschat.memory.plan import StepPlan, plan_step
 
 GIB = 2**30
-# Beside tensors: the CUDA context, the libraries' workspaces, communication buffers.
+# In addition to tensors: the CUDA context, the libraries' workspaces, communication buffers.
 OVERHEAD = 0.75 * GIB
-PLANNED_FLAGS = 4  # of up to so many flags every set is planned, which takes about a second
+PLANNED_FLAGS = 4  # every set of at most so many flags is planned, which takes about a second
 MOST_GPUS = 1024
 GPUS_OF_A_HOST = 8
 LORA_DIM = 64
@@ -27,35 +26,40 @@ LORA_DIM = 64
 
 @dataclass(frozen=True)
 class Change:
-    """Options that only make sense together, by their flags' names."""
+    """Options that only make sense together.
+
+    Attributes:
+        options: values by the names of their flags.
+        cost: loss of speed or quality, from 0 (next to none) to 5 (large).
+    """
 
     options: dict
-    cost: int  # of speed or quality: 0 next to nothing, 5 much
+    cost: int
 
 
 @dataclass(frozen=True)
 class Machine:
     """The resources that a run may use."""
 
-    world_size: int  # processes, one GPU each
-    processes: int  # of them on one host
-    gpu_bytes: float  # memory of a GPU; 0 where it is not known
-    all_host_bytes: float  # of a host; likewise
+    world_size: int  # ranks, one GPU each
+    processes: int  # ranks of one host
+    gpu_bytes: float  # memory of a GPU; 0 if it is not known
+    all_host_bytes: float  # memory of a host; 0 if it is not known
 
     def missing(self, plan: StepPlan) -> float:
-        """Bytes by which `plan` does not fit a GPU and a host, together; 0 where it fits."""
-        gpu = needed_bytes(plan) - self.gpu_bytes if self.gpu_bytes else 0.0
-        host = (
-            plan.host_bytes(processes=self.processes) - self.all_host_bytes
-            if self.all_host_bytes
-            else 0.0
-        )
-        return max(gpu, 0.0) + max(host, 0.0)
+        """Return the bytes that `plan` lacks on a GPU and on a host, added up; 0 if it fits."""
+        gpu = 0.0
+        if self.gpu_bytes:
+            gpu = max(needed_bytes(plan) - self.gpu_bytes, 0.0)
+        host = 0.0
+        if self.all_host_bytes:
+            host = max(plan.host_bytes(processes=self.processes) - self.all_host_bytes, 0.0)
+        return gpu + host
 
 
 @dataclass(frozen=True)
 class Remedy:
-    """Options, the plan with them, and the bytes by which that does not fit."""
+    """Options, the plan with them, and the bytes that this plan lacks."""
 
     options: dict
     plan: StepPlan
@@ -63,26 +67,34 @@ class Remedy:
 
     @property
     def flags(self) -> list[str]:
-        """Each flag with its value."""
-        return [
-            f"--{'' if value else 'no_'}{key}" if isinstance(value, bool) else f"--{key} {value}"
-            for key, value in self.options.items()
-        ]
+        """The flags with their values, as on a command line."""
+        found = []
+        for key, value in self.options.items():
+            if not isinstance(value, bool):
+                found.append(f"--{key} {value}")
+            elif value:
+                found.append(f"--{key}")
+            else:
+                found.append(f"--no_{key}")
+        return found
 
 
 def needed_bytes(plan: StepPlan) -> float:
-    """Return the bytes that a GPU must hold."""
+    """Return the bytes that a GPU must have."""
     return plan.peak[1] + OVERHEAD
 
 
 def find_remedy(config, machine: Machine, *, dtype: str) -> Remedy:
-    """Find the fewest flags with which `config` fits, of equally few the mildest; if nothing fits,
-    the nearest miss.
+    """Find the fewest flags with which `config` fits, and the mildest of equally few.
 
-    Up to PLANNED_FLAGS flags no smaller set of these changes fits; of more, none can be left out.
+    If there are at most PLANNED_FLAGS, no smaller set of changes fits. If there are more, none of
+    them can be left out.
+
+    Returns:
+        The remedy; if nothing fits, the one that lacks the fewest bytes.
 
     Raises:
-        ValueError: a model that is not known here.
+        ValueError: the model is not known.
     """
     kinds = _kinds(config, world_size=machine.world_size)
     planned = functools.partial(_planned, config, machine=machine, dtype=dtype)
@@ -100,8 +112,11 @@ def find_remedy(config, machine: Machine, *, dtype: str) -> Remedy:
 
 
 def enough_gpus(config, machine: Machine, *, dtype: str) -> tuple[Machine, Remedy] | None:
-    """Twice, four times ... as many GPUs, whichever do first, with the flags with which `config`
-    fits them; or None.
+    """Find the smallest number of GPUs that is enough: twice as many, four times as many, ...
+
+    Returns:
+        The larger machine and the flags with which `config` fits it, or None if MOST_GPUS are not
+        enough.
     """
     world_size = 2 * machine.world_size
     while world_size <= MOST_GPUS:
@@ -109,18 +124,21 @@ def enough_gpus(config, machine: Machine, *, dtype: str) -> tuple[Machine, Remed
         larger = replace(machine, world_size=world_size, processes=processes)
         planned = functools.partial(_planned, config, machine=larger, dtype=dtype)
         kinds = _kinds(config, world_size=world_size)
-        fitting = (
-            found for found in map(planned, _large_sets(kinds)) if found and not found.missing
-        )
-        first = next(fitting, None)
-        if first:
-            return larger, _without_needless(first, kinds, planned)
+        for options in _large_sets(kinds):
+            found = planned(options)
+            if found and not found.missing:
+                return larger, _without_needless(found, kinds, planned)
         world_size *= 2
     return None
 
 
 def with_options(config, options: dict):
-    """Return `config` with fields of its groups replaced, by their flags' names."""
+    """Return `config` with fields of its groups replaced.
+
+    Args:
+        config: of any step.
+        options: values by the names of their flags.
+    """
     groups = {}
     for name, group in vars(config).items():
         mine = {key: value for key, value in options.items() if hasattr(group, key)}
@@ -129,7 +147,7 @@ def with_options(config, options: dict):
 
 
 def _planned(config, options: dict, *, machine: Machine, dtype: str) -> Remedy | None:
-    """Return the remedy that `options` amount to; None if they exclude each other."""
+    """Return the remedy of these options, or None if they exclude each other."""
     changed = with_options(config, options)
     if changed.problems():
         return None
@@ -140,14 +158,16 @@ def _planned(config, options: dict, *, machine: Machine, dtype: str) -> Remedy |
 
 
 def _nearer(one: Remedy | None, other: Remedy | None) -> Remedy | None:
-    """Return the remedy that is nearer to fit, the first of two equals."""
-    return other if other and (one is None or other.missing < one.missing) else one
+    """Return the remedy that lacks fewer bytes; if they are equal, the first."""
+    if other is None:
+        return one
+    if one is None or other.missing < one.missing:
+        return other
+    return one
 
 
 def _small_sets(kinds: list[list[Change]]) -> list[dict]:
-    """Return all sets of changes with up to PLANNED_FLAGS flags: those of few flags first, of
-    equally few the mildest.
-    """
+    """Return all sets of changes with at most PLANNED_FLAGS flags, as ``_in_order`` sorts them."""
     changes = [change for kind in kinds for change in kind]
     sets = (
         chosen
@@ -158,7 +178,7 @@ def _small_sets(kinds: list[list[Change]]) -> list[dict]:
 
 
 def _large_sets(kinds: list[list[Change]]) -> list[dict]:
-    """Return all sets of whole kinds, each at its strongest, in the same order."""
+    """Return all sets of whole kinds, each at its strongest, as ``_in_order`` sorts them."""
     strongest = [_strongest(kind) for kind in kinds]
     sets = (
         chosen
@@ -169,26 +189,34 @@ def _large_sets(kinds: list[list[Change]]) -> list[dict]:
 
 
 def _in_order(sets: Iterable[Iterable[Change]]) -> list[dict]:
-    """Return the options of each set, except sets that give a flag two values."""
+    """Return the options of each set: those of the fewest flags first, of equally few the mildest.
+
+    Sets that give a flag two values are left out.
+    """
     found = []
     for chosen in sets:
-        options, count, cost = {}, 0, 0
+        options = {}
+        count = 0
+        cost = 0
         for change in chosen:
             options |= change.options
-            count, cost = count + len(change.options), cost + change.cost
+            count += len(change.options)
+            cost += change.cost
         if len(options) == count:
             found.append((count, cost, options))
     return [options for _, _, options in sorted(found, key=lambda item: item[:2])]
 
 
 def _strongest(kind: list[Change]) -> list[Change]:
-    """Keep the last of the changes of the same flags."""
+    """Return the last of the changes of each flag, which is the strongest."""
     return list({tuple(change.options): change for change in kind}.values())
 
 
 def _without_needless(found: Remedy, kinds: list[list[Change]], planned: Callable) -> Remedy:
-    """Return `found` without the changes, the costliest first, that bring it no nearer to fit, or
-    with milder ones in their place.
+    """Return `found` without the changes that it does not need.
+
+    The most expensive change is tried first. A change is removed, or replaced by a milder one, if
+    not more bytes are missing then.
     """
     chosen = [
         change
@@ -214,30 +242,32 @@ def _without_needless(found: Remedy, kinds: list[list[Change]], planned: Callabl
 
 
 def _kinds(config, *, world_size: int) -> list[list[Change]]:
-    """Return the changes that save memory and are not on yet, by kind; of equal flags the strongest
-    comes last.
+    """Return the changes that save memory and are not made yet, by kind.
+
+    Of the changes of a flag the strongest comes last.
     """
-    kinds = (
-        _ppo_kinds(config, world_size=world_size)
-        if isinstance(config, PPOConfig)
-        else _supervised_kinds(config)
-    )
-    kinds.append([Change({"dtype": "auto"}, 1)] if config.model.dtype == "fp32" else [])
+    if isinstance(config, PPOConfig):
+        kinds = _ppo_kinds(config, world_size=world_size)
+    else:
+        kinds = _supervised_kinds(config)
+    if config.model.dtype == "fp32":
+        kinds.append([Change({"dtype": "auto"}, 1)])
     now = {key: value for group in vars(config).values() for key, value in vars(group).items()}
     found = []
     for kind in kinds:
-        new = [
-            Change(
-                {k: v for k, v in change.options.items() if k in now and now[k] != v}, change.cost
-            )
-            for change in kind
-        ]
-        found.append([change for change in new if change.options])
-    return [kind for kind in found if kind]
+        changes = []
+        for change in kind:
+            options = {k: v for k, v in change.options.items() if k in now and now[k] != v}
+            if options:
+                changes.append(Change(options, change.cost))
+        if changes:
+            found.append(changes)
+    return found
 
 
 def _supervised_kinds(config) -> list[list[Change]]:
-    batch, system = config.batch, config.system
+    batch = config.batch
+    system = config.system
     steps = config.schedule.gradient_accumulation_steps
     return [
         [Change({"per_device_eval_batch_size": min(batch.per_device_eval_batch_size, 4)}, 0)],
@@ -249,10 +279,11 @@ def _supervised_kinds(config) -> list[list[Change]]:
             steps,
         ),
         _stages("zero_stage", system.zero_stage),
+        # DPO's reference model.
         [
             Change({"share_reference": True}, 1),
             Change({"offload_reference_model": True}, 2),
-        ],  # of DPO
+        ],
         [
             Change({"lora_dim": config.lora.lora_dim or LORA_DIM}, 2),
             Change({"only_optimize_lora": True}, 3),
@@ -263,12 +294,13 @@ def _supervised_kinds(config) -> list[list[Change]]:
 
 
 def _ppo_kinds(config: PPOConfig, *, world_size: int) -> list[list[Change]]:
-    batch, system, lora = config.batch, config.system, config.lora
-    training, generation = (
-        batch.per_device_training_batch_size,
-        batch.per_device_generation_batch_size,
-    )
-    steps, batches = config.schedule.gradient_accumulation_steps, batch.generation_batches
+    batch = config.batch
+    system = config.system
+    lora = config.lora
+    training = batch.per_device_training_batch_size
+    generation = batch.per_device_generation_batch_size
+    steps = config.schedule.gradient_accumulation_steps
+    batches = batch.generation_batches
     return [
         [Change({"per_device_eval_batch_size": min(batch.per_device_eval_batch_size, 4)}, 0)],
         [
@@ -298,8 +330,9 @@ def _ppo_kinds(config: PPOConfig, *, world_size: int) -> list[list[Change]]:
 
 
 def _replica_changes(config: PPOConfig, *, world_size: int) -> list[Change]:
-    """Return the changes of the Hybrid Engine, with the sizes of tensor-parallel groups that actor
-    and ranks allow.
+    """Return the changes of the Hybrid Engine.
+
+    They include the sizes of tensor-parallel groups that the actor and the ranks allow.
     """
     if not config.system.enable_hybrid_engine:
         return []
@@ -327,13 +360,12 @@ def _stages(name: str, now: int) -> list[Change]:
 
 
 def _fewer_rows(name: str, rows: int, times_name: str, times: int) -> list[Change]:
-    """Return changes to about half, a quarter and one of `rows`, more times, so that nothing
-    changes but memory and speed.
+    """Return the changes to smaller batches: about half, about a quarter, and one row.
+
+    The number of batches grows accordingly, so that only memory and speed change.
     """
-    few = sorted(
-        {math.gcd(rows, rows // part) for part in (2, 4, rows) if rows >= part > 1}, reverse=True
-    )
+    smaller = {math.gcd(rows, rows // part) for part in (2, 4, rows) if rows >= part > 1}
     return [
-        Change({name: less, times_name: times * rows // less}, cost)
-        for cost, less in enumerate(few, start=1)
+        Change({name: fewer, times_name: times * rows // fewer}, cost)
+        for cost, fewer in enumerate(sorted(smaller, reverse=True), start=1)
     ]

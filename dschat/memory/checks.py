@@ -1,6 +1,4 @@
-"""Checks of a run: its plan, and what the steps ask of their models' shapes, seen in their
-configurations before any weight is read.
-"""
+"""Checks of a run before any weight is read: its memory plan, and the shapes of its models."""
 
 from collections.abc import Iterable
 
@@ -11,15 +9,16 @@ from dschat.memory.plan import StepPlan, plan_step
 
 
 def checked_plan(config, *, world_size: int, dtype: str, rewards: Iterable[str] = ()) -> StepPlan:
-    """Return the memory plan of any step's configuration, if its models have positions for its
-    texts; in step 3 see ``check_models``.
+    """Return the memory plan of any step's configuration, after a check of its models.
 
     Args:
-        world_size, rewards: as for ``check_models``.
+        config: of the step.
+        world_size, rewards: see ``check_models``.
         dtype: bf16, fp16 or fp32.
 
     Raises:
-        ValueError: a model has not; see also ``check_models``.
+        ValueError: a model has not enough positions for the texts; in step 3 see also
+            ``check_models``.
     """
     plan = plan_step(config, world_size=world_size, dtype=dtype)
     if isinstance(config, PPOConfig):
@@ -30,11 +29,15 @@ def checked_plan(config, *, world_size: int, dtype: str, rewards: Iterable[str] 
 
 
 def check_length(length: int, size: ModelSize, path: str) -> None:
-    """Check that the model of --model_name_or_path `path` has positions for texts of --max_seq_len
-    `length`.
+    """Check that a model has positions for texts of `length` tokens.
+
+    Args:
+        length: value of --max_seq_len.
+        size: of the model.
+        path: value of --model_name_or_path.
 
     Raises:
-        ValueError: it has not; names both flags.
+        ValueError: the model has not enough. The message names both flags.
     """
     if size.positions is not None and length > size.positions:
         raise ValueError(
@@ -46,29 +49,31 @@ def check_length(length: int, size: ModelSize, path: str) -> None:
 def check_models(
     config: PPOConfig, plan: StepPlan, *, world_size: int, rewards: Iterable[str] = ()
 ) -> None:
-    """Check that --inference_tp_size can split the actor, and that every model has positions for
-    the longest text.
+    """Check that the actor can be split, and that all models have positions for the longest text.
 
     Args:
-        plan: the run's memory plan, which knows the sizes of actor and critic.
-        world_size: processes of the run.
-        rewards: reward models that read the actor's tokens; others cut what is too long.
+        config: of step 3.
+        plan: the run's memory plan, with the sizes of actor and critic.
+        world_size: ranks of the run.
+        rewards: reward models that read the actor's tokens; others cut longer texts.
 
     Raises:
-        ValueError: it cannot, or one has not; names flags, values and remedies.
+        ValueError: --inference_tp_size does not divide the actor, or a model has not enough
+            positions. The message names flags, values and remedies.
     """
-    options, system, found = config.model, config.system, []
+    options = config.model
+    system = config.system
+    found = []
     trust = dict(trust_remote_code=options.trust_remote_code)
-    actor, flag = options.actor_model_name_or_path, "--actor_model_name_or_path"
+    flag = "--actor_model_name_or_path"
+    actor = options.actor_model_name_or_path
     if system.enable_hybrid_engine:
-        found += split_problems(
-            find_config(actor, flag=flag, **trust), system.inference_tp_size, world_size=world_size
-        )
+        shape = find_config(actor, flag=flag, **trust)
+        found += split_problems(shape, system.inference_tp_size, world_size=world_size)
     positions = {(flag, actor): plan.sizes["actor"].positions}
     if "critic" in plan.sizes:
-        positions["--critic_model_name_or_path", options.critic_model_name_or_path] = plan.sizes[
-            "critic"
-        ].positions
+        flag = "--critic_model_name_or_path"
+        positions[flag, options.critic_model_name_or_path] = plan.sizes["critic"].positions
     for path in rewards:
         role = "reward" if path in options.reward_model_name_or_path else "critic"
         flag = f"--{role}_model_name_or_path"

@@ -14,19 +14,22 @@ from dschat.memory.phases import KINDS
 from dschat.memory.plan import StepPlan
 from dschat.tracking.table import table
 
-FEW_FLAGS = 3  # more than these are called many
+FEW_FLAGS = 3  # with more flags, the advice says that so many are not enough
 
 
 def plan_text(
     plan: StepPlan, *, processes: int, gpu_bytes: float = 0.0, all_host_bytes: float = 0.0
 ) -> str:
-    """Return the plan as tables, with a verdict: each model, and each phase with all that is there
-    at its worst moment.
+    """Return the plan as two tables and a verdict.
+
+    The first table has a row for each model, the second a row for each phase, with everything that
+    is in memory at its worst moment.
 
     Args:
-        processes: on one host.
-        gpu_bytes: memory of a GPU; 0 where it is not known.
-        all_host_bytes: memory of the host; 0 where it is not known.
+        plan: of a step.
+        processes: ranks of one host.
+        gpu_bytes: memory of a GPU; 0 if it is not known.
+        all_host_bytes: memory of the host; 0 if it is not known.
     """
     phase, peak = plan.peak
     verdict = f"needs {_gib(needed_bytes(plan))} GiB on a GPU"
@@ -76,8 +79,9 @@ def _models_table(plan: StepPlan) -> str:
 
 
 def _phases_table(plan: StepPlan, *, processes: int) -> str:
-    """Return a row a phase, of one GPU, and one of a host; without kinds of tensors that are
-    nowhere.
+    """Return a table with a row for each phase on one GPU, and one row for a host.
+
+    Kinds of tensors that no phase has get no column.
     """
     every = {**plan.parts, f"a host of {processes}": plan.host_parts(processes=processes)}
     kinds = [kind for kind in KINDS if any(parts.get(kind) for parts in every.values())]
@@ -101,7 +105,7 @@ def check_fit(
     """Check that the plan fits.
 
     Raises:
-        ValueError: it does not; names the flags that would make it fit.
+        ValueError: it does not. The message names the flags that would make it fit.
     """
     machine = Machine(world_size, processes, gpu_bytes, all_host_bytes)
     if not machine.missing(plan):
@@ -123,9 +127,9 @@ def _advice(config, machine: Machine, *, dtype: str) -> str:
     found = find_remedy(config, machine, dtype=dtype)
     if not found.missing:
         text = f"It fits with {_with_sizes(found, machine)}."
-        return (
-            text if len(found.options) <= FEW_FLAGS else f"No {FEW_FLAGS} flags are enough. {text}"
-        )
+        if len(found.options) > FEW_FLAGS:
+            text = f"No {FEW_FLAGS} flags are enough. {text}"
+        return text
     text = f"No flags make it fit {machine.world_size} GPU(s)"
     if found.options:
         text += f": with {_with_sizes(found, machine)} it is nearest, and "
