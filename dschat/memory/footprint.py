@@ -1,12 +1,10 @@
-"""The bytes that a step needs on each GPU and on each host, known before anything loads.
+"""The bytes that a model in its engine needs on each GPU and on each host, before it is loaded.
 
-What is there between updates: weights, fp32 master weights and Adam's two moments, gradients,
-buffers. What comes
-and goes, by phase: building an engine, generation, scoring, the backward passes, the optimizer
-steps, evaluation. The
-peak is the largest phase on top of that. ZeRO (Rajbhandari et al. 2020, section 3) divides the
-former by the
-processes; the constants are those of DeepSpeed's optimizers and of engine/ds_config.py.
+Between updates a model keeps weights, fp32 master weights, Adam's two moments, gradients and
+buffers. In addition each phase needs memory for a time: building an engine, generation, scoring,
+the backward passes, the optimizer steps, evaluation. The peak is the largest phase together with
+what is kept. ZeRO (Rajbhandari et al. 2020, section 3) divides what is kept by the number of ranks.
+The constants are those of DeepSpeed's optimizers and of engine/ds_config.py.
 """
 
 import math
@@ -18,9 +16,8 @@ from dschat.generation.kernels.limits import next_power_of_two
 from dschat.memory.model_size import ModelSize
 
 WIDTHS = {"fp32": 4, "bf16": 2, "fp16": 2}
-ZERO3_BUCKET = int(
-    5e8
-)  # DeepSpeed's default reduce_bucket_size; engine/ds_config.py sets it for stages 1 and 2 only
+# DeepSpeed's default reduce_bucket_size; engine/ds_config.py sets it for stages 1 and 2 only.
+ZERO3_BUCKET = int(5e8)
 ZERO3_SUB_GROUP = int(1e9)  # elements that DeepSpeed's ZeRO-3 optimizer steps at a time
 ZERO3_LIVE = int(3e7) * 2  # gathered parameters: stage3_max_live_parameters and one prefetch
 ZERO12_BUCKET = int(1e8)
@@ -28,36 +25,51 @@ ZERO12_BUCKET = int(1e8)
 
 @dataclass(frozen=True)
 class Footprint:
-    """One model inside its engine: bytes of one process."""
+    """The bytes of one model inside its engine, on one rank.
+
+    Attributes:
+        weights: in training precision.
+        master: fp32 master weights.
+        adam: the two moments.
+        average: the moving average of --enable_ema.
+        buffers: communication buffers and gathered weights, always there or at any time.
+        gradients: from the end of a backward to the optimizer step.
+        waiting: gradients of earlier micro-batches and their bucket, during forward and backward.
+        early: gradients of this micro-batch and their bucket, at the same time as the activations.
+        reduce: in addition to the gradients at the end of a backward.
+        step: in addition to the gradients in the optimizer step.
+        freed: the part of the gradients that is freed by then; `step` is smaller by it.
+        build: in addition to the weights while the engine is built.
+        host: on the host.
+        host_weights: the part of `host` that is weights.
+        whole: all weights, as they are read into host memory.
+        read_once: one rank reads the weights for all, instead of each rank.
+        idle: the part of `resident` that --offload_idle_states moves to the host between updates.
+        idle_host: the bytes that `idle` takes on the host.
+    """
 
     weights: float
-    master: float = 0.0  # fp32 master weights
+    master: float = 0.0
     adam: float = 0.0
-    average: float = 0.0  # --enable_ema
-    buffers: float = 0.0  # of communication, and gathered weights: always there, or at any time
-    gradients: float = 0.0  # from the end of a backward to the optimizer step
-    waiting: float = (
-        0.0  # gradients of earlier micro-batches, and their bucket, during forward and backward
-    )
-    early: float = (
-        0.0  # gradients and bucket of this one that stand beside the activations in backward
-    )
-    reduce: float = 0.0  # beside the gradients at the end of a backward
-    step: float = 0.0  # beside the gradients in the optimizer step
-    freed: float = 0.0  # of the gradients, what is gone by then: `step` is less by it
-    build: float = 0.0  # beside the weights while the engine is built
+    average: float = 0.0
+    buffers: float = 0.0
+    gradients: float = 0.0
+    waiting: float = 0.0
+    early: float = 0.0
+    reduce: float = 0.0
+    step: float = 0.0
+    freed: float = 0.0
+    build: float = 0.0
     host: float = 0.0
-    host_weights: float = 0.0  # of that, the weights
-    whole: float = 0.0  # all weights, as they are read into host memory
-    read_once: bool = False  # by one process of all, instead of by each
-    idle: float = (
-        0.0  # of what is resident, what --offload_idle_states moves to the host between updates
-    )
-    idle_host: float = 0.0  # what that takes there
+    host_weights: float = 0.0
+    whole: float = 0.0
+    read_once: bool = False
+    idle: float = 0.0
+    idle_host: float = 0.0
 
     @property
     def resident(self) -> float:
-        """Bytes on the GPU between updates."""
+        """The bytes on the GPU between updates."""
         return self.weights + self.master + self.adam + self.average + self.buffers
 
 
@@ -70,10 +82,12 @@ def inference_footprint(
     world_size: int,
     pin_memory: bool = True,
 ) -> Footprint:
-    """Return the footprint of a model that only evaluates: partitioned under ZeRO-3 or if
-    offloaded, else whole.
+    """Return the footprint of a model that only evaluates.
+
+    It is partitioned under ZeRO-3 or if it is offloaded, else whole.
     """
-    whole, held = width * size.parameters, size.weight_bytes(width)
+    whole = width * size.parameters
+    held = size.weight_bytes(width)
     if stage != 3 and not offload:
         return Footprint(weights=held, buffers=width * size.largest_int8, whole=whole)
     part = held / world_size
@@ -102,8 +116,12 @@ def training_footprint(
     """Return the footprint of a model that trains.
 
     Args:
+        size: of the model.
+        system: options of its training.
+        dtype: "fp16", "bf16" or "fp32".
+        world_size: ranks, one GPU each.
         accumulation: micro-batches per optimizer step.
-        average: a moving average of the trained weights is kept.
+        average: keep a moving average of the trained weights.
     """
     width = WIDTHS[dtype]
     stage = training_stage(system, dtype=dtype)
@@ -133,9 +151,7 @@ def training_footprint(
 
 
 def training_stage(system: SystemOptions, *, dtype: str) -> int:
-    """Return the ZeRO stage that training really runs at: stage 0 with half precision or offload is
-    stage 1.
-    """
+    """Return the ZeRO stage that training runs at: 1 for stage 0 with half precision or offload."""
     config = training_config(
         system,
         dtype=dtype,
@@ -157,16 +173,20 @@ def _zero12(
     accumulates: bool,
     average: float,
 ) -> Footprint:
-    whole, part = width * size.trained, width * size.trained / world_size
+    whole = width * size.trained
+    part = width * size.trained / world_size
     group = max(size.groups) / world_size
     bucket = width * ZERO12_BUCKET
-    # Stage 1 keeps whole gradients until the end of the last backward. Stage 2 hands them on: to
-    # its own part, which is
-    # there from the first full bucket on, or, offloaded, to the host.
-    held = whole if stage == 1 else 0.0 if system.offload else part
-    waits = accumulates and (stage == 1 or not system.offload)
-    waiting = held + (bucket if stage == 1 else 0.0) if waits else 0.0
-    early = (0.0 if waits and stage == 1 else bucket) + (held if stage == 2 else 0.0)
+    # Stage 1 keeps whole gradients until the end of the last backward. Stage 2 moves them to this
+    # rank's part, which exists from the first full bucket, or to the host if offloaded.
+    if stage == 1:
+        held = whole
+        waiting = held + bucket if accumulates else 0.0
+        early = 0.0 if accumulates else bucket
+    else:
+        held = 0.0 if system.offload else part
+        waiting = held if accumulates else 0.0
+        early = bucket + held
     # The optimizer copies each group's weights into one flat tensor, one group after the other.
     build = width * max(size.groups)
     shared = dict(
@@ -184,17 +204,16 @@ def _zero12(
     if system.offload:
         trained = size.trained / world_size
         in_width = sum(_on_host(width * share, system.pin_memory) for share in shares)
+        # Gradients that accumulate, each in its own buffer.
+        accumulated = 0.0
+        if accumulates:
+            accumulated = whole * (size.rounding if system.pin_memory else 1.0)
         return Footprint(
             **shared,
             buffers=width * size.largest_trained + dense,
             reduce=bucket,
-            # Also two moments, and weights in `width`; further gradients, one by one, while they
-            # accumulate.
-            host=2 * fp32
-            + 8 * trained
-            + in_width
-            + average
-            + (whole * (size.rounding if system.pin_memory else 1.0) if accumulates else 0.0),
+            # Also two moments, and weights in `width`.
+            host=2 * fp32 + 8 * trained + in_width + average + accumulated,
         )
     return Footprint(
         **shared,
@@ -205,7 +224,7 @@ def _zero12(
         buffers=dense,
         average=average,
         reduce=bucket + (part if stage == 1 else 0.0),
-        # A group's gradients, flat, and once more in fp32; the other processes' are gone by then.
+        # A group's gradients, flat, and once more in fp32; other ranks' are freed by then.
         step=(width + 4 if width == 2 else 4) * group - (held - part),
         freed=held - part,
     )
@@ -222,22 +241,20 @@ def _zero3(
     average: float,
 ) -> Footprint:
     whole = width * size.parameters
-    weights, part = size.weight_bytes(width) / world_size, size.trained / world_size
-    gathered = (
-        _gathered(size, width=width, world_size=world_size, offload=system.offload)
-        + width * size.largest_int8
-    )
+    weights = size.weight_bytes(width) / world_size
+    part = size.trained / world_size
+    gathered = _gathered(size, width=width, world_size=world_size, offload=system.offload)
+    gathered += width * size.largest_int8
     bucket = width * ZERO3_BUCKET
     shares = [group / world_size for group in size.groups]
     fp32 = sum(
         _on_host(4 * chunk, system.pin_memory) for share in shares for chunk in _sub_groups(share)
     )
     if system.offload:
-        # Frozen weights lie one by one, trained ones flat and page-locked in any case.
+        # Frozen weights have a buffer each; trained ones are flat, and always page-locked.
         frozen = (weights - width * part) * (size.rounding if system.pin_memory else 1.0)
         held = frozen + sum(_on_host(width * share, True) for share in shares)
-        # fp32 weights and two moments; gradients of all in `width`, and of the steps' groups in
-        # fp32.
+        # fp32 weights and two moments; all gradients in `width`, those of the sub-groups in fp32.
         host = held + 12 * part + _on_host(width * part, system.pin_memory) + fp32 + average
         buffers = bucket + gathered
         return Footprint(
@@ -248,18 +265,18 @@ def _zero3(
         master=4.0 * part,
         adam=8.0 * part,
         average=average,
-        buffers=bucket + gathered + width * part,  # gradients have a place of their own
+        buffers=bucket + gathered + width * part,  # gradients have a permanent buffer
         idle=(12.0 + width) * part,
         idle_host=3 * fp32 + _on_host(width * part, system.pin_memory),
         step=(width + 4 if width == 2 else 4) * min(part, ZERO3_SUB_GROUP),
-        build=whole / world_size - weights,  # weights are loaded in pieces, and then become int8
+        build=whole / world_size - weights,  # weights are loaded in parts, and then become int8
         whole=whole,
         read_once=True,
     )
 
 
 def _on_host(size: float, pin: bool) -> float:
-    """Bytes of a buffer in host memory; page-locked, torch takes the next power of two."""
+    """Return the bytes of a buffer in host memory: the next power of two if it is page-locked."""
     return float(next_power_of_two(math.ceil(size))) if pin and size > 0 else size
 
 

@@ -1,5 +1,6 @@
-"""The numbers of a model that its memory depends on, counted on the meta device: nothing is loaded
-or allocated.
+"""The sizes of a model that its memory depends on.
+
+They are counted on the meta device, so nothing is loaded or allocated.
 """
 
 import copy
@@ -26,7 +27,7 @@ from dschat.models.tokenizer import model_source
 
 @dataclass(frozen=True)
 class ModelSize:
-    """Elements, not bytes."""
+    """The sizes of a model, in elements (not bytes)."""
 
     family: str  # transformers' model_type
     parameters: int
@@ -36,30 +37,31 @@ class ModelSize:
     layers: int
     hidden: int
     heads: int
-    kv_width: int  # of the keys of one layer: kv_heads x width of a head
+    kv_width: int  # key elements of a token in one layer: kv_heads x width of a head
     intermediate: int
     vocab: int  # columns of the logits; 0 for a reward model
     trained_layers: int  # the layers that backward passes through
     trains_norms: bool = True
     lora_width: int = 0  # columns of all A x of one layer
     adapters: int = 0
-    merged: int = 0  # weights that adapters stand beside
-    rounding: float = 1.0  # what parameters take in powers of two, one by one, over what they have
+    merged: int = 0  # weights that have adapters
+    rounding: float = 1.0  # each parameter rounded up to a power of two, over the exact size
     dropout: float = 0.0
     int8: int = 0  # weights that MixZ++ keeps in int8
-    scales: int = 0  # and their fp32 scales
+    scales: int = 0  # fp32 scales of these weights
     largest_int8: int = 0
-    split: int = 0  # what tensor-parallel generation divides
-    positions: int | None = None  # the most that a text may have, where they are learned
+    split: int = 0  # parameters that tensor-parallel generation divides
+    positions: int | None = None  # learned positions; None if the model computes them
 
     @property
     def trained(self) -> int:
-        """Trained elements."""
+        """The number of trained elements."""
         return sum(self.groups)
 
     def weight_bytes(self, width: int) -> float:
-        """Return the bytes of all weights in the precisions that they are kept in; `width` is that
-        of training.
+        """Return the bytes of all weights, with `width` bytes for an element in training precision.
+
+        int8 weights and their scales have their own widths.
         """
         return width * (self.parameters - self.int8) + self.int8 + 4 * self.scales
 
@@ -70,11 +72,12 @@ def has_shape(name: str) -> bool:
 
 
 def find_config(name: str, *, flag: str, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """Return the configuration of a folder, of a published or tiny shape by its name (without any
-    hub), or of a hub id.
+    """Return the configuration of a folder, of a published or tiny shape, or of a hub id.
+
+    Shapes are known by name; no hub is asked for them.
 
     Raises:
-        ValueError: nothing of that name; names `flag`.
+        ValueError: no model has this name. The message names `flag`.
     """
     if has_shape(name) and not model_source(name, flag=flag)[1]:
         return shape_config(name)
@@ -91,15 +94,19 @@ def named_size(
     system: SystemOptions | None = None,
     role: str = "",
 ) -> ModelSize:
-    """Return the size of what `find_config` finds, as the step would prepare it; counted once.
+    """Return the size of the model that ``find_config`` finds, as the step would prepare it.
+
+    Each model is counted once.
 
     Args:
-        reward, system, role: see ``model_size``.
+        name, flag, trust_remote_code: see ``find_config``.
+        reward, lora, system, role: see ``model_size``.
 
     Raises:
-        ValueError: nothing of that name, or options that do not fit the model.
+        ValueError: no model has this name, or options do not fit the model.
     """
-    if system is not None:  # what the counts do not depend on
+    # The counts do not depend on these options, so they share a cache entry.
+    if system is not None:
         system = replace(system, zero_stage=0, offload=False, gradient_checkpointing=False)
     lora = replace(lora, lora_alpha=1.0, lora_learning_rate=0.0)
     return _counted(name, flag, trust_remote_code, reward, lora, system, role)
@@ -111,9 +118,8 @@ def _counted(name, flag, trust_remote_code, reward, lora, system, role) -> Model
     options = dict(
         reward=reward, lora=lora, system=system, role=role, trust_remote_code=trust_remote_code
     )
-    # Making weights draws random numbers, and what has been counted before is not counted again: a
-    # run's own weights must
-    # not depend on that.
+    # Making weights draws random numbers, but only for models that are not counted yet. A run's
+    # weights must not depend on that.
     with torch.random.fork_rng(devices=[]):
         try:
             return model_size(config, **options)
@@ -135,15 +141,19 @@ def model_size(
     """Count a model.
 
     Args:
+        config: of the model.
         reward: a reward model or critic, without logits.
-        system: how it is trained; None: it is not.
+        lora: its adapters.
+        system: options of its training; None if it does not train.
         role: "actor" or "critic" in step 3, for the flags' names in messages.
+        trust_remote_code: run Python code from a model folder or hub repository.
 
     Raises:
-        ValueError: more layers to freeze than there are, or a LoRA scope that matches nothing.
+        ValueError: more layers to freeze than the model has, or a LoRA scope that matches nothing.
     """
     text = config.get_text_config()
-    layers, shallow = text.num_hidden_layers, _enough_layers(config, lora, system)
+    layers = text.num_hidden_layers
+    shallow = _enough_layers(config, lora, system)
     model = _on_meta(
         _with_layers(config, shallow), reward=reward, trust_remote_code=trust_remote_code
     )
@@ -152,7 +162,7 @@ def model_size(
     else:
         prepare_for_training(model, lora=lora, system=system, role=role)
     prefix, built = decoder_layers(model)
-    # The layers that were not built are as the last one.
+    # The layers that were not built are like the last one.
     repeated = dict(last=f"{prefix}.{len(built) - 1}.", repeats=1 + layers - shallow)
     counts = _parameter_counts(model, **repeated)
     if system is not None and system.enable_mixed_precision_lora:
@@ -181,7 +191,13 @@ def model_size(
 
 
 def _parameter_counts(model: nn.Module, *, last: str, repeats: int) -> dict:
-    """Sum the fields of ModelSize over parameters; those below `last` count `repeats` times."""
+    """Return fields of ModelSize that are sums over parameters.
+
+    Args:
+        model: on the meta device.
+        last: prefix of the last layer's parameters.
+        repeats: number of times that the last layer counts.
+    """
     adapters = lora_parameter_names(model)
     groups: dict[tuple, int] = {}
     rounded = 0
@@ -202,8 +218,9 @@ def _parameter_counts(model: nn.Module, *, last: str, repeats: int) -> dict:
 def _enough_layers(
     config: PreTrainedConfig, lora: LoraOptions, system: SystemOptions | None
 ) -> int:
-    """Decoder layers to build for counting: a few where all are alike, which spares seconds; else
-    all.
+    """Return the number of decoder layers to build for counting.
+
+    A few are enough if all are alike, which saves seconds.
     """
     layers = config.get_text_config().num_hidden_layers
     frozen = 0 if system is None else system.freeze_layers
@@ -233,9 +250,7 @@ def _on_meta(config: PreTrainedConfig, *, reward: bool, trust_remote_code: bool)
 
 
 def _int8_counts(model: nn.Module, *, last: str, repeats: int) -> dict[str, int]:
-    """Count the weights that adapters stand beside, as MixZ++ keeps them; those below `last` count
-    `repeats` times.
-    """
+    """Count the weights with adapters, which MixZ++ keeps in int8; see ``_parameter_counts``."""
     found = dict(int8=0, scales=0, largest_int8=0)
     for name, linear in model.named_modules():
         if not name.endswith(".base_layer"):
@@ -243,20 +258,16 @@ def _int8_counts(model: nn.Module, *, last: str, repeats: int) -> dict[str, int]
         numel = linear.weight.numel()
         times = repeats if name.startswith(last) else 1
         found["int8"] += times * numel
-        found["scales"] += (
-            times
-            * numel
-            // group_size(linear.nx if isinstance(linear, Conv1D) else linear.in_features)
-        )
+        inputs = linear.nx if isinstance(linear, Conv1D) else linear.in_features
+        found["scales"] += times * numel // group_size(inputs)
         found["largest_int8"] = max(found["largest_int8"], numel)
     return found
 
 
 def _split_count(model: nn.Module, *, last: str, repeats: int) -> int:
-    """Count the parameters that tensor-parallel generation cuts; those below `last` count `repeats`
-    times.
-    """
-    plan, found = split_plan(pretrained(model).config), 0
+    """Count the parameters that tensor-parallel generation cuts; see ``_parameter_counts``."""
+    plan = split_plan(pretrained(model).config)
+    found = 0
     for name, p in model.named_parameters():
         path, _, leaf = name.replace(".base_layer.", ".").rpartition(".")
         style = next((style for linear, style in plan.items() if path.endswith(f".{linear}")), None)
@@ -272,23 +283,24 @@ def _learned_positions(model: nn.Module, text: PreTrainedConfig) -> int | None:
     others = [
         m for m in embedding_modules(model) if isinstance(m, nn.Embedding) and m is not tokens
     ]
-    # OPT's table has two rows more. Other tables, such as Gemma's of the tokens for each layer,
-    # have many more.
+    # OPT's table has two more rows. Other tables, such as Gemma's per-layer tokens, have many more.
     return most if most and any(most <= m.num_embeddings <= most + 8 for m in others) else None
 
 
 def _intermediate(layer: nn.Module) -> int:
-    """Return the columns of the feed-forward part: the longest side of a matrix that is not of the
-    attention.
+    """Return the columns of the feed-forward part.
+
+    That is the longest side of all matrices outside the attention.
     """
     matrices = [p for name, p in layer.named_parameters() if p.dim() == 2 and "att" not in name]
     return max(max(p.shape) for p in matrices)
 
 
 def _trained_layers(model: nn.Module, prefix: str, layers: int) -> int:
-    """Return the layers that backward passes through: from the lowest up that holds something
-    trained; all, where the
-    embeddings train.
+    """Return the number of layers that backward passes through.
+
+    It passes through all layers if the embeddings train, else down to the lowest layer with a
+    trained parameter.
     """
     if any(p.requires_grad for module in embedding_modules(model) for p in module.parameters()):
         return layers

@@ -23,12 +23,19 @@ from dschat.memory.phases import (
 
 @dataclass(frozen=True)
 class StepPlan:
-    """Bytes of one process (one GPU), and of a host's share per process."""
+    """The bytes that one rank needs on its GPU and on its host.
+
+    Attributes:
+        models: footprint of each model.
+        sizes: size of each model.
+        resident: what stays from phase to phase in addition to the models.
+        parts: by phase, everything that is on the GPU at its worst moment.
+    """
 
     models: dict[str, Footprint]
     sizes: dict[str, ModelSize]
-    resident: dict[str, float]  # on top of the models', what stays from phase to phase
-    parts: dict[str, Parts]  # of each phase, all that is on the GPU at its worst moment
+    resident: dict[str, float]
+    parts: dict[str, Parts]
 
     @property
     def phases(self) -> dict[str, float]:
@@ -41,8 +48,10 @@ class StepPlan:
         return max(self.phases.items(), key=lambda item: item[1])
 
     def host_parts(self, *, processes: int) -> Parts:
-        """Return the bytes that a host of so many ranks must hold: permanent ones, or a model while
-        it is read.
+        """Return the bytes that a host must hold: permanent ones, or a model while it is read.
+
+        Args:
+            processes: ranks of the host.
         """
         weights = processes * sum(model.host_weights for model in self.models.values())
         stays = processes * sum(model.host for model in self.models.values())
@@ -60,11 +69,12 @@ def plan_step(config, *, world_size: int, dtype: str) -> StepPlan:
     """Return the plan of a checked configuration of any step.
 
     Args:
-        world_size: processes, one GPU each.
+        config: of the step.
+        world_size: ranks, one GPU each.
         dtype: "fp16", "bf16" or "fp32".
 
     Raises:
-        ValueError: a model that is not known here, or options that do not fit it.
+        ValueError: a model is not known, or options do not fit it.
     """
     if isinstance(config, PPOConfig):
         return _plan_ppo(config, world_size=world_size, dtype=dtype)
@@ -72,13 +82,17 @@ def plan_step(config, *, world_size: int, dtype: str) -> StepPlan:
 
 
 def _plan_supervised(config, *, world_size: int, dtype: str) -> StepPlan:
-    width, system, batch = WIDTHS[dtype], config.system, config.batch
+    width = WIDTHS[dtype]
+    system = config.system
+    batch = config.batch
     options = dict(flag="--model_name_or_path", trust_remote_code=config.model.trust_remote_code)
-    name, reward = config.model.model_name_or_path, isinstance(config, RewardConfig)
+    name = config.model.model_name_or_path
+    reward = isinstance(config, RewardConfig)
     size = named_size(name, reward=reward, lora=config.lora, system=system, **options)
     steps = config.schedule.gradient_accumulation_steps
     model = training_footprint(size, system, dtype=dtype, world_size=world_size, accumulation=steps)
-    sizes, models = {"model": size}, {"model": model}
+    sizes = {"model": size}
+    models = {"model": model}
     if isinstance(config, DPOConfig) and not config.shares_reference:
         sizes["reference"] = named_size(name, **options)
         models["reference"] = inference_footprint(
@@ -90,7 +104,7 @@ def _plan_supervised(config, *, world_size: int, dtype: str) -> StepPlan:
             pin_memory=system.pin_memory,
         )
     beside = sum_parts(*(resident_parts(other) for key, other in models.items() if key != "model"))
-    rows = 1 if isinstance(config, SFTConfig) else 2  # a pair is two texts
+    rows = 1 if isinstance(config, SFTConfig) else 2  # a pair has two texts
     length = config.data.max_seq_len
     train = rows * batch.per_device_train_batch_size * length
     evaluate = rows * batch.per_device_eval_batch_size * length
@@ -119,14 +133,19 @@ def _plan_supervised(config, *, world_size: int, dtype: str) -> StepPlan:
 def _plan_ppo(config: PPOConfig, *, world_size: int, dtype: str) -> StepPlan:
     width = WIDTHS[dtype]
     sizes, models = _ppo_models(config, world_size=world_size, dtype=dtype)
-    batch, data, system = config.batch, config.data, config.system
-    prompt, answer = data.max_prompt_seq_len, data.max_answer_seq_len
+    batch = config.batch
+    data = config.data
+    system = config.system
+    prompt = data.max_prompt_seq_len
+    answer = data.max_answer_seq_len
     actor = sizes["actor"]
     rows = batch.per_device_generation_batch_size * batch.num_samples_per_prompt
     held = rows_of_evaluation(config, world_size=world_size)
     resident, passing = _for_generation(config, actor, rows=max(rows, held), width=width)
     there = sum_parts(resident, *map(resident_parts, models.values()))
-    idle = map(drop_idle_states, models.values()) if system.offload_idle_states else models.values()
+    idle = list(models.values())
+    if system.offload_idle_states:
+        idle = [drop_idle_states(model) for model in idle]
     waiting = sum_parts(resident, *map(resident_parts, idle))
 
     def forward(rows: int, names: list[str]) -> float:
@@ -134,7 +153,8 @@ def _plan_ppo(config: PPOConfig, *, world_size: int, dtype: str) -> StepPlan:
         return max(inference_bytes(sizes[name], tokens=tokens, width=width) for name in names)
 
     train = batch.per_device_training_batch_size
-    tokens, logits = train * (prompt + answer), train * (answer + 1) * actor.vocab
+    tokens = train * (prompt + answer)
+    logits = train * (answer + 1) * actor.vocab
     scored = loss_bytes(rows * (answer + 1) * actor.vocab, width=width, sliced=True, backward=False)
     group = _group_size(config)
     prompts = inference_bytes(
@@ -194,7 +214,7 @@ def _plan_ppo(config: PPOConfig, *, world_size: int, dtype: str) -> StepPlan:
 def _critic_phases(
     config: PPOConfig, size: ModelSize, models: dict, *, tokens: int, width: int, there: Parts
 ) -> dict[str, Parts]:
-    """Return the critic's backward while the actor's gradients wait, and the steps of both."""
+    """Return the critic's backward, while the actor's gradients are kept, and both updates."""
     actor, critic = models["actor"], models["critic"]
     phases = training_phases(
         "critic ",
@@ -206,9 +226,8 @@ def _critic_phases(
         width=width,
         there=sum_parts(there, {"gradients": max(actor.gradients, actor.waiting)}),
     )
-    phases["critic step"] = sum_parts(
-        there, optimizer_step_parts(critic)
-    )  # the actor has stepped by then
+    # The actor has stepped by then.
+    phases["critic step"] = sum_parts(there, optimizer_step_parts(critic))
     phases["actor step"] = sum_parts(
         there, optimizer_step_parts(actor), {"gradients": critic.gradients}
     )
@@ -216,15 +235,18 @@ def _critic_phases(
 
 
 def rows_of_evaluation(config: PPOConfig, *, world_size: int) -> int:
-    """Held-out prompts that a process answers at a time."""
+    """Return the number of held-out prompts that a rank generates for at a time."""
     return min(config.batch.per_device_eval_batch_size, -(-config.run.eval_prompts // world_size))
 
 
 def _ppo_models(config: PPOConfig, *, world_size: int, dtype: str) -> tuple[dict, dict]:
-    """Sizes and footprints of actor, ref, reward models and critic; of two roles that share a
-    model, of the one that trains.
+    """Return sizes and footprints of actor, reference, reward models and critic, by role.
+
+    If two roles share a model, only the role that trains is there.
     """
-    width, system, options = WIDTHS[dtype], config.system, config.model
+    width = WIDTHS[dtype]
+    system = config.system
+    options = config.model
 
     def size_of(name: str, flag: str, **more) -> ModelSize:
         return named_size(name, flag=flag, trust_remote_code=options.trust_remote_code, **more)
@@ -238,23 +260,22 @@ def _ppo_models(config: PPOConfig, *, world_size: int, dtype: str) -> tuple[dict
             accumulation=config.schedule.gradient_accumulation_steps,
             average=average,
         )
-        return (
-            replace(found, host=found.host + found.idle_host)
-            if system.offload_idle_states
-            else found
-        )
+        if system.offload_idle_states:
+            return replace(found, host=found.host + found.idle_host)
+        return found
 
     def frozen(size: ModelSize, stage: int, offload: bool) -> Footprint:
         more = dict(pin_memory=system.pin_memory, width=width, world_size=world_size)
         return inference_footprint(size, stage=stage, offload=offload, **more)
 
-    actor, critic = options.actor_model_name_or_path, options.critic_model_name_or_path
+    actor = options.actor_model_name_or_path
+    critic = options.critic_model_name_or_path
     flags = ("--actor_model_name_or_path", "--critic_model_name_or_path")
     own = size_of(actor, flags[0], lora=config.actor_lora, system=config.actor_system, role="actor")
-    sizes, models = {"actor": own}, {}
-    models["actor"] = trained(own, config.actor_system, average=options.enable_ema)
+    sizes = {"actor": own}
+    models = {"actor": trained(own, config.actor_system, average=options.enable_ema)}
     if not config.shares_reference:
-        # In int8 where the actor is.
+        # In int8 if the actor is.
         packed = {name: getattr(own, name) for name in ("int8", "scales", "largest_int8")}
         sizes["reference"] = replace(size_of(actor, flags[0]), **packed)
         models["reference"] = frozen(
@@ -281,43 +302,39 @@ def _ppo_models(config: PPOConfig, *, world_size: int, dtype: str) -> tuple[dict
 
 
 def _group_size(config: PPOConfig) -> int:
-    """Processes that generate together."""
+    """Return the number of ranks that generate together."""
     return config.system.inference_tp_size if config.system.enable_hybrid_engine else 1
 
 
 def _for_generation(
     config: PPOConfig, actor: ModelSize, *, rows: int, width: int
 ) -> tuple[Parts, Parts]:
-    """KV cache and replica: what stays between generations, and what is freed."""
-    system, positions = (
-        config.system,
-        config.data.max_prompt_seq_len + config.data.max_answer_seq_len,
-    )
-    resident, passing = {}, {}
-    for name, size, frees in (
-        # A tensor-parallel group of N processes generates N times the rows; each caches an Nth of
-        # their heads.
-        (
-            "KV cache",
-            width * 2 * actor.layers * actor.kv_width * rows * positions,
-            system.release_inference_cache or not system.enable_hybrid_engine,
-        ),
-        (
-            "replica",
-            _replica_bytes(config, actor, width=width),
-            system.unpin_actor_parameters or system.release_inference_cache,
-        ),
-    ):
-        (passing if frees else resident)[name] = size
+    """Return the bytes of KV cache and replica.
+
+    Returns:
+        The parts that stay between rollouts, and the parts that are freed.
+    """
+    system = config.system
+    positions = config.data.max_prompt_seq_len + config.data.max_answer_seq_len
+    # A tensor-parallel group of N ranks generates N times the rows; each rank caches 1/N of the
+    # heads.
+    cache = width * 2 * actor.layers * actor.kv_width * rows * positions
+    frees_cache = system.release_inference_cache or not system.enable_hybrid_engine
+    frees_replica = system.unpin_actor_parameters or system.release_inference_cache
+    resident: dict[str, float] = {}
+    passing: dict[str, float] = {}
+    (passing if frees_cache else resident)["KV cache"] = cache
+    (passing if frees_replica else resident)["replica"] = _replica_bytes(config, actor, width=width)
     return resident, passing
 
 
 def _replica_bytes(config: PPOConfig, actor: ModelSize, *, width: int) -> float:
-    """Return the bytes of the Hybrid Engine's replica: 0 if it shares the training weights (ZeRO <=
-    2 without LoRA),
-    the merged layers with LoRA (unless attached; what is in int8 is always copied), and under
-    ZeRO-3 all weights, gathered,
-    or with tensor parallelism this process's slices of the layers and the rest.
+    """Return the bytes of the Hybrid Engine's replica.
+
+    They are 0 if it shares the training weights (ZeRO <= 2 without LoRA). With LoRA they are the
+    merged layers, unless adapters are attached; what is in int8 is always copied. Under ZeRO-3 they
+    are all weights, gathered; with tensor parallelism, this rank's slices of the layers and the
+    rest of the model.
     """
     if not config.system.enable_hybrid_engine:
         return 0.0
@@ -328,7 +345,7 @@ def _replica_bytes(config: PPOConfig, actor: ModelSize, *, width: int) -> float:
 
 
 def _whole_layers_bytes(config: PPOConfig, actor: ModelSize, *, width: int) -> float:
-    """Return the bytes of the layers that are gathered at a time to cut tensor-parallel slices."""
+    """Return the bytes of the layers that are gathered at once to cut tensor-parallel slices."""
     system = config.system
     if not system.enable_hybrid_engine or system.inference_tp_size == 1:
         return 0.0
