@@ -245,7 +245,7 @@ def measure_supervised(
     for step in range(rollouts):
         ids = random_ids(texts, prompt + answer, step)
         mask = torch.ones_like(ids)
-        batch = (TextBatch(ids, mask, ids) if row.step == 1 else PairBatch(ids, mask, ids)).to(
+        batch = (TextBatch(ids, mask, ids) if row.step == 1 else PairBatch(ids, mask, ids, torch.zeros(len(ids)))).to(
             device
         )
         with meter.phase("update"):

@@ -24,12 +24,25 @@ def lm_loss_rows(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tens
     return -torch.where(mask, logprobs, torch.zeros_like(logprobs)).sum(-1), mask.sum(-1)
 
 
-def pairwise_loss(chosen_scores: torch.Tensor, rejected_scores: torch.Tensor) -> torch.Tensor:
-    """[B]: -log sigmoid(chosen - rejected), the Bradley-Terry loss (Ouyang et al. 2022, equation 1).
+def pairwise_loss(
+    chosen_scores: torch.Tensor,
+    rejected_scores: torch.Tensor,
+    *,
+    margins: torch.Tensor | float = 0.0,
+) -> torch.Tensor:
+    """Return the Bradley-Terry loss of each pair (Ouyang et al. 2022, equation 1).
 
-    On the scores of the last tokens alone, which are also what evaluation and PPO read.
+    It is taken on the scores of the last tokens alone, which are also what evaluation and PPO read.
+
+    Args:
+        chosen_scores: [B].
+        rejected_scores: [B].
+        margins: [B], by how much the chosen answer should score higher (Llama 2, section 3.2.2).
+
+    Returns:
+        [B] fp32.
     """
-    return -F.logsigmoid(chosen_scores.float() - rejected_scores.float())
+    return -F.logsigmoid(chosen_scores.float() - rejected_scores.float() - margins)
 
 
 def dpo_loss(

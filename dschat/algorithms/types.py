@@ -42,6 +42,7 @@ class PairBatch(Movable):
     input_ids: torch.Tensor  # [2B, T] int64
     attention_mask: torch.Tensor  # [2B, T] int64
     labels: torch.Tensor  # [2B, T] int64, the answers' tokens, and -100 on prompts and padding
+    margins: torch.Tensor  # [2B] fp32, how much better the chosen answer is; 0: not known
 
 
 @dataclass(frozen=True)

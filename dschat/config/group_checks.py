@@ -31,6 +31,13 @@ def data_problems(data: DataOptions) -> list[str]:
     """Check the data options."""
     found = [] if data.data_path else ["--data_path names no data set."]
     found += share("--eval_fraction", data.eval_fraction, 0.9)
+    found += at_least("--min_margin", data.min_margin, 0)
+    found += at_least("--blend_temperature", data.blend_temperature, 1)
+    if any(weight < 0 for weight in data.blend) or (data.blend and not any(data.blend)):
+        found.append(
+            f"--blend {' '.join(map(str, data.blend))}: give shares of zero or more, at least one "
+            "of them above zero."
+        )
     return found + seed_value("--data_seed", data.data_seed)
 
 

@@ -15,6 +15,9 @@ Scheduler = Literal[
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
 ]
 PromptFormat = Literal["auto", "plain", "human_assistant", "chat"]
+Truncation = Literal["keep_prompt", "share", "drop"]
+PairRule = Literal["best_worst", "all", "adjacent"]
+TrainOn = Literal["all_assistant", "last", "all"]
 
 
 def flag(default: Any, help_text: str) -> Any:
@@ -32,8 +35,10 @@ class DataOptions:
 
     data_path: list[str] = flag(
         ["Dahoas/rm-static"],
-        "Data sets, blended: local .json/.jsonl/.csv/.parquet files, folders with train.* and "
-        "eval.*, folders of datasets.save_to_disk, or hub names.",
+        "Data sets, blended: local .json/.jsonl/.csv/.tsv/.parquet/.arrow files (text also as .gz "
+        "or .zst), patterns such as 'rows/*.jsonl', folders with train.* and eval.* or with "
+        "numbered files, folders of datasets.save_to_disk, or hub names. name:config@split names "
+        "a configuration and the part to train on.",
     )
     data_split: str = flag(
         "2,4,4", "Shares of the data for steps 1, 2 and 3; disjoint, and the same in every step."
@@ -49,8 +54,45 @@ class DataOptions:
         "tokenizer's chat template), or auto (messages: the chat template if the tokenizer has "
         "one, else human_assistant; other rows: plain).",
     )
+    truncation: Truncation = flag(
+        "keep_prompt",
+        "Rows over the length limit: keep_prompt (cut the end of the answer; leave out a row whose "
+        "prompt leaves no room for one), share (prompt and answer each keep at least half; the "
+        "prompt loses its beginning), or drop (leave them out). All are counted in the log.",
+    )
     skip_bad_rows: bool = flag(
         False, "Skip and count malformed rows instead of stopping with an error."
+    )
+    dataset_config: Optional[str] = flag(
+        None, "Configuration of hub data sets whose entry names none (name:config@split)."
+    )
+    dataset_split: Optional[str] = flag(
+        None,
+        "Part to train on of data sets whose entry names none, such as train_prefs; for hub names "
+        "also a slice: train[:10%%]. Default: train, or else the part for the step (step 1: "
+        "train_sft or train_gen; step 2 and DPO: train_prefs; step 3: train_gen, train_prefs or "
+        "train_sft).",
+    )
+    prompt_key: Optional[str] = flag(None, "Column of the prompt; info.post is a nested field.")
+    response_key: Optional[str] = flag(None, "Column of the answer that step 1 learns.")
+    chosen_key: Optional[str] = flag(None, "Column of the better answer.")
+    rejected_key: Optional[str] = flag(None, "Column of the worse answer.")
+    messages_key: Optional[str] = flag(None, "Column of the conversation.")
+    system_key: Optional[str] = flag(None, "Column of the system prompt.")
+    label_key: Optional[str] = flag(
+        None, "Column that says whether an answer is good (true) or bad (false)."
+    )
+    pairs: PairRule = flag(
+        "best_worst", "Pairs of step 2 from ranked answers: best_worst, all, or adjacent."
+    )
+    min_margin: float = flag(
+        0.0, "Leave out pairs of step 2 whose margin or difference of scores is smaller."
+    )
+    blend: list[float] = flag(
+        [], "Share of each data set in an epoch, in the order of the data sets; empty: its rows."
+    )
+    blend_temperature: float = flag(
+        1.0, "Above 1, small data sets are drawn more often: shares ** (1 / temperature)."
     )
 
 
@@ -58,7 +100,7 @@ class DataOptions:
 class TextOptions(DataOptions):
     """The data of a step that trains on whole texts."""
 
-    max_seq_len: int = flag(512, "Longest text in tokens; longer prompts lose their beginning.")
+    max_seq_len: int = flag(512, "Longest text in tokens; see --truncation.")
 
 
 @dataclass(frozen=True)

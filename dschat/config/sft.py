@@ -12,6 +12,7 @@ from dschat.config.options import (
     ScheduleOptions,
     SystemOptions,
     TextOptions,
+    TrainOn,
     flag,
 )
 
@@ -21,6 +22,11 @@ class SFTData(TextOptions):
     """The data of step 1."""
 
     sft_only_data_path: list[str] = flag([], "Data sets for this step only, used in full.")
+    train_on: TrainOn = flag(
+        "all_assistant",
+        "What is learned of a conversation: all_assistant (every turn of the assistant), last (the "
+        "last one), or all (the prompt too).",
+    )
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
-"""Datasets that tokenize rows on access; nothing is padded, cached or stored.
+"""Datasets of tokenized rows.
 
-A text over the limit first loses the beginning of its prompt (a leading BOS stays), then the end of
-its answer. A cut answer loses its end token too, so that the model is not taught to stop there.
+A dataset encodes a row when it is read. `preparation.prepare` encodes all rows once, before
+training; the dataset then reads them from the prepared table.
 """
 
 import random
@@ -10,19 +10,39 @@ from collections.abc import Sequence
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from dschat.data.encoding import encode_answer, encode_prompt, leading_ids, trim_prompt
+from dschat.data.encoding import Encoded, Encoder, trim_prompt
 from dschat.data.row import Row
-from dschat.data.splits import first_indices_per_source
-from dschat.data.templates import render
+from dschat.data.templates import Rendered
 
 IGNORED = -100
 MIN_CUT_ANSWER = 2
-# Rows of each source that truncation_report looks at, if its sample has room for that many of each.
-MIN_SAMPLED_PER_SOURCE = 50
+TRUNCATIONS = ("keep_prompt", "share", "drop")
+TRAIN_ON = ("all_assistant", "last", "all")
 
 
-class _TextDataset(Dataset):
-    """Base of the three datasets: rows, a tokenizer, and a length limit with its flag's name."""
+class LeftOut(ValueError):
+    """A row that is sound but not used; `kind` says why, for counting."""
+
+    def __init__(self, kind: str):
+        super().__init__(kind)
+        self.kind = kind
+
+
+class TextDataset(Dataset):
+    """Base of the datasets: rows, an encoder, and a length limit.
+
+    Args:
+        rows: the rows, such as a `splits.Blend`.
+        tokenizer: encodes prompts and answers.
+        limit: the longest item in tokens.
+        prompt_format: see `templates.TextFormat`.
+        end_token_id: ends the answers that no chat template writes; None: the tokenizer's eos.
+        truncation: what becomes of rows over the limit. "keep_prompt": the end of the answer is
+            cut, and rows whose prompt leaves no room for an answer token are left out. "share":
+            prompt and answer each keep at least half of the limit; the prompt loses its beginning
+            (a leading BOS stays). "drop": they are left out. A cut answer has no end token, so that
+            the model is not taught to stop there.
+    """
 
     limit_flag = "--max_seq_len"
 
@@ -33,51 +53,117 @@ class _TextDataset(Dataset):
         *,
         limit: int,
         prompt_format: str,
+        end_token_id: int | None = None,
+        truncation: str = "keep_prompt",
     ):
+        assert truncation in TRUNCATIONS
         self.rows = rows
         self.tokenizer = tokenizer
         self.limit = limit
-        self.prompt_format = prompt_format
-        self.lead = leading_ids(tokenizer)
+        self.truncation = truncation
+        self.encoder = Encoder(tokenizer, prompt_format=prompt_format, end_token_id=end_token_id)
+        self.prepared: Sequence[dict] | None = None  # items, one for each of `rows`
+        # Of a weighted blend: see `loaders.ShardedSampler`.
+        self.draws: Sequence[tuple[int, int]] | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict:
+        """Return item `index`.
+
+        Raises:
+            ValueError: the row cannot be shown in the prompt format, lacks an answer, or is left
+                out (`LeftOut`). Never raised once the dataset is prepared.
+        """
+        if self.prepared is not None:
+            return self.item(index, self.prepared[index])
+        row = self.rows[index]
+        return self.item(index, self.fit(row, self.encode(row)))
 
     def row(self, index: int) -> Row:
         """Return the row that item `index` is made of."""
         return self.rows[index]
 
-    def num_tokens(self, index: int) -> int:
-        """Return the length of item `index` before truncation."""
-        raise NotImplementedError
+    def select(self, indices: Sequence[int], rows: Sequence[Row]) -> None:
+        """Keep only the items at `indices`, in place; `rows` are their rows."""
+        self.rows = rows
+        if self.prepared is not None:
+            self.prepared = _select(self.prepared, indices)
 
-    def is_tie(self, index: int) -> bool:
-        """Return whether item `index` is a pair of two equal answers."""
+    @property
+    def with_turns(self) -> bool:
+        """Whether the assistant's earlier answers are needed."""
         return False
 
-    def _render(self, index: int) -> tuple[Row, str, str | None, str | None]:
-        row = self.rows[index]
-        texts = render(row, prompt_format=self.prompt_format, tokenizer=self.tokenizer)
-        return row, *texts
+    def check(self, row: Row) -> None:
+        """Raise ValueError, naming the row's place, if it lacks a text that this step needs."""
 
-    def _answer_ids(
-        self, prompt_text: str, prompt_ids: list[int], answer: str, end_token_id: int
-    ) -> list[int]:
-        ids = encode_answer(self.tokenizer, prompt_text, prompt_ids, answer, self.lead)
-        return ids if ids[-1:] == [end_token_id] else [*ids, end_token_id]
+    def render(self, row: Row) -> Rendered:
+        """Render a row as text; raise ValueError, naming its place, if that cannot be done."""
+        self.check(row)
+        return self.encoder.format.render(row, with_turns=self.with_turns)
+
+    def encode(self, row: Row) -> Encoded:
+        """Encode a row, before anything is cut."""
+        return self.encoder.encode_all([self.render(row)])[0]
+
+    def num_tokens(self, encoded: Encoded) -> int:
+        """Return the length of an encoded row before truncation."""
+        answers = [len(ids) for ids in (encoded.chosen, encoded.rejected) if ids is not None]
+        return len(encoded.prompt) + max(answers, default=0)
+
+    def fit(self, row: Row, encoded: Encoded) -> dict:
+        """Return the prepared item of an encoded row: lists of int, and numbers.
+
+        Raises:
+            LeftOut: the row is not used.
+        """
+        raise NotImplementedError
+
+    def item(self, index: int, prepared: dict) -> dict:
+        """Return what the collate function gets of a prepared item."""
+        return prepared
+
+    def cut(self, prompt: list[int], num_answer: int) -> tuple[list[int], int]:
+        """Cut a prompt by the rule of `truncation`.
+
+        Args:
+            prompt: its ids.
+            num_answer: tokens of the (longer) answer.
+
+        Returns:
+            The prompt's ids, and the room that is left for an answer, at least 1.
+
+        Raises:
+            LeftOut: the row is not used.
+        """
+        num_all = len(prompt) + num_answer
+        if num_all > self.limit and self.truncation == "drop":
+            raise LeftOut(f"longer than {self.limit_flag} {self.limit}")
+        if num_all > self.limit and self.truncation == "share":
+            room = max(self.limit // 2, self.limit - num_answer)
+            prompt = trim_prompt(prompt, room=room, num_lead=len(self.encoder.lead))
+        room = self.limit - len(prompt)
+        if room < 1:
+            raise LeftOut(f"{self.limit_flag} {self.limit} has no room for an answer")
+        return prompt, room
 
 
-class SFTDataset(_TextDataset):
+class SFTDataset(TextDataset):
     """Step 1: item = {"input_ids": [T], "labels": [T]}, both lists of int.
 
-    Labels are -100 on the prompt.
+    Labels are -100 where nothing is learned.
 
     Args:
         rows: each with a chosen answer; reading an item without one raises ValueError.
         tokenizer: encodes prompts and answers.
         max_seq_len: the longest item in tokens.
-        prompt_format: see `templates.render`.
-        end_token_id: ends every answer that is not cut.
+        prompt_format: see `templates.TextFormat`.
+        end_token_id: see `TextDataset`, as for `truncation`.
+        truncation: what becomes of longer rows.
+        train_on: what is learned. "all_assistant": every turn of the assistant; "last": the last
+            one; "all": the prompt too.
     """
 
     def __init__(
@@ -87,44 +173,64 @@ class SFTDataset(_TextDataset):
         *,
         max_seq_len: int,
         prompt_format: str,
-        end_token_id: int,
+        end_token_id: int | None = None,
+        truncation: str = "keep_prompt",
+        train_on: str = "all_assistant",
     ):
-        super().__init__(rows, tokenizer, limit=max_seq_len, prompt_format=prompt_format)
-        self.end_token_id = end_token_id
+        assert train_on in TRAIN_ON
+        super().__init__(
+            rows,
+            tokenizer,
+            limit=max_seq_len,
+            prompt_format=prompt_format,
+            end_token_id=end_token_id,
+            truncation=truncation,
+        )
+        self.train_on = train_on
 
-    def __getitem__(self, index: int) -> dict:
-        """Return item `index`, cut to `max_seq_len`."""
-        prompt, answer = self._encode(index)
-        prompt = trim_prompt(prompt, room=self.limit - len(answer), num_lead=len(self.lead))
-        answer = answer[: self.limit - len(prompt)]
-        return {"input_ids": prompt + answer, "labels": [IGNORED] * len(prompt) + answer}
+    @property
+    def with_turns(self) -> bool:
+        """Whether the assistant's earlier answers are learned, too."""
+        return self.train_on == "all_assistant"
 
-    def num_tokens(self, index: int) -> int:
-        """Return the length of prompt and answer before truncation."""
-        prompt, answer = self._encode(index)
-        return len(prompt) + len(answer)
-
-    def _encode(self, index: int) -> tuple[list[int], list[int]]:
-        row, prompt_text, chosen, _ = self._render(index)
-        if chosen is None:
+    def check(self, row: Row) -> None:
+        """Raise ValueError, naming the row's place, if it has no answer."""
+        if row.chosen is None:
             raise ValueError(
-                f"{row.place or f'row {index}'}: no answer to learn from; give chosen or response."
+                f"{row.place or 'a row'}: no answer to learn from; give chosen or response."
             )
-        prompt = encode_prompt(self.tokenizer, prompt_text, self.lead)
-        return prompt, self._answer_ids(prompt_text, prompt, chosen, self.end_token_id)
+
+    def fit(self, row: Row, encoded: Encoded) -> dict:
+        """Return input_ids and labels."""
+        prompt, room = self.cut(encoded.prompt, len(encoded.chosen))
+        answer = encoded.chosen[:room]
+        labels = [IGNORED] * len(encoded.prompt)
+        if self.train_on == "all":
+            labels = list(encoded.prompt)
+        for begin, end in encoded.turns:
+            labels[begin:end] = encoded.prompt[begin:end]
+        labels = trim_prompt(labels, room=len(prompt), num_lead=len(self.encoder.lead))
+        learned = answer if encoded.learns_answer else [IGNORED] * len(answer)
+        labels += learned
+        # A causal model predicts nothing for the first token.
+        if all(label == IGNORED for label in labels[1:]):
+            raise LeftOut("no turn in it is learned")
+        return {"input_ids": prompt + answer, "labels": labels}
 
 
-class PairDataset(_TextDataset):
-    """Step 2 and DPO: item = {"chosen_ids": [T], "rejected_ids": [T'], "num_prompt": P}.
+class PairDataset(TextDataset):
+    """Step 2 and DPO: item = {"chosen_ids": [T], "rejected_ids": [T'], "num_prompt": P, "margin"}.
 
-    Both are lists of int and begin with the same P prompt ids.
+    Both are lists of int and begin with the same P prompt ids. "margin" is a float; 0 if the row
+    has none.
 
     Args:
         rows: each with two answers; reading an item without them raises ValueError.
         tokenizer: encodes prompts and answers.
         max_seq_len: the longest item in tokens.
-        prompt_format: see `templates.render`.
-        end_token_id: ends every answer that is not cut.
+        prompt_format: see `templates.TextFormat`.
+        end_token_id: see `TextDataset`, as for `truncation`.
+        truncation: what becomes of longer rows. Pairs that are equal once cut are left out.
         cut_fraction: the share of pairs whose answers are both cut to one random number of tokens,
             without the end token. At least 2 tokens are left, and enough to keep the answers
             different. The reward model thus learns to score unfinished answers, and cannot take the
@@ -139,52 +245,58 @@ class PairDataset(_TextDataset):
         *,
         max_seq_len: int,
         prompt_format: str,
-        end_token_id: int,
+        end_token_id: int | None = None,
+        truncation: str = "keep_prompt",
         cut_fraction: float = 0.0,
         seed: int = 0,
     ):
-        super().__init__(rows, tokenizer, limit=max_seq_len, prompt_format=prompt_format)
-        self.end_token_id = end_token_id
+        super().__init__(
+            rows,
+            tokenizer,
+            limit=max_seq_len,
+            prompt_format=prompt_format,
+            end_token_id=end_token_id,
+            truncation=truncation,
+        )
         self.cut_fraction = cut_fraction
         self.seed = seed
 
-    def __getitem__(self, index: int) -> dict:
-        """Return item `index`, with each answer cut to `max_seq_len`."""
-        prompt, chosen, rejected = self._encode(index)
-        length = self._cut_length(index, chosen[:-1], rejected[:-1])
-        if length is not None:
-            chosen = chosen[:length]
-            rejected = rejected[:length]
+    def check(self, row: Row) -> None:
+        """Raise ValueError, naming the row's place, unless it has two answers."""
+        if row.chosen is None or row.rejected is None:
+            raise ValueError(
+                f"{row.place or 'a row'}: no pair to compare; give chosen and rejected."
+            )
+
+    def fit(self, row: Row, encoded: Encoded) -> dict:
+        """Return the ids of prompt and answers, and the pair's margin."""
         # Both get the same prompt: otherwise a shorter prompt would give away the longer answer.
-        room = self.limit - max(len(chosen), len(rejected))
-        prompt = trim_prompt(prompt, room=room, num_lead=len(self.lead))
-        room = self.limit - len(prompt)
+        longest = max(len(encoded.chosen), len(encoded.rejected))
+        prompt, room = self.cut(encoded.prompt, longest)
+        chosen, rejected = encoded.chosen[:room], encoded.rejected[:room]
+        if chosen == rejected:
+            raise LeftOut("the two answers are equal once they are cut")
         return {
-            "chosen_ids": prompt + chosen[:room],
-            "rejected_ids": prompt + rejected[:room],
-            "num_prompt": len(prompt),
+            "prompt_ids": prompt,
+            "chosen_ids": chosen,
+            "rejected_ids": rejected,
+            "margin": float(row.margin or 0.0),
         }
 
-    def num_tokens(self, index: int) -> int:
-        """Return the length of the prompt and the longer answer before truncation."""
-        prompt, chosen, rejected = self._encode(index)
-        return len(prompt) + max(len(chosen), len(rejected))
-
-    def is_tie(self, index: int) -> bool:
-        """Return whether truncation has made the two answers of item `index` equal."""
-        item = self[index]
-        return item["chosen_ids"] == item["rejected_ids"]
-
-    def _encode(self, index: int) -> tuple[list[int], list[int], list[int]]:
-        row, prompt_text, chosen, rejected = self._render(index)
-        if chosen is None or rejected is None:
-            raise ValueError(
-                f"{row.place or f'row {index}'}: no pair to compare; give chosen and rejected."
-            )
-        prompt = encode_prompt(self.tokenizer, prompt_text, self.lead)
-        chosen_ids = self._answer_ids(prompt_text, prompt, chosen, self.end_token_id)
-        rejected_ids = self._answer_ids(prompt_text, prompt, rejected, self.end_token_id)
-        return prompt, chosen_ids, rejected_ids
+    def item(self, index: int, prepared: dict) -> dict:
+        """Return a pair as the collate function takes it, cut at random if it is chosen for it."""
+        prompt, chosen, rejected = (
+            prepared[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids")
+        )
+        length = self._cut_length(index, chosen[:-1], rejected[:-1])
+        if length is not None:
+            chosen, rejected = chosen[:length], rejected[:length]
+        return {
+            "chosen_ids": prompt + chosen,
+            "rejected_ids": prompt + rejected,
+            "num_prompt": len(prompt),
+            "margin": prepared["margin"],
+        }
 
     def _cut_length(self, index: int, chosen: list[int], rejected: list[int]) -> int | None:
         """Return the number of tokens to keep of both answers, or None if the pair is not cut.
@@ -201,7 +313,7 @@ class PairDataset(_TextDataset):
         return draw.randint(shortest, shorter) if shortest <= shorter else None
 
 
-class PromptDataset(_TextDataset):
+class PromptDataset(TextDataset):
     """Step 3: item = {"input_ids": [P] list of int, "index": int}.
 
     Reading an item raises ValueError, naming the row, if its prompt has no tokens at all.
@@ -209,8 +321,10 @@ class PromptDataset(_TextDataset):
     Args:
         rows: only their prompts are used.
         tokenizer: encodes the prompts.
-        max_prompt_len: longer prompts lose their beginning.
-        prompt_format: see `templates.render`.
+        max_prompt_len: the longest prompt in tokens.
+        prompt_format: see `templates.TextFormat`.
+        truncation: what becomes of longer prompts: with "share" they lose their beginning, else
+            they are left out.
     """
 
     limit_flag = "--max_prompt_seq_len"
@@ -222,75 +336,48 @@ class PromptDataset(_TextDataset):
         *,
         max_prompt_len: int,
         prompt_format: str,
+        truncation: str = "keep_prompt",
     ):
-        super().__init__(rows, tokenizer, limit=max_prompt_len, prompt_format=prompt_format)
+        super().__init__(
+            rows,
+            tokenizer,
+            limit=max_prompt_len,
+            prompt_format=prompt_format,
+            truncation=truncation,
+        )
 
-    def __getitem__(self, index: int) -> dict:
-        """Return item `index`, cut to `max_prompt_len`."""
-        prompt = self._encode(index)
-        return {
-            "input_ids": trim_prompt(prompt, room=self.limit, num_lead=len(self.lead)),
-            "index": index,
-        }
+    def render(self, row: Row) -> Rendered:
+        """Render the prompt alone."""
+        return self.encoder.format.render(Row(row.prompt, place=row.place, tools=row.tools))
 
-    def num_tokens(self, index: int) -> int:
-        """Return the length of the prompt before truncation."""
-        return len(self._encode(index))
+    def fit(self, row: Row, encoded: Encoded) -> dict:
+        """Return the prompt's ids."""
+        if not encoded.prompt:
+            raise ValueError(
+                f"{row.place or 'a row'}: the prompt {row.prompt!r:.80} has no tokens, and "
+                "generation needs at least one. Give the row a prompt, or remove it."
+            )
+        ids = encoded.prompt
+        if len(ids) > self.limit:
+            if self.truncation != "share":
+                raise LeftOut(f"its prompt is longer than {self.limit_flag} {self.limit}")
+            ids = trim_prompt(ids, room=self.limit, num_lead=len(self.encoder.lead))
+        return {"input_ids": ids}
+
+    def item(self, index: int, prepared: dict) -> dict:
+        """Return a prompt with its row's number."""
+        return {"input_ids": prepared["input_ids"], "index": index}
 
     def prompt_text(self, index: int) -> str:
         """Return the whole rendered prompt, even if its ids are cut."""
-        return self._render(index)[1]
+        return self.render(self.rows[index]).prompt
 
     def columns(self, index: int) -> dict:
         """Return the row's fields besides prompt and answers, for a Python reward function."""
         return self.rows[index].columns
 
-    def _encode(self, index: int) -> list[int]:
-        row, prompt_text, _, _ = self._render(index)
-        ids = encode_prompt(self.tokenizer, prompt_text, self.lead)
-        if not ids:
-            raise ValueError(
-                f"{row.place or f'row {index}'}: the prompt {prompt_text!r} has no tokens, and "
-                "generation needs at least one. Give the row a prompt, or remove it."
-            )
-        return ids
 
-
-def truncation_report(dataset: _TextDataset, sample: int = 1000, *, trained: bool = True) -> str:
-    """Report in one line how many of the first rows of each source are over the length limit.
-
-    Args:
-        dataset: the rows, and the limit.
-        sample: the most rows to look at.
-        trained: the rows are for training, not only for evaluation.
-
-    Returns:
-        The counts, and the length of the longest row looked at.
-
-    Raises:
-        ValueError: a row does not fit the prompt format, or truncation makes the two answers of
-            every training pair equal.
-    """
-    indices = first_indices_per_source(dataset.rows, sample, least=MIN_SAMPLED_PER_SOURCE)
-    lengths = [dataset.num_tokens(index) for index in indices]
-    cut = [index for index, length in zip(indices, lengths, strict=True) if length > dataset.limit]
-    num_ties = sum(dataset.is_tie(index) for index in cut)
-    limit = f"{dataset.limit_flag} {dataset.limit}"
-    if trained and num_ties and num_ties == len(lengths):
-        place = dataset.row(0).place or "row 0"
-        raise ValueError(
-            f"{limit}: {place}: its two answers are equal once they are cut to this many tokens, "
-            f"and so are those of all {num_ties} pairs looked at. Give a larger "
-            f"{dataset.limit_flag}, or pairs that differ sooner."
-        )
-    if indices == list(range(len(indices))):
-        rows = f"the first {len(lengths)} rows"
-    else:
-        rows = f"{len(lengths)} rows, the first of each source,"
-    report = (
-        f"{len(cut)} of {rows} are longer than {limit} and are cut "
-        f"(longest: {max(lengths, default=0)} tokens)"
-    )
-    if num_ties:
-        report += f"; {num_ties} of these pairs have two equal answers once cut, and teach nothing"
-    return report
+def _select(items: Sequence[dict], indices: Sequence[int]) -> Sequence[dict]:
+    if hasattr(items, "select"):
+        return items.select(indices)
+    return [items[index] for index in indices]

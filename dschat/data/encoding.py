@@ -1,42 +1,154 @@
-"""Tokenization that gives a prompt the same ids in every step."""
+"""Tokenization that gives a conversation the same ids in every step."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
+
+from dschat.data.row import Row
+from dschat.data.templates import Rendered, TextFormat
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A row as token ids, before anything is cut."""
+
+    prompt: list[int]
+    chosen: list[int] | None = None  # with its end token, as `rejected`
+    rejected: list[int] | None = None
+    # Positions [begin, end) of the prompt's ids that are earlier answers of the assistant.
+    turns: tuple[tuple[int, int], ...] = ()
+    num_hidden_turns: int = 0  # earlier answers that the template shows otherwise than written
+    learns_answer: bool = True  # False: the chosen answer is context only
+
+
+class Encoder:
+    """Encodes rows: the prompt alone, and each answer after it.
+
+    Args:
+        tokenizer: of the model.
+        prompt_format: see `templates.TextFormat`.
+        end_token_id: ends the answers that no chat template writes. The template's own end of a
+            turn ends the others.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        prompt_format: str,
+        end_token_id: int | None = None,
+    ):
+        self.tokenizer = tokenizer
+        self.format = TextFormat(prompt_format, tokenizer)
+        self.end_token_id = tokenizer.eos_token_id if end_token_id is None else end_token_id
+        self.lead = leading_ids(tokenizer)
+
+    def encode(self, row: Row, *, with_turns: bool = False) -> Encoded:
+        """Encode one row.
+
+        Args:
+            row: prompt and answers.
+            with_turns: find the assistant's earlier answers in the prompt, too.
+
+        Raises:
+            ValueError: the format cannot show the row; names its place.
+        """
+        rendered = self.format.render(row, with_turns=with_turns)
+        return self.encode_all([rendered])[0]
+
+    def encode_all(self, rendered: Sequence[Rendered]) -> list[Encoded]:
+        """Encode rendered rows; many at a time are faster, since the tokenizer takes all cores."""
+        texts = []
+        for row in rendered:
+            texts.append(row.prompt)
+            texts += [
+                row.prompt + answer for answer in (row.chosen, row.rejected) if answer is not None
+            ]
+        ids = iter(self._tokenize(texts))
+        found = []
+        for row in rendered:
+            prompt = self._with_lead(next(ids))
+            answers = [
+                None if answer is None else self._answer(row, answer, prompt, next(ids))
+                for answer in (row.chosen, row.rejected)
+            ]
+            turns = self._turn_positions(row, prompt)
+            found.append(Encoded(prompt, *answers, turns, row.num_hidden_turns, row.learns_answer))
+        return found
+
+    def encode_answer(self, row: Row, answer: str, *, ended: bool) -> list[int]:
+        """Return the ids of `row`'s prompt and another answer.
+
+        Args:
+            row: its prompt is used.
+            answer: the text of the answer.
+            ended: end it by the end token.
+        """
+        rendered = self.format.render(Row(row.prompt, answer, place=row.place, tools=row.tools))
+        encoded = self.encode_all([rendered])[0]
+        ids = encoded.prompt + encoded.chosen
+        return ids if ended else ids[:-1]
+
+    def end_id(self, rendered: Rendered) -> int:
+        """Return the token that ends the answers of a row."""
+        if rendered.by_template and self.format.end_id is not None:
+            return self.format.end_id
+        return self.end_token_id
+
+    def _answer(
+        self, rendered: Rendered, text: str, prompt: list[int], joint: list[int]
+    ) -> list[int]:
+        """Return the ids of an answer after a prompt.
+
+        Prompt and answer are tokenized as one text. If a token spans the border between them, the
+        answer is tokenized alone: step 3 tokenizes prompts alone and must see the ids that steps 1
+        and 2 saw.
+        """
+        joint = self._with_lead(joint)
+        if joint[: len(prompt)] == prompt:
+            ids = joint[len(prompt) :]
+        else:
+            ids = self._tokenize([text])[0]
+        end = self.end_id(rendered)
+        return ids if ids[-1:] == [end] else [*ids, end]
+
+    def _with_lead(self, ids: list[int]) -> list[int]:
+        """Put the leading ids in front, unless a chat template has done so."""
+        return ids if ids[: len(self.lead)] == self.lead else self.lead + ids
+
+    def _turn_positions(self, rendered: Rendered, prompt: list[int]) -> tuple[tuple[int, int], ...]:
+        """Return where the ranges of characters in `rendered.turns` are in the prompt's ids."""
+        if not rendered.turns:
+            return ()
+        if not self.tokenizer.is_fast:
+            borders = [place for turn in rendered.turns for place in turn]
+            counts = [len(ids) for ids in self._tokenize([rendered.prompt[:at] for at in borders])]
+            shift = len(prompt) - len(self._tokenize([rendered.prompt])[0])
+            pairs = zip(counts[::2], counts[1::2], strict=True)
+            return tuple((begin + shift, end + shift) for begin, end in pairs)
+        spans = self.tokenizer(
+            rendered.prompt, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )["offset_mapping"]
+        shift = len(prompt) - len(spans)
+        found = []
+        for begin, end in rendered.turns:
+            inside = [i for i, (b, e) in enumerate(spans) if begin <= b and e <= end and e > b]
+            if inside:
+                found.append((inside[0] + shift, inside[-1] + 1 + shift))
+        return tuple(found)
+
+    def _tokenize(self, texts: list[str]) -> list[list[int]]:
+        # verbose=False: the tokenizer would warn about long texts, but they are cut after this.
+        return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the ids that the tokenizer adds before a text, such as BOS; often empty."""
-    bare = _encode(tokenizer, "a")
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     full = tokenizer("a")["input_ids"]
     begin = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), 0)
     return list(full[:begin])
-
-
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str, lead: list[int]) -> list[int]:
-    """Return `lead` (see `leading_ids`) followed by the ids of `text`.
-
-    `lead` is not repeated if the text already begins with it, as chat templates often do.
-    """
-    ids = _encode(tokenizer, text)
-    return ids if ids[: len(lead)] == lead else lead + ids
-
-
-def encode_answer(
-    tokenizer: PreTrainedTokenizerBase,
-    prompt_text: str,
-    prompt_ids: list[int],
-    answer_text: str,
-    lead: list[int],
-) -> list[int]:
-    """Return the ids of `answer_text` after a prompt, without BOS or EOS.
-
-    Prompt and answer are tokenized as one text. If a token spans the border between them, the
-    answer is tokenized alone: step 3 tokenizes prompts alone and must see the ids that steps 1 and
-    2 saw.
-    """
-    joint = encode_prompt(tokenizer, prompt_text + answer_text, lead)
-    if joint[: len(prompt_ids)] == prompt_ids:
-        return joint[len(prompt_ids) :]
-    return _encode(tokenizer, answer_text)
 
 
 def trim_prompt(ids: list[int], *, room: int, num_lead: int) -> list[int]:
@@ -48,8 +160,3 @@ def trim_prompt(ids: list[int], *, room: int, num_lead: int) -> list[int]:
         return ids
     num_last = max(0, room - num_lead)
     return ids[:num_lead] + ids[len(ids) - num_last :]
-
-
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    # verbose=False: the tokenizer would warn about long texts, but they are cut only after this.
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])

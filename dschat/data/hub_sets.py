@@ -7,27 +7,31 @@ left out and counted.
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from dschat.data.row import (
-    Row,
-    RowFunction,
-    add_leading_space,
-    row_from_columns,
-    validate_pair,
-    validate_text,
-)
+from dschat.data.forms import Reading, read_row, read_rows
+from dschat.data.row import Row, add_leading_space, validate_pair
+from dschat.data.text_checks import validate_text
 
+# From a raw row to its row.
+RowFunction = Callable[[dict], Row]
 CITATION = re.compile(r" ?[(\[].*?[)\]]")
 
 
 @dataclass(frozen=True)
 class HubSet:
-    """A named dataset."""
+    """A named dataset; without a row function, its rows are read by their form."""
 
-    row_function: RowFunction
+    row_function: RowFunction | None = None
     repository: str | None = None  # if it differs from the name
     config: str | None = None
+
+    def read(self, raw: dict, reading: Reading) -> list[Row]:
+        """Read a raw row as one or more rows."""
+        if self.row_function is None:
+            return read_rows(raw, reading)
+        return [self.row_function(raw)]
 
 
 def question_row(question: object, chosen: object, rejected: object = None) -> Row:
@@ -41,7 +45,7 @@ def question_row(question: object, chosen: object, rejected: object = None) -> R
 
 def local_json_row(raw: dict) -> Row:
     """Build a row of DeepSpeed-Chat's local file, with a space between prompt and answer."""
-    row = row_from_columns(raw)
+    row = read_row(raw)
     return replace(
         row,
         chosen=add_leading_space(row.chosen),
@@ -112,8 +116,8 @@ def _jaquad_questions(raw: dict) -> Row:
 
 
 HUB_SETS = {
-    "Dahoas/rm-static": HubSet(row_from_columns),
-    "Dahoas/full-hh-rlhf": HubSet(row_from_columns),
+    "Dahoas/rm-static": HubSet(),
+    "Dahoas/full-hh-rlhf": HubSet(),
     "Dahoas/synthetic-instruct-gptj-pairwise": HubSet(_synthetic_instruct),
     "yitingxie/rlhf-reward-datasets": HubSet(_reward_datasets),
     "openai/webgpt_comparisons": HubSet(_webgpt),

@@ -8,11 +8,15 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 from transformers import PreTrainedTokenizerBase
 
-from dschat.config.options import DataOptions
-from dschat.data.datasets import PairDataset, PromptDataset, SFTDataset, truncation_report
-from dschat.data.sources import Part, Source, load_source
-from dschat.data.splits import Blend, first_indices_per_source, parse_shares, split_indices
+from dschat.config.options import DataOptions, TextOptions
+from dschat.config.sft import SFTData
+from dschat.data.blends import epoch_draws, open_blends
+from dschat.data.datasets import PairDataset, PromptDataset, SFTDataset, TextDataset
+from dschat.data.preparation import prepare
+from dschat.data.splits import Blend, first_indices_per_source
+from dschat.data.templates import HUMAN_ASSISTANT_TEMPLATE
 from dschat.runtime import dist
+from dschat.runtime.paths import cache_dir, user_path
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +37,8 @@ class ShardedSampler(Sampler[int]):
         window: batches of one update (gradient accumulation), so that no window is partial.
         shuffle: permute in each epoch; `set_epoch` sets the epoch.
         seed: seed of the permutation.
+        draws: for a weighted blend, (rows of a source, how many of them an epoch draws), in the
+            order of the sources; None: each row once.
     """
 
     def __init__(
@@ -45,8 +51,12 @@ class ShardedSampler(Sampler[int]):
         window: int = 1,
         shuffle: bool,
         seed: int,
+        draws: Sequence[tuple[int, int]] | None = None,
     ):
         assert num_rows > 0 and 0 <= rank < world_size
+        self.draws = draws
+        if draws is not None:
+            num_rows = sum(count for _, count in draws)
         self.num_rows = num_rows
         self.rank = rank
         self.world_size = world_size
@@ -84,9 +94,23 @@ class ShardedSampler(Sampler[int]):
         order = np.arange(self.num_rows)
         if self.shuffle:
             random_state = np.random.RandomState([self.seed & 0xFFFFFFFF, self.epoch])
-            order = random_state.permutation(self.num_rows)
+            if self.draws is not None:
+                order = _draw_rows(self.draws, random_state)
+            order = random_state.permutation(order)
         shard = np.resize(order, self.total)[self.rank :: self.world_size]
         return iter(shard[self.start :].tolist())
+
+
+def _draw_rows(draws: Sequence[tuple[int, int]], random_state: np.random.RandomState) -> np.ndarray:
+    """Return the rows of an epoch: of each source whole passes, and then rows at random."""
+    drawn = []
+    begin = 0
+    for num_rows, count in draws:
+        passes, rest = divmod(count, max(1, num_rows))
+        drawn += [np.arange(begin, begin + num_rows)] * passes
+        drawn.append(begin + random_state.permutation(num_rows)[:rest])
+        begin += num_rows
+    return np.concatenate(drawn)
 
 
 def make_loader(
@@ -99,13 +123,14 @@ def make_loader(
     shuffle: bool,
     seed: int,
     window: int = 1,
+    draws: Sequence[tuple[int, int]] | None = None,
 ) -> DataLoader:
     """Build the loader of one rank's batches.
 
     Call ``loader.sampler.set_epoch(epoch)`` before each pass.
 
-    Items are tokenized on access, in the training process. That costs about a millisecond a row,
-    far less than an update, while each worker process would be a fork of the whole trainer.
+    Items are read from the prepared table in the training process. That costs some 50 microseconds
+    a row, while each worker process would be a fork of the whole trainer.
 
     Args:
         dataset: the rows of all ranks.
@@ -116,6 +141,7 @@ def make_loader(
         shuffle: permute in each epoch.
         seed: seed of the permutation.
         window: batches of one update.
+        draws: see `ShardedSampler`.
     """
     sampler = ShardedSampler(
         len(dataset),
@@ -125,6 +151,7 @@ def make_loader(
         window=window,
         shuffle=shuffle,
         seed=seed,
+        draws=draws,
     )
     return DataLoader(
         dataset, batch_size=batch_size, sampler=sampler, collate_fn=collate, num_workers=0
@@ -132,35 +159,35 @@ def make_loader(
 
 
 def build_sft_data(
-    data: DataOptions,
+    data: SFTData,
     tokenizer: PreTrainedTokenizerBase,
     *,
-    sft_only_data_path: Sequence[str],
-    max_seq_len: int,
     end_token_id: int,
 ) -> tuple[SFTDataset, SFTDataset]:
     """Build the training and evaluation data of step 1.
 
-    It is step 1's share of --data_path, and all of `sft_only_data_path`.
+    It is step 1's share of --data_path, and all of --sft_only_data_path.
 
     Raises:
         ValueError: for data that cannot be used, rows without an answer, or a part that is empty.
     """
-    train_rows, eval_rows = open_blends(data, step=1, needs="chosen", whole=sft_only_data_path)
+    rows = open_blends(data, step=1, needs="chosen", whole=data.sft_only_data_path)
     options = dict(
-        max_seq_len=max_seq_len, prompt_format=data.prompt_format, end_token_id=end_token_id
+        max_seq_len=data.max_seq_len,
+        prompt_format=data.prompt_format,
+        end_token_id=end_token_id,
+        truncation=data.truncation,
+        train_on=data.train_on,
     )
-    train = SFTDataset(train_rows, tokenizer, **options)
-    held_out = SFTDataset(eval_rows, tokenizer, **options)
-    _log_truncation(train, held_out)
+    train, held_out = (SFTDataset(part, tokenizer, **options) for part in rows)
+    _prepare_both(train, held_out, data)
     return train, held_out
 
 
 def build_pair_data(
-    data: DataOptions,
+    data: TextOptions,
     tokenizer: PreTrainedTokenizerBase,
     *,
-    max_seq_len: int,
     end_token_id: int,
     cut_fraction: float = 0.0,
     seed: int = 0,
@@ -175,11 +202,14 @@ def build_pair_data(
     """
     train_rows, eval_rows = open_blends(data, step=2, needs="rejected")
     options = dict(
-        max_seq_len=max_seq_len, prompt_format=data.prompt_format, end_token_id=end_token_id
+        max_seq_len=data.max_seq_len,
+        prompt_format=data.prompt_format,
+        end_token_id=end_token_id,
+        truncation=data.truncation,
     )
     train = PairDataset(train_rows, tokenizer, cut_fraction=cut_fraction, seed=seed, **options)
     held_out = PairDataset(eval_rows, tokenizer, **options)
-    _log_truncation(train, held_out)
+    _prepare_both(train, held_out, data)
     return train, held_out
 
 
@@ -191,92 +221,79 @@ def build_prompt_data(
     Raises:
         ValueError: for data that cannot be used, or a part that is empty.
     """
-    train_rows, eval_rows = open_blends(data, step=3, needs="prompt")
-    options = dict(max_prompt_len=max_prompt_len, prompt_format=data.prompt_format)
-    train = PromptDataset(train_rows, tokenizer, **options)
-    held_out = PromptDataset(eval_rows, tokenizer, **options)
-    _log_truncation(train, held_out)
+    rows = open_blends(data, step=3, needs="prompt")
+    options = dict(
+        max_prompt_len=max_prompt_len,
+        prompt_format=data.prompt_format,
+        truncation=data.truncation,
+    )
+    train, held_out = (PromptDataset(part, tokenizer, **options) for part in rows)
+    _prepare_both(train, held_out, data)
     return train, held_out
 
 
-def open_blends(
-    data: DataOptions, *, step: int, needs: str, whole: Sequence[str] = ()
-) -> tuple[Blend, Blend]:
-    """Open the training and evaluation rows of a step.
-
-    Both parts are split by --data_split, so that no two steps share an evaluation row either.
-
-    Args:
-        data: the sources, and how they are split.
-        step: 1, 2 or 3; gets its share of each source of --data_path.
-        needs: "prompt", "chosen" or "rejected": the text that every row must have.
-        whole: further sources, of which the step gets all rows.
+def _prepare_both(train: TextDataset, held_out: TextDataset, data: DataOptions) -> None:
+    """Tokenize both parts, and log what becomes of their rows.
 
     Raises:
-        ValueError: for data that cannot be used; names the flag, the source and the row.
+        ValueError: rows that cannot be shown, or a part of which no row is left.
     """
-    parse_shares(data.data_split)  # a malformed split fails before any data is read
-    entries = [(path, False) for path in data.data_path] + [(path, True) for path in whole]
-    pieces: dict[str, list[tuple[Source, Part]]] = {"train": [], "eval": []}
-    num_all = {"train": 0, "eval": 0}
-    for path, is_whole in entries:
-        source = load_source(
-            path,
-            eval_fraction=data.eval_fraction,
-            data_seed=data.data_seed,
-            skip_bad_rows=data.skip_bad_rows,
-            cache_dir=data.data_output_path,
-        )
-        counts = []
-        for name, part in (("train", source.train), ("eval", source.eval)):
-            num_all[name] += len(part)
-            if not is_whole:
-                indices = split_indices(
-                    len(part), data.data_split, step=step, data_seed=data.data_seed
-                )
-                part = part.take(indices)
-            part = _keep_rows_with(part, needs, step=step, skip=source.skip_bad_rows)
-            pieces[name].append((source, part))
-            counts.append(f"{len(part)} {name} rows")
-        logger.info("step %d: %s: %s", step, path, ", ".join(counts))
-    for name, found in pieces.items():
-        if not any(len(part) for _, part in found):
-            raise ValueError(
-                f"--data_split {data.data_split} leaves step {step} no {name} row of --data_path "
-                f"{' '.join(data.data_path)} (their {name} parts have {num_all[name]} rows in "
-                f"all). Give step {step} a larger share, more rows, or a larger --eval_fraction."
-            )
-    return Blend(pieces["train"]), Blend(pieces["eval"])
-
-
-def _keep_rows_with(part: Part, needs: str, *, step: int, skip: bool) -> Part:
-    """Return the rows of `part` that have the text `needs`.
-
-    Raises:
-        ValueError: other rows exist, and `skip` is false.
-    """
-    missing = np.flatnonzero(~part.has[needs])
-    if not len(missing):
-        return part
-    first = f'{part.place(missing[0])}: no "{needs}", which step {step} needs'
-    if not skip:
-        raise ValueError(
-            f"{first}; {len(missing)} of the {len(part)} rows of its share lack it. Add it, take "
-            "the set out of --data_path, or leave such rows out with --skip_bad_rows."
-        )
-    logger.warning("left out %d of %d rows: %s", len(missing), len(part), first)
-    return part.take(np.flatnonzero(part.has[needs]))
-
-
-def _log_truncation(train: Dataset, held_out: Dataset) -> None:
-    """Log the size of both parts and how many rows are cut.
-
-    This also renders rows of every source in both parts, so that a format they do not fit fails
-    before any model loads.
-    """
+    folder = user_path(data.data_output_path) if data.data_output_path else cache_dir()
     for name, dataset in (("training", train), ("evaluation", held_out)):
-        report = truncation_report(dataset, trained=dataset is train)
-        logger.info("%s data: %d rows; %s", name, len(dataset), report)
+        report = prepare(
+            dataset, cache_dir=folder, skip_bad_rows=data.skip_bad_rows, name=f"{name} data"
+        )
+        limit = f"{dataset.limit_flag} {dataset.limit}"
+        if not report.kept:
+            reasons = "; ".join(f"{count}: {why}" for why, count in report.left_out.items())
+            raise ValueError(
+                f"{limit}: no row of the {name} data is left ({reasons}). Give a larger "
+                f"{dataset.limit_flag}, another --truncation, or other data."
+            )
+        logger.info("%s data: %s", name, report.describe(limit))
+    if isinstance(train.rows, Blend):
+        names = [source.name for source, _ in train.rows.pieces]
+        train.draws = epoch_draws(
+            names, train.rows.sizes, weights=data.blend, temperature=data.blend_temperature
+        )
+    _settle_template(train)
+
+
+def _settle_template(dataset: TextDataset) -> None:
+    """Give a tokenizer without a chat template the one that wrote its messages.
+
+    Also log which token ends an answer if the chat template's is not the tokenizer's.
+    """
+    text_format = dataset.encoder.format
+    tokenizer = dataset.tokenizer
+    row = dataset.row(0)
+    if not text_format.has_template and text_format.resolve(row) == "human_assistant":
+        tokenizer.chat_template = HUMAN_ASSISTANT_TEMPLATE
+        logger.info(
+            "the tokenizer has no chat template: messages are written as Human and Assistant, and "
+            "the model is saved with a template that writes them so"
+        )
+        return
+    first = dataset.render(row)
+    if not first.by_template or text_format.end_id == dataset.encoder.end_token_id:
+        return
+    end = tokenizer.eos_token
+    if text_format.end_id is not None:
+        end = tokenizer.convert_ids_to_tokens(text_format.end_id)
+        logger.info(
+            "the chat template ends a turn with %s and not with the tokenizer's %s: answers are "
+            "trained, and end, with %s",
+            end,
+            tokenizer.eos_token,
+            end,
+        )
+    elif text_format.end_lead:
+        logger.info(
+            "the chat template ends a turn with %r, which is no token of this vocabulary: it is "
+            "learned as text, followed by %s",
+            text_format.end_lead,
+            end,
+        )
 
 
 def make_loaders(
@@ -318,13 +335,19 @@ def make_loaders(
     collate = functools.partial(collate, pad_id=pad_id)
     shard = dict(rank=dist.rank(), world_size=dist.world_size(), seed=seed)
     train_loader = make_loader(
-        train, collate, batch_size=train_batch_size, window=window, shuffle=True, **shard
+        train,
+        collate,
+        batch_size=train_batch_size,
+        window=window,
+        shuffle=True,
+        draws=getattr(train, "draws", None),
+        **shard,
     )
     eval_loader = make_loader(held_out, collate, batch_size=eval_batch_size, shuffle=False, **shard)
     return train_loader, eval_loader
 
 
-def first_rows(dataset: Dataset, most: int) -> Dataset:
+def first_rows(dataset: TextDataset, most: int) -> TextDataset:
     """Limit `dataset` to its first `most` rows, in place, and log it.
 
     The rows are the first of each source, in proportion to the sources' sizes.
@@ -343,5 +366,5 @@ def first_rows(dataset: Dataset, most: int) -> Dataset:
                 most,
                 len(dataset),
             )
-        dataset.rows = Subset(dataset.rows, kept)
+        dataset.select(kept, Subset(dataset.rows, kept))
     return dataset

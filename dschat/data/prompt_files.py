@@ -1,9 +1,12 @@
 """Files read whole and in order, without a split: prompts and pairs for the evaluation programs."""
 
+from dataclasses import replace
 from pathlib import Path
 
+from dschat.data.forms import ROW_FAULTS, describe_fault, read_row
 from dschat.data.readers import read_records
-from dschat.data.row import Row, row_from_columns, validate_text
+from dschat.data.row import Row
+from dschat.data.text_checks import validate_text
 from dschat.runtime.paths import user_path
 
 FAULTS_SHOWN = 5
@@ -70,9 +73,9 @@ def _read_records(file: Path) -> tuple[list[Row], list[str]]:
     for line, raw in zip(records.lines, records.rows, strict=True):
         place = f"{file}, line {line}"
         try:
-            row = row_from_columns(raw)
-        except ValueError as error:
-            faults.append(f"{place}: {error}")
+            row = read_row(raw)
+        except ROW_FAULTS as error:
+            faults.append(f"{place}: {describe_fault(error)}")
             continue
-        rows.append(Row(row.prompt, row.chosen, row.rejected, row.columns, place))
+        rows.append(replace(row, place=place))
     return rows, faults

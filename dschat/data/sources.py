@@ -4,41 +4,47 @@ Every row is checked once, when the dataset is opened. A bad row thus stops a ru
 loads, and the rows left out do not depend on the step: all steps split the same rows.
 """
 
+import hashlib
 import logging
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import datasets
 import numpy as np
 
+from dschat.data.forms import ROW_FAULTS, Reading, describe_fault, find_form
 from dschat.data.hub_sets import HUB_SETS, HubSet, local_json_row
-from dschat.data.row import Row, RowFunction, row_from_columns
-from dschat.data.tables import LOCAL_JSON, Fault, Table, format_error, open_tables, parse_entry
+from dschat.data.messages import plain_text
+from dschat.data.row import Row
+from dschat.data.tables import LOCAL_JSON, Fault, Table, open_tables, parse_entry
+from dschat.data.templates import parse_turns
 
 logger = logging.getLogger(__name__)
 
-# The errors of a row function over fields that are missing, null or of another type.
-ROW_FAULTS = (ValueError, KeyError, TypeError, IndexError, AttributeError)
 FAULTS_SHOWN = 5
-# Makes the hold-out's permutation differ from that of the split, which has the same seed.
-HOLD_OUT_SALT = 1
+FORM_SAMPLE = 200  # rows whose forms are counted for the log
 
 
 @dataclass(frozen=True)
 class Part:
-    """Rows of one table, a sequence of raw rows (dictionaries)."""
+    """Rows of one table, in the order in which their raw rows (dictionaries) stand in it."""
 
     table: Table
-    index: np.ndarray  # [N] int64, which rows of the table, in order
+    index: np.ndarray  # [N] int64, which raw row
+    pick: np.ndarray  # [N] int32, which of the rows that the raw row holds
+    # [N] uint64, hash of the conversation's beginning: rows with one hash are never separated
+    group: np.ndarray
     # "prompt", "chosen" and "rejected": [N] bool, True if the row has that text
     has: dict[str, np.ndarray]
+    columns: dict[str, int] = field(default_factory=dict)  # rows that have each further column
 
     def __len__(self) -> int:
         """Return the number of rows."""
         return len(self.index)
 
-    def __getitem__(self, position: int) -> dict:
+    def raw(self, position: int) -> dict:
         """Return the raw row at `position`."""
         return self.table.rows[int(self.index[position])]
 
@@ -50,32 +56,40 @@ class Part:
         """Return the rows at `positions` as a new part of the same table."""
         positions = np.asarray(positions, dtype=np.int64)
         has = {name: flags[positions] for name, flags in self.has.items()}
-        return replace(self, index=self.index[positions], has=has)
+        return replace(
+            self,
+            index=self.index[positions],
+            pick=self.pick[positions],
+            group=self.group[positions],
+            has=has,
+        )
 
 
 @dataclass(frozen=True)
 class Source:
-    """A dataset: two parts without a common row, and the function that reads a raw row."""
+    """A dataset: its training rows, its evaluation rows if it has some, and how rows are read."""
 
     name: str
     train: Part
-    eval: Part
-    row_function: RowFunction
+    eval: Part | None
+    reading: Reading
+    hub_set: HubSet
     skip_bad_rows: bool
 
-    def row(self, raw: dict, *, place: str = "") -> Row:
-        """Read a raw row; raise ValueError, beginning with `place`, if it is malformed."""
+    def row(self, part: Part, position: int) -> Row:
+        """Read the row at `position` of `part`; raise ValueError with its place if it is bad."""
+        place = part.place(position)
         try:
-            return replace(self.row_function(raw), place=place)
+            rows = self.hub_set.read(part.raw(position), self.reading)
+            return replace(rows[part.pick[position]], place=place)
         except ROW_FAULTS as error:
-            raise ValueError(f"{place or self.name}: {format_error(error)}") from error
+            raise ValueError(f"{place}: {describe_fault(error)}") from error
 
 
 def load_source(
     path: str,
     *,
-    eval_fraction: float,
-    data_seed: int,
+    reading: Reading | None = None,
     skip_bad_rows: bool = False,
     config: str | None = None,
     split: str | None = None,
@@ -92,9 +106,7 @@ def load_source(
             validation.*) of these; a folder of datasets.save_to_disk; a hub name; or
             local/jsonfile, which stands for data/train.json and data/eval.json in the working
             directory.
-        eval_fraction: share of the training rows to hold out, at least one row, if the dataset has
-            no evaluation part.
-        data_seed: seed of the choice of held-out rows.
+        reading: the columns, and the pairs of ranked answers.
         skip_bad_rows: leave malformed rows out and log their number, instead of raising.
         config: configuration of a hub dataset whose entry names none.
         split: part to train on, if the entry names none.
@@ -106,32 +118,64 @@ def load_source(
             row, and the remedy.
     """
     entry = parse_entry(path)
-    hub_set = _find_hub_set(entry.path)
-    row_function = hub_set.row_function if hub_set else row_from_columns
+    known_set = _find_hub_set(entry.path)
+    hub_set = known_set or HubSet()
     if path == LOCAL_JSON:
-        row_function = local_json_row
+        hub_set = HubSet(local_json_row)
+    reading = reading or Reading()
     tables = open_tables(
         entry.path,
-        repository=hub_set.repository if hub_set else None,
-        config=entry.config or (hub_set.config if hub_set else None) or config,
+        repository=hub_set.repository,
+        config=entry.config or hub_set.config or config,
         split=entry.split or split,
         prefer=prefer,
         cache_dir=cache_dir,
     )
     # Users cannot fix a published set, and the known ones have a few rows without a usable answer.
-    skip = skip_bad_rows or hub_set is not None
-    parts = {name: _check_table(table, row_function, skip=skip) for name, table in tables.items()}
-    if "eval" not in parts:
-        parts["train"], parts["eval"] = _hold_out(
-            parts["train"], eval_fraction=eval_fraction, data_seed=data_seed
-        )
+    skip = skip_bad_rows or known_set is not None
+    parts = {
+        name: _check_table(table, hub_set, reading, skip=skip) for name, table in tables.items()
+    }
     return Source(
         name=path,
         train=parts["train"],
-        eval=parts["eval"],
-        row_function=row_function,
+        eval=parts.get("eval"),
+        reading=reading,
+        hub_set=hub_set,
         skip_bad_rows=skip,
     )
+
+
+def describe_columns(part: Part) -> str:
+    """Describe the columns that no form uses, or return an empty string if there are none."""
+    counts = [f"{name} ({count} rows)" for name, count in sorted(part.columns.items())]
+    return ", ".join(counts)
+
+
+def describe_forms(source: Source) -> str:
+    """Describe the forms of the first rows of a source."""
+    if source.hub_set.row_function is not None:
+        return "a known dataset"
+    first = range(min(FORM_SAMPLE, len(source.train)))
+    forms = Counter(find_form(source.train.raw(i), source.reading).name for i in first)
+    return ", ".join(name for name, _ in forms.most_common())
+
+
+def conversation_group(row: Row) -> int:
+    """Return a hash of a conversation's beginning, the user's first message, in 64 bits.
+
+    Rows that begin alike are never separated: neither into training and evaluation rows, nor into
+    different steps.
+    """
+    if isinstance(row.prompt, str):
+        turns = parse_turns(row.prompt)
+        text = turns[0]["content"] if turns else row.prompt
+    else:
+        text = next((m["content"] for m in row.prompt if m["role"] == "user"), "")
+    if not text.strip() and row.chosen is not None:
+        text = plain_text(row.chosen)
+    digest = hashlib.blake2b(" ".join(text.split()).encode("utf-8"), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
 
 
 def _find_hub_set(path: str) -> HubSet | None:
@@ -141,21 +185,29 @@ def _find_hub_set(path: str) -> HubSet | None:
     return next((HUB_SETS[name] for name in names if name in HUB_SETS), None)
 
 
-def _check_table(table: Table, row_function: RowFunction, *, skip: bool) -> Part:
+def _check_table(table: Table, hub_set: HubSet, reading: Reading, *, skip: bool) -> Part:
     """Return all good rows of a table; raise ValueError for others, or leave them out if `skip`."""
     faults = table.faults
-    good = []
+    index, pick, group = [], [], []
     has = {"prompt": [], "chosen": [], "rejected": []}
+    columns: Counter = Counter()
     for number, raw in enumerate(_iterate_rows(table.rows)):
         try:
-            row = row_function(raw)
+            rows = hub_set.read(raw, reading)
+            groups = [conversation_group(row) for row in rows]
         except ROW_FAULTS as error:
-            faults.append(table.fault(number, format_error(error)))
+            faults.append(table.fault(number, describe_fault(error)))
             continue
-        good.append(number)
-        has["prompt"].append(bool(row.prompt))
-        has["chosen"].append(bool(row.chosen))
-        has["rejected"].append(bool(row.rejected))
+        for choice, row in enumerate(rows):
+            index.append(number)
+            pick.append(choice)
+            group.append(groups[choice])
+            has["prompt"].append(bool(row.prompt))
+            has["chosen"].append(row.chosen is not None)
+            has["rejected"].append(row.rejected is not None)
+        if rows:
+            columns.update(name for name, value in rows[0].columns.items() if value is not None)
+    good = index
     if faults and (not skip or not good or table.lost_after is not None):
         raise ValueError(_format_faults(table, sorted(faults), all_bad=not good))
     if faults:
@@ -171,8 +223,11 @@ def _check_table(table: Table, row_function: RowFunction, *, skip: bool) -> Part
         )
     return Part(
         table=table,
-        index=np.array(good, dtype=np.int64),
+        index=np.array(index, dtype=np.int64),
+        pick=np.array(pick, dtype=np.int32),
+        group=np.array(group, dtype=np.uint64),
         has={name: np.array(flags, dtype=bool) for name, flags in has.items()},
+        columns=dict(columns),
     )
 
 
@@ -200,25 +255,5 @@ def _format_faults(table: Table, faults: list[Fault], *, all_bad: bool) -> str:
         remedy = "No row here is usable."
     else:
         remedy = "Fix the rows, or leave them out with --skip_bad_rows."
-    shown.append(
-        'A row needs "prompt" (a string or messages) with "chosen" or "response", or it needs '
-        f'"messages"; pairs need "rejected" too. {remedy}'
-    )
+    shown.append(f"{remedy} The forms that rows may have are in docs/data.md.")
     return "\n".join(shown)
-
-
-def _hold_out(part: Part, *, eval_fraction: float, data_seed: int) -> tuple[Part, Part]:
-    """Split a part at random into training and evaluation rows, each in their own order."""
-    if len(part) < 2:
-        raise ValueError(
-            f"{part.table.title}: one row cannot be split into training and evaluation. Give more "
-            "rows, or an eval.* file."
-        )
-    if not 0 < eval_fraction < 1:
-        raise ValueError(
-            f"--eval_fraction {eval_fraction}: give a share between 0 and 1, such as 0.1."
-        )
-    num_eval = min(len(part) - 1, max(1, round(len(part) * eval_fraction)))
-    # RandomState's streams are frozen; those of numpy's and torch's newer generators may change.
-    order = np.random.RandomState([data_seed & 0xFFFFFFFF, HOLD_OUT_SALT]).permutation(len(part))
-    return part.take(np.sort(order[num_eval:])), part.take(np.sort(order[:num_eval]))

@@ -2,6 +2,7 @@
 
 import bisect
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from fractions import Fraction
 
 import numpy as np
@@ -9,6 +10,7 @@ import numpy as np
 from dschat.data.row import Row
 from dschat.data.sources import Part, Source
 
+HOLD_OUT_SALT = 1
 SPLIT_SALT = 2
 NUM_STEPS = 3
 
@@ -46,21 +48,82 @@ def share_sizes(num_rows: int, shares: Sequence[Fraction]) -> list[int]:
     return sizes
 
 
-def split_indices(num_rows: int, data_split: str, *, step: int, data_seed: int) -> list[int]:
-    """Return the rows of step 1, 2 or 3, in a random order.
+@dataclass
+class Assignment:
+    """Which share each conversation's beginning belongs to, over all sources seen so far.
 
-    The rows of the three steps are disjoint and together are all rows. The order depends only on
-    `num_rows` and `data_seed`, so that every rank computes the same one and nothing is stored.
-
-    Raises:
-        ValueError: for a malformed `data_split`, see `parse_shares`.
+    Rows with one beginning get one share, whatever source they are in. Otherwise the shares of each
+    source are exact within the rows of one beginning. The beginnings are ordered by a hash, so that
+    a row more or less moves at most one beginning at each border between two shares.
     """
-    assert 1 <= step <= NUM_STEPS
-    sizes = share_sizes(num_rows, parse_shares(data_split))
-    begin = sum(sizes[: step - 1])
-    # RandomState's streams are frozen, so that the steps agree even across library versions.
-    order = np.random.RandomState([data_seed & 0xFFFFFFFF, SPLIT_SALT]).permutation(num_rows)
-    return order[begin : begin + sizes[step - 1]].tolist()
+
+    seed: int
+    salt: int
+    groups: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))  # sorted
+    labels: np.ndarray = field(default_factory=lambda: np.empty(0, np.int8))  # of `groups`
+
+    def assign(self, group: np.ndarray, shares: Sequence[Fraction]) -> np.ndarray:
+        """Return the share [N] int8 of rows with the beginnings `group` [N] uint64."""
+        unique, inverse, counts = np.unique(group, return_inverse=True, return_counts=True)
+        labels = self._known(unique)
+        sizes = np.array(share_sizes(len(group), shares))
+        for label in range(len(shares)):
+            sizes[label] -= counts[labels == label].sum()
+        free = np.flatnonzero(labels < 0)
+        free = free[np.argsort(_mix(unique[free], self.seed, self.salt), kind="stable")]
+        # A beginning belongs to the share in which the middle of its rows falls.
+        middles = np.cumsum(counts[free]) - counts[free] / 2
+        ends = np.cumsum(np.maximum(sizes, 0))
+        ends = ends * (counts[free].sum() / max(1, ends[-1]))
+        found = np.searchsorted(ends, middles, side="right")
+        positive = [label for label, share in enumerate(shares) if share > 0]
+        labels[free] = np.minimum(found, positive[-1])
+        _fill_empty_shares(labels, free, middles, sizes, ends)
+        self._remember(unique, labels)
+        return labels[inverse]
+
+    def fix(self, group: np.ndarray, *, label: int) -> None:
+        """Give the beginnings `group` [N] the share `label`, whatever comes."""
+        unique = np.unique(group)
+        self._remember(unique, np.full(len(unique), label, dtype=np.int8))
+
+    def _known(self, unique: np.ndarray) -> np.ndarray:
+        """Return the shares that are already given, and -1 for the others."""
+        labels = np.full(len(unique), -1, dtype=np.int8)
+        if len(self.groups):
+            at = np.minimum(np.searchsorted(self.groups, unique), len(self.groups) - 1)
+            found = self.groups[at] == unique
+            labels[found] = self.labels[at[found]]
+        return labels
+
+    def _remember(self, unique: np.ndarray, labels: np.ndarray) -> None:
+        new = ~np.isin(unique, self.groups)
+        groups = np.concatenate([self.groups, unique[new]])
+        order = np.argsort(groups, kind="stable")
+        self.groups = groups[order]
+        self.labels = np.concatenate([self.labels, labels[new]])[order]
+
+
+def _fill_empty_shares(
+    labels: np.ndarray, free: np.ndarray, middles: np.ndarray, sizes: np.ndarray, ends: np.ndarray
+) -> None:
+    """Give a share that is due rows, but got no beginning, the one nearest to its place."""
+    for label in np.flatnonzero(sizes > 0):
+        if (labels == label).any() or not len(free):
+            continue
+        nearest = int(np.argmin(np.abs(middles - (ends[label] - sizes[label] / 2))))
+        if (labels == labels[free[nearest]]).sum() > 1:
+            labels[free[nearest]] = label
+
+
+def _mix(values: np.ndarray, seed: int, salt: int) -> np.ndarray:
+    """Hash 64-bit numbers with a seed, by the finalizer of SplitMix64 (Steele et al., 2014)."""
+    key = np.uint64((seed * 0x9E3779B97F4A7C15 + salt) & 0xFFFFFFFFFFFFFFFF)
+    with np.errstate(over="ignore"):
+        x = values.astype(np.uint64) + key
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return x ^ (x >> np.uint64(31))
 
 
 class Blend(Sequence):
@@ -91,7 +154,18 @@ class Blend(Sequence):
         """Return the row at `position`; raise ValueError, naming its place, if it is malformed."""
         piece, index = self.locate(position)
         source, part = self.pieces[piece]
-        return source.row(part[index], place=part.place(index))
+        return source.row(part, index)
+
+    def take(self, positions: Sequence[int]) -> "Blend":
+        """Return the rows at `positions`, which must be in ascending order, as a new blend."""
+        positions = np.asarray(positions, dtype=np.int64)
+        pieces = []
+        begin = 0
+        for source, part in self.pieces:
+            inside = positions[(positions >= begin) & (positions < begin + len(part))] - begin
+            pieces.append((source, part.take(inside)))
+            begin += len(part)
+        return Blend(pieces)
 
 
 def first_indices_per_source(rows: Sequence[Row], most: int, *, least: int = 1) -> list[int]:

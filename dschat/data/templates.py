@@ -1,11 +1,20 @@
-"""Formats that render a row as text: plain, Human/Assistant, or the tokenizer's chat template."""
+"""Formats that render a row as text: plain, Human/Assistant, or the tokenizer's chat template.
+
+The chat template alone says how a turn begins and ends. Each answer is what the template writes
+after the prompt; the text between is found by rendering with and without it.
+"""
 
 import re
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
 
-from dschat.data.row import Row, add_leading_space
+from dschat.data.row import Answer, Row, add_leading_space
+from dschat.data.text_checks import shorten
+from dschat.models.turn_end import PROBE, split_turn_end, turn_end
 
 HUMAN = "\n\nHuman:"
 ASSISTANT = "\n\nAssistant:"
@@ -13,50 +22,266 @@ IN_FORM = re.compile(r"\s*Human:.*Assistant:\s*", re.DOTALL)
 # White space without line ends, since each line end may begin a turn itself: matching them here
 # would make the time grow with the square of their number.
 TURN = re.compile(r"(?:^|\n)[^\S\n]*(Human|Assistant):")
-PROBE_ANSWER = "\ue000"  # of Unicode's private use: no template contains it
+OPEN_THOUGHT = "<think>"
+CLOSED_THOUGHT = "\n</think>\n\n"
+GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+# The Human/Assistant format as a chat template, for a base model that was trained on messages.
+HUMAN_ASSISTANT_TEMPLATE = (
+    "{% for m in messages %}"
+    "{% if m['role'] == 'user' %}{{ '\n\nHuman: ' }}"
+    "{% elif m['role'] == 'assistant' %}{{ '\n\nAssistant: ' }}{% endif %}"
+    "{{ m['content'] | trim }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '\n\nAssistant:' }}{% endif %}"
+)
 
 
-def render(
-    row: Row, *, prompt_format: str, tokenizer: PreTrainedTokenizerBase
-) -> tuple[str, str | None, str | None]:
-    r"""Render a row as the texts that a model reads.
+@dataclass(frozen=True)
+class Rendered:
+    """A row as the texts that a model reads.
 
-    Prompt and answer are joined without anything between them. No text ends with the tokenizer's
-    end token.
+    Prompt and answer are joined without anything between them. An answer's end token is not in its
+    text: see `by_template`.
+    """
+
+    prompt: str
+    chosen: str | None
+    rejected: str | None
+    # Whether the chat template wrote it, so that its end of a turn ends the answer; otherwise the
+    # tokenizer's end token does.
+    by_template: bool
+    # Character ranges [begin, end) of the prompt that are earlier answers of the assistant.
+    turns: tuple[tuple[int, int], ...] = ()
+    # Earlier answers that the template shows otherwise than the assistant wrote them.
+    num_hidden_turns: int = 0
+    learns_answer: bool = True  # False: the chosen answer is context only
+
+
+class TextFormat:
+    r"""Renders rows in one format, with one tokenizer's chat template.
 
     Args:
-        row: prompt and answers.
         prompt_format: one of
 
             - "plain": prompt and answers unchanged.
-            - "human_assistant": "\n\nHuman: ...\n\nAssistant:" and " answer". A prompt already in
-              that form is unchanged.
+            - "human_assistant": "\n\nHuman: ...\n\nAssistant:" and " answer". A prompt already
+              in that form is unchanged.
             - "chat": the tokenizer's chat template with its generation prompt. A string prompt
               becomes the turns of a Human/Assistant text, or one message of the user.
             - "auto": messages use the chat template if the tokenizer has one, else
               human_assistant; strings are plain.
         tokenizer: has the chat template.
 
-    Returns:
-        The texts (prompt, chosen, rejected); an answer that the row lacks is None.
-
     Raises:
-        ValueError: the format cannot show the row; names --prompt_format and the row's place.
+        ValueError: "chat", and the tokenizer has no template.
     """
-    is_text = isinstance(row.prompt, str)
-    if prompt_format == "auto":
-        prompt_format = _resolve_auto(is_text, tokenizer)
-    if prompt_format == "plain":
-        if not is_text:
+
+    def __init__(self, prompt_format: str, tokenizer: PreTrainedTokenizerBase):
+        self.prompt_format = prompt_format
+        self.tokenizer = tokenizer
+        self.has_template = bool(tokenizer.chat_template)
+        if prompt_format == "chat" and not self.has_template:
             raise ValueError(
-                f"{row.place or 'a row'}: --prompt_format plain cannot show messages; give auto or "
-                "another format."
+                f"--prompt_format chat: the tokenizer in {tokenizer.name_or_path or 'use'} has no "
+                "chat template. Give human_assistant, plain or auto, or a model whose tokenizer "
+                "has one."
             )
-        return row.prompt, row.chosen, row.rejected
-    if prompt_format == "human_assistant":
-        prompt = _render_human_assistant(row.prompt)
-        return prompt, add_leading_space(row.chosen), add_leading_space(row.rejected)
-    return _render_chat(row, tokenizer)
+        self.end_text = turn_end(tokenizer)
+        # The token that ends an answer, and what the template writes between it and the words:
+        # a space in Llama-2's. Without a token, the words of the end are learned, and then eos.
+        self.end_id, self.end_lead = split_turn_end(tokenizer)
+        self._marks_turns = self.has_template and bool(
+            GENERATION_MARK.search(str(tokenizer.chat_template))
+        )
+
+    def resolve(self, row: Row) -> str:
+        """Return the format of `row`: "plain", "human_assistant" or "chat"."""
+        if self.prompt_format != "auto":
+            return self.prompt_format
+        if isinstance(row.prompt, str):
+            is_conversation = isinstance(row.chosen, list) and row.chosen
+            return self._conversation_format() if is_conversation else "plain"
+        return self._conversation_format()
+
+    def render(self, row: Row, *, with_turns: bool = False) -> Rendered:
+        """Render a row.
+
+        Args:
+            row: prompt and answers.
+            with_turns: find the assistant's earlier answers in the prompt, too.
+
+        Raises:
+            ValueError: the format cannot show the row or a part of it; names the row's place.
+        """
+        kind = self.resolve(row)
+        if kind == "chat":
+            rendered = self._render_chat(row, with_turns)
+        else:
+            rendered = self._render_text(row, kind, with_turns)
+        is_context = isinstance(row.chosen, list) and not row.chosen[-1].get("learn", True)
+        return replace(rendered, learns_answer=False) if is_context else rendered
+
+    def _render_text(self, row: Row, kind: str, with_turns: bool) -> Rendered:
+        if row.tools or _has_calls(row):
+            raise ValueError(
+                f"{row.place or 'a row'}: it has tools or tool calls, and --prompt_format {kind} "
+                "cannot show them. Give a model whose chat template does, or leave such rows out "
+                "with --skip_bad_rows."
+            )
+        if kind == "plain":
+            return _render_plain(row)
+        return _render_human_assistant(row, with_turns)
+
+    def _conversation_format(self) -> str:
+        return "chat" if self.has_template else "human_assistant"
+
+    def _render_chat(self, row: Row, with_turns: bool) -> Rendered:
+        place = row.place or "a row"
+        try:
+            return self._render_by_template(row, with_turns)
+        except _TemplateRefusal as refusal:
+            raise ValueError(
+                f"{place}: the tokenizer's chat template refuses it ({refusal}). Fix the row, "
+                "remove it, or give --prompt_format human_assistant."
+            ) from refusal
+        except _NotShown as missing:
+            raise ValueError(
+                f"{place}: it has {missing}, and the tokenizer's chat template does not show it. "
+                "Give a model whose template does, or leave such rows out with --skip_bad_rows."
+            ) from missing
+
+    def _render_by_template(self, row: Row, with_turns: bool) -> Rendered:
+        messages = parse_turns(row.prompt) if isinstance(row.prompt, str) else row.prompt
+        messages = self._place_system(messages)
+        prompt = self._apply(messages, row.tools, open_answer=True)
+        if row.tools and self._apply(messages, None, open_answer=True) == prompt:
+            raise _NotShown("a field tools")
+        _check_calls(messages, prompt)
+        turns: tuple = ()
+        num_hidden = 0
+        if with_turns:
+            turns, num_hidden = self._find_turns(messages, row.tools, prompt)
+        answers = [
+            self._render_answer(messages, answer, prompt, row.tools) if answer is not None else None
+            for answer in (row.chosen, row.rejected)
+        ]
+        return Rendered(prompt, *answers, True, turns, num_hidden)
+
+    def _place_system(self, messages: list[dict]) -> list[dict]:
+        """Put the system prompt before the user's first words if the template cannot show it."""
+        has_system = len(messages) > 1 and messages[0]["role"] == "system"
+        if not has_system or not messages[0]["content"].strip() or self._shows_system:
+            return messages
+        first = messages[1]
+        content = f"{messages[0]['content']}\n\n{first['content']}"
+        return [{**first, "content": content}, *messages[2:]]
+
+    @cached_property
+    def _shows_system(self) -> bool:
+        messages = [{"role": role, "content": PROBE} for role in ("system", "user")]
+        try:
+            return self._apply(messages, None).count(PROBE) == 2
+        except _TemplateRefusal:
+            return False
+
+    def _render_answer(
+        self, messages: list[dict], answer: Answer, prompt: str, tools: list | None
+    ) -> str:
+        """Return the template's text of an answer, up to its end token."""
+        turns = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
+        full = self._apply([*messages, *turns], tools)
+        last = turns[-1]
+        opens_thought = prompt.rstrip().endswith(OPEN_THOUGHT)
+        thought = last.get("reasoning_content")
+        if thought and (opens_thought or thought.strip() not in full):
+            # The template has no place for thoughts: write it where the model will write it.
+            last = {**last, "content": _with_thought(last)}
+            del last["reasoning_content"]
+            turns = [*turns[:-1], last]
+            thought = None
+            full = self._apply([*messages, *turns], tools)
+        _check_calls(turns, full)
+        is_text = len(turns) == 1 and "tool_calls" not in last
+        if is_text and (opens_thought or not full.startswith(prompt)):
+            return _continue_thought(prompt, last["content"]) + self.end_lead
+        if not full.startswith(prompt):
+            raise _NotShown("tool calls after a prompt that the template writes in two ways")
+        text = self._cut_end(full[len(prompt) :])
+        if is_text and not thought:
+            text = _restore_words(text, last["content"])
+        return text + self.end_lead
+
+    def _cut_end(self, body: str) -> str:
+        """Return an answered turn without the end that the template gives every turn."""
+        if self.end_text and body.endswith(self.end_text):
+            return body[: -len(self.end_text)]
+        stripped = body.rstrip()
+        end = self.end_text.strip()
+        return stripped.removesuffix(end) if end and stripped.endswith(end) else body
+
+    def _find_turns(
+        self, messages: list[dict], tools: list | None, prompt: str
+    ) -> tuple[tuple[tuple[int, int], ...], int]:
+        """Find the assistant's earlier answers in the prompt, each with its end token."""
+        wanted = [
+            index
+            for index, message in enumerate(messages)
+            if message["role"] == "assistant" and message.get("learn", True)
+        ]
+        if not wanted:
+            return (), 0
+        if self._marks_turns:
+            return self._marked_turns(messages, tools, wanted)
+        spans = []
+        for index in wanted:
+            begin = self._apply(messages[:index], tools, open_answer=True)
+            end = self._apply(messages[: index + 1], tools)
+            if prompt.startswith(begin) and prompt.startswith(end) and len(end) > len(begin):
+                # White space after the end token belongs to the next turn.
+                spans.append((len(begin), len(end) - self._num_after_end(end)))
+        return tuple(spans), len(wanted) - len(spans)
+
+    def _marked_turns(
+        self, messages: list[dict], tools: list | None, wanted: list[int]
+    ) -> tuple[tuple[tuple[int, int], ...], int]:
+        """Take the assistant's turns from the template's own generation marks."""
+        _, marked = render_jinja_template(
+            [_visible(messages)],
+            tools=tools,
+            chat_template=self.tokenizer.chat_template,
+            return_assistant_tokens_mask=True,
+            add_generation_prompt=True,
+            **self.tokenizer.special_tokens_map,
+        )
+        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        spans = list(marked[0])
+        if len(spans) != len(answers):
+            return tuple(spans), max(0, len(wanted) - len(spans))
+        kept = [tuple(span) for i, span in zip(answers, spans, strict=True) if i in wanted]
+        return tuple(kept), 0
+
+    def _num_after_end(self, text: str) -> int:
+        """Return the characters that the template writes after the end of a turn."""
+        if not text.endswith(self.end_text):
+            return 0
+        return len(self.end_text) - len(self.end_text.rstrip())
+
+    def _apply(self, messages: list[dict], tools: list | None, *, open_answer: bool = False) -> str:
+        try:
+            return self.tokenizer.apply_chat_template(
+                _visible(messages), tools=tools, tokenize=False, add_generation_prompt=open_answer
+            )
+        except jinja2.TemplateError as error:
+            raise _TemplateRefusal(str(error)) from error
+        except Exception as error:  # a template is a program: it may divide by zero, too
+            raise _TemplateRefusal(f"{type(error).__name__}: {error}") from error
+
+
+class _TemplateRefusal(Exception):
+    """The template raised an error."""
+
+
+class _NotShown(Exception):
+    """The template leaves something out that the row says."""
 
 
 def parse_turns(text: str) -> list[dict]:
@@ -75,66 +300,100 @@ def parse_turns(text: str) -> list[dict]:
     ]
 
 
-def _resolve_auto(is_text: bool, tokenizer: PreTrainedTokenizerBase) -> str:
-    if is_text:
-        return "plain"
-    return "chat" if tokenizer.chat_template else "human_assistant"
-
-
-def _render_human_assistant(prompt: str | list[dict]) -> str:
-    if isinstance(prompt, str):
-        return prompt if IN_FORM.fullmatch(prompt) else f"{HUMAN} {prompt.strip()}{ASSISTANT}"
-    # The form has no name for the system: its message comes without one.
-    names = {"system": "", "user": f"{HUMAN} ", "assistant": f"{ASSISTANT} "}
-    text = ""
-    for message in prompt:
-        text += names[message["role"]] + message["content"].strip()
-    return text + ASSISTANT
-
-
-def _render_chat(
-    row: Row, tokenizer: PreTrainedTokenizerBase
-) -> tuple[str, str | None, str | None]:
-    if not tokenizer.chat_template:
+def _render_plain(row: Row) -> Rendered:
+    if not isinstance(row.prompt, str):
         raise ValueError(
-            f"--prompt_format chat: the tokenizer in {tokenizer.name_or_path or 'use'} has no chat "
-            "template. Give human_assistant, plain or auto, or a model whose tokenizer has one."
+            f"{row.place or 'a row'}: --prompt_format plain cannot show messages; give auto or "
+            "another format."
         )
-    messages = parse_turns(row.prompt) if isinstance(row.prompt, str) else row.prompt
-    try:
-        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        chosen = _render_chat_answer(messages, row.chosen, prompt, tokenizer)
-        rejected = _render_chat_answer(messages, row.rejected, prompt, tokenizer)
-    except Exception as error:  # a template is a program: it may divide by zero as well as refuse
-        reason = str(error)
-        if not isinstance(error, jinja2.TemplateError):
-            reason = f"{type(error).__name__}: {error}"
-        raise ValueError(
-            f"{row.place or 'a row'}: the tokenizer's chat template refuses it ({reason}). "
-            "Fix the row, remove it, or give --prompt_format human_assistant."
-        ) from error
-    return prompt, chosen, rejected
+    return Rendered(row.prompt, _one_text(row.chosen), _one_text(row.rejected), False)
 
 
-def _render_chat_answer(
-    messages: list[dict], answer: str | None, prompt: str, tokenizer: PreTrainedTokenizerBase
-) -> str | None:
-    """Return the answer with what the template writes before it, such as Llama-2's space."""
-    if answer is None:
-        return None
-    answer = answer.strip()
-    text = _render_turn(messages, answer, tokenizer)
-    # The answer's words may occur in the template's own text, as "end" does in "<|im_end|>". A
-    # second rendering with a character that no template contains shows where the answer begins.
-    probe = _render_turn(messages, PROBE_ANSWER, tokenizer)
-    head, found, _ = probe.removeprefix(prompt).partition(PROBE_ANSWER)
-    # Some templates write a finished turn differently from the one they open, or drop or change its
-    # content. Then the answer stays unchanged.
-    if found and text.startswith(prompt + head + answer):
-        return head + answer
-    return answer
+def _render_human_assistant(row: Row, with_turns: bool) -> Rendered:
+    prompt, turns = row.prompt, ()
+    if not isinstance(prompt, str):
+        prompt, turns = _write_dialogue(prompt)
+    elif not IN_FORM.fullmatch(prompt):
+        prompt = f"{HUMAN} {prompt.strip()}{ASSISTANT}"
+    answers = [add_leading_space(_one_text(answer)) for answer in (row.chosen, row.rejected)]
+    return Rendered(prompt, *answers, False, turns if with_turns else ())
 
 
-def _render_turn(messages: list[dict], answer: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    turns = [*messages, {"role": "assistant", "content": answer}]
-    return tokenizer.apply_chat_template(turns, tokenize=False)
+def _write_dialogue(messages: list[dict]) -> tuple[str, tuple[tuple[int, int], ...]]:
+    """Write messages as a Human/Assistant text; return it and its learned answers' ranges."""
+    # The form has no name for the system: its message comes without one.
+    names = {"system": "", "user": HUMAN, "assistant": ASSISTANT, "tool": f"{HUMAN} (tool)"}
+    text = ""
+    turns = []
+    for message in messages:
+        text += names[message["role"]]
+        begin = len(text)
+        words = message["content"].strip()
+        text += words if message["role"] == "system" else f" {words}"
+        if message["role"] == "assistant" and message.get("learn", True):
+            turns.append((begin, len(text)))
+    return text + ASSISTANT, tuple(turns)
+
+
+def _one_text(answer: Answer | None) -> str | None:
+    """Return an answer as text, with its thought as it would stand there."""
+    if answer is None or isinstance(answer, str):
+        return answer
+    if len(answer) == 1:
+        has_thought = answer[0].get("reasoning_content")
+        return _with_thought(answer[0]) if has_thought else answer[0]["content"]
+    return _write_dialogue(answer)[0].removeprefix(ASSISTANT).removesuffix(ASSISTANT)
+
+
+def _with_thought(message: dict) -> str:
+    """Return a message's thought and words as one text."""
+    return f"{OPEN_THOUGHT}\n{message['reasoning_content'].strip()}{CLOSED_THOUGHT}{message['content']}"
+
+
+def _check_calls(messages: list[dict], text: str) -> None:
+    for message in messages:
+        for call in message.get("tool_calls", ()):
+            name = call["function"]["name"]
+            if name not in text:
+                raise _NotShown(f"a call of the function {shorten(name)}")
+
+
+def _continue_thought(prompt: str, content: str) -> str:
+    """Return an answer after a prompt that may already have opened its thought."""
+    if not prompt.rstrip().endswith(OPEN_THOUGHT):
+        return content
+    opened = prompt[prompt.rindex(OPEN_THOUGHT) + len(OPEN_THOUGHT) :]
+    if content.lstrip().startswith(OPEN_THOUGHT):
+        rest = content.lstrip()[len(OPEN_THOUGHT) :]
+        return rest.removeprefix(opened)
+    # No thought: it is closed again before the answer.
+    return CLOSED_THOUGHT.removeprefix(opened) + content
+
+
+def _restore_words(text: str, content: str) -> str:
+    """Return the template's answer with the white space around it that the template stripped."""
+    for words in (content, content.lstrip(), content.rstrip(), content.strip()):
+        if text.endswith(words):
+            return text[: len(text) - len(words)] + content
+    # Some templates take a thought out of the content and write it again in their own way. Others
+    # change or drop the words: then the words themselves are the answer.
+    answer = content.partition("</think>")[2]
+    return text if answer and _words(answer) in _words(text) else content
+
+
+def _words(text: str) -> str:
+    return "".join(text.split())
+
+
+def _visible(messages: list[dict]) -> list[dict]:
+    """Return messages without the fields that are ours."""
+    return [
+        {name: value for name, value in message.items() if name != "learn"} for message in messages
+    ]
+
+
+def _has_calls(row: Row) -> bool:
+    turns = [row.prompt, row.chosen, row.rejected]
+    return any(
+        "tool_calls" in message for turn in turns if isinstance(turn, list) for message in turn
+    )

@@ -6,6 +6,7 @@ from pathlib import Path
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from dschat.models.folder_checks import check_objects, read_object
+from dschat.models.turn_end import split_turn_end
 from dschat.runtime.paths import user_path
 
 # Any one of these holds a vocabulary; tokenizer_config.json alone does not.
@@ -182,12 +183,13 @@ def as_ids(value: int | Iterable[int] | None) -> set[int]:
 
 
 def eos_token_ids(config, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """All ids that end an answer, sorted: those of a model or generation config (one, a list or none) and the
-    tokenizer's own.
+    """Return all ids that end an answer, sorted.
+
+    They are those of a model or generation config (one, a list or none), the tokenizer's own, and
+    the one by which its chat template ends a turn.
     """
-    return tuple(
-        sorted(as_ids(getattr(config, "eos_token_id", None)) | as_ids(tokenizer.eos_token_id))
-    )
+    ids = as_ids(getattr(config, "eos_token_id", None)) | as_ids(tokenizer.eos_token_id)
+    return tuple(sorted(ids | as_ids(split_turn_end(tokenizer)[0])))
 
 
 def ensure_unambiguous_pad(

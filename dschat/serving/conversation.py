@@ -2,9 +2,9 @@
 
 from transformers import PreTrainedTokenizerBase
 
-from dschat.data.encoding import encode_prompt, leading_ids
+from dschat.data.encoding import Encoder
 from dschat.data.row import Row
-from dschat.data.templates import HUMAN, render
+from dschat.data.templates import HUMAN
 
 
 def chat_format(prompt_format: str, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -33,7 +33,7 @@ def fit_conversation(
     Raises:
         ValueError: the last message alone is too long, is empty, or the chat template refuses the conversation.
     """
-    lead = leading_ids(tokenizer)
+    encoder = Encoder(tokenizer, prompt_format=prompt_format)
     system = messages[:1] if messages[0]["role"] == "system" else []
     turns = messages[len(system) :]
     # Each turn begins with the user's message.
@@ -45,9 +45,7 @@ def fit_conversation(
             "".join(message["content"] for message in kept) if plain else kept,
             place="the conversation",
         )
-        ids = encode_prompt(
-            tokenizer, render(row, prompt_format=prompt_format, tokenizer=tokenizer)[0], lead
-        )
+        ids = encoder.encode(row).prompt
         if not ids:
             raise ValueError("the message has no tokens; write at least one word.")
         if len(ids) <= max_tokens:

@@ -2,7 +2,7 @@
 
 import json
 
-from dschat.data.row import validate_messages
+from dschat.data.messages import validate_messages
 
 REQUEST_FIELDS = ("messages", "max_new_tokens")
 

@@ -1,21 +1,24 @@
 """Rewards from anywhere: reward models, with the actor's tokenizer or their own, and Python functions."""
 
 import importlib.util
+import inspect
 import math
 import numbers
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
 from dschat.algorithms.masks import pool_last
-from dschat.data.templates import render
+from dschat.data.encoding import Encoder
+from dschat.data.messages import plain_text
 from dschat.runtime import dist
 from dschat.runtime.paths import user_path
 from dschat.trainers.rollout import SampledAnswers
 
+CONTEXT_TOKENS = 4  # of a prompt, to decode its answer after them
 BLAME_S = 10.0  # seconds to look for the answer on which a function fails
 
 
@@ -66,12 +69,10 @@ class RetokenisedReward:
         Args:
             max_tokens: longer texts lose their beginning, since the end is what is scored; None: no limit.
         """
-        self.engine, self.name, self.tokenizer, self.prompt_format = (
-            engine,
-            name,
-            tokenizer,
-            prompt_format,
-        )
+        self.engine = engine
+        self.name = name
+        self.tokenizer = tokenizer
+        self.encoder = Encoder(tokenizer, prompt_format=prompt_format)
         self.max_tokens = max_tokens
 
     def __call__(self, answers: SampledAnswers, texts) -> torch.Tensor:
@@ -96,21 +97,13 @@ class RetokenisedReward:
         return pool_last(values, mask)
 
     def _ids(self, row, answer: str, ended: bool) -> list[int]:
-        row = replace(row, chosen=answer or " ", rejected=None)
         try:
-            prompt, chosen, _ = render(
-                row, prompt_format=self.prompt_format, tokenizer=self.tokenizer
-            )
+            ids = self.encoder.encode_answer(row, answer or " ", ended=ended)
         except ValueError as error:
             reason = str(error).replace("--prompt_format", "--reward_prompt_format")
             raise RewardFailure(
                 f"{self.name} cannot be shown the prompt {row.prompt!r}: {reason}"
             ) from error
-        by_template = not isinstance(row.prompt, str) and self.tokenizer.chat_template
-        in_template = self.prompt_format == "chat" or (self.prompt_format == "auto" and by_template)
-        ids = self.tokenizer(prompt + chosen, add_special_tokens=not in_template)["input_ids"]
-        if ended and ids[-1:] != [self.tokenizer.eos_token_id]:
-            ids = [*ids, self.tokenizer.eos_token_id]
         return ids[-self.max_tokens :] if self.max_tokens else ids
 
 
@@ -119,14 +112,17 @@ class FunctionReward:
 
     def __init__(self, function: Callable, name: str):
         self.function, self.name = function, name
+        # A column with the name of one of these is passed under another name.
+        self._taken = {"prompts", "answers", *list(inspect.signature(function).parameters)[:2]}
 
     def __call__(self, answers: SampledAnswers, texts) -> torch.Tensor:
         known = texts()
         columns: dict[str, list] = {}
         for name in {name for row in known.rows for name in row.columns}:
-            columns[name] = [row.columns.get(name) for row in known.rows]
+            key = f"{name}_column" if name in self._taken else name
+            columns[key] = [row.columns.get(name) for row in known.rows]
         if all(row.chosen is not None for row in known.rows):
-            columns.setdefault("chosen", [row.chosen for row in known.rows])
+            columns.setdefault("chosen", [plain_text(row.chosen) for row in known.rows])
         try:
             scores = self.function(known.prompts, known.answers, **columns)
         except (Exception, SystemExit) as error:
@@ -220,13 +216,35 @@ class WeightedRewards:
 
     def _texts(self, answers: SampledAnswers) -> AnswerTexts:
         index = answers.prompts.index.tolist()
-        kept = [tokens[mask] for tokens, mask in zip(answers.tokens, answers.response_mask)]
+        kept = [
+            tokens[mask] for tokens, mask in zip(answers.tokens, answers.response_mask, strict=True)
+        ]
         return AnswerTexts(
             prompts=[self.dataset.prompt_text(i) for i in index],
-            answers=self.tokenizer.batch_decode(kept, skip_special_tokens=True),
+            answers=decode_answers(self.tokenizer, answers.prompts.input_ids, kept),
             rows=[self.dataset.row(i) for i in index],
             ended=answers.ended.tolist(),
         )
+
+
+def decode_answers(tokenizer, prompts: torch.Tensor, answers: list[torch.Tensor]) -> list[str]:
+    """Return answers as text, without special tokens.
+
+    Args:
+        tokenizer: of the model that wrote them.
+        prompts: their prompts [B, P], padded on the left.
+        answers: B tensors of token ids.
+    """
+    # Decoders of SentencePiece drop the space of a text's first word: decode it after the prompt.
+    before = prompts[:, -CONTEXT_TOKENS:]
+    joint = [torch.cat([ids, answer]) for ids, answer in zip(before, answers, strict=True)]
+    heads = tokenizer.batch_decode(before, skip_special_tokens=True)
+    wholes = tokenizer.batch_decode(joint, skip_special_tokens=True)
+    alone = tokenizer.batch_decode(answers, skip_special_tokens=True)
+    return [
+        whole[len(head) :] if whole.startswith(head) else text
+        for head, whole, text in zip(heads, wholes, alone, strict=True)
+    ]
 
 
 def _is_finite(score: object) -> bool:

@@ -74,7 +74,8 @@ class RewardObjective:
 
     def loss_sum(self, engine, batch: PairBatch):
         chosen, rejected = self._scores(engine, batch)
-        return pairwise_loss(chosen, rejected).sum(), {
+        margins = batch.margins.chunk(2)[0]
+        return pairwise_loss(chosen, rejected, margins=margins).sum(), {
             "train/accuracy": (chosen > rejected).sum().detach()
         }
 

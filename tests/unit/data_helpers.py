@@ -1,9 +1,10 @@
 """A byte-level tokenizer whose tokens can be counted by hand, and writers of small files."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 PAD, BOS, EOS = 0, 1, 2
@@ -13,11 +14,17 @@ CHAT_TEMPLATE = (
 )
 
 
-def make_tokenizer(*, bos: bool = False, eos: bool = False, chat_template: str | None = None):
+def make_tokenizer(
+    *,
+    bos: bool = False,
+    eos: bool = False,
+    chat_template: str | None = None,
+    special: Sequence[str] = (),
+):
     """Build a tokenizer of one token per byte, plus one for " a" ("Ġa").
 
     Ids 0, 1 and 2 are <pad>, <s> and </s>. With `bos` or `eos`, the tokenizer adds that token to
-    every text.
+    every text. `special` are further special tokens, from id 260 on.
     """
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: number for number, token in enumerate(["<pad>", "<s>", "</s>", *letters, "Ġa"])}
@@ -36,6 +43,7 @@ def make_tokenizer(*, bos: bool = False, eos: bool = False, chat_template: str |
         eos_token="</s>",
         clean_up_tokenization_spaces=False,
     )
+    tokenizer.add_tokens([AddedToken(token, special=True) for token in special])
     tokenizer.chat_template = chat_template
     return tokenizer
 

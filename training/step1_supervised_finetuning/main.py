@@ -19,8 +19,6 @@ def main() -> None:
     train_data, eval_data = build_sft_data(
         config.data,
         run.tokenizer,
-        sft_only_data_path=config.data.sft_only_data_path,
-        max_seq_len=config.data.max_seq_len,
         end_token_id=run.end_token_id,
     )
     train_loader, eval_loader = make_loaders(

@@ -19,7 +19,6 @@ def main() -> None:
     train_data, eval_data = build_pair_data(
         config.data,
         run.tokenizer,
-        max_seq_len=config.data.max_seq_len,
         end_token_id=run.end_token_id,
     )
     train_loader, eval_loader = make_loaders(

@@ -5,6 +5,7 @@ import string
 import time
 from unittest import mock
 
+import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -16,11 +17,13 @@ from dschat.config.reward import RewardConfig
 from dschat.config.sft import SFTConfig
 from dschat.data import sources
 from dschat.data.datasets import PairDataset, PromptDataset, SFTDataset
+from dschat.data.forms import read_row
 from dschat.data.prompt_files import read_rows
-from dschat.data.row import MAX_TEXT_BYTES, Row, row_from_columns
+from dschat.data.row import Row
 from dschat.data.sources import load_source
-from dschat.data.splits import parse_shares, share_sizes, split_indices
-from dschat.data.templates import render
+from dschat.data.splits import Assignment, parse_shares, share_sizes
+from dschat.data.templates import TextFormat
+from dschat.data.text_checks import MAX_TEXT_BYTES
 from dschat.runtime.manifest import content_fault, file_entry, read_manifest, write_manifest
 from tests.unit.data_helpers import CHAT_TEMPLATE, make_tokenizer
 
@@ -80,7 +83,7 @@ def conversation(*texts: str) -> dict:
 @QUICK
 def test_fields_of_any_kind_make_a_row_or_an_error(raw):
     try:
-        row = row_from_columns(raw)
+        row = read_row(raw)
     except ValueError as error:
         assert str(error)
         return
@@ -108,16 +111,16 @@ def test_any_file_is_read_or_named_in_an_error(tmp_path_factory, suffix, lines, 
     path = tmp_path_factory.mktemp("any") / f"rows{suffix}"
     path.write_bytes(b"\n".join(lines))
     try:
-        source = load_source(str(path), eval_fraction=0.5, data_seed=0, skip_bad_rows=skip)
+        source = load_source(str(path), skip_bad_rows=skip)
     except ValueError as error:
         assert "rows" + suffix in str(error)
         return
     tokenizer = make_tokenizer()
-    for part in (source.train, source.eval):
-        for number in range(len(part)):
-            row = source.row(part[number], place=part.place(number))
-            assert row.place
-            check_items(row, tokenizer)
+    assert source.eval is None
+    for number in range(len(source.train)):
+        row = source.row(source.train, number)
+        assert row.place
+        check_items(row, tokenizer)
 
 
 def check_items(row: Row, tokenizer) -> None:
@@ -138,18 +141,18 @@ def check_items(row: Row, tokenizer) -> None:
 @given(
     good=st.integers(0, 6),
     more=st.integers(0, 6),
-    bad=st.sampled_from(['{"prompt"', "7", "{}", '{"prompt": 1}', "\\"]),
+    bad=st.sampled_from(['{"prompt"', "7", "{}", '{"prompt": 1.5}', "\\"]),
 )
 @QUICK
 def test_the_line_of_a_fault_is_exact(tmp_path_factory, good, more, bad):
     path = tmp_path_factory.mktemp("line") / "rows.jsonl"
     path.write_text("\n".join([json.dumps(GOOD)] * good + [bad] + [json.dumps(GOOD)] * more) + "\n")
     with pytest.raises(ValueError, match=rf"rows\.jsonl, line {good + 1}: ") as caught:
-        load_source(str(path), eval_fraction=0.5, data_seed=0)
+        load_source(str(path))
     assert "--skip_bad_rows" in str(caught.value) or not good + more
     if good + more > 1:
-        source = load_source(str(path), eval_fraction=0.5, data_seed=0, skip_bad_rows=True)
-        assert len(source.train) + len(source.eval) == good + more
+        source = load_source(str(path), skip_bad_rows=True)
+        assert len(source.train) == good + more
 
 
 def check_row_is_refused_or_left_out(folder, row: dict, *words: str) -> None:
@@ -160,12 +163,12 @@ def check_row_is_refused_or_left_out(folder, row: dict, *words: str) -> None:
     path = folder / "rows.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in (GOOD, row, GOOD, GOOD)))
     with pytest.raises(ValueError) as caught:
-        load_source(str(path), eval_fraction=0.5, data_seed=0)
+        load_source(str(path))
     for word in ("rows.jsonl, line 2: ", *words, "--skip_bad_rows"):
         assert word in str(caught.value)
     with mock.patch.object(sources.logger, "warning") as warning:
-        source = load_source(str(path), eval_fraction=0.5, data_seed=0, skip_bad_rows=True)
-    assert len(source.train) + len(source.eval) == 3
+        source = load_source(str(path), skip_bad_rows=True)
+    assert len(source.train) == 3
     template, *values = warning.call_args[0]
     assert (template % tuple(values)).startswith("left out 1 bad rows of 4; the first: ")
 
@@ -191,17 +194,17 @@ def test_an_invisible_text_is_refused_or_left_out(tmp_path_factory, name, text):
 def test_answers_that_differ_only_in_invisible_characters_are_equal(unseen, trailing):
     rejected = f"b{unseen}" if trailing else f"{unseen}b"
     with pytest.raises(ValueError, match="no preference"):
-        row_from_columns({**GOOD, "rejected": rejected})
+        read_row({**GOOD, "rejected": rejected})
 
 
 @pytest.mark.parametrize("text", ["", " \n"])
 def test_empty_messages_of_system_and_assistant_are_allowed(text):
     messages = [{"role": "system", "content": text}, {"role": "user", "content": "a"}]
     messages += [{"role": "assistant", "content": text}, {"role": "user", "content": "b"}]
-    assert row_from_columns({"prompt": messages}).prompt == messages
+    assert read_row({"prompt": messages}).prompt == messages
     messages[0]["content"] = "\u200b"
     with pytest.raises(ValueError, match=r'"prompt\[0\].content" is empty'):
-        row_from_columns({"prompt": messages})
+        read_row({"prompt": messages})
 
 
 @pytest.mark.parametrize("letter", ["x", "é", "文", "\U0001f600"])
@@ -232,11 +235,11 @@ def test_the_lines_of_a_prompts_file_are_checked_too(tmp_path):
 
 def test_the_longest_text_has_exactly_the_limit():
     longest = "x" * MAX_TEXT_BYTES
-    assert row_from_columns({**GOOD, "prompt": longest}).prompt == longest
+    assert read_row({**GOOD, "prompt": longest}).prompt == longest
     with pytest.raises(ValueError, match="has 1,000,001 bytes of text"):
-        row_from_columns({**GOOD, "prompt": longest + "x"})
+        read_row({**GOOD, "prompt": longest + "x"})
     with pytest.raises(ValueError, match='"messages" has 1,000,002 bytes of text'):
-        row_from_columns(conversation(*["x" * (MAX_TEXT_BYTES // 3 + 1)] * 3))
+        read_row(conversation(*["x" * (MAX_TEXT_BYTES // 3 + 1)] * 3))
 
 
 @given(shares=st.text(alphabet="0123456789,.-/e ", max_size=12), rows=st.integers(1, 50))
@@ -248,8 +251,8 @@ def test_any_split_is_a_partition_or_an_error(shares, rows):
         assert f"--data_split {shares}" in str(error)
         return
     assert sum(share_sizes(rows, parsed)) == rows
-    parts = [split_indices(rows, shares, step=step, data_seed=1) for step in (1, 2, 3)]
-    assert sorted(sum(parts, [])) == list(range(rows))
+    labels = Assignment(1, 0).assign(np.arange(rows, dtype=np.uint64), parsed)
+    assert [int((labels == step).sum()) for step in range(3)] == share_sizes(rows, parsed)
 
 
 FLAGS = st.dictionaries(
@@ -332,10 +335,15 @@ SHAPES = {
 def test_the_longest_prompt_is_cut_within_seconds(shape):
     tokenizer = make_tokenizer(chat_template=CHAT_TEMPLATE)
     started = time.monotonic()
-    row = row_from_columns({"prompt": SHAPES[shape], "chosen": " yes"})
+    row = read_row({"prompt": SHAPES[shape], "chosen": " yes"})
     for prompt_format in ("plain", "human_assistant", "chat"):
-        prompt, _, _ = render(row, prompt_format=prompt_format, tokenizer=tokenizer)
-        assert prompt
-    item = PromptDataset([row], tokenizer, max_prompt_len=16, prompt_format="human_assistant")[0]
+        assert TextFormat(prompt_format, tokenizer).render(row).prompt
+    item = PromptDataset(
+        [row],
+        tokenizer,
+        max_prompt_len=16,
+        prompt_format="human_assistant",
+        truncation="share",
+    )[0]
     assert len(item["input_ids"]) == 16
     assert time.monotonic() - started < 20

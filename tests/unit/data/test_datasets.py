@@ -1,32 +1,48 @@
 import pytest
 
 from dschat.data.collate import collate_pairs, collate_prompts, collate_text
-from dschat.data.datasets import PairDataset, PromptDataset, SFTDataset, truncation_report
-from dschat.data.encoding import encode_answer, leading_ids
+from dschat.data.datasets import LeftOut, PairDataset, PromptDataset, SFTDataset
+from dschat.data.encoding import leading_ids
+from dschat.data.preparation import prepare
 from dschat.data.row import Row
-from dschat.data.splits import Blend
 from tests.unit.data_helpers import BOS, CHAT_TEMPLATE, EOS, PAD, ids_of, make_tokenizer
 
 SPACE_A = 259  # the one token of two bytes, " a"
 
 
-def sft(row, *, bos=False, max_seq_len=100, prompt_format="plain", **options):
-    tokenizer = make_tokenizer(bos=bos, **options)
+def sft(
+    row,
+    *,
+    bos=False,
+    max_seq_len=100,
+    prompt_format="plain",
+    truncation="keep_prompt",
+    train_on="all_assistant",
+    **options,
+):
     return SFTDataset(
-        [row], tokenizer, max_seq_len=max_seq_len, prompt_format=prompt_format, end_token_id=EOS
+        [row],
+        make_tokenizer(bos=bos, **options),
+        max_seq_len=max_seq_len,
+        prompt_format=prompt_format,
+        truncation=truncation,
+        train_on=train_on,
     )[0]
 
 
 def pair_data(rows, *, bos=False, max_seq_len=100, **options):
     tokenizer = make_tokenizer(bos=bos)
-    options = {"prompt_format": "plain", "end_token_id": EOS, **options}
+    options = {"prompt_format": "plain", **options}
     return PairDataset(rows, tokenizer, max_seq_len=max_seq_len, **options)
 
 
-def prompt_data(rows, *, bos=False, max_prompt_len=100, chat_template=None, prompt_format="plain"):
-    tokenizer = make_tokenizer(bos=bos, chat_template=chat_template)
+def prompt_data(rows, *, bos=False, max_prompt_len=100, truncation="keep_prompt"):
     return PromptDataset(
-        rows, tokenizer, max_prompt_len=max_prompt_len, prompt_format=prompt_format
+        rows,
+        make_tokenizer(bos=bos),
+        max_prompt_len=max_prompt_len,
+        prompt_format="plain",
+        truncation=truncation,
     )
 
 
@@ -49,8 +65,13 @@ def test_end_token_is_not_repeated():
 
 
 def test_bos_of_a_chat_template_is_not_repeated():
-    item = sft(Row("x", "z"), bos=True, prompt_format="chat", chat_template=CHAT_TEMPLATE)
-    assert item["input_ids"] == [BOS, *ids_of("<user>x</><assistant>z"), EOS]
+    item = sft(
+        Row("x", "z"),
+        bos=True,
+        prompt_format="chat",
+        chat_template=CHAT_TEMPLATE.replace("</>", "</s>"),
+    )
+    assert item["input_ids"] == [BOS, *ids_of("<user>x"), EOS, *ids_of("<assistant>z"), EOS]
 
 
 def test_prompt_and_answer_are_tokenized_jointly():
@@ -63,54 +84,79 @@ def test_token_across_the_border_is_split_so_that_the_prompt_keeps_its_ids():
     assert item["input_ids"] == [*ids_of("x a"), EOS]  # not " a" as one token
     assert item["labels"] == [-100, -100, *ids_of("a"), EOS]
     assert prompt_data([row])[0]["input_ids"] == ids_of("x ")
-    tokenizer = make_tokenizer()
-    assert encode_answer(tokenizer, "x", ids_of("x"), " a", []) == [SPACE_A]
 
 
 @pytest.mark.parametrize(
-    "bos, max_seq_len, text, labels",
+    "truncation, bos, max_seq_len, text, num_learned",
     [
-        (False, 6, "uvwxy", 3),  # all of "uvw" + "xy" + </s>
-        (False, 5, "vwxy", 3),
-        (True, 5, "wxy", 3),  # BOS stays, "uv" is cut
-        (True, 4, "xy", 3),
-        (False, 3, "xy", 3),
-        (False, 2, "xy", 2),  # the end token is cut
-        (True, 2, "x", 1),
+        ("keep_prompt", False, 6, "uvwxy.", 3),  # all of it; "." stands for </s>
+        ("keep_prompt", False, 5, "uvwxy", 2),  # the end token is cut
+        ("keep_prompt", False, 4, "uvwx", 1),
+        ("keep_prompt", False, 3, None, 0),
+        ("keep_prompt", True, 5, "^uvwx", 1),
+        ("keep_prompt", True, 4, None, 0),
+        ("share", False, 5, "vwxy.", 3),
+        ("share", False, 4, "vwxy", 2),
+        ("share", False, 2, "wx", 1),
+        ("share", True, 5, "^wxy.", 3),  # BOS stays
+        ("share", True, 4, "^wxy", 2),
+        ("share", True, 2, "^x", 1),
+        ("share", True, 1, None, 0),
+        ("drop", False, 6, "uvwxy.", 3),
+        ("drop", False, 5, None, 0),
     ],
 )
-def test_truncation_takes_the_prompt_from_the_left_then_the_answer_from_the_right(
-    bos, max_seq_len, text, labels
-):
-    item = sft(Row("uvw", "xy"), bos=bos, max_seq_len=max_seq_len)
-    expected = [BOS] * bos + ids_of(text) + [EOS] * (labels == 3)
+def test_truncation(truncation, bos, max_seq_len, text, num_learned):
+    row = Row("uvw", "xy")
+    options = dict(bos=bos, max_seq_len=max_seq_len, truncation=truncation)
+    if text is None:
+        with pytest.raises(LeftOut, match=f"--max_seq_len {max_seq_len}"):
+            sft(row, **options)
+        return
+    item = sft(row, **options)
+    expected = [{"^": BOS, ".": EOS}.get(letter) or ids_of(letter)[0] for letter in text]
     assert item["input_ids"] == expected
     assert len(expected) == max_seq_len
-    assert item["labels"] == [-100] * (max_seq_len - labels) + expected[max_seq_len - labels :]
+    begin = max_seq_len - num_learned
+    assert item["labels"] == [-100] * begin + expected[begin:]
+    whole = sft(row, train_on="all", **options)
+    assert whole["labels"] == whole["input_ids"] == expected
 
 
 def test_pair_item():
-    item = pair_data([Row("p", "good", "no")], bos=True)[0]
-    assert item == {
+    data = pair_data([Row("p", "good", "no"), Row("p", "good", "no", margin=1.5)], bos=True)
+    expected = {
         "chosen_ids": [BOS, *ids_of("pgood"), EOS],
         "rejected_ids": [BOS, *ids_of("pno"), EOS],
         "num_prompt": 2,
     }
+    assert data[0] == {**expected, "margin": 0.0}
+    assert data[1] == {**expected, "margin": 1.5}
 
 
-def test_pair_keeps_one_prompt_when_one_answer_is_too_long():
-    item = pair_data([Row("uvw", "good", "no")], bos=True, max_seq_len=7)[0]
-    answers = {
-        "chosen_ids": [BOS, *ids_of("wgood"), EOS],
-        "rejected_ids": [BOS, *ids_of("wno"), EOS],
-    }
-    assert item == {**answers, "num_prompt": 2}
-    item = pair_data([Row("uvw", "good", "no")], bos=True, max_seq_len=4)[0]
-    assert item == {
-        "chosen_ids": [BOS, *ids_of("goo")],
-        "rejected_ids": [BOS, *ids_of("no"), EOS],
-        "num_prompt": 1,
-    }
+def test_pairs_share_one_prompt_when_an_answer_is_too_long():
+    row = Row("uvw", "good", "no")
+
+    def ids(**options):
+        item = pair_data([row], bos=True, **options)[0]
+        return item["chosen_ids"], item["rejected_ids"], item["num_prompt"]
+
+    prompt = [BOS, *ids_of("uvw")]
+    assert ids(max_seq_len=7) == ([*prompt, *ids_of("goo")], [*prompt, *ids_of("no"), EOS], 4)
+    assert ids(max_seq_len=7, truncation="share") == (
+        [BOS, *ids_of("vwgood")],
+        [BOS, *ids_of("vwno"), EOS],
+        3,
+    )
+    with pytest.raises(LeftOut, match="longer than --max_seq_len 7"):
+        ids(max_seq_len=7, truncation="drop")
+    with pytest.raises(LeftOut, match="has no room"):
+        ids(max_seq_len=4)
+
+
+def test_pairs_that_are_equal_once_cut_are_left_out():
+    with pytest.raises(LeftOut, match="equal once they are cut"):
+        pair_data([Row("p", "samex", "samey")], max_seq_len=5)[0]
 
 
 def test_cut_pairs_have_equal_length_and_no_end():
@@ -140,6 +186,7 @@ def test_cut_answers_still_differ():
         "chosen_ids": ids_of("psamex"),
         "rejected_ids": ids_of("psamey"),
         "num_prompt": 1,
+        "margin": 0.0,
     }
     # One answer begins with the other: cutting would make them equal.
     assert data[1]["chosen_ids"] == [*ids_of("psame"), EOS]
@@ -159,13 +206,14 @@ def test_prompt_item_is_the_beginning_of_the_sft_item(bos):
     assert data.row(1) == row
 
 
-def test_long_prompt_keeps_its_end_and_bos():
-    assert prompt_data([Row("uvwxy")], max_prompt_len=3)[0]["input_ids"] == ids_of("wxy")
-    assert prompt_data([Row("uvwxy")], bos=True, max_prompt_len=3)[0]["input_ids"] == [
-        BOS,
-        *ids_of("xy"),
-    ]
-    assert prompt_data([Row("uvwxy")], max_prompt_len=3).prompt_text(0) == "uvwxy"
+def test_long_prompts():
+    share = dict(max_prompt_len=3, truncation="share")
+    assert prompt_data([Row("uvwxy")], **share)[0]["input_ids"] == ids_of("wxy")
+    assert prompt_data([Row("uvwxy")], bos=True, **share)[0]["input_ids"] == [BOS, *ids_of("xy")]
+    assert prompt_data([Row("uvwxy")], **share).prompt_text(0) == "uvwxy"
+    for truncation in ("keep_prompt", "drop"):
+        with pytest.raises(LeftOut, match="longer than --max_prompt_seq_len 3"):
+            prompt_data([Row("uvwxy")], max_prompt_len=3, truncation=truncation)[0]
 
 
 def test_prompt_without_tokens_names_its_row():
@@ -180,71 +228,35 @@ def test_missing_answers_name_the_row():
         pair_data([Row("p", "c", place="f.jsonl, line 9")])[0]
 
 
-def test_truncation_report():
+def test_prepared_rows_are_counted_and_read_as_before(tmp_path):
     rows = [Row("p" * length, "a") for length in (1, 2, 3, 4, 50)]
-    data = SFTDataset(
-        rows, make_tokenizer(), max_seq_len=4, prompt_format="plain", end_token_id=EOS
+    data = SFTDataset(rows, make_tokenizer(), max_seq_len=4, prompt_format="plain")
+    before = [data[i] for i in range(3)]
+    report = prepare(data, cache_dir=None, skip_bad_rows=False, name="rows")
+    assert [data[i] for i in range(len(data))] == before
+    assert [data.row(i).prompt for i in range(len(data))] == ["p", "pp", "ppp"]
+    assert report.describe("--max_seq_len 4") == (
+        "3 of 5 rows; 1 are longer than --max_seq_len 4 and are cut (longest: 52 tokens); "
+        "2 (40.0%) left out: --max_seq_len 4 has no room for an answer"
     )
-    assert truncation_report(data, sample=4) == (
-        "2 of the first 4 rows are longer than --max_seq_len 4 and are cut (longest: 6 tokens)"
-    )
-    assert truncation_report(prompt_data(rows, max_prompt_len=4)).startswith(
-        "1 of the first 5 rows are longer than --max_prompt_seq_len 4"
-    )
+    assert report.num_tokens == 3 + 4 + 4
 
 
-def test_truncation_report_looks_at_rows_of_every_source():
-    short = [Row("p", "a")] * 5000
-    long = [Row("p" * 9, "a")] * 5000
-    read = []
+def test_rows_that_cannot_be_shown_are_named_or_left_out(caplog):
+    messages = [{"role": "user", "content": "x"}, {"role": "user", "content": "y"}]
+    refusing = "{% if messages | length > 1 %}{{ raise_exception('twice') }}{% endif %}a"
+    rows = [Row(messages[: 1 + (i == 3)], place=f"f.jsonl, line {i}") for i in range(5)]
 
-    class Rows:
-        def row(self, raw, *, place):
-            read.append(raw)
-            return raw
+    def prompts():
+        tokenizer = make_tokenizer(chat_template=refusing)
+        return PromptDataset(rows, tokenizer, max_prompt_len=9, prompt_format="auto")
 
-    class Pieces(list):
-        def place(self, at):
-            return ""
-
-    def report(*pieces):
-        read.clear()
-        return truncation_report(
-            prompt_data(Blend([(Rows(), Pieces(piece)) for piece in pieces]), max_prompt_len=4)
-        )
-
-    assert report(short, long).startswith(
-        "500 of 1000 rows, the first of each source, are longer than"
-    )
-    assert report(short * 100, long).startswith(
-        "50 of 1000 rows, the first of each source, are longer than"
-    )
-    assert report(short * 100, long[:3]).startswith("3 of 1000 rows")
-    assert report(*[short] * 40, long).startswith("24 of 1000 rows")
-    assert len(read) == 1000
-    assert report(short).startswith("0 of the first 1000 rows")
-
-
-def test_pairs_that_are_equal_once_cut_are_counted_and_refused_if_all_are():
-    far = Row("p", " same but", " same and", place="f.jsonl, line 7")
-    near = Row("p", " but", " and")
-    options = dict(prompt_format="plain", end_token_id=EOS)
-
-    def report(rows, limit):
-        return truncation_report(PairDataset(rows, make_tokenizer(), max_seq_len=limit, **options))
-
-    assert report([far, near], 5).endswith(
-        "; 1 of these pairs have two equal answers once cut, and teach nothing"
-    )
-    assert "equal" not in report([far, near], 8)
-    dataset = PairDataset([far], make_tokenizer(), max_seq_len=5, **options)
-    assert "1 of these pairs have two equal answers" in truncation_report(dataset, trained=False)
-    with pytest.raises(
-        ValueError,
-        match="--max_seq_len 5: f.jsonl, line 7: .* all 1 pairs looked at. "
-        "Give a larger --max_seq_len",
-    ):
-        report([far], 5)
+    with pytest.raises(ValueError, match=r"f.jsonl, line 3: .*twice.*\n.*--skip_bad_rows"):
+        prepare(prompts(), cache_dir=None, skip_bad_rows=False, name="rows")
+    data = prompts()
+    report = prepare(data, cache_dir=None, skip_bad_rows=True, name="rows")
+    assert (report.num_faults, report.kept, len(data)) == (1, [0, 1, 2, 4], 4)
+    assert "rows: left out 1 of 5 rows that cannot be shown: f.jsonl, line 3" in caplog.text
 
 
 def test_collate_text_pads_right_by_length():
@@ -260,8 +272,8 @@ def test_collate_text_pads_right_by_length():
 
 def test_collate_pairs_puts_chosen_rows_first():
     items = [
-        {"chosen_ids": [3, 4, EOS], "rejected_ids": [3, EOS], "num_prompt": 1},
-        {"chosen_ids": [6, 5, EOS], "rejected_ids": [6, 5, 8, 9], "num_prompt": 2},
+        {"chosen_ids": [3, 4, EOS], "rejected_ids": [3, EOS], "num_prompt": 1, "margin": 0.5},
+        {"chosen_ids": [6, 5, EOS], "rejected_ids": [6, 5, 8, 9], "num_prompt": 2, "margin": 0},
     ]
     batch = collate_pairs(items, EOS)  # the padding token is the end token
     assert batch.input_ids.tolist() == [
@@ -277,6 +289,7 @@ def test_collate_pairs_puts_chosen_rows_first():
         [-100, EOS, -100, -100],
         [-100, -100, 8, 9],
     ]
+    assert batch.margins.tolist() == [0.5, 0, 0.5, 0]
 
 
 def test_collate_prompts_pads_left():

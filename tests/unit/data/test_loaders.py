@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 
-from dschat.config.options import DataOptions
+from dschat.config.sft import SFTData
 from dschat.data import inspect
 from dschat.data.collate import collate_prompts
 from dschat.data.loaders import (
@@ -79,8 +79,14 @@ def test_sampler_warns_about_repeated_rows(caplog):
     assert "5 rows are fewer than the 16 of one update" in caplog.text
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("DSCHAT_CACHE", str(tmp_path / "cache"))
+
+
 def data_options(*paths, **options):
-    return DataOptions(data_path=[str(path) for path in paths], **options)
+    options = {"max_seq_len": 50, **options}
+    return SFTData(data_path=[str(path) for path in paths], **options)
 
 
 def folder(tmp_path, name="set", num_train=20, num_eval=10, begin=0):
@@ -91,11 +97,10 @@ def folder(tmp_path, name="set", num_train=20, num_eval=10, begin=0):
 
 def build(step, data):
     tokenizer = make_tokenizer()
-    options = dict(max_seq_len=50, end_token_id=EOS)
     if step == 1:
-        return build_sft_data(data, tokenizer, sft_only_data_path=[], **options)
+        return build_sft_data(data, tokenizer, end_token_id=EOS)
     if step == 2:
-        return build_pair_data(data, tokenizer, cut_fraction=1.0, seed=1, **options)
+        return build_pair_data(data, tokenizer, cut_fraction=1.0, seed=1, end_token_id=EOS)
     return build_prompt_data(data, tokenizer, max_prompt_len=50)
 
 
@@ -114,15 +119,13 @@ def test_steps_share_no_row_of_either_part(tmp_path):
 
 
 def test_sft_only_sets_are_whole(tmp_path):
-    data = data_options(folder(tmp_path), data_split="0,1,1")
-    tokenizer = make_tokenizer()
-    options = dict(max_seq_len=50, end_token_id=EOS)
     other = str(folder(tmp_path, "other", 5, 4, begin=100))
-    train, held_out = build_sft_data(data, tokenizer, sft_only_data_path=[other], **options)
+    data = data_options(folder(tmp_path), data_split="0,1,1", sft_only_data_path=[other])
+    train, held_out = build(1, data)
     assert prompts(train) == [f"p{i}" for i in range(100, 105)]
     assert prompts(held_out) == [f"p{i}" for i in range(105, 109)]
     with pytest.raises(ValueError, match=r"--data_split 0,1,1 leaves step 1 no train row"):
-        build_sft_data(data, tokenizer, sft_only_data_path=[], **options)
+        build(1, data_options(folder(tmp_path), data_split="0,1,1"))
 
 
 def test_empty_evaluation_share_is_an_error(tmp_path):
@@ -158,22 +161,24 @@ def test_rows_without_the_answer_that_a_step_needs(tmp_path, caplog):
     path = write_lines(tmp_path / "p.jsonl", [{"prompt": f"q{i}"} for i in range(30)])
     with pytest.raises(ValueError, match='no "chosen", which step 1 needs'):
         build(1, data_options(path))
-    path = write_lines(tmp_path / "e.jsonl", [{"prompt": "", "chosen": "x"}] * 30)
+    path = write_lines(tmp_path / "e.jsonl", [{"prompt": "", "chosen": f"x{i}"} for i in range(30)])
     with pytest.raises(ValueError, match='no "prompt", which step 3 needs'):
         build(3, data_options(path))
 
 
 def test_building_reports_cut_rows(tmp_path, caplog):
-    with caplog.at_level(logging.INFO):
-        build_prompt_data(
-            data_options(folder(tmp_path), data_split="0,0,1"), make_tokenizer(), max_prompt_len=2
-        )
+    data = data_options(folder(tmp_path), data_split="0,0,1")
+    with (
+        caplog.at_level(logging.INFO),
+        pytest.raises(ValueError, match="no row of the evaluation data is left"),
+    ):
+        build_prompt_data(data, make_tokenizer(), max_prompt_len=2)
     # p0 to p9 have two tokens, p10 to p29 three.
     assert (
-        "training data: 20 rows; 10 of the first 20 rows are longer than --max_prompt_seq_len 2"
+        "training data: 10 of 20 rows; 0 are longer than --max_prompt_seq_len 2 and are cut "
+        "(longest: 3 tokens); 10 (50.0%) left out: its prompt is longer than --max_prompt_seq_len 2"
         in caplog.text
     )
-    assert "evaluation data: 10 rows; 10 of the first 10 rows" in caplog.text
 
 
 def test_evaluation_takes_the_first_rows_of_every_source_in_proportion(tmp_path, caplog):

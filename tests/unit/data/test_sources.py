@@ -4,6 +4,8 @@ import logging
 import datasets
 import pytest
 
+from dschat.data.blends import hold_out
+from dschat.data.forms import Reading
 from dschat.data.hub_sets import HUB_SETS
 from dschat.data.readers import read_records
 from dschat.data.sources import load_source
@@ -13,18 +15,23 @@ GOOD = {"prompt": "p", "chosen": " yes", "rejected": " no"}
 
 
 def load(path, **options):
-    return load_source(
-        str(path), **{"eval_fraction": 0.25, "data_seed": 1, "skip_bad_rows": False, **options}
-    )
+    return load_source(str(path), **options)
 
 
 def rows_of(source, part="train"):
     table = getattr(source, part)
-    return [source.row(table[i], place=table.place(i)) for i in range(len(table))]
+    return [source.row(table, i) for i in range(len(table))]
 
 
 def all_rows_of(source):
-    return rows_of(source, "train") + rows_of(source, "eval")
+    return rows_of(source, "train") + (rows_of(source, "eval") if source.eval else [])
+
+
+def held_out(path, **options):
+    """Return the training and evaluation prompts of a source that is split."""
+    source = load(path)
+    parts = hold_out([source], **{"eval_fraction": 0.3, "seed": 1, **options})[0]
+    return tuple([source.row(part, i).prompt for i in range(len(part))] for part in parts)
 
 
 # Line 3 of a file, and what the message must contain.
@@ -35,11 +42,11 @@ BAD_LINES = {
     "surrogate": (r'{"prompt": "p", "chosen": "\ud800"}', '"chosen" is not valid UTF-8'),
     "digits": ('{"prompt": "p", "chosen": ' + "9" * 5000 + "}", "a number of too many digits"),
     "no prompt": (
-        {"text": "p", "chosen": "c"},
-        'no field "prompt" or "messages" among ["chosen", "text"]',
+        {"words": "p", "chosen": "c"},
+        'no field "prompt" or "messages" among ["chosen", "words"]',
     ),
     "null prompt": ({"prompt": None, "chosen": "c"}, 'no field "prompt"'),
-    "prompt number": ({"prompt": 5, "chosen": "c"}, 'field "prompt" is 5, not a string'),
+    "prompt number": ({"prompt": 5.5, "chosen": "c"}, 'field "prompt" is 5.5, not a string'),
     "chosen list": ({"prompt": "p", "chosen": ["c"]}, 'field "chosen" is ["c"], not a string'),
     "empty": ({"prompt": "p", "chosen": ""}, 'field "chosen" is empty ("")'),
     "blank": ({"prompt": "p", "response": " \n"}, 'field "response" is empty (" \\n")'),
@@ -48,16 +55,16 @@ BAD_LINES = {
         '"chosen" and "rejected" are equal ("same")',
     ),
     "no chosen": ({"prompt": "p", "rejected": "r"}, '"rejected" without a field "chosen"'),
-    "role": ({"messages": [{"role": "bot", "content": "x"}]}, "messages[0] is"),
+    "role": ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0] is"),
     "content": (
         {"messages": [{"role": "user", "content": None}]},
         'field "messages[0].content" is null',
     ),
     "no user": (
         {"messages": [{"role": "assistant", "content": "x"}]},
-        "does not end with a message of the user",
+        'field "messages" begins with the answer',
     ),
-    "no messages": ({"messages": []}, "does not end with a message of the user"),
+    "no messages": ({"messages": []}, 'field "messages" is an empty list'),
     "text messages": ({"messages": "hello"}, 'field "messages" is "hello", not a list'),
 }
 
@@ -73,7 +80,7 @@ def test_bad_line_names_file_line_value_and_remedy(tmp_path, caplog, line, words
     assert message.count("line ") == 1
     with caplog.at_level(logging.WARNING):
         source = load(path, skip_bad_rows=True)
-    assert len(source.train) + len(source.eval) == 4
+    assert len(source.train) == 4
     assert "left out 1 bad rows of 5" in caplog.text
     assert words in caplog.text
 
@@ -109,7 +116,7 @@ def test_file_without_rows(tmp_path, content, skip):
 
 
 def test_only_bad_rows_cannot_be_skipped(tmp_path):
-    path = write_lines(tmp_path / "rows.jsonl", [{"text": "x"}])
+    path = write_lines(tmp_path / "rows.jsonl", [{"words": "x"}])
     with pytest.raises(ValueError, match="line 1: .*\n.*No row here is usable"):
         load(path, skip_bad_rows=True)
 
@@ -227,7 +234,7 @@ def test_columns_and_places(tmp_path):
     rows = [{"prompt": f"p{i}", "response": f"r{i}", "gold": i} for i in range(4)]
     source = load(write_lines(tmp_path / "rows.jsonl", rows))
     train = rows_of(source)
-    assert [len(source.train), len(source.eval)] == [3, 1]
+    assert len(source.train) == 4
     assert all(row.chosen == f"r{row.prompt[1:]}" and row.rejected is None for row in train)
     assert all(row.columns == {"gold": int(row.prompt[1:])} for row in train)
     assert [row.place for row in train] == [
@@ -267,21 +274,54 @@ def test_messages(tmp_path):
 def test_hold_out_is_disjoint_stable_and_never_empty(tmp_path):
     path = write_lines(tmp_path / "rows.jsonl", pairs(10))
 
-    def prompts(source, part):
-        return [row.prompt for row in rows_of(source, part)]
-
-    source = load(path, eval_fraction=0.3)
-    assert len(source.eval) == 3
-    assert sorted(prompts(source, "train") + prompts(source, "eval")) == sorted(
-        f"p{i}" for i in range(10)
-    )
-    assert prompts(source, "eval") == prompts(load(path, eval_fraction=0.3), "eval")
-    assert prompts(source, "eval") != prompts(load(path, eval_fraction=0.3, data_seed=2), "eval")
-    assert len(load(path, eval_fraction=0.001).eval) == 1
+    train, evaluation = held_out(path)
+    assert len(evaluation) == 3
+    assert sorted(train + evaluation) == sorted(f"p{i}" for i in range(10))
+    assert held_out(path) == (train, evaluation)
+    assert held_out(path, seed=2)[1] != evaluation
+    assert len(held_out(path, eval_fraction=0.001)[1]) == 1
     with pytest.raises(ValueError, match="--eval_fraction 0"):
-        load(path, eval_fraction=0)
+        held_out(path, eval_fraction=0)
     with pytest.raises(ValueError, match="one row cannot be split"):
-        load(write_lines(tmp_path / "one.jsonl", pairs(1)))
+        held_out(write_lines(tmp_path / "one.jsonl", pairs(1)))
+
+
+def test_no_prompt_is_in_training_and_evaluation(tmp_path, caplog):
+    repeated = [{**row, "chosen": f"{row['chosen']}{i}"} for i in range(4) for row in pairs(20)]
+    train, evaluation = held_out(write_lines(tmp_path / "rows.jsonl", repeated))
+    assert len(train) == 56 and len(evaluation) == 24
+    assert not set(train) & set(evaluation)
+    # A published evaluation part stays; the training rows of every source give way.
+    write_lines(tmp_path / "set" / "train.jsonl", pairs(10))
+    write_lines(tmp_path / "set" / "eval.jsonl", pairs(6, 4))
+    other = write_lines(tmp_path / "other.jsonl", pairs(30, 5))
+    sources = [load(tmp_path / "set"), load(other)]
+    parts = hold_out(sources, eval_fraction=0.1, seed=1)
+    groups = [[set(part.group.tolist()) for part in pair] for pair in parts]
+    assert len(parts[0][1]) == 6
+    for trained, _ in groups:
+        assert not trained & (groups[0][1] | groups[1][1])
+    assert "left out 6 of 10 training rows, which begin like an evaluation row" in caplog.text
+    write_lines(tmp_path / "same" / "train.jsonl", pairs(3))
+    write_lines(tmp_path / "same" / "eval.jsonl", pairs(3))
+    with pytest.raises(ValueError, match="every training row begins like an evaluation row"):
+        hold_out([load(tmp_path / "same")], eval_fraction=0.1, seed=1)
+
+
+def test_rows_of_one_conversation_stay_together(tmp_path):
+    first = {"role": "user", "content": "hello"}
+    turns = [first, {"role": "assistant", "content": "a"}, {"role": "user", "content": "more"}]
+    rows = [
+        {"messages": [first], "chosen": "c"},
+        {"messages": turns, "chosen": "c"},
+        {"prompt": "\n\nHuman: hello\n\nAssistant: x\n\nHuman: y\n\nAssistant:", "chosen": "c"},
+        {"prompt": "hello", "chosen": "c"},
+        {"messages": [{"role": "system", "content": "s"}, *turns], "chosen": "c"},
+        {"prompt": "goodbye", "chosen": "c"},
+    ]
+    source = load(write_lines(tmp_path / "rows.jsonl", rows))
+    assert len(set(source.train.group[:5].tolist())) == 1
+    assert source.train.group[5] != source.train.group[0]
 
 
 @pytest.mark.parametrize("kind", ["parquet", "dataset", "dataset_dict"])
@@ -303,10 +343,11 @@ def test_arrow_tables_are_checked_and_named_by_row(tmp_path, kind):
     source = load(folder, cache_dir=str(tmp_path / "cache"))
     assert isinstance(source.train.table.rows, datasets.Dataset)
     part = source.train
-    row = source.row(part[1100], place=part.place(1100))
+    row = source.row(part, 1100)
     number = int(row.prompt[1:])
     assert row.chosen == f" good{number}" and row.place.endswith(f", row {number + 1}")
-    assert len(source.eval) == (375 if kind == "dataset" else 2)
+    expected = {"parquet": 2, "dataset": None, "dataset_dict": 2}
+    assert (source.eval and len(source.eval)) == expected[kind]
 
 
 def test_bad_row_of_an_arrow_table(tmp_path, caplog):
@@ -316,7 +357,7 @@ def test_bad_row_of_an_arrow_table(tmp_path, caplog):
     with pytest.raises(ValueError, match=r'set, row 1101: field "rejected" is empty'):
         load(tmp_path / "set")
     source = load(tmp_path / "set", skip_bad_rows=True)
-    assert len(source.train) + len(source.eval) == 1100
+    assert len(source.train) == 1100
 
 
 @pytest.mark.parametrize("skip", [False, True])
@@ -418,7 +459,7 @@ NAMED = {
 def test_every_named_set_gives_its_texts():
     assert set(NAMED) == set(HUB_SETS)
     for name, (raw, texts) in NAMED.items():
-        row = HUB_SETS[name].row_function(raw)
+        row = HUB_SETS[name].read(raw, Reading())[0]
         assert (row.prompt, row.chosen, row.rejected) == texts, name
 
 
@@ -430,9 +471,10 @@ def test_a_tie_has_no_rejected_answer():
 def test_hub_names_match_exactly(tmp_path):
     """Match a local copy by the end of its path, but not a name that only contains another."""
     raw = NAMED["stanfordnlp/SHP"][0]
-    assert len(load(write_copy(tmp_path / "stanfordnlp" / "SHP", raw)).train) == 3
-    with pytest.raises(ValueError, match="No row here is usable"):
-        load(write_copy(tmp_path / "stanfordnlp" / "SHP-2", raw))
+    known = load(write_copy(tmp_path / "stanfordnlp" / "SHP", raw))
+    assert isinstance(rows_of(known)[0].prompt, str)
+    # Another set with these columns is read by its form.
+    assert isinstance(rows_of(load(write_copy(tmp_path / "SHP-2", raw)))[0].prompt, list)
 
 
 def write_copy(folder, raw):

@@ -1,12 +1,17 @@
+import numpy as np
 import pytest
 
 from dschat.data.splits import (
+    Assignment,
     Blend,
     first_indices_per_source,
     parse_shares,
     share_sizes,
-    split_indices,
 )
+
+
+def groups(*numbers):
+    return np.array(numbers, dtype=np.uint64)
 
 
 @pytest.mark.parametrize(
@@ -25,20 +30,57 @@ from dschat.data.splits import (
 )
 def test_share_sizes_follow_the_largest_remainder_method(num_rows, data_split, sizes):
     assert share_sizes(num_rows, parse_shares(data_split)) == sizes
-    steps = [split_indices(num_rows, data_split, step=step, data_seed=5) for step in (1, 2, 3)]
-    assert [len(rows) for rows in steps] == sizes
-    assert sorted(sum(steps, [])) == list(range(num_rows))
+    labels = Assignment(5, 0).assign(np.arange(num_rows, dtype=np.uint64), parse_shares(data_split))
+    assert [int((labels == step).sum()) for step in range(3)] == sizes
 
 
-def test_split_depends_only_on_size_and_seed():
-    first = split_indices(100, "2,4,4", step=3, data_seed=1234)
-    assert first == split_indices(100, "2,4,4", step=3, data_seed=1234)
-    assert first != split_indices(100, "2,4,4", step=3, data_seed=1235)
-    assert first != sorted(first)
-    # A dataset that shrank: no index of the larger one points past its end.
-    assert max(split_indices(50, "2,4,4", step=3, data_seed=1234)) < 50
-    # Pinned: another order would mix the steps' rows in runs started with an earlier version.
-    assert split_indices(10, "2,4,4", step=1, data_seed=1234) == [6, 7]
+def test_assignment_depends_on_seed_and_salt_and_beginnings_alone():
+    rows = np.arange(100, dtype=np.uint64)
+    shares = parse_shares("2,4,4")
+    first = Assignment(1234, 2).assign(rows, shares)
+    assert (first == Assignment(1234, 2).assign(rows, shares)).all()
+    assert (first != Assignment(1235, 2).assign(rows, shares)).any()
+    assert (first != Assignment(1234, 1).assign(rows, shares)).any()
+    order = np.random.default_rng(0).permutation(100)
+    assert (first[order] == Assignment(1234, 2).assign(rows[order], shares)).all()
+    # Pinned: other shares would mix the steps' rows in runs started with an earlier version.
+    assert Assignment(1234, 2).assign(rows[:10], shares).tolist() == [1, 2, 1, 0, 1, 1, 2, 2, 2, 0]
+
+
+@pytest.mark.parametrize("num_rows", [50, 99, 360, 1000])
+def test_a_row_more_moves_at_most_one_beginning_at_each_border(num_rows):
+    rows = np.random.default_rng(num_rows).integers(0, 2**63, num_rows + 1).astype(np.uint64)
+    shares = parse_shares("2,4,4")
+    before = Assignment(7, 0).assign(rows[:-1], shares)
+    after = Assignment(7, 0).assign(rows, shares)
+    assert (before != after[:-1]).sum() <= 2
+
+
+def test_rows_with_one_beginning_stay_together_over_all_sources():
+    steps = Assignment(3, 0)
+    shares = parse_shares("1,1,1")
+    rng = np.random.default_rng(1)
+    first = rng.integers(0, 40, 300).astype(np.uint64)
+    second = rng.integers(20, 60, 300).astype(np.uint64)
+    labels = np.concatenate([steps.assign(rows, shares) for rows in (first, second)])
+    rows = np.concatenate([first, second])
+    for group in np.unique(rows):
+        assert len(set(labels[rows == group])) == 1
+    for part in (labels[:300], labels[300:]):
+        counts = np.bincount(part, minlength=3)
+        assert counts.min() > 60  # of 100, where a beginning has about 8 rows
+
+
+def test_a_share_that_is_due_a_row_gets_a_beginning():
+    labels = Assignment(0, 0).assign(groups(*[1] * 5, *[2] * 5), [9, 1])
+    assert sorted(np.bincount(labels).tolist()) == [5, 5]
+    assert set(Assignment(0, 0).assign(groups(1, 1, 1), [2, 1])) == {0}
+
+
+def test_fixed_beginnings():
+    held_out = Assignment(0, 0)
+    held_out.fix(groups(4, 4, 2), label=1)
+    assert held_out.assign(groups(4, 2, 2), [1, 0]).tolist() == [1, 1, 1]
 
 
 @pytest.mark.parametrize(
@@ -47,7 +89,7 @@ def test_split_depends_only_on_size_and_seed():
 )
 def test_bad_split_names_the_flag_and_a_remedy(data_split):
     with pytest.raises(ValueError, match=r"--data_split .*such as 2,4,4"):
-        split_indices(10, data_split, step=1, data_seed=0)
+        parse_shares(data_split)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 import pytest
 
 from dschat.data.row import Row
-from dschat.data.templates import parse_turns, render
+from dschat.data.templates import TextFormat, parse_turns
 from tests.unit.data_helpers import CHAT_TEMPLATE, make_tokenizer
 
 DIALOGUE = [
@@ -14,10 +14,14 @@ FORM = "s\n\nHuman: u1\n\nAssistant: a1\n\nHuman: u2\n\nAssistant:"
 CHAT = "<s><system>s</><user> u1 </><assistant>a1</><user>u2</><assistant>"
 
 
-def texts(row, prompt_format, chat_template=None):
-    return render(
-        row, prompt_format=prompt_format, tokenizer=make_tokenizer(chat_template=chat_template)
-    )
+# Tokens that end a turn in the templates below.
+ENDS = ("</>", "<end>", "<|im_end|>", "<end_of_turn>", "<|eot_id|>")
+
+
+def texts(row, prompt_format, chat_template=None, special=ENDS):
+    tokenizer = make_tokenizer(chat_template=chat_template, special=special)
+    rendered = TextFormat(prompt_format, tokenizer).render(row)
+    return rendered.prompt, rendered.chosen, rendered.rejected
 
 
 @pytest.mark.parametrize("prompt_format", ["plain", "auto"])
@@ -45,7 +49,7 @@ def test_human_assistant_is_idempotent():
 def test_auto_takes_the_chat_template_for_messages_only_if_there_is_one():
     row = Row(DIALOGUE, " c ", "r")
     assert texts(row, "auto") == (FORM, " c ", " r")
-    assert texts(row, "auto", CHAT_TEMPLATE) == (CHAT, "c", "r")
+    assert texts(row, "auto", CHAT_TEMPLATE) == (CHAT, " c ", "r")
 
 
 def test_chat_of_strings():
@@ -57,13 +61,14 @@ def test_chat_of_strings():
 def test_chat_answer_is_as_the_template_writes_it():
     llama = "{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]"
     llama += "{% else %} {{ m['content'] }} </s>{% endif %}{% endfor %}"
-    assert texts(Row("p", "c", "r"), "chat", llama) == ("[INST] p [/INST]", " c", " r")
+    assert texts(Row("p", "c", "r"), "chat", llama) == ("[INST] p [/INST]", " c ", " r ")
     # The prompt contains the answer's words too: only those after the prompt count.
-    assert texts(Row("yes", "yes"), "chat", llama) == ("[INST] yes [/INST]", " yes", None)
+    assert texts(Row("yes", "yes"), "chat", llama) == ("[INST] yes [/INST]", " yes ", None)
     # Finished turns that do not begin with the generation prompt.
     thinks = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
     thinks += "{% if add_generation_prompt %}<assistant><think>{% endif %}"
-    assert texts(Row("p", "c"), "chat", thinks) == ("<user>p<assistant><think>", "c", None)
+    closed = "\n</think>\n\nc"
+    assert texts(Row("p", "c"), "chat", thinks) == ("<user>p<assistant><think>", closed, None)
     numbered = "{% for m in messages %}<turn {{ loop.index }}>{{ m['content'] }}{% endfor %}"
     numbered += "{% if add_generation_prompt %}<turn>{% endif %}"
     assert texts(Row("p", "c"), "chat", numbered) == ("<turn 1>p<turn>", "c", None)
@@ -99,18 +104,24 @@ SHOUTING = (
     ["d", "", "|", "s", "s>", "think", "end", "</think>", "\n", "aa", "<|im_end|>", "d d", "no"],
 )
 @pytest.mark.parametrize(
-    "template, head",
-    [(CHAT_TEMPLATE, ""), (CHATML, ""), (THINKING, NO_THOUGHTS), (SPACED, " ")],
-    ids=["plain", "chatml", "thinking", "spaced"],
+    "template, form",
+    [
+        (CHAT_TEMPLATE, "{}"),
+        (CHATML, "{}"),
+        (THINKING, NO_THOUGHTS + "{}"),
+        (SPACED, " {} "),
+        (CHATML.replace("m['content']", "m['content'] | trim"), "{}"),
+    ],
+    ids=["plain", "chatml", "thinking", "spaced", "trimming"],
 )
-def test_chat_answer_is_found_even_if_the_template_contains_its_words(template, head, answer):
+def test_chat_answer_is_found_even_if_the_template_contains_its_words(template, form, answer):
     _, chosen, rejected = texts(Row("d", answer, answer + "d"), "chat", template)
-    assert chosen == head + answer.strip()
-    assert rejected == head + answer.strip() + "d"
+    assert chosen == form.format(answer)
+    assert rejected == form.format(answer + "d")
 
 
 @pytest.mark.parametrize("template", [DROPPING, SHOUTING], ids=["dropping", "shouting"])
-@pytest.mark.parametrize("answer", ["d", "", "end", "no"])
+@pytest.mark.parametrize("answer", ["d", "end", "no"])
 def test_an_answer_that_the_template_drops_or_changes_is_unchanged(template, answer):
     assert texts(Row("p", answer), "chat", template)[1] == answer
 

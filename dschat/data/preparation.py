@@ -1,0 +1,281 @@
+"""Tokenize every row once, before training, and keep the result in the user's cache.
+
+The result is an Arrow file that all ranks of a host map into memory. Its name is a hash of all that
+decides what is in it: the rows, the tokenizer with its template, the options, and this package's
+own code. A second start with the same data reads it and does no work.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import datasets
+import filelock
+import numpy as np
+import pyarrow
+from transformers import PreTrainedTokenizerBase
+
+from dschat.data.datasets import LeftOut, TextDataset
+from dschat.data.splits import Blend
+from dschat.data.tables import Table
+from dschat.runtime.files import write_json
+
+logger = logging.getLogger(__name__)
+
+CHUNK_ROWS = 512
+PROGRESS_S = 10.0
+FAULTS_SHOWN = 5
+SCHEMAS = {
+    "SFTDataset": {"input_ids": "list", "labels": "list"},
+    "PairDataset": {
+        "prompt_ids": "list",
+        "chosen_ids": "list",
+        "rejected_ids": "list",
+        "margin": "number",
+    },
+    "PromptDataset": {"input_ids": "list"},
+}
+
+
+@dataclass
+class Report:
+    """What became of a dataset's rows."""
+
+    num_rows: int = 0
+    kept: list[int] = field(default_factory=list)  # positions of the rows that are used
+    num_cut: int = 0  # of the kept rows, those that are longer than the limit
+    longest: int = 0  # tokens of the longest row before truncation
+    num_tokens: int = 0  # of all kept items
+    num_hidden_turns: int = 0  # see `templates.Rendered`
+    left_out: Counter = field(default_factory=Counter)  # rows by reason
+    num_faults: int = 0
+    faults: list[str] = field(default_factory=list)  # the first of each kind
+
+    def describe(self, limit: str) -> str:
+        """Describe the rows in one line.
+
+        Args:
+            limit: the limit's flag and value.
+        """
+        parts = [f"{len(self.kept)} of {self.num_rows} rows"]
+        cut = f"{self.num_cut} are longer than {limit} and are cut"
+        parts.append(f"{cut} (longest: {self.longest} tokens)")
+        for reason, count in self.left_out.most_common():
+            share = count / max(1, self.num_rows)
+            parts.append(f"{count} ({share:.1%}) left out: {reason}")
+        if self.num_hidden_turns:
+            parts.append(
+                f"{self.num_hidden_turns} earlier answers are not learned, since the chat template "
+                "shows them differently later on"
+            )
+        return "; ".join(parts)
+
+
+def prepare(
+    dataset: TextDataset, *, cache_dir: Path | None, skip_bad_rows: bool, name: str
+) -> Report:
+    """Encode all rows of `dataset` and let it read them from the result, in place.
+
+    Rows that are left out are removed from the dataset.
+
+    Args:
+        dataset: its rows are a `Blend` or a list.
+        cache_dir: folder for the result; None: keep it in memory.
+        skip_bad_rows: leave out rows that cannot be encoded, instead of raising.
+        name: what the rows are, for messages.
+
+    Raises:
+        ValueError: rows that cannot be encoded; names the first ones.
+    """
+    key = _key(dataset) if cache_dir is not None else None
+    if key is None:
+        report, table = _in_memory(dataset, name)
+    else:
+        report, table = _in_cache(dataset, cache_dir / "prepared", key, name)
+    if report.num_faults:
+        _raise_or_warn(report, skip=skip_bad_rows and bool(report.kept), name=name)
+    rows = dataset.rows
+    if len(report.kept) < len(rows):
+        if isinstance(rows, Blend):
+            rows = rows.take(report.kept)
+        else:
+            rows = [rows[position] for position in report.kept]
+    dataset.rows = rows
+    dataset.prepared = table
+    return report
+
+
+def _raise_or_warn(report: Report, *, skip: bool, name: str) -> None:
+    shown = report.faults[:FAULTS_SHOWN]
+    if report.num_faults > len(shown):
+        shown = [*shown, f"... and {report.num_faults - len(shown)} more."]
+    if not skip:
+        remedy = "Fix the rows, or leave them out with --skip_bad_rows."
+        if not report.kept:
+            remedy = "No row here is usable."
+        raise ValueError("\n".join([*shown, remedy]))
+    logger.warning(
+        "%s: left out %d of %d rows that cannot be shown: %s",
+        name,
+        report.num_faults,
+        report.num_rows,
+        " ".join(shown),
+    )
+
+
+def _in_memory(dataset: TextDataset, name: str) -> tuple[Report, list[dict]]:
+    report = Report()
+    items = [item for chunk in _encode(dataset, report, name) for item in chunk]
+    return report, items
+
+
+def _in_cache(
+    dataset: TextDataset, folder: Path, key: str, name: str
+) -> tuple[Report, datasets.Dataset | list[dict]]:
+    table_file = folder / f"{key}.arrow"
+    report_file = folder / f"{key}.json"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # The ranks of a host come here at the same time: the first one encodes.
+        with filelock.FileLock(folder / f"{key}.lock"):
+            if not report_file.is_file():
+                report = Report()
+                _write(dataset, report, table_file, name)
+                write_json(report_file, _to_json(report))
+    except OSError as error:
+        logger.warning(
+            "%s: the cache cannot be written (%s), so the rows are kept in memory", folder, error
+        )
+        return _in_memory(dataset, name)
+    report = _from_json(json.loads(report_file.read_text()))
+    if not report.kept:
+        return report, []
+    return report, datasets.Dataset.from_file(str(table_file))
+
+
+def _write(dataset: TextDataset, report: Report, path: Path, name: str) -> None:
+    """Write the items as an Arrow stream, under their name only once they are complete."""
+    columns = SCHEMAS[type(dataset).__name__]
+    types = {"list": pyarrow.list_(pyarrow.int32()), "number": pyarrow.float64()}
+    schema = pyarrow.schema([(column, types[kind]) for column, kind in columns.items()])
+    temporary = path.with_suffix(f".{os.getpid()}")
+    with open(temporary, "wb") as file, pyarrow.ipc.new_stream(file, schema) as writer:
+        for items in _encode(dataset, report, name):
+            if items:
+                batch = {column: [item[column] for item in items] for column in columns}
+                writer.write_batch(pyarrow.RecordBatch.from_pydict(batch, schema=schema))
+    os.replace(temporary, path)
+
+
+def _encode(dataset: TextDataset, report: Report, name: str) -> Iterator[list[dict]]:
+    """Encode all rows, a chunk at a time, and count what becomes of them in `report`."""
+    report.num_rows = len(dataset)
+    begun = shown = time.monotonic()
+    for begin in range(0, len(dataset), CHUNK_ROWS):
+        yield _encode_chunk(dataset, range(begin, min(begin + CHUNK_ROWS, len(dataset))), report)
+        now = time.monotonic()
+        if now - shown > PROGRESS_S:
+            shown = now
+            done = begin + CHUNK_ROWS
+            rest = (now - begun) * (len(dataset) - done) / done
+            logger.info("%s: tokenized %d of %d rows, %.0f s left", name, done, len(dataset), rest)
+
+
+def _encode_chunk(dataset: TextDataset, positions: range, report: Report) -> list[dict]:
+    rows, rendered = [], []
+    for position in positions:
+        try:
+            row = dataset.row(position)
+            rendered.append(dataset.render(row))
+            rows.append((position, row))
+        except ValueError as error:
+            _add_fault(report, error)
+    items = []
+    for (position, row), encoded in zip(rows, dataset.encoder.encode_all(rendered), strict=True):
+        num_tokens = dataset.num_tokens(encoded)
+        report.longest = max(report.longest, num_tokens)
+        try:
+            item = dataset.fit(row, encoded)
+        except LeftOut as reason:
+            report.left_out[reason.kind] += 1
+            continue
+        except ValueError as error:
+            _add_fault(report, error)
+            continue
+        items.append(item)
+        report.kept.append(position)
+        report.num_cut += num_tokens > dataset.limit
+        report.num_tokens += min(num_tokens, dataset.limit)
+        report.num_hidden_turns += encoded.num_hidden_turns
+    return items
+
+
+def _add_fault(report: Report, error: ValueError) -> None:
+    report.num_faults += 1
+    if len(report.faults) < FAULTS_SHOWN:
+        report.faults.append(str(error))
+
+
+def _to_json(report: Report) -> dict:
+    return {**vars(report), "left_out": dict(report.left_out)}
+
+
+def _from_json(values: dict) -> Report:
+    return Report(**{**values, "left_out": Counter(values["left_out"])})
+
+
+def _key(dataset: TextDataset) -> str | None:
+    """Return the name of the prepared rows in the cache, or None if they cannot be named."""
+    if not isinstance(dataset.rows, Blend):
+        return None
+    options = {
+        "kind": type(dataset).__name__,
+        "limit": dataset.limit,
+        "truncation": dataset.truncation,
+        "train_on": getattr(dataset, "train_on", None),
+        "format": dataset.encoder.format.prompt_format,
+        "end": dataset.encoder.end_token_id,
+    }
+    digest = hashlib.sha256(json.dumps(options, sort_keys=True).encode())
+    digest.update(_code_digest())
+    digest.update(_tokenizer_digest(dataset.tokenizer))
+    for source, part in dataset.rows.pieces:
+        digest.update(_table_digest(part.table))
+        digest.update(repr(source.reading).encode())
+        digest.update(np.ascontiguousarray(part.index).tobytes())
+        digest.update(np.ascontiguousarray(part.pick).tobytes())
+    return digest.hexdigest()[:32]
+
+
+def _table_digest(table: Table) -> bytes:
+    """Return a hash of a table's content."""
+    if isinstance(table.rows, datasets.Dataset):
+        return table.rows._fingerprint.encode()
+    digest = hashlib.sha256()
+    for chunk in table.chunks:
+        with open(chunk.title, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.digest()
+
+
+def _code_digest() -> bytes:
+    """Return a hash of this package's code: a change of it makes the rows again."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.digest()
+
+
+def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> bytes:
+    digest = hashlib.sha256()
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    words = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab())
+    for text in (words, str(tokenizer.chat_template), str(tokenizer.special_tokens_map)):
+        digest.update(text.encode("utf-8", errors="surrogatepass"))
+    return digest.digest()
