@@ -1,4 +1,4 @@
-"""The flags that a run which does not fit is told to give: they do make it fit, and no fewer would."""
+"""The flags that are named for a run that does not fit: they make it fit, and no fewer would."""
 
 import itertools
 
@@ -17,7 +17,7 @@ CONFIGS = {"1": SFTConfig, "2": RewardConfig, "dpo": DPOConfig, "3": PPOConfig}
 
 
 def configured(step: str, model: str, flags: str = ""):
-    """The configuration of a step; the models of step 3 are "actor critic"."""
+    """Return the configuration of a step; the models of step 3 are "actor critic"."""
     names = f"--model_name_or_path {model}"
     if step == "3":
         names = "--actor_model_name_or_path {} --critic_model_name_or_path {}".format(
@@ -47,7 +47,7 @@ def fits(config, on: Machine, dtype: str = "bf16") -> bool:
 
 
 def some_fitting(config, on: Machine, *, fewer_than: int) -> dict | None:
-    """Options of fewer flags that fit, by trying all."""
+    """Return options of fewer flags that fit, found by trying all, or None."""
     changes = [
         change.options for kind in _kinds(config, world_size=on.world_size) for change in kind
     ]
@@ -85,7 +85,7 @@ FEW = [
 @pytest.mark.parametrize(
     "step, model, flags, sizes", FEW, ids=[" ".join(map(str, case)) for case in FEW]
 )
-def test_what_does_not_fit_is_told_the_fewest_flags_that_make_it_fit(step, model, flags, sizes):
+def test_advice_names_the_fewest_flags_that_make_a_run_fit(step, model, flags, sizes):
     config, on = configured(step, model, flags), machine(*sizes)
     told = refusal(config, on).partition("It fits with ")[2].partition(" (")[0]
     count = told.count("--")
@@ -106,7 +106,7 @@ MANY = [
 @pytest.mark.parametrize(
     "step, model, flags, sizes", MANY, ids=[" ".join(map(str, case)) for case in MANY]
 )
-def test_where_three_flags_are_not_enough_it_says_so_and_none_of_more_can_be_left_out(
+def test_advice_says_if_three_flags_are_not_enough_and_needs_each_flag_it_names(
     step, model, flags, sizes
 ):
     config, on = configured(step, model, flags), machine(*sizes)
@@ -124,14 +124,15 @@ def test_where_three_flags_are_not_enough_it_says_so_and_none_of_more_can_be_lef
         assert not fits(with_options(config, rest), on), change
 
 
-def test_a_smaller_batch_trains_the_same_and_counts_as_two_flags():
-    flags = "--lora_dim 8 --only_optimize_lora --gradient_checkpointing --enable_mixed_precision_lora --offload --zero_stage 3"
+def test_a_smaller_batch_keeps_training_equal_and_counts_as_two_flags():
+    flags = "--lora_dim 8 --only_optimize_lora --gradient_checkpointing --offload --zero_stage 3 "
+    flags += "--enable_mixed_precision_lora"
     config = configured("1", "llama-2-7b", f"{flags} --per_device_train_batch_size 256")
     found = find_remedy(config, machine(24), dtype="bf16")
     assert found.flags == ["--per_device_train_batch_size 64", "--gradient_accumulation_steps 4"]
 
 
-def test_the_memory_of_the_host_counts_and_may_be_what_is_missing():
+def test_host_memory_counts_and_may_be_what_is_missing():
     config = configured("3", "llama-2-7b llama-2-7b")
     on = machine(80, 100)
     found = find_remedy(config, on, dtype="bf16")
@@ -151,9 +152,10 @@ def test_the_memory_of_the_host_counts_and_may_be_what_is_missing():
     )
 
 
-def test_ordinary_host_memory_is_found_where_page_locked_does_not_fit():
+def test_advice_finds_ordinary_host_memory_if_page_locked_does_not_fit():
     flags = "--actor_zero_stage 2 --critic_zero_stage 2 --offload --actor_gradient_checkpointing "
-    flags += "--critic_gradient_checkpointing --per_device_generation_batch_size 4 --per_device_training_batch_size 4"
+    flags += "--critic_gradient_checkpointing --per_device_generation_batch_size 4 "
+    flags += "--per_device_training_batch_size 4"
     config = configured("3", "opt-13b opt-350m", flags)
     # fp32 weights and gradients of 48 GiB each take 64, bf16 weights of 24 take 32.
     assert "263.3 GiB of 250.0 GiB host memory. It fits with --no_pin_memory (" in refusal(
@@ -162,7 +164,7 @@ def test_ordinary_host_memory_is_found_where_page_locked_does_not_fit():
     assert not machine(80, 264).missing(plan_step(config, world_size=1, dtype="bf16"))
 
 
-def test_where_no_flags_help_the_nearest_miss_and_the_number_of_gpus_are_named():
+def test_advice_names_the_nearest_miss_and_enough_gpus_if_no_flags_help():
     models, flags = "llama-2-70b opt-350m", "--enable_hybrid_engine --critic_gradient_checkpointing"
     config, on = configured("3", models, flags), machine(48, 1000)
     message = refusal(config, on)
@@ -184,16 +186,18 @@ def test_where_no_flags_help_the_nearest_miss_and_the_number_of_gpus_are_named()
     assert find_remedy(config, half, dtype="bf16").missing
 
 
-def test_larger_tensor_parallel_groups_are_a_remedy_where_they_fit_model_and_processes():
-    flags = "--enable_hybrid_engine --actor_zero_stage 3 --critic_zero_stage 3 --offload --actor_lora_dim 8 "
-    flags += "--critic_lora_dim 8 --only_optimize_lora --actor_gradient_checkpointing --critic_gradient_checkpointing "
-    flags += "--per_device_generation_batch_size 4 --per_device_training_batch_size 4 --per_device_eval_batch_size 4"
+def test_larger_tensor_parallel_groups_are_a_remedy_if_model_and_ranks_allow():
+    flags = "--enable_hybrid_engine --actor_zero_stage 3 --critic_zero_stage 3 --offload "
+    flags += "--actor_lora_dim 8 --critic_lora_dim 8 --only_optimize_lora "
+    flags += "--actor_gradient_checkpointing --critic_gradient_checkpointing "
+    flags += "--per_device_generation_batch_size 4 --per_device_training_batch_size 4 "
+    flags += "--per_device_eval_batch_size 4"
     config = configured("3", "llama-2-7b llama-2-7b", flags)
     assert find_remedy(config, machine(10, gpus=8), dtype="bf16").flags == ["--inference_tp_size 8"]
     assert "inference_tp_size" not in find_remedy(config, machine(10, gpus=3), dtype="bf16").options
 
 
-def test_single_precision_is_left_where_that_is_enough():
+def test_half_precision_is_a_remedy_for_fp32():
     config = configured(
         "1", "opt-350m", "--dtype fp32 --gradient_checkpointing --per_device_eval_batch_size 4"
     )
@@ -206,7 +210,7 @@ def test_single_precision_is_left_where_that_is_enough():
     assert (found.options, found.missing) == ({"dtype": "auto"}, 0)
 
 
-def test_options_are_replaced_in_whatever_group_they_are():
+def test_with_options_replaces_fields_in_any_group():
     config = with_options(
         configured("1", "opt-350m"),
         {"gradient_checkpointing": True, "per_device_train_batch_size": 2},

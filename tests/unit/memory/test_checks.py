@@ -46,7 +46,8 @@ def check(
             "opt-1.3b",
             3,
             6,
-            "--inference_tp_size 3 does not divide the model's 32 attention heads: give a divisor of 32, or 1",
+            "--inference_tp_size 3 does not divide the model's 32 attention heads: "
+            "give a divisor of 32, or 1",
         ),
         ("opt-125m", 8, 8, "does not divide the model's 12 attention heads"),
         (
@@ -59,23 +60,25 @@ def check(
             "llama-2-7b",
             4,
             6,
-            r"--inference_tp_size 4 does not divide the 6 process\(es\) of this run: give a divisor of 6",
+            r"--inference_tp_size 4 does not divide the 6 process\(es\) of this run: "
+            "give a divisor of 6",
         ),
         (
             "tiny-gpt2",
             2,
             2,
-            "--inference_tp_size 2: how to split a model of type gpt2 is not known: give --inference_tp_size 1",
+            "--inference_tp_size 2: how to split a model of type gpt2 is not known: "
+            "give --inference_tp_size 1",
         ),
         ("bloom-1b1", 2, 2, "type bloom is not known"),
     ],
 )
-def test_what_cannot_be_split_is_refused(actor, size, world_size, message):
+def test_models_that_cannot_be_split_are_refused(actor, size, world_size, message):
     with pytest.raises(ValueError, match=message):
         check(actor, f"{SPLIT} --inference_tp_size {size}", world_size=world_size)
 
 
-def test_what_can_be_split_is_not():
+def test_models_that_can_be_split_are_accepted():
     for actor in (
         "opt-1.3b",
         "llama-2-70b",
@@ -94,7 +97,8 @@ def test_what_can_be_split_is_not():
 def test_feed_forward_columns_are_divided_too():
     config = OPTConfig(ffn_dim=30, hidden_size=16, num_attention_heads=4, num_hidden_layers=1)
     assert split_problems(config, 4, world_size=4) == [
-        "--inference_tp_size 4 does not divide the model's 30 feed-forward columns: give a divisor of 30, or 1."
+        "--inference_tp_size 4 does not divide the model's 30 feed-forward columns: "
+        "give a divisor of 30, or 1."
     ]
 
 
@@ -117,7 +121,8 @@ def test_packed_matrices_and_experts_are_not_split():
     ],
 )
 def test_texts_longer_than_learned_positions_are_refused(engine, actor, critic, prompt, flag, most):
-    message = f"--max_prompt_seq_len {prompt} and --max_answer_seq_len 256 make texts of {prompt + 256} tokens, and {flag} "
+    message = f"--max_prompt_seq_len {prompt} and --max_answer_seq_len 256 make texts of "
+    message += f"{prompt + 256} tokens, and {flag} "
     with pytest.raises(
         ValueError,
         match=f"{message}has learned {most} positions: give lengths that add up to {most}",
@@ -126,7 +131,7 @@ def test_texts_longer_than_learned_positions_are_refused(engine, actor, critic, 
     check(actor, f"{engine} --max_prompt_seq_len {prompt - 1}", critic=critic)
 
 
-def test_reward_models_that_read_the_same_tokens_have_limits_too_and_computed_positions_none():
+def test_positions_limit_reward_models_of_the_same_tokens_unless_they_are_computed():
     flags = "--max_prompt_seq_len 4000 --reward_model_name_or_path opt-350m"
     check("llama-2-7b", flags, critic="llama-2-7b")
     with pytest.raises(
@@ -137,7 +142,7 @@ def test_reward_models_that_read_the_same_tokens_have_limits_too_and_computed_po
 
 
 @pytest.mark.parametrize("step", [SFTConfig, RewardConfig, DPOConfig])
-def test_texts_of_the_other_steps_have_limits_too(step):
+def test_positions_limit_texts_of_the_other_steps(step):
     for name, length in (("opt-1.3b", 2048), ("tiny-gpt2", 512), ("llama-2-7b", None)):
         words = f"--model_name_or_path {name} --max_seq_len"
         checked_plan(
@@ -146,25 +151,30 @@ def test_texts_of_the_other_steps_have_limits_too(step):
         if length is None:
             continue
         config = parse_config(step, f"{words} {length + 1}".split())
-        message = f"--max_seq_len {length + 1}: --model_name_or_path {name} has learned {length} positions. Give {length} or less"
+        message = f"--max_seq_len {length + 1}: --model_name_or_path {name} has learned "
+        message += f"{length} positions. Give {length} or less"
         with pytest.raises(ValueError, match=message):
             checked_plan(config, world_size=1, dtype="bf16")
 
 
-def test_tables_of_tokens_are_no_positions():
-    """Gemma 3n has vectors of the tokens for each layer, more than it may have positions."""
+def test_token_tables_do_not_count_as_positions():
+    """Gemma 3n has token vectors for each layer, more rows than it has positions."""
     config = Gemma3nTextConfig(
-        hidden_size=16, num_hidden_layers=2, vocab_size=200, vocab_size_per_layer_input=200, max_position_embeddings=64,
-        num_attention_heads=2, num_key_value_heads=1, intermediate_size=32, hidden_size_per_layer_input=8,
-        laurel_rank=4, num_kv_shared_layers=0, layer_types=["full_attention"] * 2, activation_sparsity_pattern=[0.0, 0.0],
+        hidden_size=16, num_hidden_layers=2, vocab_size=200, vocab_size_per_layer_input=200,
+        max_position_embeddings=64,
+        num_attention_heads=2, num_key_value_heads=1, intermediate_size=32,
+        hidden_size_per_layer_input=8,
+        laurel_rank=4, num_kv_shared_layers=0, layer_types=["full_attention"] * 2,
+        activation_sparsity_pattern=[0.0, 0.0],
     )  # fmt: skip
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     assert _learned_positions(model, config) is None
 
 
-def test_runs_dry_runs_and_plans_refuse(monkeypatch):
-    words = "--actor_model_name_or_path opt-1.3b --critic_model_name_or_path opt-350m --max_prompt_seq_len 2000"
+def test_runs_dry_runs_and_plans_refuse_too_long_texts(monkeypatch):
+    words = "--actor_model_name_or_path opt-1.3b --critic_model_name_or_path opt-350m"
+    words += " --max_prompt_seq_len 2000"
     config = parse_config(PPOConfig, words.split())
     for start in (
         lambda: preflight.show_plan(config, dtype="bf16"),
@@ -245,7 +255,7 @@ def announced(flags: str, monkeypatch, *levels: str) -> list[str]:
         (f"{SPLIT} --inference_tp_size 2 --tp_gather_partition_size 4", ""),
     ],
 )
-def test_split_flags_without_effect_are_told(flags, said, monkeypatch):
+def test_split_flags_without_effect_are_reported(flags, said, monkeypatch):
     lines = announced(flags, monkeypatch, "info", "warning")
     found = [line for line in lines if "_tp_size" in line or "tp_gather" in line]
     assert found == ([said] if said else [])
@@ -272,7 +282,7 @@ def test_split_flags_without_effect_are_told(flags, said, monkeypatch):
         ("--kl_coef 0", []),
     ],
 )
-def test_targets_that_nothing_approaches_are_told(flags, said, monkeypatch):
+def test_targets_without_effect_are_reported(flags, said, monkeypatch):
     lines = announced(flags, monkeypatch, "warning")
     assert len(lines) == len(said) and all(
         line.startswith(start) for line, start in zip(lines, said)
@@ -288,7 +298,7 @@ def test_targets_that_nothing_approaches_are_told(flags, said, monkeypatch):
         ("", []),
     ],
 )
-def test_ordinary_host_memory_of_nothing_is_told(flags, said, monkeypatch):
+def test_pin_memory_without_effect_is_reported(flags, said, monkeypatch):
     lines = announced(flags, monkeypatch, "info")
     assert [line for line in lines if "pin_memory" in line] == said
 

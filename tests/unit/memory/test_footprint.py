@@ -62,29 +62,28 @@ def test_plain_fp32_holds_weights_gradients_and_two_moments():
 
 
 @pytest.mark.parametrize("stage", [0, 1])
-def test_stage_1_parts_the_optimizer_states(stage):
+def test_stage_1_divides_the_optimizer_states(stage):
     found = training(stage)
     # Whole weights and gradients; a quarter of 700 x (4 + 8) bytes.
     assert (found.weights, found.master, found.adam, found.gradients) == (2000, 700, 1400, 1400)
     assert found.early == 2 * BUCKET
-    assert found.reduce == 2 * BUCKET + 350  # its own part of the gradients, beside all of them
-    # The largest group's quarter, 150, flat in bf16 and in fp32; what other processes step is gone
-    # by then.
+    assert found.reduce == 2 * BUCKET + 350  # this rank's part of the gradients, besides all
+    # The largest group's quarter, 150, flat in bf16 and in fp32; other ranks' gradients are freed.
     assert found.step == 6 * 150 - (1400 - 350)
     assert found.build == 2 * 600
 
 
-def test_stage_2_parts_the_gradients_too():
+def test_stage_2_divides_the_gradients_too():
     found = training(2)
     assert (found.weights, found.master, found.adam, found.gradients) == (2000, 700, 1400, 350)
     assert found.early == 2 * BUCKET + 350 and found.step == 6 * 150
 
 
-def test_stage_3_parts_the_weights_too():
+def test_stage_3_divides_the_weights_too():
     found = training(3)
     assert (found.weights, found.master, found.adam) == (500, 700, 1400)
-    # A bucket of DeepSpeed's default size, its part of the gradients, and the whole weights in use
-    # (here: all).
+    # A bucket of DeepSpeed's default size, this rank's part of the gradients, and the whole weights
+    # in use (here all).
     assert found.buffers == 2 * 500_000_000 + 350 + 2000
     assert found.step == 6 * 175
     assert (
@@ -98,14 +97,14 @@ def test_offload_leaves_weights_on_the_gpu(stage):
     assert (found.weights, found.master, found.adam, found.step) == (2000, 0, 0, 0)
     assert found.buffers == 2 * 200  # one gradient on its way
     assert found.gradients == (0 if stage == 2 else 1400)
-    # fp32 weights, gradients, two moments, and bf16 weights, of a quarter of 700.
+    # fp32 weights, gradients, two moments, and bf16 weights of a quarter of 700.
     assert found.host == 18 * 175
 
 
-def test_offload_of_stage_3_leaves_nothing_but_what_is_in_use():
+def test_offload_of_stage_3_leaves_only_weights_in_use():
     found = training(3, offload=True)
     assert (found.weights, found.buffers) == (0, 2 * 500_000_000 + 2000)
-    # The trained weights are page-locked in any case: 2 x 150 and 2 x 25 bytes, the next powers of
+    # The trained weights are always page-locked: 2 x 150 and 2 x 25 bytes, rounded up to powers of
     # two.
     assert found.host == 500 + (512 - 300) + (64 - 50) + 18 * 175
     assert (
@@ -123,16 +122,15 @@ def test_page_locked_buffers_take_powers_of_two(stage):
     assert training(stage, offload=True, pin=True, size=exact, world_size=1).host == 18 * 640
     several = dict(offload=True, world_size=1, accumulation=2, size=replace(exact, rounding=1.5))
     more = training(stage, pin=True, **several).host - training(stage, **several).host
-    assert more == pytest.approx(0.5 * 2 * 640)  # gradients that accumulate lie one by one
+    assert more == pytest.approx(0.5 * 2 * 640)  # gradients that accumulate have a buffer each
 
 
 def test_page_locked_buffers_of_stage_3():
-    # Frozen weights one by one; trained ones, their gradients and the steps' gradients flat.
+    # Frozen weights have a buffer each; trained ones, their gradients and the steps' are flat.
     pinned = training(3, offload=True, pin=True, size=replace(SIZE, rounding=1.5))
     assert pinned.host_weights == 1.5 * (500 - 350) + 512 + 64
     assert pinned.host - pinned.host_weights == 12 * 175 + 512 + (1024 + 128)
-    # Steps of 10^9 elements, of which 4 x 10^9 bytes round up to 2^32; what is left over rounds up
-    # by itself.
+    # Steps of 10^9 elements: 4 x 10^9 bytes round up to 2^32. The remainder rounds up separately.
     large = replace(SIZE, parameters=2_500_000_000, groups=(2_500_000_000,))
     found = training(3, offload=True, pin=True, size=large, world_size=1)
     assert found.host - found.host_weights == 12 * 2_500_000_000 + 2**33 + 2 * 2**32 + 2**31
@@ -169,9 +167,9 @@ def test_models_that_only_evaluate():
 
 
 def test_activations_of_a_llama_layer():
-    # A token: two norms of 4 x 8 (fp32) + 2 x 8 (out) + 2 x 8 (normalised), four of 2 x 8 in the
-    # attention, four of
-    # 2 x 16 in the feed-forward part, and 4 bytes of log-sum-exp for each of two heads.
+    # A token: two norms of 4 x 8 (fp32) + 2 x 8 (out) + 2 x 8 (normalized), four of 2 x 8 in the
+    # attention, four of 2 x 16 in the feed-forward part, and 4 bytes of log-sum-exp for each of two
+    # heads.
     assert activations.layer_bytes(SIZE, width=2) == 2 * (32 + 16 + 16) + 4 * 16 + 4 * 32 + 8
     ends = (4 + 6) * 8
     assert activations.kept_bytes(SIZE, tokens=3, width=2, checkpointing=False) == 3 * (
@@ -189,7 +187,7 @@ def test_activations_of_an_opt_layer():
     assert activations.layer_bytes(dropping, width=2) == 2 * (8 * 8 + 32) + 8 + 2 * 8
 
 
-def test_logits_are_chunked_as_the_loss_does_it():
+def test_logits_are_chunked_as_in_the_loss():
     assert activations.CHUNK_ELEMENTS == logprobs.CHUNK_ELEMENTS
     few, many = 1000, 10 * activations.CHUNK_ELEMENTS
     assert activations.loss_bytes(few, width=2, sliced=False, backward=True) == 2000 + 25 * 1000
@@ -211,8 +209,8 @@ def test_logits_are_chunked_as_the_loss_does_it():
         (LoraOptions(lora_dim=4, only_optimize_lora=True), 0),
     ],
 )
-def test_counting_a_few_layers_is_counting_all(family, reward, lora, freeze):
-    """Against the model with all of its layers, prepared as a step does it."""
+def test_counting_a_few_layers_gives_the_size_of_all(family, reward, lora, freeze):
+    """Compare with the model with all of its layers, prepared as in a step."""
     config = shape_config(f"tiny-{family}")
     config.num_hidden_layers = 8
     if getattr(config, "layer_types", None):
@@ -249,7 +247,10 @@ def test_llama_2_70b_groups_its_keys():
     )
 
 
-STEP3 = "--actor_model_name_or_path llama-2-7b --critic_model_name_or_path llama-2-7b --max_prompt_seq_len 256"
+STEP3 = (
+    "--actor_model_name_or_path llama-2-7b --critic_model_name_or_path llama-2-7b "
+    "--max_prompt_seq_len 256"
+)
 
 
 def ppo(flags: str, world_size: int = 1):
@@ -258,11 +259,11 @@ def ppo(flags: str, world_size: int = 1):
     )
 
 
-def test_step_3_holds_four_models_and_the_critic_none_without_one():
+def test_step_3_has_four_models_or_three_without_a_critic():
     plan = ppo("")
     assert set(plan.models) == {"actor", "reference", "reward", "critic"}
     assert plan.models["reference"].weights == 2 * 6_738_415_616
-    # The score head stands in for the output head: 32000 x 4096 less, 4096 more.
+    # The score head replaces the output head: 32000 x 4096 less, 4096 more.
     assert plan.models["reward"].weights == 2 * (6_738_415_616 - 32000 * 4096 + 4096)
     rloo = ppo("--advantage_estimator rloo --num_samples_per_prompt 2")
     assert set(rloo.models) == {"actor", "reference", "reward"} and not any(
@@ -290,8 +291,8 @@ def test_the_replica_shares_merges_or_gathers():
 
 
 def test_a_tensor_parallel_replica_is_divided_but_for_embeddings_norms_and_head():
-    flags = "--enable_hybrid_engine --actor_zero_stage 3 --per_device_generation_batch_size 4 --eval_prompts 4"
-    flags += " --per_device_training_batch_size 4"
+    flags = "--enable_hybrid_engine --actor_zero_stage 3 --per_device_generation_batch_size 4"
+    flags += " --eval_prompts 4 --per_device_training_batch_size 4"
     whole, split = ppo(flags, world_size=8), ppo(f"{flags} --inference_tp_size 4", world_size=8)
     in_layers = 32 * (4 * 4096 * 4096 + 3 * 4096 * 11008)
     outside = 2 * 32000 * 4096 + 65 * 4096
@@ -299,14 +300,14 @@ def test_a_tensor_parallel_replica_is_divided_but_for_embeddings_norms_and_head(
     assert split.resident["replica"] == 2 * (in_layers / 4 + outside)
     # Four times the rows, a quarter of the heads.
     assert split.resident["KV cache"] == whole.resident["KV cache"] == 2 * 2 * 32 * 4096 * 4 * 512
-    # Eight of 32 layers are whole at a time while slices are taken, more than the prompts need.
+    # Eight of 32 layers are whole at once while slices are taken, more than the prompts need.
     prefill = 4 * 256 * (2 * 3 * (4096 + 11008) + 4 * 4096)
     freed = 2 * in_layers * 3 / 4
     assert (
         whole.phases["generate"] - split.phases["generate"] == freed + prefill - 2 * in_layers / 4
     )
-    # Of 64 prompts of 256 tokens on each of four ranks the hidden states are whole, the
-    # feed-forward part is a quarter.
+    # 64 prompts of 256 tokens on each of four ranks: hidden states are whole, the feed-forward part
+    # is a quarter.
     many = flags.replace("generation_batch_size 4", "generation_batch_size 64")
     whole, split = ppo(many, world_size=8), ppo(f"{many} --inference_tp_size 4", world_size=8)
     gathered = 4 * 64 * 256 * (2 * 3 * (4096 + 11008 / 4) + 4 * 4096)
@@ -327,7 +328,7 @@ def test_split_biases_count_where_outputs_are_split():
 ADAPTERS = "--actor_lora_dim 8 --critic_lora_dim 8 --only_optimize_lora"
 
 
-def test_a_shared_reference_and_a_shared_reward_are_no_copies():
+def test_shared_reference_and_reward_take_no_memory():
     assert set(ppo(ADAPTERS).models) == {"actor", "critic"}
     assert set(ppo(f"{ADAPTERS} --no_share_reference").models) == {"actor", "reference", "critic"}
     assert set(ppo(f"{ADAPTERS} --no_share_reward").models) == {"actor", "reward", "critic"}
@@ -340,9 +341,9 @@ def test_a_shared_reference_and_a_shared_reward_are_no_copies():
     assert apart.phases["actor step"] - ppo(ADAPTERS).phases["actor step"] == both
 
 
-def test_idle_states_are_on_the_host_but_for_updates():
-    # fp32 weights and two moments of 700 trained parameters on 4 processes; under ZeRO-3 the
-    # gradients' buffer too.
+def test_idle_states_are_on_the_host_except_in_updates():
+    # fp32 weights and two moments of 700 trained parameters on 4 ranks; under ZeRO-3 also the
+    # gradients' buffer.
     assert (training(2).idle, training(3).idle, training(0, dtype="fp32").idle) == (
         12 * 175,
         14 * 175,
@@ -383,12 +384,12 @@ def test_int8_weights_take_a_byte_and_their_scales():
     parts = ppo(f"{flags} --actor_zero_stage 3", world_size=8)
     held = 2 * parts.sizes["actor"].parameters - saved
     assert parts.models["actor"].weights == held / 8 and parts.models["actor"].build == saved / 8
-    # Attached adapters need the weights themselves beside them, and those are in int8.
+    # Attached adapters also need the weights themselves, which are in int8.
     hybrid = f"{flags} --enable_hybrid_engine"
     assert ppo(f"{hybrid} --hybrid_lora attach").resident["replica"] == 2 * adapted
 
 
-def test_a_pair_is_two_texts_and_the_table_says_what_is_needed():
+def test_a_pair_counts_as_two_texts_and_the_table_shows_what_is_needed():
     config = parse_config(
         RewardConfig, "--model_name_or_path opt-350m --per_device_train_batch_size 4".split()
     )
@@ -404,7 +405,7 @@ def test_a_pair_is_two_texts_and_the_table_says_what_is_needed():
     assert "1.2 GiB of host memory for 2 process(es) of 1.0 GiB: does not fit" in text
 
 
-def test_counting_leaves_the_random_numbers_alone():
+def test_counting_draws_no_random_numbers():
     from dschat.memory import model_size as sizes
 
     sizes._counted.cache_clear()
@@ -417,17 +418,17 @@ def test_counting_leaves_the_random_numbers_alone():
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_each_phase_is_parted_by_what_lies_there():
-    flags = "--model_name_or_path llama-2-7b --zero_stage 2 --gradient_checkpointing --per_device_train_batch_size 4"
-    config = parse_config(SFTConfig, f"{flags} --per_device_eval_batch_size 2".split())
+def test_each_phase_is_divided_into_kinds_of_tensors():
+    flags = "--model_name_or_path llama-2-7b --zero_stage 2 --gradient_checkpointing"
+    flags += " --per_device_train_batch_size 4 --per_device_eval_batch_size 2"
+    config = parse_config(SFTConfig, flags.split())
     plan, n = plan_step(config, world_size=8, dtype="bf16"), 6_738_415_616
     matrices = n - 65 * 4096  # the largest group of the optimizer; the norms' weights are the other
     lying = {"weights": 2 * n, "optimizer": 12 * n / 8}
     tokens, logits = 4 * 512, 4 * 512 * 32000  # fewer logits than a chunk of the loss
     kept = tokens * (32 * 2 * 4096 + 10 * 4096)  # a layer's input of each layer; the ends
     loss = (2 + 25) * logits
-    # One layer, recomputed: two norms, attention and feed-forward part, log-sum-exps; and
-    # gradients.
+    # One recomputed layer (two norms, attention, feed-forward part, log-sum-exps) and gradients.
     again = 2 * (4 + 2 + 2) * 4096 + 2 * (4 * 4096 + 4 * 11008) + 4 * 32
     working = tokens * (again + 2 * (2 * 4096 + 3 * 11008))
     gradients = 2 * BUCKET + 2 * n / 8
@@ -450,14 +451,15 @@ def test_each_phase_is_parted_by_what_lies_there():
     assert backward.split()[-3] == f"{(kept + working) / GIB:.1f}"
     frozen = f"{flags} --lora_dim 8 --only_optimize_lora".replace("--gradient_checkpointing", "")
     adapters = plan_step(parse_config(SFTConfig, frozen.split()), world_size=8, dtype="bf16")
-    # Norms that do not train keep less; adapters keep their inputs' products: 4 of the attention, 3
-    # of the rest, 8 each.
+    # Norms that do not train keep less. Adapters keep their inputs' products: 4 in the attention, 3
+    # in the rest, 8 each.
     layer = 2 * (4 + 2) * 4096 + 2 * (4 * 4096 + 4 * 11008) + 4 * 32 + 2 * 7 * 8
     assert adapters.parts["backward"]["activations"] == tokens * (32 * layer + 10 * 4096) + loss
 
 
-def test_the_rows_of_the_plan_are_those_of_a_gpu_and_of_a_host():
-    flags = "--enable_hybrid_engine --actor_zero_stage 3 --critic_zero_stage 3 --offload --unpin_actor_parameters "
+def test_the_plan_has_rows_of_a_gpu_and_of_a_host():
+    flags = "--enable_hybrid_engine --actor_zero_stage 3 --critic_zero_stage 3 --offload "
+    flags += "--unpin_actor_parameters "
     flags += (
         "--per_device_generation_batch_size 4 --per_device_training_batch_size 4 --eval_prompts 4"
     )
@@ -481,20 +483,19 @@ def test_the_rows_of_the_plan_are_those_of_a_gpu_and_of_a_host():
         for row in rows[:-1]
     }
     # 4 rows of 512 tokens in 32 layers of keys and values; all weights of the actor while it
-    # generates, then none.
+    # generates, none afterwards.
     assert cells["generate"][-3:-1] == ["1.0", f"{2 * 6_738_415_616 / GIB:.1f}"]
     assert cells["actor backward"][-3:-1] == ["1.0", "0.0"]
     for cell in cells.values():
         assert float(cell[-1]) == pytest.approx(sum(map(float, cell[:-1])), abs=0.3)
-    # Actor and critic in bf16, of which each process has 1.57 GiB a model, page-locked 2; and fp32
-    # weights, gradients,
-    # moments and a bf16 copy of an eighth for each process.
+    # Actor and critic in bf16: 1.57 GiB of each model per rank, 2 if page-locked. For each rank also
+    # fp32 weights, gradients, moments and a bf16 copy of an eighth.
     trained = 2 * 6_738_415_616 - 32000 * 4096 + 4096
     assert cells["a host of 8"][:2] == [f"{8 * 2 * 2:.1f}", f"{18 * trained / GIB:.1f}"]
     assert set(plan.phases) | {"a host of 8"} == set(cells)
 
 
-def test_what_is_offloaded_while_idle_is_no_part_of_generation():
+def test_idle_states_take_no_memory_in_generation():
     flags = "--actor_zero_stage 3 --critic_zero_stage 3"
     there, away = ppo(flags, world_size=4), ppo(f"{flags} --offload_idle_states", world_size=4)
     assert away.parts["generate"]["optimizer"] == 0 and there.parts["generate"]["optimizer"] > 0
