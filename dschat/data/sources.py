@@ -206,7 +206,8 @@ def _check_table(table: Table, hub_set: HubSet, reading: Reading, *, skip: bool)
             has["chosen"].append(row.chosen is not None)
             has["rejected"].append(row.rejected is not None)
         if rows:
-            columns.update(name for name, value in rows[0].columns.items() if value is not None)
+            further = rows[0].columns
+            columns.update(name for name in further if raw.get(name) is not None)
     good = index
     if faults and (not skip or not good or table.lost_after is not None):
         raise ValueError(_format_faults(table, sorted(faults), all_bad=not good))
