@@ -314,7 +314,9 @@ def test_snapshot_of_the_hub(tmp_path, inner):
     assert prompts(tables["train"]) == names(0, 4)
     assert tables["train"].place(2) == f"{folder}/train-00001-of-00002.parquet, row 1"
     assert prompts(tables["eval"]) == ["p9"]
-    assert prompts(open_entry(f"{tmp_path}@validation")["train"]) == ["p10"]
+    tables = open_entry(f"{tmp_path}@validation")
+    assert list(tables) == ["train"]
+    assert prompts(tables["train"]) == ["p10"]
     (folder / "train-00000-of-00002.parquet").unlink()
     with pytest.raises(ValueError, match=r"1 of the 2 files of its train part are here; .* 0\."):
         open_entry(tmp_path)
@@ -345,9 +347,11 @@ def test_numbered_files_and_folders_are_one_part(tmp_path, files):
 
 def test_folders_of_parts(tmp_path):
     write_lines(tmp_path / "train" / "rows.jsonl", pairs(2))
+    write_lines(tmp_path / "train" / ".rows.jsonl", pairs(2))  # hidden
     dataset(3).save_to_disk(tmp_path / "test")  # its .json files are not rows
     tables = open_entry(tmp_path)
     assert [len(tables[part].rows) for part in ("train", "eval")] == [2, 3]
+    assert not tables["eval"].faults
     (tmp_path / "train" / "rows.jsonl").unlink()
     with pytest.raises(ValueError, match=r"train: no \.json, .* file in it"):
         open_entry(tmp_path)
@@ -358,6 +362,13 @@ def test_files_that_may_repeat_the_rows_are_refused(tmp_path, other):
     write_lines(tmp_path / "train.jsonl", pairs(2))
     write_lines(tmp_path / other, pairs(2))
     with pytest.raises(ValueError, match=r"are both its train part; keep one"):
+        open_entry(tmp_path)
+
+
+def test_one_numbered_file_in_two_formats_is_refused(tmp_path):
+    for name in ("train-0.jsonl", "train-1.json", "train-1.jsonl"):
+        write_lines(tmp_path / name, pairs(2))
+    with pytest.raises(ValueError, match=r"train-1.json and train-1.jsonl are both"):
         open_entry(tmp_path)
 
 
@@ -495,6 +506,8 @@ def test_suffix_of_an_entry(tmp_path, monkeypatch, text, entry):
 
 
 def test_a_path_that_exists_has_no_suffix(tmp_path):
+    write_lines(tmp_path / "set" / "train.jsonl", pairs(2, 10))
+    write_lines(tmp_path / "set" / "main" / "train.jsonl", pairs(2, 20))
     for name in ("set@train", "set:main"):
         write_lines(tmp_path / name / "train.jsonl", pairs(2))
         assert prompts(open_entry(tmp_path / name)["train"]) == names(0, 2)
