@@ -21,10 +21,14 @@ ROLLOUTS = 5
 ANSWER_TOKENS = 16
 RANKS = 1 if torch.cuda.device_count() == 1 else 2
 COMMON = (
-    "--actor_model_name_or_path {stock}/matrix/actor --critic_model_name_or_path {stock}/matrix/critic "
-    f"--data_path {{stock}}/toy --data_split 0,0,1 --max_prompt_seq_len 24 --max_answer_seq_len {ANSWER_TOKENS} "
-    "--per_device_generation_batch_size 4 --per_device_training_batch_size 4 --eval_prompts 2 --num_warmup_steps 0 "
-    "--actor_learning_rate 1e-4 --critic_learning_rate 1e-4 --lr_scheduler_type constant --dtype fp32 --seed 7 "
+    "--actor_model_name_or_path {stock}/matrix/actor "
+    "--critic_model_name_or_path {stock}/matrix/critic "
+    f"--data_path {{stock}}/toy --data_split 0,0,1 --max_prompt_seq_len 24 "
+    f"--max_answer_seq_len {ANSWER_TOKENS} "
+    "--per_device_generation_batch_size 4 --per_device_training_batch_size 4 --eval_prompts 2 "
+    "--num_warmup_steps 0 "
+    "--actor_learning_rate 1e-4 --critic_learning_rate 1e-4 --lr_scheduler_type constant "
+    "--dtype fp32 --seed 7 "
     f"--greedy_rollouts --no_normalize_reward --enable_test_mode --test_stop_step {ROLLOUTS}"
 )
 HYBRID, OFFLOAD = (
@@ -32,7 +36,8 @@ HYBRID, OFFLOAD = (
     "--offload --offload_reference_model --offload_reward_model",
 )
 LORA = "--only_optimize_lora " + " ".join(
-    f"--{role}_lora_dim 8 --{role}_lora_alpha 16 --{role}_lora_learning_rate 1e-3 --{role}_gradient_checkpointing"
+    f"--{role}_lora_dim 8 --{role}_lora_alpha 16 --{role}_lora_learning_rate 1e-3 "
+    f"--{role}_gradient_checkpointing"
     for role in ("actor", "critic")
 )
 

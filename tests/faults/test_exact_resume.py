@@ -9,15 +9,19 @@ HOOKS = Path(__file__).with_name("hooks.py")
 STEPS, KILLED_IN, SAVED_EVERY = 12, 7, 5
 AXES = {"step": (1, 2, "dpo", 3), "zero": (0, 2, 3), "ranks": (1, 2), "lora": (False, True)}
 SUPERVISED = (
-    "--data_path {stock}/toy --max_seq_len 48 --max_train_steps 12 --learning_rate 1e-2 --dtype fp32 --save_interval 5 "
+    "--data_path {stock}/toy --max_seq_len 48 --max_train_steps 12 --learning_rate 1e-2 "
+    "--dtype fp32 --save_interval 5 "
     "--num_warmup_steps 3 --weight_decay 0.1 --per_device_eval_batch_size 8"
 )
 # 64 prompts and 12 rollouts of 8 or 16: more than one pass, so that the run is killed in a later one.
 PPO = (
     "--actor_model_name_or_path {stock}/sft/llama --critic_model_name_or_path {stock}/reward/llama "
-    "--data_path {stock}/toy --data_split 0,0,1 --max_prompt_seq_len 24 --max_answer_seq_len 6 --max_train_steps 12 "
-    "--per_device_generation_batch_size 4 --generation_batches 2 --per_device_training_batch_size 4 "
-    "--actor_learning_rate 1e-3 --critic_learning_rate 1e-3 --num_warmup_steps 3 --dtype fp32 --save_interval 5 "
+    "--data_path {stock}/toy --data_split 0,0,1 --max_prompt_seq_len 24 --max_answer_seq_len 6 "
+    "--max_train_steps 12 "
+    "--per_device_generation_batch_size 4 --generation_batches 2 "
+    "--per_device_training_batch_size 4 "
+    "--actor_learning_rate 1e-3 --critic_learning_rate 1e-3 --num_warmup_steps 3 --dtype fp32 "
+    "--save_interval 5 "
     "--kl_target 0.5 --kl_horizon 100 --eval_prompts 8 --eval_interval 4 "
     "--enable_ema --unsupervised_dataset_name {stock}/texts.jsonl --unsup_coef 0.1"
 )

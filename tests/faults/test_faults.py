@@ -17,14 +17,18 @@ from dschat.checkpoint.run_checkpoint import newest_checkpoint, open_checkpoint
 
 HOOKS = Path(__file__).with_name("hooks.py")
 SFT = (
-    "--model_name_or_path {stock}/base/opt --dropout 0.1 --data_path {stock}/toy --data_split 1,0,0 --dtype fp32 "
-    "--max_seq_len 48 --per_device_train_batch_size 4 --learning_rate 1e-2 --zero_stage 2 --per_device_eval_batch_size 16"
+    "--model_name_or_path {stock}/base/opt --dropout 0.1 --data_path {stock}/toy "
+    "--data_split 1,0,0 --dtype fp32 "
+    "--max_seq_len 48 --per_device_train_batch_size 4 --learning_rate 1e-2 --zero_stage 2 "
+    "--per_device_eval_batch_size 16"
 )
 PAIRS = SFT.replace("1,0,0", "0,1,0")
 PPO = (
     "--actor_model_name_or_path {stock}/sft/llama --critic_model_name_or_path {stock}/reward/llama "
-    "--data_path {stock}/toy --data_split 0,0,1 --max_prompt_seq_len 24 --max_answer_seq_len 6 --max_train_steps 6 "
-    "--per_device_generation_batch_size 4 --per_device_training_batch_size 4 --dtype fp32 --eval_prompts 4"
+    "--data_path {stock}/toy --data_split 0,0,1 --max_prompt_seq_len 24 --max_answer_seq_len 6 "
+    "--max_train_steps 6 "
+    "--per_device_generation_batch_size 4 --per_device_training_batch_size 4 --dtype fp32 "
+    "--eval_prompts 4"
 )
 KILLS = 20
 
@@ -278,8 +282,8 @@ def test_a_checkpoint_from_elsewhere_costs_no_other_runs(zygote, two_checkpoints
     )
     assert run.statuses == [1]
     assert (
-        f"--resume {theirs} is of another folder, and --output_dir {tmp_path}/mine holds checkpoints"
-        in run.log
+        f"--resume {theirs} is of another folder, and --output_dir {tmp_path}/mine holds "
+        "checkpoints" in run.log
     )
     assert run.checkpoints() == ["latest", "step_00000002", "step_00000004"]
     assert (tmp_path / "mine" / "metrics.jsonl").read_bytes() == before
@@ -347,7 +351,10 @@ def reward(prompts, answers, **columns):
 def test_a_reward_that_fails_ends_the_run_after_a_checkpoint(fatal, done, zygote, tmp_path, record):
     function = tmp_path / "rewards.py"
     function.write_text(FAILING.replace("FATAL", str(fatal)))
-    argv = f"{PPO} --reward_fn {function}:reward --advantage_estimator rloo --num_samples_per_prompt 2 --eval_interval 3"
+    argv = (
+        f"{PPO} --reward_fn {function}:reward --advantage_estimator rloo "
+        "--num_samples_per_prompt 2 --eval_interval 3"
+    )
     failed = zygote.run(3, tmp_path / "out", argv)
     assert failed.statuses == [1], failed.log[-3000:]
     assert "the judge does not answer" in failed.log and "the prompt" in failed.log

@@ -83,7 +83,10 @@ def test_a_step_of_another_size_is_refused(zygote, tmp_path):
     zygote.run(1, tmp_path / "out", argv, kill_in_step=7)
     run = zygote.run(1, tmp_path / "out", f"{argv} --resume latest", ranks=2)
     assert run.statuses == [1, 1]
-    message = "a step of that run had 16 rows (1 processes), and now has 32 (2 processes x 8 rows x 2 batches)"
+    message = (
+        "a step of that run had 16 rows (1 processes), and now has 32 (2 processes x 8 rows x 2 "
+        "batches)"
+    )
     assert "--resume latest" in run.log and message in run.log, run.log[-3000:]
 
 

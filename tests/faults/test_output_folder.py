@@ -12,7 +12,8 @@ from dschat.models.export import repair_folder, replace_folder
 from dschat.trainers.output_folder import prepare_output_dir
 
 SFT = (
-    "--model_name_or_path {stock}/base/llama --data_path {stock}/toy --data_split 1,0,0 --dtype fp32 --max_seq_len 48 "
+    "--model_name_or_path {stock}/base/llama --data_path {stock}/toy --data_split 1,0,0 "
+    "--dtype fp32 --max_seq_len 48 "
     "--per_device_train_batch_size 4"
 )
 
@@ -129,8 +130,8 @@ def test_a_model_that_no_run_here_has_written_stays(place, below, held, tmp_path
     ) as refused:
         prepare_output_dir(str(tmp_path / "out"), step="Step", below=below)
     assert (
-        f"{tmp_path / place} holds a model that no run here has written ({', '.join(sorted(held)[:3])}"
-        in str(refused.value)
+        f"{tmp_path / place} holds a model that no run here has written "
+        f"({', '.join(sorted(held)[:3])}" in str(refused.value)
     )
     assert sorted(tmp_path.rglob("*")) == before
 

@@ -59,7 +59,8 @@ def supervised_case(step: int, options: dict) -> Case:
     """Step 1 or 2 with one value of each axis, on toy data."""
     words = [
         f"--model_name_or_path {MODELS[step]}{options['family']}",
-        f"--data_path {{stock}}/toy --data_split {SHARES[step]} --max_seq_len 48 --max_train_steps {STEPS}",
+        f"--data_path {{stock}}/toy --data_split {SHARES[step]} --max_seq_len 48 "
+        f"--max_train_steps {STEPS}",
         f"--learning_rate 1e-2 {DTYPES[options['dtype']]}",
         f"--per_device_train_batch_size 4 --gradient_accumulation_steps {options['accumulation']}",
         "--per_device_eval_batch_size 4",

@@ -26,7 +26,8 @@ from dschat.trainers.rlhf_engine import DeepSpeedRLHFEngine
 from dschat.trainers.rollout import concatenate, make_experience, trim, whiten
 
 COMMON = (
-    "--num_warmup_steps 0 --lr_scheduler_type constant --dtype fp32 --max_answer_seq_len 7 --max_prompt_seq_len 12 "
+    "--num_warmup_steps 0 --lr_scheduler_type constant --dtype fp32 --max_answer_seq_len 7 "
+    "--max_prompt_seq_len 12 "
     "--enable_ema --ema_decay 0.75"
 )
 
@@ -35,7 +36,10 @@ def make_trainer(
     stock: str, flags: str, *, ptx=None, family: str = "llama", start: str = "sft"
 ) -> ppo.DeepSpeedPPOTrainer:
     """A trainer of START/FAMILY and reward/FAMILY."""
-    models = f"--actor_model_name_or_path {stock}/{start}/{family} --critic_model_name_or_path {stock}/reward/{family}"
+    models = (
+        f"--actor_model_name_or_path {stock}/{start}/{family} "
+        f"--critic_model_name_or_path {stock}/reward/{family}"
+    )
     config = parse_config(PPOConfig, f"{models} {COMMON} {flags}".split())
     tokenizer = load_tokenizer(config.model.actor_model_name_or_path)
     critic_tokenizer = load_tokenizer(config.model.critic_model_name_or_path)
@@ -74,8 +78,14 @@ def update(
         wider: with columns before and after in which nothing is attended.
         trimmed: micro-batches lose the columns in which nothing is attended, as in training.
     """
-    flags = f"--actor_zero_stage {zero} --critic_zero_stage {zero} --per_device_training_batch_size {rows}"
-    flags += f" --per_device_generation_batch_size {rows * accumulation} --gradient_accumulation_steps {accumulation}"
+    flags = (
+        f"--actor_zero_stage {zero} --critic_zero_stage {zero} "
+        f"--per_device_training_batch_size {rows}"
+    )
+    flags += (
+        f" --per_device_generation_batch_size {rows * accumulation} "
+        f"--gradient_accumulation_steps {accumulation}"
+    )
     flags += f" --actor_learning_rate 1e-3 --critic_learning_rate 1e-3 --unsup_coef {PTX_COEF}"
     flags += f" --entropy_coef {ENTROPY_COEF}"
     if sgd:

@@ -12,7 +12,10 @@ from dschat.trainers.rollout import generate, sampling_config
 def samplings(stock: str, flags: list[str]) -> list[list[list[int]]]:
     """The answers to the same prompts with each of `flags`, from the same seed, of a model that knows many tokens."""
     trainer = make_trainer(stock, "", start="steep")
-    models = f"--actor_model_name_or_path {stock}/steep/llama --critic_model_name_or_path {stock}/reward/llama"
+    models = (
+        f"--actor_model_name_or_path {stock}/steep/llama "
+        f"--critic_model_name_or_path {stock}/reward/llama"
+    )
     ids = torch.randint(3, 259, (8, 6), generator=torch.Generator().manual_seed(1))
     prompts = PromptBatch(ids, torch.ones_like(ids), torch.arange(8))
     trainer.engines.eval()

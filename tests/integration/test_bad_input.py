@@ -6,11 +6,15 @@ from pathlib import Path
 import pytest
 from launches import MAINS, Case, environment, launcher
 
-SFT = "--model_name_or_path {stock}/base/llama --data_path {stock}/toy --data_split 1,0,0 --dtype fp32 --max_seq_len 48"
+SFT = (
+    "--model_name_or_path {stock}/base/llama --data_path {stock}/toy --data_split 1,0,0 "
+    "--dtype fp32 --max_seq_len 48"
+)
 REWARD = SFT.replace("1,0,0", "0,1,0")
 PPO = (
     "--actor_model_name_or_path {stock}/sft/llama --critic_model_name_or_path {stock}/reward/llama "
-    "--data_path {stock}/toy --data_split 0,0,1 --dtype fp32 --max_prompt_seq_len 24 --max_answer_seq_len 4"
+    "--data_path {stock}/toy --data_split 0,0,1 --dtype fp32 --max_prompt_seq_len 24 "
+    "--max_answer_seq_len 4"
 )
 OUTSIDE = [
     "with id 303",
@@ -97,7 +101,8 @@ MISTAKES = {
     **{
         f"{kind}-prompt-but-skipped": (
             1,
-            f"{SFT} --data_path {{stock}}/faulty/{kind}.jsonl --per_device_train_batch_size 65 --skip_bad_rows",
+            f"{SFT} --data_path {{stock}}/faulty/{kind}.jsonl --per_device_train_batch_size 65 "
+            "--skip_bad_rows",
             LEFT_OUT,
         )
         for kind in ("unseen", "huge")
@@ -224,7 +229,8 @@ MISTAKES = {
     ),
     "output-is-the-model": (
         1,
-        f"{SFT} --model_name_or_path {{stock}}/faulty/nan-sft --output_dir {{stock}}/faulty/nan-sft",
+        f"{SFT} --model_name_or_path {{stock}}/faulty/nan-sft "
+        f"--output_dir {{stock}}/faulty/nan-sft",
         ["--output_dir", "this run would replace", "another folder"],
     ),
     "output-is-above-the-actor": (

@@ -7,16 +7,31 @@ import pytest
 from launches import Case
 from test_memory import numbers
 
-COMMON = "--data_path {stock}/toy --dtype fp32 --max_train_steps 2 --save_interval 1 --learning_rate 1e-2"
+COMMON = (
+    "--data_path {stock}/toy --dtype fp32 --max_train_steps 2 --save_interval 1 "
+    "--learning_rate 1e-2"
+)
 ARGV = {
-    1: f"--model_name_or_path {{stock}}/base/llama --data_split 1,0,0 --max_seq_len 48 --zero_stage 2 {COMMON}",
-    2: f"--model_name_or_path {{stock}}/sft/llama --data_split 0,1,0 --max_seq_len 48 --zero_stage 3 {COMMON}",
-    "dpo": f"--model_name_or_path {{stock}}/sft/llama --data_split 0,1,0 --max_seq_len 48 --zero_stage 1 {COMMON}",
+    1: (
+        f"--model_name_or_path {{stock}}/base/llama --data_split 1,0,0 --max_seq_len 48 "
+        f"--zero_stage 2 {COMMON}"
+    ),
+    2: (
+        f"--model_name_or_path {{stock}}/sft/llama --data_split 0,1,0 --max_seq_len 48 "
+        f"--zero_stage 3 {COMMON}"
+    ),
+    "dpo": (
+        f"--model_name_or_path {{stock}}/sft/llama --data_split 0,1,0 --max_seq_len 48 "
+        f"--zero_stage 1 {COMMON}"
+    ),
 }
 PPO = (
-    "--actor_model_name_or_path {stock}/sft/llama --critic_model_name_or_path {stock}/reward/llama --data_path {stock}/toy "
-    "--data_split 0,0,1 --max_prompt_seq_len 24 --max_answer_seq_len 6 --dtype fp32 --max_train_steps 2 --eval_prompts 8 "
-    "--per_device_generation_batch_size 4 --per_device_training_batch_size 2 --enable_hybrid_engine --enable_ema "
+    "--actor_model_name_or_path {stock}/sft/llama --critic_model_name_or_path "
+    "{stock}/reward/llama --data_path {stock}/toy "
+    "--data_split 0,0,1 --max_prompt_seq_len 24 --max_answer_seq_len 6 --dtype fp32 "
+    "--max_train_steps 2 --eval_prompts 8 "
+    "--per_device_generation_batch_size 4 --per_device_training_batch_size 2 "
+    "--enable_hybrid_engine --enable_ema "
     "--save_interval 1 --print_answers --whiten_advantages --num_warmup_steps 0"
 )
 ARGV |= {

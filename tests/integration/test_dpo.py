@@ -37,7 +37,8 @@ RUNS = {
     ),
 }
 COMMON = (
-    "--data_path {stock}/toy --data_split 0,1,0 --max_seq_len 48 --dtype fp32 --per_device_train_batch_size 4 "
+    "--data_path {stock}/toy --data_split 0,1,0 --max_seq_len 48 --dtype fp32 "
+    "--per_device_train_batch_size 4 "
     "--per_device_eval_batch_size 3 --learning_rate 1e-3 --max_train_steps 4 --eval_interval 2"
 )
 CASES = {
@@ -152,7 +153,8 @@ LEARNING = Case(
     "dpo-learning",
     ranks=2,
     step="dpo",
-    argv="--model_name_or_path {stock}/base/llama --data_path {stock}/toy --data_split 0,1,0 --max_seq_len 48 --dtype fp32 "
+    argv="--model_name_or_path {stock}/base/llama --data_path {stock}/toy --data_split 0,1,0 "
+    "--max_seq_len 48 --dtype fp32 "
     "--per_device_train_batch_size 8 --num_train_epochs 6 --learning_rate 1e-3 --zero_stage 2",
 )
 

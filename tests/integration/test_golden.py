@@ -15,7 +15,8 @@ from launches import Case
 GOLDEN = Path(__file__).with_name("golden.json")
 COMMON = "--data_path {stock}/toy --dtype fp32 --lr_scheduler_type constant --num_warmup_steps 0"
 SUPERVISED = (
-    "--model_name_or_path {stock}/base/llama --max_seq_len 48 --per_device_train_batch_size 8 --max_train_steps 4 "
+    "--model_name_or_path {stock}/base/llama --max_seq_len 48 --per_device_train_batch_size 8 "
+    "--max_train_steps 4 "
     "--learning_rate 1e-3"
 )
 RUNS = {
@@ -46,9 +47,11 @@ RUNS = {
         Case(
             "golden-ppo",
             step=3,
-            argv="--actor_model_name_or_path {stock}/base/llama --critic_model_name_or_path {stock}/reward-base/llama "
+            argv="--actor_model_name_or_path {stock}/base/llama "
+            "--critic_model_name_or_path {stock}/reward-base/llama "
             "--data_split 0,0,1 --max_prompt_seq_len 24 --max_answer_seq_len 6 --max_train_steps 3 "
-            "--per_device_generation_batch_size 8 --per_device_training_batch_size 4 --ppo_epochs 2 "
+            "--per_device_generation_batch_size 8 --per_device_training_batch_size 4 "
+            "--ppo_epochs 2 "
             "--per_device_eval_batch_size 32 "
             f"--actor_learning_rate 1e-3 --critic_learning_rate 1e-3 {COMMON}",
         ),

@@ -41,10 +41,14 @@ def test_greedy_tokens_are_those_of_generate(case, launches):
 def rewards_case(name: str, *flags: str) -> Case:
     # A seed at which no two tokens are nearly tied: at 1234, noise of 1e-6 in the products changes one in a run of four.
     words = [
-        "--actor_model_name_or_path {stock}/steep/llama --critic_model_name_or_path {stock}/reward/llama",
-        "--data_path {stock}/toy --data_split 0,0,1 --max_prompt_seq_len 24 --max_answer_seq_len 12 --dtype fp32",
-        "--actor_learning_rate 1e-3 --critic_learning_rate 1e-3 --num_warmup_steps 0 --greedy_rollouts",
-        "--per_device_generation_batch_size 8 --per_device_training_batch_size 8 --max_train_steps 3 --eval_prompts 8 --seed 2",
+        "--actor_model_name_or_path {stock}/steep/llama "
+        "--critic_model_name_or_path {stock}/reward/llama",
+        "--data_path {stock}/toy --data_split 0,0,1 --max_prompt_seq_len 24 "
+        "--max_answer_seq_len 12 --dtype fp32",
+        "--actor_learning_rate 1e-3 --critic_learning_rate 1e-3 --num_warmup_steps 0 "
+        "--greedy_rollouts",
+        "--per_device_generation_batch_size 8 --per_device_training_batch_size 8 "
+        "--max_train_steps 3 --eval_prompts 8 --seed 2",
         *flags,
     ]
     return Case(f"hybrid-rewards-{name}", ranks=2, step=3, argv=" ".join(words))
@@ -63,7 +67,8 @@ REWARDS = {
         rewards_case(
             "with-3",
             PARTS,
-            "--enable_hybrid_engine --inference_tp_size 2 --tp_gather_partition_size 1 --release_inference_cache",
+            "--enable_hybrid_engine --inference_tp_size 2 --tp_gather_partition_size 1 "
+            "--release_inference_cache",
         ),
     ),
 }

@@ -48,19 +48,25 @@ MULTI_NODE = "step1_supervised_finetuning/training_scripts/opt/multi_node/run_66
 
 
 OPT_ACTORS = (
-    "opt/single_gpu/run_1.3b opt/single_gpu/run_6.7b_lora opt/single_node/run_1.3b opt/single_node/run_6.7b "
-    "opt/single_node/run_13b opt/single_node/run_1.3b_lora opt/single_node/run_30b_lora opt/multi_node/run_66b"
+    "opt/single_gpu/run_1.3b opt/single_gpu/run_6.7b_lora opt/single_node/run_1.3b "
+    "opt/single_node/run_6.7b "
+    "opt/single_node/run_13b opt/single_node/run_1.3b_lora opt/single_node/run_30b_lora "
+    "opt/multi_node/run_66b"
 )
 OPT_REWARDS = "opt/single_gpu/run_350m opt/single_node/run_350m opt/multi_node/run_350m"
 LLAMA = "llama2/run_llama2_7b llama2/run_llama2_7b_lora"
 SWEEP = "opt/single_node/sweep/run_single opt/single_node/sweep/run_step"
 # The published sizes, by step.
 EXPECTED = {
-    "step1_supervised_finetuning": f"{OPT_ACTORS} {LLAMA} llama2/run_llama2_13b llama2/run_llama2_70b "
+    "step1_supervised_finetuning": f"{OPT_ACTORS} {LLAMA} llama2/run_llama2_13b "
+    "llama2/run_llama2_70b "
     f"other_language/run_chinese other_language/run_japanese {SWEEP}1_sweep",
-    "step2_reward_model_finetuning": f"{OPT_REWARDS} {LLAMA} llama2/run_llama2_13b llama2/run_llama2_70b {SWEEP}2_sweep",
+    "step2_reward_model_finetuning": (
+        f"{OPT_REWARDS} {LLAMA} llama2/run_llama2_13b llama2/run_llama2_70b {SWEEP}2_sweep"
+    ),
     "step2_dpo_finetuning": f"{OPT_REWARDS} {LLAMA} {SWEEP}2_sweep",
-    "step3_rlhf_finetuning": f"{OPT_ACTORS} {LLAMA} llama2/run_llama2_7b_mixz llama2/run_llama2_13b llama2/run_llama2_70b "
+    "step3_rlhf_finetuning": f"{OPT_ACTORS} {LLAMA} llama2/run_llama2_7b_mixz "
+    "llama2/run_llama2_13b llama2/run_llama2_70b "
     f"{SWEEP}3_sweep",
 }
 
@@ -397,7 +403,8 @@ def test_the_whole_output_is_shown_and_logged(bench):
     "said, cause, flags",
     [
         (
-            "step 1\nerror (rank 0): early\nmore\nerror (rank 0): --zero_stage 5: no stage.\n--max_seq_len 1: too few.",
+            "step 1\nerror (rank 0): early\nmore\nerror (rank 0): "
+            "--zero_stage 5: no stage.\n--max_seq_len 1: too few.",
             ["error (rank 0): --zero_stage 5: no stage.", "--max_seq_len 1: too few."],
             "--zero_stage --max_seq_len",
         ),
@@ -436,7 +443,8 @@ def test_a_failure_behind_the_real_launcher_ends_the_same_way(bench):
         "exits with return code = 1" in said and "Traceback" not in done.stdout
     )  # the launcher's words, before
     assert last[0].splitlines() == [
-        "error (rank 0): --model_name_or_path '/no such model' does not exist; give an existing model folder or a hub name.",
+        "error (rank 0): --model_name_or_path '/no such model' does not exist; give an existing "
+        "model folder or a hub name.",
         "flags to look at: --model_name_or_path",
         "whole log: an output/training.log",
     ]
@@ -586,7 +594,10 @@ def test_evaluation_scripts_pass_flags_on(name, bench):
 
 TINY = "--data_path {stock}/toy --dtype fp32 --max_train_steps 2"
 TINY_SFT = f"--model_name_or_path {{stock}}/base/opt --max_seq_len 48 {TINY}"
-TINY_PPO = f"{TINY} --max_prompt_seq_len 24 --max_answer_seq_len 4 --eval_prompts 8 --per_device_eval_batch_size 8"
+TINY_PPO = (
+    f"{TINY} --max_prompt_seq_len 24 --max_answer_seq_len 4 --eval_prompts 8 "
+    "--per_device_eval_batch_size 8"
+)
 
 
 @pytest.mark.parametrize(

@@ -19,9 +19,12 @@ def check_case(name: str, function: str, *, ranks: int = 2, **kwargs):
 def run_case(name: str, argv: str, *, family: str = "llama", ranks: int = 2) -> Case:
     """Step 3 on toy data, in fp32 unless `argv` says otherwise."""
     words = (
-        f"--actor_model_name_or_path {{stock}}/sft/{family} --critic_model_name_or_path {{stock}}/reward/{family} "
-        "--data_path {stock}/toy --data_split 0,0,1 --max_prompt_seq_len 24 --max_answer_seq_len 6 --dtype fp32 "
-        "--actor_learning_rate 1e-3 --critic_learning_rate 1e-3 --num_warmup_steps 0 --max_train_steps 3 "
+        f"--actor_model_name_or_path {{stock}}/sft/{family} "
+        f"--critic_model_name_or_path {{stock}}/reward/{family} "
+        "--data_path {stock}/toy --data_split 0,0,1 --max_prompt_seq_len 24 "
+        "--max_answer_seq_len 6 --dtype fp32 "
+        "--actor_learning_rate 1e-3 --critic_learning_rate 1e-3 --num_warmup_steps 0 "
+        "--max_train_steps 3 "
         "--per_device_generation_batch_size 4 --per_device_training_batch_size 4 --eval_prompts 8"
     )
     return Case(name, ranks=ranks, step=3, argv=f"{words} {argv}")
@@ -231,7 +234,8 @@ MANY = "--per_device_generation_batch_size 32"
 MIXED = {
     "shared": run_case(
         "mixed-shared",
-        f"{ADAPTERS} --only_optimize_lora --enable_mixed_precision_lora --enable_ema {ZERO['3']} {MANY}",
+        f"{ADAPTERS} --only_optimize_lora --enable_mixed_precision_lora "
+        f"--enable_ema {ZERO['3']} {MANY}",
     ),
     "copies": run_case(
         "mixed-copies", f"{ADAPTERS} --enable_mixed_precision_lora {ZERO['3']}", ranks=1
@@ -266,8 +270,10 @@ def test_int8_runs_begin_at_their_reference_and_stay_near_unquantised_ones(launc
 def supervised_int8(step: int, ranks: int):
     kind, share = {1: ("base", "1,0,0"), 2: ("sft", "0,1,0")}[step]
     argv = (
-        f"--model_name_or_path {{stock}}/{kind}/llama --data_path {{stock}}/toy --data_split {share} --max_seq_len 48 "
-        "--max_train_steps 6 --lora_dim 4 --lora_alpha 16 --lora_learning_rate 1e-2 --only_optimize_lora --dtype fp32 "
+        f"--model_name_or_path {{stock}}/{kind}/llama --data_path {{stock}}/toy "
+        f"--data_split {share} --max_seq_len 48 "
+        "--max_train_steps 6 --lora_dim 4 --lora_alpha 16 --lora_learning_rate 1e-2 "
+        "--only_optimize_lora --dtype fp32 "
         "--enable_mixed_precision_lora --zero_stage 3 --deepspeed_config {stock}/pieces.json "
         "--per_device_train_batch_size 4 --per_device_eval_batch_size 4"
     )

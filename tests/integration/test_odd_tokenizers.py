@@ -9,7 +9,8 @@ SHARED = "--data_path {stock}/toy --max_train_steps 3 --dtype fp32"
 SUPERVISED = f"{SHARED} --max_seq_len 48 --learning_rate 1e-2 --per_device_train_batch_size 4"
 PPO = (
     f"{SHARED} --max_prompt_seq_len 24 --max_answer_seq_len 6 "
-    "--per_device_generation_batch_size 4 --per_device_training_batch_size 4 --actor_learning_rate 1e-3 "
+    "--per_device_generation_batch_size 4 --per_device_training_batch_size 4 "
+    "--actor_learning_rate 1e-3 "
     "--critic_learning_rate 1e-3 --data_split 0,0,1 --eval_prompts 4"
 )
 FLAGS = {

@@ -86,10 +86,12 @@ def start_models(options: dict) -> tuple[str, str]:
 def ppo_case(options: dict) -> Case:
     sft, reward = start_models(options)
     words = [
-        f"--actor_model_name_or_path {{stock}}/{sft} --critic_model_name_or_path {{stock}}/{reward}",
+        f"--actor_model_name_or_path {{stock}}/{sft} --critic_model_name_or_path "
+        f"{{stock}}/{reward}",
         "--data_path {stock}/toy --data_split 0,0,1 --max_prompt_seq_len 24 --max_answer_seq_len 6",
         "--actor_learning_rate 1e-3 --critic_learning_rate 1e-3 --num_warmup_steps 0",
-        f"--per_device_generation_batch_size 4 --max_train_steps {ROLLOUTS} --eval_prompts {NUM_PROMPTS}",
+        f"--per_device_generation_batch_size 4 --max_train_steps {ROLLOUTS} "
+        f"--eval_prompts {NUM_PROMPTS}",
         DTYPES[options["dtype"]],
         ZERO[options["zero"]],
         LORA[options["lora"]],

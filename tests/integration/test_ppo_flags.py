@@ -15,8 +15,10 @@ RATE = 1e-3
 TOY = "--data_path {stock}/toy"
 CRITIC = "--critic_model_name_or_path {stock}/reward/llama"
 COMMON = (
-    "--actor_model_name_or_path {stock}/sft/llama --data_split 0,0,1 --max_prompt_seq_len 24 --dtype fp32 "
-    f"--actor_learning_rate {RATE} --critic_learning_rate {RATE} --num_warmup_steps 0 --lr_scheduler_type linear "
+    "--actor_model_name_or_path {stock}/sft/llama --data_split 0,0,1 --max_prompt_seq_len 24 "
+    "--dtype fp32 "
+    f"--actor_learning_rate {RATE} --critic_learning_rate {RATE} --num_warmup_steps 0 "
+    "--lr_scheduler_type linear "
     "--per_device_training_batch_size 2 --eval_prompts 8 --per_device_eval_batch_size 32"
 )
 ROWS = "--per_device_generation_batch_size 4"  # two optimizer steps a pass
@@ -40,7 +42,8 @@ ALL_EPOCHS = case("all-epochs", *EPOCHS)
 ONE_EPOCH = case("one-epoch", *EPOCHS, "--target_kl 1e-9")
 SAMPLED = case(
     "sampled",
-    f"{TOY} {CRITIC} {ROWS} --temperature 0.7 --top_k 0 --missing_eos_penalty 3 --reward_clip 2 --min_answer_len 4",
+    f"{TOY} {CRITIC} {ROWS} --temperature 0.7 --top_k 0 --missing_eos_penalty 3 --reward_clip 2 "
+    "--min_answer_len 4",
     "--kl_estimator k3 --no_whiten_advantages --enable_hybrid_engine --no_compile",
     "--gradient_accumulation_steps 2 --reward_fn {stock}/rewards.py:quarter",
     length=5,
@@ -53,7 +56,8 @@ LORA = " ".join(
 )
 BOTH = case(
     "both",
-    f"{TOY} {CRITIC} {ROWS} {LORA} --only_optimize_lora --reward_model_name_or_path {{stock}}/reward/llama",
+    f"{TOY} {CRITIC} {ROWS} {LORA} --only_optimize_lora "
+    f"--reward_model_name_or_path {{stock}}/reward/llama",
     f"--reward_fn {{stock}}/rewards.py:vowels --reward_weights {WEIGHTS[0]} {WEIGHTS[1]}",
     rollouts=1,
 )

@@ -12,7 +12,8 @@ TOLERANCE = {"fp32": 1e-5, "bf16": 2e-3, "fp16": 1e-3}
 def step_case(step: int | str, layout: str, zero: str, dtype: str = "fp32") -> Case:
     ranks, rows, accumulation = LAYOUTS[layout]
     words = (
-        f"--model_name_or_path {MODELS[step]}llama --data_path {{stock}}/toy --data_split {SHARES[step]}",
+        f"--model_name_or_path {MODELS[step]}llama --data_path {{stock}}/toy "
+        f"--data_split {SHARES[step]}",
         f"--max_seq_len 48 --max_train_steps 4 --learning_rate 1e-3 {DTYPES[dtype]} {ZERO[zero]}",
         f"--per_device_train_batch_size {rows} --gradient_accumulation_steps {accumulation}",
     )
