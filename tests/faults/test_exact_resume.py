@@ -58,7 +58,7 @@ def params() -> list:
 
 
 @pytest.mark.parametrize("options", params())
-def test_a_killed_run_goes_on_as_if_it_had_not_been(options, zygote, tmp_path, record):
+def test_a_killed_run_resumes_exactly(options, zygote, tmp_path, record):
     step, ranks, argv = options["step"], options["ranks"], flags(options)
     whole = zygote.run(step, tmp_path / "whole", argv.replace("--save_interval 5", ""), ranks=ranks)
     assert whole.statuses == [0] * ranks, whole.log[-3000:]
@@ -77,7 +77,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(options, zygote, tmp_path, r
 
 
 @pytest.mark.parametrize("zero", [1, 3])
-def test_the_loss_scale_is_not_tried_anew(zero, zygote, tmp_path, record):
+def test_the_loss_scale_is_resumed(zero, zygote, tmp_path, record):
     """From 2^20 on, fp16 loses its first steps to overflows; a run that began there again would lose as many more."""
     half = {"before": f"{HOOKS}:half_precision"}
     scaling = tmp_path / "scaling.json"

@@ -41,7 +41,7 @@ def steps_of(run) -> list[int]:
     return [line["step"] for line in run.metrics()]
 
 
-def test_twenty_kills_at_random_moments_lose_nothing_but_the_steps_behind_the_last_checkpoint(
+def test_twenty_kills_at_random_moments_lose_only_updates_after_the_last_checkpoint(
     zygote, tmp_path, record
 ):
     draw, steps, every = random.Random(3), 240, 3
@@ -261,7 +261,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(
     record(injected=1, survived=1)
 
 
-def test_a_checkpoint_under_the_name_of_another_step_is_none(two_checkpoints, tmp_path):
+def test_a_checkpoint_under_the_name_of_another_update_is_ignored(two_checkpoints, tmp_path):
     root = tmp_path / "checkpoints"
     shutil.copytree(two_checkpoints / "checkpoints", root)
     (root / "step_00000004").rename(root / "step_00000009")
@@ -289,7 +289,7 @@ def test_a_checkpoint_from_elsewhere_costs_no_other_runs(zygote, two_checkpoints
     assert (tmp_path / "mine" / "metrics.jsonl").read_bytes() == before
 
 
-def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(
+def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(
     zygote, two_checkpoints, tmp_path, record
 ):
     argv = f"{SFT} --max_train_steps 6 --save_interval 2"

@@ -50,7 +50,7 @@ PARAMS = [case(*row) for row in CASES] + [case(*row, pytest.mark.slow) for row i
 
 
 @pytest.mark.parametrize("step, zero, ranks, lora", PARAMS)
-def test_other_processes_take_exactly_the_weights_and_go_on_alike(
+def test_other_rank_counts_load_the_exact_weights_and_train_alike(
     step, zero, ranks, lora, zygote, tmp_path
 ):
     first, second = ranks

@@ -34,7 +34,7 @@ def content(path: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("killed_at", range(1, 6))
-def test_a_replacement_that_was_killed_is_mended(killed_at, tmp_path, monkeypatch):
+def test_a_killed_replacement_is_repaired(killed_at, tmp_path, monkeypatch):
     old = folder(tmp_path / "out", config_json="old", metrics_jsonl="lines", log_txt="log")
     new = folder(tmp_path / ".out.abcd1234.tmp", config_json="new")
     calls, rename = itertools.count(1), Path.rename
@@ -60,7 +60,7 @@ def test_a_replacement_that_was_killed_is_mended(killed_at, tmp_path, monkeypatc
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_mending_leaves_what_belongs_to_others(tmp_path):
+def test_repairing_leaves_files_of_others(tmp_path):
     out = folder(tmp_path / "out", config_json="mine")
     others = [
         folder(tmp_path / name)

@@ -118,7 +118,7 @@ def test_code_beside_a_known_architecture_does_not_run_either(place, zygote, sto
     assert target.exists()
 
 
-def test_texts_are_no_file_names(zygote, stock, tmp_path):
+def test_data_strings_are_not_opened_as_files(zygote, stock, tmp_path):
     data = tmp_path / "data"
     data.mkdir()
     absolute = Path("/tmp") / f"absolute-{uuid.uuid4().hex}"

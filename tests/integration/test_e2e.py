@@ -116,7 +116,7 @@ def test_a_step_that_fails_ends_with_its_log_and_its_cause(finished, tmp_path):
     assert not list(output.glob("step3-models/*/finished.json"))
 
 
-def test_an_interrupted_step_goes_on_from_its_checkpoint(finished, tmp_path):
+def test_an_interrupted_step_resumes_from_its_checkpoint(finished, tmp_path):
     output = tmp_path / "a copy"
     shutil.copytree(finished[0], output)
     (ppo,) = output.glob("step3-models/*")
@@ -158,7 +158,7 @@ def test_an_interrupted_step_goes_on_from_its_checkpoint(finished, tmp_path):
 
 
 @pytest.mark.slow
-def test_opt_goes_all_the_way_too(tmp_path):
+def test_opt_trains_through_all_three_steps(tmp_path):
     done = tiny("opt", tmp_path / "out", tmp_path)
     assert done.returncode == 0, done.stdout[-3000:]
     check_summary(tmp_path / "out")

@@ -90,7 +90,7 @@ def test_padded_answers_equal_those_to_single_prompts(models, role):
     assert all(len(set(text)) >= 5 for text in texts) and len(set(texts)) == 3
 
 
-def test_the_models_own_generation_settings_have_no_say(models, tmp_path):
+def test_the_generation_config_of_the_model_is_ignored(models, tmp_path):
     changed = tmp_path / "changed"
     changed.mkdir()
     for file in Path(models["baseline"]).iterdir():

@@ -74,7 +74,7 @@ RUNS = {
     "name, case, keys",
     [pytest.param(n, c, k, id=n, marks=pytest.mark.cases(c)) for n, (c, k) in RUNS.items()],
 )
-def test_the_numbers_are_those_of_before(name, case, keys, launches):
+def test_golden_numbers(name, case, keys, launches):
     found = {key: launches[case].per_step(key) for key in keys}
     assert all(found.values())
     golden = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}

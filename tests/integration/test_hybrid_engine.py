@@ -81,7 +81,7 @@ REWARDS = {
         for name, pair in REWARDS.items()
     ],
 )
-def test_rewards_are_the_same_with_and_without_it(without, with_it, launches):
+def test_rewards_are_the_same_with_and_without_the_hybrid_engine(without, with_it, launches):
     without, with_it = launches[without], launches[with_it]
     for key in ("objective/score", "objective/reward", "policy/loss", "value/loss"):
         assert with_it.per_step(key) == pytest.approx(without.per_step(key), rel=1e-4, abs=1e-5)

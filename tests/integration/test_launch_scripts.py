@@ -77,7 +77,7 @@ def test_every_published_size_has_its_script(step):
     assert found == {f"{step}/training_scripts/{name}.sh" for name in EXPECTED[step].split()}
 
 
-def test_help_is_that_of_the_main_and_leaves_nothing_behind(bench):
+def test_help_is_that_of_the_main_and_leaves_no_files(bench):
     assert bench.run(SINGLE_NODE, "--help").returncode == 0
     assert bench.notes()[0][-1] == "--help" and not list(bench.folder.iterdir())
 
@@ -238,7 +238,7 @@ def test_positional_arguments_end_at_the_first_flag(bench):
     )
 
 
-def test_the_repository_may_lie_in_a_folder_with_a_space(bench, tmp_path, monkeypatch):
+def test_the_repository_may_be_in_a_folder_with_a_space(bench, tmp_path, monkeypatch):
     root = tmp_path / "a copy"
     for name in ("scripts", "training"):
         shutil.copytree(ROOT / name, root / name)
@@ -433,7 +433,7 @@ def test_a_failure_ends_with_cause_flag_and_log(said, cause, flags, bench):
     assert (bench.folder / "output" / "training.log").read_text() == said + "\n"
 
 
-def test_a_failure_behind_the_real_launcher_ends_the_same_way(bench):
+def test_a_failure_under_the_real_launcher_ends_the_same_way(bench):
     script = SINGLE_NODE.replace("single_node", "single_gpu")
     words = ["an output", "2", "--model_name_or_path", "/no such model"]
     done = bench.run(script, *words, PYTHON=sys.executable, HF_HUB_OFFLINE="1")
@@ -465,7 +465,7 @@ def test_a_second_run_keeps_the_log_of_the_first_and_fails_by_its_own_words(benc
     assert log == "error (rank 0): --max_seq_len 1: of yesterday\ntwo\n"
 
 
-def test_the_log_of_a_run_that_lasts_is_not_touched(bench):
+def test_the_log_of_a_running_run_is_not_touched(bench):
     output = bench.folder / "output"
     output.mkdir()
     code = "import sys; from pathlib import Path; from dschat.runtime.lock import lock_folder; "
@@ -541,7 +541,7 @@ def test_a_signal_to_the_script_lets_the_run_save(to_group, number, tmp_path):
     assert (tmp_path / "out" / "training.log").read_text().endswith("saved\n")
 
 
-def test_ctrl_c_at_a_script_saves_a_run_that_goes_on_later(stock, tmp_path):
+def test_ctrl_c_at_a_script_saves_a_run_that_resumes(stock, tmp_path):
     words = f"{TINY_SFT} --learning_rate 1e-3".replace(
         "--max_train_steps 2", "--max_train_steps 80"
     ).format(stock=stock)
@@ -571,7 +571,7 @@ def test_ctrl_c_at_a_script_saves_a_run_that_goes_on_later(stock, tmp_path):
 
 
 @pytest.mark.parametrize("name, runs", list(zip(SWEEPS, (8, 4, 4, 18))))
-def test_a_sweep_runs_every_combination_in_a_folder_of_its_own(name, runs, bench):
+def test_a_sweep_runs_every_combination_in_a_separate_folder(name, runs, bench):
     done = bench.run(name, "--max_train_steps", "3")
     assert done.returncode == 0, done.stdout
     notes = bench.notes()

@@ -223,7 +223,7 @@ def travelling_pair(zero: str):
 
 
 @pytest.mark.parametrize("away, stayed", [travelling_pair("2"), travelling_pair("3")])
-def test_a_run_whose_states_travel_is_the_same_run(away, stayed, launches):
+def test_moving_idle_states_changes_no_metric(away, stayed, launches):
     same_runs(launches, away, stayed)
     ema = [load_plainly(launches[case].out / "actor_ema").state_dict() for case in (away, stayed)]
     assert all(torch.equal(tensor, ema[1][name]) for name, tensor in ema[0].items())

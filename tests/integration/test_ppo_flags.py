@@ -162,7 +162,7 @@ def test_evaluations_come_at_every_interval_and_at_the_end(launches):
         pytest.param(ONE_EPOCH, 1, id="target_kl", marks=pytest.mark.cases(ONE_EPOCH)),
     ],
 )
-def test_what_ran_is_what_is_counted(which, passes, launches, stock):
+def test_updates_and_passes_are_counted(which, passes, launches, stock):
     """--target_kl ends the updates with the first pass: its second step is the first with a KL above 0."""
     outcome, updates = launches[which], 2 * passes
     lines = outcome.metrics()[1:]
@@ -244,7 +244,7 @@ def test_the_first_step_on_a_rollout_has_the_ratio_1_and_advantages_as_they_are(
 
 
 @pytest.mark.cases(SAMPLINGS)
-def test_the_narrowest_sampling_is_greedy(launches):
+def test_sampling_with_top_k_1_is_greedy(launches):
     greedy, *narrow, plain = launches[SAMPLINGS].value
     assert all(found == greedy for found in narrow)
     assert plain != greedy and len({token for row in greedy for token in row}) > 8
@@ -279,7 +279,7 @@ def test_scores_are_divided_by_their_deviation_before_training(launches):
 
 
 @pytest.mark.cases(BOTH, GROUPS)
-def test_the_adapters_of_actor_and_critic_learn_at_rates_of_their_own(launches):
+def test_the_adapters_of_actor_and_critic_have_separate_learning_rates(launches):
     first = launches[BOTH].metrics()[1]
     assert {role: first[f"lr/{role}"] for role in LORA_RATES} == LORA_RATES
     assert launches[GROUPS].value == {"actor": [1e-3, 3e-3], "critic": [2e-3, 7e-3]}

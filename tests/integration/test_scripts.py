@@ -138,7 +138,7 @@ def test_a_torch_in_range_is_kept(repository):
     assert log(root)[2] == f"venv -m venv {root}/.venv"
 
 
-def test_on_a_gpu_and_as_the_user_says(repository):
+def test_gpu_choice_and_user_overrides(repository):
     root = repository
     run(root, STUB_NO_TORCH="1", DSCHAT_TORCH="torch==8.8")
     assert log(root)[1].endswith(" torch==8.8")
