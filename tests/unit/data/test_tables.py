@@ -205,7 +205,7 @@ def test_a_pipe_is_refused_without_waiting(tmp_path):
 @pytest.mark.parametrize("path", ["./nowhere", "/no/such/rows.jsonl", "rows.jsonl", "a/b/c"])
 def test_missing_path(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=rf"--data_path {path}: no such file or folder"):
+    with pytest.raises(ValueError, match=rf"--data_path {path}: no such file or folder, and not"):
         open_entry(path)
 
 
