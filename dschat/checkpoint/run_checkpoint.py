@@ -10,6 +10,7 @@ import shutil
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -39,7 +40,7 @@ class Checkpoint:
     def processes(self) -> int:
         return self.facts["processes"]
 
-    def load_engines(self, engines: dict[str, object]) -> None:
+    def load_engines(self, engines: dict[str, Any]) -> None:
         """Take the state of each engine, by the name it was saved under. Every process must call it.
 
         Raises:

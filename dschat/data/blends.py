@@ -214,7 +214,7 @@ def _keep_rows_with(part: Part, needs: str, *, step: int, skip: bool) -> Part:
     missing = np.flatnonzero(~part.has[needs])
     if not len(missing):
         return part
-    first = f'{part.place(missing[0])}: no "{needs}", which step {step} needs'
+    first = f'{part.place(int(missing[0]))}: no "{needs}", which step {step} needs'
     if not skip:
         raise ValueError(
             f"{first}; {len(missing)} of the {len(part)} rows of its share lack it. Add it, name "

@@ -74,7 +74,10 @@ class Encoder:
                 for answer in (row.chosen, row.rejected)
             ]
             turns = self._turn_positions(row, prompt)
-            found.append(Encoded(prompt, *answers, turns, row.num_hidden_turns, row.learns_answer))
+            encoded = Encoded(
+                prompt, answers[0], answers[1], turns, row.num_hidden_turns, row.learns_answer
+            )
+            found.append(encoded)
         return found
 
     def encode_answer(self, row: Row, answer: str, *, ended: bool) -> list[int]:
@@ -106,9 +109,8 @@ class Encoder:
         and 2 saw.
         """
         joint = self._with_lead(joint)
-        if joint[: len(prompt)] == prompt:
-            ids = joint[len(prompt) :]
-        else:
+        ids = joint[len(prompt) :]
+        if joint[: len(prompt)] != prompt:
             ids = self._tokenize([text])[0]
         end = self.end_id(rendered)
         return ids if ids[-1:] == [end] else [*ids, end]

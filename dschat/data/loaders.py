@@ -3,6 +3,7 @@
 import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
@@ -172,7 +173,7 @@ def build_sft_data(
         ValueError: for data that cannot be used, rows without an answer, or a part that is empty.
     """
     rows = open_blends(data, step=1, needs="chosen", whole=data.sft_only_data_path)
-    options = dict(
+    options: dict[str, Any] = dict(
         max_seq_len=data.max_seq_len,
         prompt_format=data.prompt_format,
         end_token_id=end_token_id,
@@ -201,7 +202,7 @@ def build_pair_data(
             empty.
     """
     train_rows, eval_rows = open_blends(data, step=2, needs="rejected")
-    options = dict(
+    options: dict[str, Any] = dict(
         max_seq_len=data.max_seq_len,
         prompt_format=data.prompt_format,
         end_token_id=end_token_id,
@@ -222,7 +223,7 @@ def build_prompt_data(
         ValueError: for data that cannot be used, or a part that is empty.
     """
     rows = open_blends(data, step=3, needs="prompt")
-    options = dict(
+    options: dict[str, Any] = dict(
         max_prompt_len=max_prompt_len,
         prompt_format=data.prompt_format,
         truncation=data.truncation,
@@ -333,7 +334,7 @@ def make_loaders(
             "--per_device_generation_batch_size)."
         )
     collate = functools.partial(collate, pad_id=pad_id)
-    shard = dict(rank=dist.rank(), world_size=dist.world_size(), seed=seed)
+    shard: dict[str, Any] = dict(rank=dist.rank(), world_size=dist.world_size(), seed=seed)
     train_loader = make_loader(
         train,
         collate,

@@ -7,6 +7,7 @@ these but ``learn``.
 """
 
 import json
+from typing import Any
 
 from dschat.data.text_checks import check_size, shorten, validate_text
 
@@ -98,14 +99,14 @@ def plain_text(answer: str | list[dict]) -> str:
     return "\n".join(message["content"] for message in answer)
 
 
-def _normalize(message: object, name: str) -> dict:
+def _normalize(message: Any, name: str) -> dict:
     role = _first(message, ROLE_FIELDS) if isinstance(message, dict) else None
     known = ROLE_NAMES.get(role, role) if isinstance(role, str) else None
     if known not in ROLES:
         raise ValueError(
             f"{name} is {shorten(message)}, not a message with one of the roles {', '.join(ROLES)}"
         )
-    found = {"role": known, "content": ""}
+    found: dict[str, Any] = {"role": known, "content": ""}
     content = _first(message, CONTENT_FIELDS)
     calls = _tool_calls(message, role, content, name)
     if calls:
@@ -150,7 +151,7 @@ def _part(part: object, name: str) -> str:
     )
 
 
-def _tool_calls(message: dict, role: str, content: object, name: str) -> list[dict]:
+def _tool_calls(message: dict, role: object, content: object, name: str) -> list[dict]:
     calls = message.get("tool_calls") or []
     if message.get("function_call"):
         calls = [{"function": message["function_call"]}]
@@ -161,7 +162,7 @@ def _tool_calls(message: dict, role: str, content: object, name: str) -> list[di
     return [_tool_call(call, f"{name}.tool_calls[{i}]") for i, call in enumerate(calls)]
 
 
-def _tool_call(call: object, name: str) -> dict:
+def _tool_call(call: Any, name: str) -> dict:
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise ValueError(f"{name} is {shorten(call)}, not a call of a named function")

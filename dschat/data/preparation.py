@@ -259,8 +259,11 @@ def _table_digest(table: Table) -> bytes:
         return table.rows._fingerprint.encode()
     digest = hashlib.sha256()
     for chunk in table.chunks:
+        content = hashlib.sha256()  # hashlib.file_digest needs Python 3.11
         with open(chunk.title, "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+            while block := file.read(2**20):
+                content.update(block)
+        digest.update(content.digest())
     return digest.digest()
 
 

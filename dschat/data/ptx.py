@@ -45,7 +45,7 @@ def load_texts(
             ) from error
         if not exists:
             raise ValueError(f"{FLAG} {name}: no such file.")
-        texts = _load_local_texts(path)
+        texts: Sequence[str] = _load_local_texts(path)
     else:
         texts = _load_hub_texts(name, config_name, cache_dir)
     if not len(texts):
@@ -80,7 +80,7 @@ class PTXBatches:
         self.world_size = world_size
         self._epoch = 0
         self._place = 0  # texts of the epoch that are read
-        self._held = []  # tokens of these that are in no batch yet
+        self._held: list[int] = []  # tokens of these that are in no batch yet
         self._order = self._order_of_epoch(0)
 
     def __iter__(self) -> Iterator[TextBatch]:

@@ -212,8 +212,8 @@ def _read_json_list(data: bytes) -> Records:
     if not closed or position < len(text):
         line = bisect.bisect(newlines, position) + 1
         expected = "nothing more after the list" if closed else "a comma or the end of the list"
-        shown = text[position : position + 40]
-        return records.stop(line, f"not readable as JSON ({expected} expected): {shown!r}")
+        rest = text[position : position + 40]
+        return records.stop(line, f"not readable as JSON ({expected} expected): {rest!r}")
     return records
 
 

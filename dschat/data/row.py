@@ -1,6 +1,7 @@
 """A row of text with the same fields for every dataset."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from dschat.data.messages import plain_text
 from dschat.data.text_checks import shorten, strip_invisible
@@ -23,7 +24,7 @@ class Row:
     margin: float | None = None  # how much better chosen is, in the data's own unit
 
 
-def add_leading_space(answer: str | None) -> str | None:
+def add_leading_space(answer: Any) -> Any:
     """Put a space before an answer unless it begins with white space; None stays None."""
     if not isinstance(answer, str) or answer[:1].isspace():
         return answer
@@ -40,8 +41,7 @@ def validate_pair(row: Row) -> Row:
         return row
     if row.chosen is None:
         raise ValueError('field "rejected" without a field "chosen"')
-    both_texts = isinstance(row.chosen, str) and isinstance(row.rejected, str)
-    if both_texts:
+    if isinstance(row.chosen, str) and isinstance(row.rejected, str):
         equal = strip_invisible(row.chosen) == strip_invisible(row.rejected)
     else:
         equal = row.chosen == row.rejected

@@ -52,7 +52,7 @@ class Part:
         """Return a row's place for messages: "rows.jsonl, line 7" or "name (train), row 7"."""
         return self.table.place(int(self.index[position]))
 
-    def take(self, positions: Sequence[int]) -> "Part":
+    def take(self, positions: Sequence[int] | np.ndarray) -> "Part":
         """Return the rows at `positions` as a new part of the same table."""
         positions = np.asarray(positions, dtype=np.int64)
         has = {name: flags[positions] for name, flags in self.has.items()}
@@ -189,7 +189,7 @@ def _check_table(table: Table, hub_set: HubSet, reading: Reading, *, skip: bool)
     """Return all good rows of a table; raise ValueError for others, or leave them out if `skip`."""
     faults = table.faults
     index, pick, group = [], [], []
-    has = {"prompt": [], "chosen": [], "rejected": []}
+    has: dict[str, list[bool]] = {"prompt": [], "chosen": [], "rejected": []}
     columns: Counter = Counter()
     for number, raw in enumerate(_iterate_rows(table.rows)):
         try:

@@ -89,7 +89,7 @@ class Assignment:
 
     def _known(self, unique: np.ndarray) -> np.ndarray:
         """Return the shares that are already given, and -1 for the others."""
-        labels = np.full(len(unique), -1, dtype=np.int8)
+        labels: np.ndarray = np.full(len(unique), -1, dtype=np.int8)
         if len(self.groups):
             at = np.minimum(np.searchsorted(self.groups, unique), len(self.groups) - 1)
             found = self.groups[at] == unique
@@ -150,13 +150,13 @@ class Blend(Sequence):
         begin = self._ends[piece - 1] if piece else 0
         return piece, position - begin
 
-    def __getitem__(self, position: int) -> Row:
+    def __getitem__(self, position: int) -> Row:  # type: ignore[override]  # no slices
         """Return the row at `position`; raise ValueError, naming its place, if it is malformed."""
         piece, index = self.locate(position)
         source, part = self.pieces[piece]
         return source.row(part, index)
 
-    def take(self, positions: Sequence[int]) -> "Blend":
+    def take(self, positions: Sequence[int] | np.ndarray) -> "Blend":
         """Return the rows at `positions`, which must be in ascending order, as a new blend."""
         positions = np.asarray(positions, dtype=np.int64)
         pieces = []
@@ -191,7 +191,7 @@ def first_indices_per_source(rows: Sequence[Row], most: int, *, least: int = 1) 
             break
         counts[spare.index(max(spare))] -= 1
         counts[spare.index(min(spare))] += 1
-    indices = []
+    indices: list[int] = []
     begin = 0
     for size, count in zip(sizes, counts, strict=True):
         indices.extend(range(begin, begin + count))

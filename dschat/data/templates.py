@@ -164,7 +164,7 @@ class TextFormat:
             self._render_answer(messages, answer, prompt, row.tools) if answer is not None else None
             for answer in (row.chosen, row.rejected)
         ]
-        return Rendered(prompt, *answers, True, turns, num_hidden)
+        return Rendered(prompt, answers[0], answers[1], True, turns, num_hidden)
 
     def _place_system(self, messages: list[dict]) -> list[dict]:
         """Put the system prompt before the user's first words if the template cannot show it."""
@@ -310,13 +310,14 @@ def _render_plain(row: Row) -> Rendered:
 
 
 def _render_human_assistant(row: Row, with_turns: bool) -> Rendered:
-    prompt, turns = row.prompt, ()
+    prompt = row.prompt
+    turns: tuple = ()
     if not isinstance(prompt, str):
         prompt, turns = _write_dialogue(prompt)
     elif not IN_FORM.fullmatch(prompt):
         prompt = f"{HUMAN} {prompt.strip()}{ASSISTANT}"
     answers = [add_leading_space(_one_text(answer)) for answer in (row.chosen, row.rejected)]
-    return Rendered(prompt, *answers, False, turns if with_turns else ())
+    return Rendered(prompt, answers[0], answers[1], False, turns if with_turns else ())
 
 
 def _write_dialogue(messages: list[dict]) -> tuple[str, tuple[tuple[int, int], ...]]:

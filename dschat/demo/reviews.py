@@ -74,7 +74,8 @@ def usable_sentences(lines: Iterable[str]) -> list[Sentence]:
     a whole number, is divisible by 6 is kept for independent checks: it is in no split, nor is one that differs from
     it in capitals alone.
     """
-    sentences, reserved = {}, set()
+    sentences: dict[str, Sentence] = {}
+    reserved = set()
     for line in lines:
         fields = line.rstrip("\r\n").split("\t")
         if len(fields) != 3:
@@ -225,7 +226,7 @@ def _match(pool: Sequence[Sentence], num_pairs: int) -> list[tuple[Sentence, Sen
     for sentence in reversed(pool):
         if sentence.rating <= DISLIKED:
             disliked.setdefault(sentence.num_words, []).append(sentence)
-    pairs = []
+    pairs: list[tuple[Sentence, Sentence]] = []
     for sentence in pool:
         if len(pairs) < num_pairs and sentence.rating >= LIKED and disliked.get(sentence.num_words):
             pairs.append((sentence, disliked[sentence.num_words].pop()))

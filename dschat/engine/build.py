@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+from collections.abc import Container
 from datetime import timedelta
 from pathlib import Path
 
@@ -134,7 +135,7 @@ def build_training_engine(
     total_steps: int,
     learning_rate: float,
     weight_decay: float,
-    lora_names: set[str] = frozenset(),
+    lora_names: Container[str] = frozenset(),
     lora_learning_rate: float = 0.0,
 ):
     """A DeepSpeed engine around `model`, with AdamW and a schedule of transformers.

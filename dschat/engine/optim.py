@@ -1,5 +1,8 @@
 """AdamW in parameter groups, and gradients that are not finite."""
 
+from collections.abc import Container
+from typing import Any
+
 import torch
 
 from dschat.runtime import dist
@@ -12,7 +15,7 @@ def adamw(
     *,
     learning_rate: float,
     weight_decay: float,
-    lora_names: set[str],
+    lora_names: Container[str],
     lora_learning_rate: float,
     cpu_offload: bool,
 ) -> torch.optim.Optimizer:
@@ -36,7 +39,7 @@ def adamw(
             "No parameter is trainable: lower --freeze_layers (in step 3 --actor_freeze_layers or "
             "--critic_freeze_layers), or leave --only_optimize_lora out."
         )
-    param_groups = [
+    param_groups: list[dict[str, Any]] = [
         {"params": p, "lr": lr, "weight_decay": decay} for (lr, decay), p in groups.items()
     ]
     if cpu_offload:

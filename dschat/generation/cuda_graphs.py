@@ -166,7 +166,7 @@ class GraphDecoder:
         length = -(-self.max_length // LENGTH_STEP) * LENGTH_STEP
         self.cache = self.state = None  # freed before the new ones are allocated
         self.cache = SlotCache(shapes, rows=self.max_rows, length=length)
-        if self.compiled:
+        if isinstance(self._compiled, CompiledLayers):
             self._compiled.cache = self.cache
         self.state = GraphBuffers.allocate(
             slots=self.max_rows,

@@ -4,7 +4,7 @@ Prompts are padded on the left, [N, P]. Response token r of a row is written at 
 the key-value cache. This file runs on any device; cuda_graphs.py replays the steps as CUDA graphs.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -239,7 +239,7 @@ def prefill_slots(
         Logits [B * copies, V] after the prompts, and the cache, whose positions [0, P) are filled.
     """
     cache, logits = None, None
-    groups = length_groups(attention_mask)
+    groups: Iterable[torch.Tensor] = length_groups(attention_mask)
     if has_length_dependent_rope(model):
         # It has to see the longest text of the batch, as in the training module.
         groups = [torch.arange(len(input_ids), device=input_ids.device)]

@@ -64,7 +64,8 @@ def split_problems(config: PreTrainedConfig, size: int, *, world_size: int) -> l
     Returns:
         One sentence for each reason.
     """
-    flag, found = f"--inference_tp_size {size}", []
+    flag = f"--inference_tp_size {size}"
+    found: list[str] = []
     if size == 1:
         return found
     if world_size % size:

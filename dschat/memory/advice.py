@@ -195,7 +195,7 @@ def _in_order(sets: Iterable[Iterable[Change]]) -> list[dict]:
     """
     found = []
     for chosen in sets:
-        options = {}
+        options: dict = {}
         count = 0
         cost = 0
         for change in chosen:

@@ -1,6 +1,7 @@
 """Checks of a run before any weight is read: its memory plan, and the shapes of its models."""
 
 from collections.abc import Iterable
+from typing import Any
 
 from dschat.config.ppo import PPOConfig
 from dschat.generation.tensor_parallel import split_problems
@@ -64,7 +65,7 @@ def check_models(
     options = config.model
     system = config.system
     found = []
-    trust = dict(trust_remote_code=options.trust_remote_code)
+    trust: dict[str, Any] = dict(trust_remote_code=options.trust_remote_code)
     flag = "--actor_model_name_or_path"
     actor = options.actor_model_name_or_path
     if system.enable_hybrid_engine:

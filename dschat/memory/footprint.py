@@ -9,6 +9,7 @@ The constants are those of DeepSpeed's optimizers and of engine/ds_config.py.
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from dschat.config.options import SystemOptions
 from dschat.engine.ds_config import training_config
@@ -179,6 +180,7 @@ def _zero12(
     bucket = width * ZERO12_BUCKET
     # Stage 1 keeps whole gradients until the end of the last backward. Stage 2 moves them to this
     # rank's part, which exists from the first full bucket, or to the host if offloaded.
+    held: float
     if stage == 1:
         held = whole
         waiting = held + bucket if accumulates else 0.0
@@ -189,7 +191,7 @@ def _zero12(
         early = bucket + held
     # The optimizer copies each group's weights into one flat tensor, one group after the other.
     build = width * max(size.groups)
-    shared = dict(
+    shared: dict[str, Any] = dict(
         weights=size.weight_bytes(width),
         whole=width * size.parameters,
         gradients=held,

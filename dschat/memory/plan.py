@@ -1,6 +1,7 @@
 """The memory of a whole step, phase by phase."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from dschat.config.dpo import DPOConfig
 from dschat.config.options import SystemOptions
@@ -265,7 +266,9 @@ def _ppo_models(config: PPOConfig, *, world_size: int, dtype: str) -> tuple[dict
         return found
 
     def frozen(size: ModelSize, stage: int, offload: bool) -> Footprint:
-        more = dict(pin_memory=system.pin_memory, width=width, world_size=world_size)
+        more: dict[str, Any] = dict(
+            pin_memory=system.pin_memory, width=width, world_size=world_size
+        )
         return inference_footprint(size, stage=stage, offload=offload, **more)
 
     actor = options.actor_model_name_or_path

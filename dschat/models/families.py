@@ -1,11 +1,12 @@
 """Differences between model families, and the shapes of published models.
 
-Everything else in this package finds its way by structure (base model, decoder list, heads), so a family that is not
-listed here works too. The shapes let planning and benchmarks build a configuration without any download.
+All other modules find a model's parts by structure (base model, decoder list, heads), so a family
+that is not listed here works too. The shapes let planning and benchmarks build a configuration
+without any download.
 """
 
 from dataclasses import dataclass
-from typing import Optional
+from typing import Any, Optional
 
 from transformers import (
     BloomConfig,
@@ -18,12 +19,12 @@ from transformers import (
     Qwen2Config,
 )
 
-# Modules outside the decoder list that belong to the input embedding and are no nn.Embedding:
+# Modules outside the decoder list that belong to the input embedding but are not an nn.Embedding:
 # OPT-350m widens its 512 embedding columns to 1024, BLOOM normalises them.
 EMBEDDING_MODULE_NAMES = ("project_in", "word_embeddings_layernorm")
 
-# Linear layers side by side in one module that read the same input, in the order in which forwards call them: a decode
-# step computes them in one launch. Other families lose that, and nothing else.
+# Linear layers of one module that read the same input, in the order in which forwards call them. A
+# decode step computes them in one launch. Families with other names only lose that.
 SHARED_INPUT_NAMES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
@@ -40,14 +41,16 @@ class Shape:
     positions: int
     tied: bool  # the output head shares the input embedding
     kv_heads: Optional[int] = None  # None: as many as heads
-    word_embed_proj_dim: Optional[int] = (
-        None  # OPT: width of the embedding and of the head; None: hidden
-    )
+    # OPT: width of the embedding and of the head; None: hidden.
+    word_embed_proj_dim: Optional[int] = None
     norm_before: bool = True  # OPT-350m alone normalises after each block and has no final norm
     rope_theta: float = 10000.0
 
     def config(self) -> PreTrainedConfig:
-        """The transformers configuration of this shape; dropout and token ids stay the family's defaults."""
+        """Return the transformers configuration of this shape.
+
+        Dropout and token ids stay the family's defaults.
+        """
         sizes = dict(
             vocab_size=self.vocab,
             hidden_size=self.hidden,
@@ -65,7 +68,7 @@ class Shape:
                 do_layer_norm_before=self.norm_before,
             )
         if self.family == "gpt2":
-            # The defaults of these three ids lie outside a small vocabulary.
+            # The default ids are outside a small vocabulary.
             return GPT2Config(
                 **sizes, n_inner=self.intermediate, bos_token_id=None, eos_token_id=None
             )
@@ -96,13 +99,13 @@ FAMILIES = ("opt", "llama", "gpt2", "gpt_neox", "qwen2", "mistral")
 
 
 def _opt(hidden: int, layers: int, heads: int, **more) -> Shape:
-    """OPT (Zhang et al. 2022, table 1); the vocabulary is the checkpoints' 50272 rows."""
-    sizes = dict(intermediate=4 * hidden, vocab=50272, positions=2048, tied=True)
+    """Return a shape of OPT (Zhang et al. 2022, table 1), with the checkpoints' 50272 rows."""
+    sizes: dict[str, Any] = dict(intermediate=4 * hidden, vocab=50272, positions=2048, tied=True)
     return Shape("opt", hidden, layers, heads, **sizes, **more)
 
 
 def _llama2(hidden: int, layers: int, heads: int, intermediate: int, **more) -> Shape:
-    """Llama 2 (Touvron et al. 2023)."""
+    """Return a shape of Llama 2 (Touvron et al. 2023)."""
     return Shape(
         "llama",
         hidden,
@@ -119,9 +122,10 @@ def _llama2(hidden: int, layers: int, heads: int, intermediate: int, **more) -> 
 def tiny_shape(
     family: str, *, vocab: int, hidden: int = 64, layers: int = 2, heads: int = 4, kv_heads: int = 2
 ) -> Shape:
-    """The shape of a model for tests; `kv_heads` counts only where the family knows grouped queries.
+    """Return the shape of a model for tests.
 
-    OPT and GPT-2 are tied and the others are not, as their published models.
+    OPT and GPT-2 are tied and the others are not, like their published models. `kv_heads` is ignored
+    unless the family has grouped-query attention.
     """
     grouped = family in ("llama", "qwen2", "mistral")
     return Shape(
@@ -137,9 +141,8 @@ def tiny_shape(
     )
 
 
-TINY_VOCAB = (
-    264  # three special tokens and 256 bytes, rounded up to a multiple of 8 as large models do
-)
+# Three special tokens and 256 bytes, rounded up to a multiple of 8 as in large models.
+TINY_VOCAB = 264
 
 SHAPES: dict[str, Shape] = {
     "opt-125m": _opt(768, 12, 12),
@@ -154,7 +157,7 @@ SHAPES: dict[str, Shape] = {
     "llama-2-7b": _llama2(4096, 32, 32, 11008),
     "llama-2-13b": _llama2(5120, 40, 40, 13824),
     "llama-2-70b": _llama2(8192, 80, 64, 28672, kv_heads=8),
-    # What DeepSpeed-Chat's scripts for other languages start from, and its own checkpoints.
+    # Base models of DeepSpeed-Chat's scripts for other languages, and its own checkpoints.
     "bloom-1b1": Shape("bloom", 1536, 24, 16, 6144, vocab=250880, positions=2048, tied=True),
     "mgpt": Shape("gpt2", 2048, 24, 16, 8192, vocab=100000, positions=2048, tied=True),
     "chat-opt-1.3b-sft-deepspeed": _opt(2048, 24, 32),
@@ -178,7 +181,7 @@ SHAPES: dict[str, Shape] = {
 
 
 def shape_config(name: str) -> PreTrainedConfig:
-    """The configuration of a published or tiny model; nothing is downloaded.
+    """Return the configuration of a published or tiny model, without a download.
 
     Args:
         name: a key of SHAPES in any case, with or without its organisation ("facebook/opt-1.3b").

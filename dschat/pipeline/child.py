@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import TextIO
+from typing import IO
 
 # Lines of launchers and libraries, which are in the log but not on the screen.
 NOISE = re.compile(
@@ -22,7 +22,7 @@ LAST_LINES = 15
 END_S = 30.0  # launchers give their processes as long to save before they kill them
 
 
-def start_process(command: list[str], environment: dict[str, str]) -> tuple[int, TextIO]:
+def start_process(command: list[str], environment: dict[str, str]) -> tuple[int, IO[str]]:
     """Start `command` in a new session and return its process id and its output."""
     process = subprocess.Popen(
         command,
@@ -36,7 +36,7 @@ def start_process(command: list[str], environment: dict[str, str]) -> tuple[int,
     return process.pid, process.stdout
 
 
-def run_logged(start: Callable[[], tuple[int, TextIO]], log: Path) -> None:
+def run_logged(start: Callable[[], tuple[int, IO[str]]], log: Path) -> None:
     """Start a process and wait for its end; append its output to `log` and show it on the screen.
 
     Launchers' noise is not shown. SIGINT, SIGTERM and SIGHUP (the terminal is gone) are forwarded
@@ -73,7 +73,7 @@ def run_logged(start: Callable[[], tuple[int, TextIO]], log: Path) -> None:
         raise RuntimeError("last lines:\n  " + "\n  ".join(last) + f"\nwhole log: {log}\n{cause}")
 
 
-def _copy_output(output: TextIO, file, log: Path, last: deque[str]) -> None:
+def _copy_output(output: IO[str], file, log: Path, last: deque[str]) -> None:
     """Write each line to `file`; show it and keep it in `last` unless it is noise."""
     warned = False
     for line in output:

@@ -108,8 +108,8 @@ class PolicyEvaluator:
                 parts.append(columns)
         engines.generator.end_rollout()
         num_rows = len(self.loader.dataset)
-        columns = [dist.gather_rows(torch.cat(column), num_rows).cpu() for column in zip(*parts)]
-        return PolicyEvaluation(columns[0], columns[1], columns[2], columns[3].bool(), columns[4])
+        whole = [dist.gather_rows(torch.cat(column), num_rows).cpu() for column in zip(*parts)]
+        return PolicyEvaluation(whole[0], whole[1], whole[2], whole[3].bool(), whole[4])
 
     def _write(self, result: PolicyEvaluation, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,7 @@
 """The run of step 3: rollout after rollout, with reports."""
 
+from typing import Any
+
 from dschat.algorithms.types import Experience
 from dschat.checkpoint.run_state import RunState
 from dschat.runtime import dist
@@ -21,7 +23,7 @@ def run_state(trainer: DeepSpeedPPOTrainer, loader, metrics: MetricsWriter) -> R
         engines={name: engine for name, engine in engines.items() if engine is not None},
         metrics=metrics,
     )
-    parts = {"trainer": trainer, "ema": trainer.ema, "ptx": trainer.ptx}
+    parts: dict[str, Any] = {"trainer": trainer, "ema": trainer.ema, "ptx": trainer.ptx}
     state.parts = {name: part for name, part in parts.items() if part is not None}
     state.facts = {"score_std": trainer.score_std}
     return state

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -37,7 +38,7 @@ class SupervisedRun:
     """A supervised step that has joined its processes and loaded its tokenizer, but no model yet."""
 
     number: int
-    config: object
+    config: Any  # the step's: SFTConfig, RewardConfig or DPOConfig
     device: torch.device
     dtype: str
     tokenizer: object

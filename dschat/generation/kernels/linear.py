@@ -97,7 +97,7 @@ def use_skinny_linears(layers: nn.ModuleList) -> None:
     limits.detect_shared_memory()
     for parent in layers.modules():
         members = {name: m for name, m in parent.named_children() if type(m) is nn.Linear}
-        names = {name: (name,) for name in members}
+        names: dict[str, tuple[str, ...]] = {name: (name,) for name in members}
         for group in SHARED_INPUT_NAMES:
             alike = {members[name].in_features for name in group if name in members}
             if set(group) <= set(members) and len(alike) == 1:
