@@ -1,6 +1,7 @@
-"""Launches for the tests that need a process group: all cases of as many ranks share one, whichever file asks first.
+"""Launches for the tests that need a process group.
 
-A test names what it needs by the mark ``cases`` and takes the results from the fixture ``launches``:
+All cases with the same number of ranks share one launch, whichever file asks first. A test names
+its cases by the mark ``cases`` and reads the results from the fixture ``launches``:
 
     @pytest.mark.cases(CASE)
     def test_it(launches):
@@ -35,7 +36,7 @@ def pytest_configure(config):
 
 @pytest.fixture(scope="session")
 def stock(request, tmp_path_factory) -> Path:
-    """The folder of miniature models and toy data; see stock.py. Not to be written to."""
+    """Return the folder of miniature models and toy data, which is read-only; see stock.py."""
     return write_stock(
         tmp_path_factory.mktemp("stock"), matrix_model=request.config.getoption("--model")
     )
@@ -43,7 +44,7 @@ def stock(request, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def launches(request, stock, tmp_path_factory) -> Launches:
-    """The results of all launched cases, by case."""
+    """Return the results of all launched cases, by case."""
     named = [
         case
         for item in request.session.items

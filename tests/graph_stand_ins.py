@@ -1,12 +1,9 @@
-"""CUDA graphs and the decode kernel by other means, so that captured decoding can be tested without
-a GPU.
+"""Stand-ins for CUDA graphs and the decode kernel, to test captured decoding without a GPU.
 
-A graph here remembers the step that it was captured from, and where weights and buffers were; it
-runs the step at every
-replay, and fails where one of them has moved, since a real graph would keep reading the old place.
-What is left out is
-what a GPU alone can get wrong: the kernels, and work that is still under way. See tests/gpu for
-these.
+A graph here remembers the step that it was captured from, and the addresses of weights and buffers.
+It runs the step at every replay and fails if an address has changed, because a real graph would
+keep reading the old one. These stand-ins do not cover kernels and asynchronous work, which only a
+GPU can get wrong; see tests/gpu.
 """
 
 import contextlib
@@ -20,7 +17,7 @@ from dschat.generation.kernels import attention
 
 
 class Graph:
-    """In the place of torch.cuda.CUDAGraph."""
+    """A stand-in for torch.cuda.CUDAGraph."""
 
     captured_now: "Graph | None" = None
 
@@ -30,7 +27,7 @@ class Graph:
 
 @contextlib.contextmanager
 def capture(graph: Graph, pool=None):
-    """In the place of torch.cuda.graph: what runs inside is not run, but remembered."""
+    """Record the step instead of running it; a stand-in for torch.cuda.graph."""
     Graph.captured_now = graph
     try:
         yield
@@ -39,7 +36,7 @@ def capture(graph: Graph, pool=None):
 
 
 class StandInDecoder(GraphDecoder):
-    """A GraphDecoder whose graphs are Graphs."""
+    """A GraphDecoder with stand-in graphs."""
 
     def _step(self, rows: int) -> None:
         if Graph.captured_now is None:
@@ -62,7 +59,7 @@ class StandInDecoder(GraphDecoder):
 
 
 def attend(query, key, value, new_key, new_value, bounds, scale) -> torch.Tensor:
-    """As decode_attention's kernel."""
+    """Compute what decode_attention's kernel does."""
     out, group = torch.empty_like(query), query.shape[1] // key.shape[1]
     for row, (first, end) in enumerate(bounds.view(-1, 2).tolist()):
         for cache, new in ((key, new_key), (value, new_value)):
@@ -78,7 +75,7 @@ def attend(query, key, value, new_key, new_value, bounds, scale) -> torch.Tensor
 
 @contextlib.contextmanager
 def graphs_on_cpu():
-    """Inside, ``with_graphs`` works without a GPU."""
+    """Let ``with_graphs`` work without a GPU inside the context."""
     names = {
         "CUDAGraph": Graph,
         "graph": capture,
@@ -97,7 +94,7 @@ def graphs_on_cpu():
 
 
 def with_graphs(engine, **options) -> HybridEngine:
-    """A Hybrid Engine that decodes by graphs, not compiled; `options` are HybridEngine's."""
+    """Build a Hybrid Engine that decodes by graphs, not compiled; `options` are HybridEngine's."""
     hybrid = HybridEngine(engine, compiled=False, **options)
     hybrid._graphs = StandInDecoder(hybrid.replica.model, compiled=False, group=hybrid.group)
     return hybrid

@@ -1,9 +1,10 @@
-"""Step 3 with ZeRO 2 or 3, with and without the Hybrid Engine, offload and LoRA: all sixteen work and agree.
+"""Step 3 with ZeRO 2 or 3, the Hybrid Engine, offload and LoRA: all sixteen combinations agree.
 
-    python -m pytest tests/test_step3_matrix.py                          # a miniature OPT, two processes on a CPU
-    python -m pytest tests/test_step3_matrix.py --model FOLDER           # a real model, on GPUs
+    python -m pytest tests/test_step3_matrix.py                  # a miniature OPT, 2 CPU processes
+    python -m pytest tests/test_step3_matrix.py --model FOLDER   # a real model, on GPUs
 
-In fp32, with greedy answers and scores as they are, nothing that a run logs depends on where it keeps its weights.
+In fp32, with greedy answers and unscaled scores, no logged number depends on where weights are
+stored.
 """
 
 import itertools
@@ -65,7 +66,9 @@ EACH = [
 
 
 def steps(outcome) -> list[dict[str, float]]:
-    """Return the metrics of each rollout, without times, memory, what is sampled (the evaluation) and what one engine alone logs."""
+    """Return the metrics of each rollout, without times, memory, the sampled evaluation and metrics
+    of one engine only.
+    """
     kept = [line for line in outcome.metrics() if line["step"] > 0]
     left_out = ("time/", "perf/", "eval/", "rollout/")
     return [{k: v for k, v in line.items() if not k.startswith(left_out)} for line in kept]

@@ -1,4 +1,4 @@
-"""One process for the session, from which all runs that are to be killed are forked; and figures for the record."""
+"""The process from which the runs to be killed are forked, one per session; figures for the record."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from runs import Zygote  # noqa: E402
 
 @pytest.fixture(scope="session")
 def zygote(stock, tmp_path_factory):
-    """Runs of the mains that cost no start of Python; see zygote.py."""
+    """Run mains without starting Python for each; see zygote.py."""
     started = Zygote(stock, tmp_path_factory.mktemp("zygote") / "log")
     yield started
     started.end()
@@ -24,8 +24,9 @@ def zygote(stock, tmp_path_factory):
 
 @pytest.fixture
 def record(request):
-    """Keeps a test's figures: in the file that DSCHAT_FAULT_FIGURES names, where it does. scripts/count_faults.py adds up
-    `injected`, `survived`, `bytes_compared` and `bytes_lost`.
+    """Append a test's figures to the file that DSCHAT_FAULT_FIGURES names, if it is set.
+
+    scripts/count_faults.py adds up `injected`, `survived`, `bytes_compared` and `bytes_lost`.
     """
 
     def keep(**figures) -> None:

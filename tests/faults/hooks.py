@@ -17,17 +17,17 @@ BAD_STEP = 3
 
 
 def nan_in_sft(rank: int) -> None:
-    """The loss of step 3 is NaN on rank 1."""
+    """Make the loss of update 3 NaN on rank 1."""
     nan_in_loss_of(SFTObjective, rank)
 
 
 def nan_in_dpo(rank: int) -> None:
-    """The loss of step 3 is NaN on rank 1."""
+    """Make the loss of update 3 NaN on rank 1."""
     nan_in_loss_of(DPOObjective, rank)
 
 
 def nan_in_reward(rank: int) -> None:
-    """The loss of step 3 is NaN on rank 1."""
+    """Make the loss of update 3 NaN on rank 1."""
     nan_in_loss_of(RewardObjective, rank)
 
 
@@ -44,7 +44,7 @@ def nan_in_loss_of(objective: type, rank: int) -> None:
 
 
 def nan_in_ppo(rank: int) -> None:
-    """The actor's loss in the first step of rollout 3 is NaN on rank 1."""
+    """Make the actor's loss NaN in the first update of rollout 3, on rank 1."""
     log.OTHER_RANKS_WAIT_S = 0.5
     actor_loss = DeepSpeedPPOTrainer._actor_loss
 
@@ -56,7 +56,7 @@ def nan_in_ppo(rank: int) -> None:
 
 
 def nan_in_value(rank: int) -> None:
-    """The critic's loss in the first step of rollout 3 is NaN."""
+    """Make the critic's loss NaN in the first update of rollout 3."""
     critic_loss = DeepSpeedPPOTrainer._critic_loss
 
     def spoiled(self, batch: Experience):
@@ -67,7 +67,7 @@ def nan_in_value(rank: int) -> None:
 
 
 def infinite_kl(rank: int) -> None:
-    """After two rollouts the reference gives the answers no probability at all."""
+    """Let the reference give the answers zero probability after two rollouts."""
     make = ppo.make_experience
 
     def spoiled(*args, **kwargs):
@@ -84,7 +84,7 @@ def infinite_kl(rank: int) -> None:
 
 
 def nothing_to_say(rank: int) -> None:
-    """After two rollouts every answer is its end alone."""
+    """Let every answer be an end token alone after two rollouts."""
     generate, calls = ppo.generate, []
 
     def silent(*args, **kwargs):
@@ -109,7 +109,7 @@ def nothing_to_say(rank: int) -> None:
 
 
 def deaf(rank: int) -> None:
-    """Rank 0 stays in step 3 without end, as it would in a collective of a GPU that waits for a dead process."""
+    """Keep rank 0 in update 3 without end, as a GPU collective that waits for a dead rank would."""
     weight, calls = SFTObjective.weight, []
 
     def waiting(self, batch):
@@ -122,7 +122,7 @@ def deaf(rank: int) -> None:
 
 
 def slow(rank: int) -> None:
-    """Steps take a while, so that a signal finds the run in the middle of one."""
+    """Slow updates down, so that a signal arrives in the middle of one."""
     weight = SFTObjective.weight
 
     def slowly(self, batch):
@@ -138,12 +138,12 @@ def slow(rank: int) -> None:
 
 
 def half_precision(rank: int) -> None:
-    """fp16 on a CPU for which DeepSpeed declines it; torch computes it all the same, only slowly."""
+    """Allow fp16 on CPUs for which DeepSpeed declines it; torch computes it, only slowly."""
     get_accelerator().is_fp16_supported = lambda: True
 
 
 def no_pickle(rank: int) -> None:
-    """Reading or writing a pickle ends the run."""
+    """End the run if it reads or writes a pickle."""
 
     def refuse(*args, **kwargs):
         raise AssertionError("a pickle")
@@ -152,7 +152,7 @@ def no_pickle(rank: int) -> None:
 
 
 def told_pickles(rank: int) -> None:
-    """Every file that torch.load reads is told."""
+    """Print every file that torch.load reads."""
     load = torch.load
 
     def telling(path, *args, **kwargs):

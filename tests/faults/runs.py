@@ -1,4 +1,4 @@
-"""Runs through `zygote.py`, and what they leave."""
+"""Runs through `zygote.py`, and the files that they leave."""
 
 import hashlib
 import json
@@ -26,7 +26,7 @@ class Run:
     log: str  # what this run printed, of all ranks
 
     def metrics(self) -> list[dict]:
-        """The lines of metrics.jsonl without what differs from run to run."""
+        """Return the lines of metrics.jsonl without values that differ from run to run."""
         lines = [json.loads(line) for line in (self.out / "metrics.jsonl").read_text().splitlines()]
         return [
             {key: value for key, value in line.items() if key[:5] not in ("time/", "perf/")}
@@ -34,7 +34,7 @@ class Run:
         ]
 
     def weights(self) -> dict[str, str]:
-        """The sum of each saved model's tensors, by model and name."""
+        """Return the sum of each saved model's tensors, by model and name."""
         found = {}
         for file in sorted(self.out.glob("**/model*.safetensors")):
             for name, tensor in load_file(file).items():
@@ -44,7 +44,9 @@ class Run:
         return found
 
     def lost(self, whole: "Run") -> dict[str, int]:
-        """The bytes of the saved models and of metrics.jsonl, and how many of them are not those of the unbroken run."""
+        """Count the bytes of the saved models and metrics.jsonl, and those that differ from the
+        unbroken run.
+        """
         compared = differing = 0
         mine, theirs = self._bytes(), whole._bytes()
         for name in mine.keys() | theirs.keys():
@@ -62,7 +64,7 @@ class Run:
         }
 
     def checkpoints(self) -> list[str]:
-        """The names in the folder of checkpoints."""
+        """Return the names in the folder of checkpoints."""
         return sorted(path.name for path in (self.out / "checkpoints").iterdir())
 
 
@@ -77,19 +79,19 @@ class Started:
     when: float
 
     def kill(self) -> None:
-        """kill -9 of all ranks."""
+        """Send SIGKILL to all ranks."""
         os.killpg(self.pids[0], signal.SIGKILL)
 
     def kill_rank(self, rank: int) -> None:
-        """kill -9 of one rank alone."""
+        """Send SIGKILL to one rank."""
         self.signal_rank(rank, signal.SIGKILL)
 
     def signal_rank(self, rank: int, number: int) -> None:
-        """A signal to one rank alone."""
+        """Send a signal to one rank."""
         os.kill(self.pids[rank], number)
 
     def wait_for_step(self, step: int) -> None:
-        """Until metrics.jsonl has the line of `step`."""
+        """Wait until metrics.jsonl has the line of `step`."""
         path = self.out / "metrics.jsonl"
         deadline = time.monotonic() + TIMEOUT_S
         while not (path.exists() and path.read_bytes().count(b"\n") > step):
@@ -152,6 +154,6 @@ class Zygote:
         return json.loads(line)
 
     def end(self) -> None:
-        """Let it go."""
+        """End the zygote."""
         self._process.stdin.close()
         self._process.wait(30)

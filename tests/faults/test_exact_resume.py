@@ -1,4 +1,4 @@
-"""A run that was killed and resumed ends as one that never was: weights and metrics to the bit."""
+"""A killed and resumed run equals an unbroken one: weights and metrics to the bit."""
 
 from pathlib import Path
 
@@ -78,7 +78,9 @@ def test_a_killed_run_resumes_exactly(options, zygote, tmp_path, record):
 
 @pytest.mark.parametrize("zero", [1, 3])
 def test_the_loss_scale_is_resumed(zero, zygote, tmp_path, record):
-    """From 2^20 on, fp16 loses its first steps to overflows; a run that began there again would lose as many more."""
+    """From 2^20 on, fp16 loses its first updates to overflows; resuming at 2^20 would lose as many
+    more.
+    """
     half = {"before": f"{HOOKS}:half_precision"}
     scaling = tmp_path / "scaling.json"
     scaling.write_text('{"fp16": {"enabled": true, "initial_scale_power": 20, "hysteresis": 1}}')
@@ -98,5 +100,5 @@ def test_the_loss_scale_is_resumed(zero, zygote, tmp_path, record):
 
 
 def evaluations(run) -> dict[str, str]:
-    """The answers that PPO wrote down, by file."""
+    """Return the answers that PPO wrote, by file."""
     return {file.name: file.read_text() for file in (run.out / "evaluation").glob("*")}

@@ -1,4 +1,4 @@
-"""Faults that a run has to survive, or to end from with a message: kills, a full disk, dead ranks, damaged files."""
+"""Faults that a run survives or reports: kills, a full disk, dead ranks, damaged files."""
 
 import contextlib
 import os
@@ -82,13 +82,13 @@ def test_twenty_kills_at_random_moments_lose_only_updates_after_the_last_checkpo
 
 
 def begin(run) -> int:
-    """The step that a run says it resumes after; 0 if it was killed before, or started again."""
+    """Return the step that a run resumed after; 0 if it was killed earlier or started over."""
     found = re.search(r"resuming after step (\d+)", run.log)
     return int(found[1]) if found else 0
 
 
 def kill_in_save(run, out: Path, saves: int, delay_s: float) -> bool:
-    """Kill a run shortly after the beginning of its `saves`-th save; whether the save was not finished by then."""
+    """Kill a run shortly after its `saves`-th save begins; return whether that save was unfinished."""
     deadline, seen = time.monotonic() + 60, set()
     while len(seen) < saves and time.monotonic() < deadline:
         seen |= {path.name for path in (out / "checkpoints").glob(".step_*.tmp")}
@@ -100,7 +100,7 @@ def kill_in_save(run, out: Path, saves: int, delay_s: float) -> bool:
 
 
 def last_step(out: Path) -> int:
-    """The step of the last whole line of metrics.jsonl."""
+    """Return the step of the last whole line of metrics.jsonl."""
     path = out / "metrics.jsonl"
     lines = path.read_text().split("\n")[:-1] if path.exists() else []
     return int(re.match(r'\{"step": (\d+)', lines[-1])[1]) if lines else 0
@@ -237,7 +237,7 @@ def link(path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def two_checkpoints(zygote, tmp_path_factory) -> Path:
-    """The output folder of a run that was killed in step 5, with checkpoints of steps 2 and 4."""
+    """Return the output folder of a run killed in step 5, with checkpoints of steps 2 and 4."""
     out = tmp_path_factory.mktemp("damage") / "out"
     run = zygote.run(1, out, f"{SFT} --max_train_steps 6 --save_interval 2", kill_in_step=5)
     assert run.checkpoints() == ["latest", "step_00000002", "step_00000004"], run.log[-3000:]

@@ -1,4 +1,6 @@
-"""A disk that is really full: a small tmpfs. Where none can be mounted, test_faults.py has a limit of file sizes."""
+"""A disk that is really full: a small tmpfs. If none can be mounted, test_faults.py limits file
+sizes.
+"""
 
 import os
 import subprocess
@@ -12,7 +14,7 @@ DISK_KIB, LEFT_KIB = 16384, 200
 
 @pytest.fixture
 def disk(tmp_path):
-    """The folder of a file system of DISK_KIB."""
+    """Mount a file system of DISK_KIB and return its folder."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mounted = ["mount", "-t", "tmpfs", "-o", f"size={DISK_KIB}k", "tmpfs", str(folder)]
@@ -24,7 +26,7 @@ def disk(tmp_path):
 
 
 def fill(disk: Path) -> Path:
-    """A file that leaves LEFT_KIB of the disk."""
+    """Write a file that leaves LEFT_KIB of the disk."""
     space = os.statvfs(disk)
     ballast = disk / "ballast"
     with open(ballast, "wb") as file:

@@ -13,7 +13,7 @@ PPO_LORA = "--actor_lora_dim 4 --critic_lora_dim 4 --only_optimize_lora"
 
 
 def flags(step: int | str, zero: int, ranks: int, lora: bool) -> str:
-    """16 rows a step, whatever the ranks."""
+    """Return flags of 16 rows per update on any number of ranks."""
     if step in MODELS:
         rows = f"--per_device_train_batch_size {8 // ranks} --gradient_accumulation_steps 2"
         return f"{SUPERVISED} {MODELS[step]} --zero_stage {zero} {rows} {LORA if lora else ''}"

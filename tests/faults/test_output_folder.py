@@ -1,4 +1,4 @@
-"""Output folders: one run each, and put in order where a run was killed as it put its model there."""
+"""Output folders: one run each, and repaired after a kill while the model was being replaced."""
 
 import itertools
 import stat
@@ -19,7 +19,7 @@ SFT = (
 
 
 class Killed(BaseException):
-    """Stands for a kill: nothing of what Python does at an error happens."""
+    """A stand-in for a kill: no error handling of Python runs."""
 
 
 def folder(path: Path, **files: str) -> Path:

@@ -1,4 +1,4 @@
-"""No pickle is read or written but DeepSpeed's engine state, and no text becomes a file name."""
+"""No pickle is read or written except DeepSpeed's engine state, and no data becomes a file name."""
 
 import json
 import re
@@ -73,7 +73,7 @@ PLACES = {
 def trapped(
     place: str, stock: Path, folder: Path, target: Path, auto_map: dict, **config
 ) -> tuple[int | str, str]:
-    """The step and the flags of a short run whose model, in `folder`, brings code that makes the file `target`."""
+    """Return step and flags of a short run whose model in `folder` has code that creates `target`."""
     step, flag, kind = PLACES[place]
     shutil.copytree(stock / kind / "llama", folder)
     (folder / "own.py").write_text(TRAP.format(target=str(target)))

@@ -1,8 +1,9 @@
-"""Runs of the mains as processes that can be killed, forked from one that has done the imports.
+"""Run mains as processes that can be killed, forked from one that has done the imports.
 
-Starting Python and its libraries costs many times what a miniature run does. This process reads jobs, one JSON line
-each, forks a process group with one process a rank, has each run a step's main, and answers with one JSON line: their
-process ids. A job {"wait": ids} waits for them, and the answer holds their exit statuses.
+Starting Python and its libraries costs many times what a miniature run does. This process reads
+jobs, one JSON line each. For each it forks a process group with one process per rank, which run a
+step's main, and answers with one JSON line of their process ids. For a job {"wait": ids} it waits
+for them and answers with their exit statuses.
 """
 
 import contextlib
@@ -33,7 +34,7 @@ from dschat.tracking.metrics import MetricsWriter
 
 
 def start(job: dict) -> list[int]:
-    """The process ids of the job's ranks, the first of which leads their group."""
+    """Start the job's ranks and return their process ids; the first one leads their group."""
     port, pids = free_port(), []
     for rank in range(job["ranks"]):
         pid = os.fork()
@@ -46,7 +47,7 @@ def start(job: dict) -> list[int]:
 
 
 def become_rank(job: dict, rank: int, port: int) -> None:
-    """Run the main as `rank`, and end."""
+    """Run the main as `rank` and exit."""
     status = 9
     try:
         log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -80,14 +81,14 @@ def become_rank(job: dict, rank: int, port: int) -> None:
 
 
 def drop_capabilities() -> None:
-    """Let the permission bits of files count for root too."""
+    """Make the permission bits of files apply to root too."""
     header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # version 3 of the interface, this process
     if ctypes.CDLL(None, use_errno=True).capset(header, (ctypes.c_uint32 * 6)()) != 0:
         raise OSError(ctypes.get_errno(), "capset")
 
 
 def kill_in_step(step: int) -> None:
-    """The whole group is killed when the weights of `step` have moved and before that is written anywhere."""
+    """Kill the group after the weights of `step` have changed and before anything is written."""
     write = MetricsWriter.write
 
     def killing(self, number, *args, **kwargs):
@@ -106,7 +107,9 @@ def load(path: str):
 
 
 def wait(pids: list[int], timeout_s: float) -> dict:
-    """The ranks' exit statuses (negative: a signal), once all have ended or been killed at the time limit."""
+    """Return the ranks' exit statuses (negative: a signal) after all ended or timed out and were
+    killed.
+    """
     started, statuses = time.monotonic(), {}
     while len(statuses) < len(pids):
         for pid in set(pids) - set(statuses):

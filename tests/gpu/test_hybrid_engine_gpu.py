@@ -1,6 +1,4 @@
-"""The Hybrid Engine on a GPU: its attention kernel, and captured decoding against transformers'
-generate.
-"""
+"""The Hybrid Engine on a GPU: its attention kernel, and captured decoding against generate."""
 
 from types import SimpleNamespace
 
@@ -56,7 +54,7 @@ def greedy(**more) -> GenerationConfig:
 
 
 def answers(tokens: torch.Tensor) -> list[list[int]]:
-    """Each answer up to its end."""
+    """Return each answer up to its end."""
     rows = []
     for row in tokens.tolist():
         end = next((i + 1 for i, token in enumerate(row) if token in ENDS), len(row))
@@ -70,7 +68,7 @@ def tiny(tmp_path, family: str, dtype=torch.float32, **sizes) -> torch.nn.Module
 
 
 def stand_in(model, device):
-    """The part of an engine that a generator needs, around a plain module."""
+    """Return the part of an engine that a generator needs, around a plain module."""
     model = model.to(device).eval()
     return SimpleNamespace(
         module=model,
@@ -160,8 +158,8 @@ def test_skinny_products_are_products(inner, widths, rows, biased, dtype, device
 @pytest.mark.parametrize("compiled", [False, True], ids=["graph", "compiled"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bf16_steps_are_checked_and_pass(family, compiled, device, tmp_path):
-    """In half precision the products are kernels of ours; were one wrong, the check of the first
-    step drops the graphs.
+    """The half-precision products are our kernels; if one were wrong, the check of the first step
+    would drop the graphs.
     """
     engine = stand_in(tiny(tmp_path, family, dtype=torch.bfloat16, std=0.1), device)
     ids, mask = prompts(device)
@@ -197,7 +195,7 @@ def test_greedy_answers_are_those_of_generate(family, compiled, device, tmp_path
 
 
 def test_a_step_that_caches_nothing_is_noticed(device, tmp_path, monkeypatch):
-    """The logits of the first step are right all the same; those of the next would not be."""
+    """The logits of the first step are right even so; those of the next would not be."""
     engine = stand_in(tiny(tmp_path, "llama"), device)
     ids, mask = prompts(device)
     kernel = cuda_graphs.attention.decode_attention
@@ -271,7 +269,9 @@ def test_samples_follow_the_models_distribution(graph, device, tmp_path):
 
 
 def second_token_distribution(model, ids, mask) -> torch.Tensor:
-    """[V] float64: sum over first tokens of p(first) p(second | first), after one prompt."""
+    """Return [V] float64: the sum over first tokens of p(first) p(second | first), after one
+    prompt.
+    """
     with torch.no_grad():
         first = (
             forward_logits(model, model, input_ids=ids, attention_mask=mask)[0, -1]
@@ -302,11 +302,10 @@ def second_token_distribution(model, ids, mask) -> torch.Tensor:
     ],
 )
 def test_answers_follow_the_weights(zero, lora, offload, grouped, device, tmp_path):
-    """Before a step, after it, twice in a row, freed and taken again; and the training weights are
-    not touched.
+    """Answers follow the weights before and after a step, and after the copies were freed.
 
-    A tensor-parallel group has one member here: its sums and broadcasts are NCCL's all the same,
-    and are captured.
+    The training weights are not changed. A tensor-parallel group has one member here, but its sums
+    and broadcasts are still NCCL's and are captured.
     """
     system = SystemOptions(zero_stage=zero, offload=offload)
     config = training_config(
@@ -368,8 +367,8 @@ def test_answers_follow_the_weights(zero, lora, offload, grouped, device, tmp_pa
 
 
 def logprob_gap(engine, ids, mask, decoded) -> float:
-    """Mean |difference| of the generator's logprobs of the sampled tokens and the training
-    engine's.
+    """Return the mean |difference| between the generator's and the engine's logprobs of the
+    samples.
     """
     live = torch.zeros_like(decoded.tokens, dtype=torch.bool)
     for row, answer in enumerate(answers(decoded.tokens)):

@@ -1,4 +1,4 @@
-"""Runs whose collectives go through torch.distributed though there is one process."""
+"""Runs with one process whose collectives still go through torch.distributed."""
 
 from unittest import mock
 

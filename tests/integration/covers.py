@@ -1,4 +1,4 @@
-"""Choosing few combinations of many options such that every two values still meet."""
+"""Choose few combinations of many options such that every two values meet."""
 
 import itertools
 import random
@@ -6,13 +6,13 @@ from collections.abc import Iterator
 
 
 def product(axes: dict[str, tuple]) -> Iterator[dict]:
-    """All combinations."""
+    """Return all combinations."""
     for values in itertools.product(*axes.values()):
         yield dict(zip(axes, values))
 
 
 def pairwise(axes: dict[str, tuple], *, tries: int = 50) -> list[dict]:
-    """Combinations in which every pair of values of two axes occurs at least once; the same every time.
+    """Return combinations that hold every pair of values of two axes; deterministic.
 
     Greedy: each is the best of `tries` random ones, all of which hold a pair that is still missing.
     """

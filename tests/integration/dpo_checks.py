@@ -1,4 +1,4 @@
-"""Functions for the worker: DPO of a model that only a few lines elsewhere know."""
+"""Functions for the worker: DPO of a model that DeepSpeed-Chat treated as a special case."""
 
 import os
 import sys
@@ -13,7 +13,7 @@ from dschat.runtime import dist
 
 
 def bloom(*, stock: str, out: str, argv: str) -> None:
-    """DPO of a miniature BLOOM by the name that DeepSpeed-Chat treated apart."""
+    """Run DPO of a miniature BLOOM under the name that DeepSpeed-Chat treated as a special case."""
     path = Path(out) / "bigscience" / "bloom-tiny"
     if dist.is_main():
         tokenizer = AutoTokenizer.from_pretrained(f"{stock}/base/llama")

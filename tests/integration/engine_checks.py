@@ -1,4 +1,4 @@
-"""Functions for the worker: engines that step together or not at all, and weights in pieces seen whole."""
+"""Functions for the worker: engines that step together or not at all, and whole ZeRO-3 weights."""
 
 import torch
 from deepspeed.accelerator import get_accelerator
@@ -29,7 +29,8 @@ from dschat.trainers.rollout import SampledAnswers
 def planted(
     stock: str, *, zero: int, dtype: str, offload: bool, accumulation: int, value: str
 ) -> dict:
-    """Two engines of which one gets a bad gradient, on rank 1 alone; every entry of the result should be true.
+    """Check two engines of which one gets a bad gradient, on rank 1 alone; all entries should be
+    true.
 
     Args:
         accumulation: micro-batches of a step; the bad gradient is in the first.
@@ -65,7 +66,7 @@ def planted(
 
 
 class Plant:
-    """Puts a value into the gradient of one matrix while it is armed."""
+    """A hook that puts a value into the gradient of one matrix while it is armed."""
 
     def __init__(self, engine, value: float):
         self.value, self.armed, self.done = value, False, False
@@ -107,12 +108,12 @@ def training_engine(
 
 
 def here(tensor: torch.Tensor) -> torch.Tensor:
-    """On this process's device: the same cases run on GPUs, where there are as many as a case has ranks."""
+    """Return this process's device; the same cases run on GPUs if there are enough for the ranks."""
     return tensor.to(get_accelerator().current_device_name())
 
 
 def window(engines, micro: int) -> bool:
-    """One micro-step of both engines on texts of this rank's own."""
+    """Run one micro-step of both engines on texts that differ between ranks."""
     draw = torch.Generator().manual_seed(2 * micro + dist.rank())
     ids = here(torch.randint(3, 259, (2, 10), generator=draw))
     mask = torch.ones_like(ids)
@@ -128,7 +129,7 @@ def window(engines, micro: int) -> bool:
 
 
 def snapshots(engines) -> list[dict[str, torch.Tensor]]:
-    """Return what this rank holds of each engine: the model's weights, and the optimizer's with their moments."""
+    """Return this rank's part of each engine: model weights, master weights and moments."""
     return [snapshot(engine) for engine in engines]
 
 
@@ -148,7 +149,7 @@ def snapshot(engine) -> dict[str, torch.Tensor]:
 
 
 def moved(before: list[dict], after: list[dict]) -> list[bool]:
-    """Return for each engine whether anything of it differs, to the bit."""
+    """Return for each engine whether anything in it differs, to the bit."""
     pairs = zip(before, after)
     return [
         set(a) != set(b) or any(not torch.equal(a[name], b[name]) for name in a) for a, b in pairs
@@ -156,7 +157,7 @@ def moved(before: list[dict], after: list[dict]) -> list[bool]:
 
 
 def whole_weights(stock: str, *, family: str, dtype: str, reward: bool) -> dict:
-    """ZeRO-3 pieces put together again, against the file they came from; every entry should be true."""
+    """Compare gathered ZeRO-3 weights with the file they came from; all entries should be true."""
     path = f"{stock}/{'reward' if reward else 'sft'}/{family}"
     options = dict(zero=3, dtype=dtype, offload=False, accumulation=1)
     engine = training_engine(
@@ -182,7 +183,7 @@ def whole_weights(stock: str, *, family: str, dtype: str, reward: bool) -> dict:
 
 
 def scaled_head(stock: str, *, zero: int) -> dict:
-    """A head divided by 4 gives values divided by 4; every entry should be true."""
+    """Check that a head divided by 4 gives values divided by 4; all entries should be true."""
     path = f"{stock}/reward/llama"
     config = inference_config(
         SystemOptions(zero_stage=zero),

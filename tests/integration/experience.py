@@ -1,4 +1,4 @@
-"""One rollout that never changes, and what PPO has to make of it by plain transformers and autograd alone."""
+"""One fixed rollout, and the PPO gradients of it by plain transformers and autograd."""
 
 from pathlib import Path
 
@@ -32,7 +32,8 @@ FAMILIES = (
 def write_experience(stock: Path) -> None:
     """Write experience-FAMILY.safetensors (the fields of Experience, 8 rows) and ptx.safetensors.
 
-    The old logprobs and values lie near those of sft/FAMILY and reward/FAMILY, some of them outside of the clip.
+    The old logprobs and values are near those of sft/FAMILY and reward/FAMILY, some outside the
+    clip.
     """
     for family in FAMILIES:
         tensors = {
@@ -83,7 +84,7 @@ def fixed_experience(stock: Path, family: str) -> dict[str, torch.Tensor]:
 
 
 def ptx_mask(texts: torch.Tensor) -> torch.Tensor:
-    """[2, T]: which tokens of a batch of texts count."""
+    """Return [2, T]: True for the tokens of a batch of texts that count."""
     mask = torch.ones_like(texts)
     mask[1, 9:] = 0
     return mask
@@ -104,14 +105,14 @@ def positions(mask: torch.Tensor) -> torch.Tensor:
 
 
 def plain_logprobs(model, ids, mask, num_answer: int) -> torch.Tensor:
-    """[B, R]"""
+    """Return [B, R] logprobs of the answer tokens."""
     return plain_logprobs_and_entropy(model, ids, mask, num_answer)[0]
 
 
 def plain_logprobs_and_entropy(
     model, ids, mask, num_answer: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """[B, R] each."""
+    """Return logprobs and entropies of the answer tokens, [B, R] each."""
     logits = model(input_ids=ids, attention_mask=mask, position_ids=positions(mask)).logits
     logprobs = logits.log_softmax(-1)[:, -num_answer - 1 : -1]
     entropy = -(logprobs.exp() * logprobs).sum(-1)
@@ -119,7 +120,7 @@ def plain_logprobs_and_entropy(
 
 
 def plain_values(model, ids, mask, num_answer: int) -> torch.Tensor:
-    """[B, R], of the state before each answer token."""
+    """Return [B, R] values of the state before each answer token."""
     hidden = model.base_model(
         input_ids=ids, attention_mask=mask, position_ids=positions(mask)
     ).last_hidden_state
@@ -129,8 +130,10 @@ def plain_values(model, ids, mask, num_answer: int) -> torch.Tensor:
 def reference_gradients(
     stock: Path, family: str, experience: dict, *, texts: torch.Tensor | tuple = ()
 ) -> dict[str, dict]:
-    """Gradients of actor and critic, by name: the losses of the whole rollout over the number of its tokens,
-    the actor's with an entropy bonus of weight ENTROPY_COEF.
+    """Return the gradients of actor and critic, by name.
+
+    The losses of the whole rollout are divided by its number of tokens. The actor's has an entropy
+    bonus of weight ENTROPY_COEF.
 
     Args:
         texts: [N, 2, T], batches whose mean loss joins the actor's with weight PTX_COEF.

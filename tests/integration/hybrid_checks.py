@@ -69,7 +69,9 @@ def greedy_tokens(stock: str, *, family: str, zero: int, lora: str, offload: boo
 
 
 def captured_steps_follow(engine, *, lora: str, expected: torch.Tensor) -> bool:
-    """With stand-ins for a GPU's graphs: generate's tokens, again where copies were freed, and after a step."""
+    """Check captured decoding against generate with stand-in graphs, also after copies were freed
+    and after a step.
+    """
     with graphs_on_cpu():
         hybrid = with_graphs(engine, lora_mode=lora or "auto", unpin=True)
         first = hybrid.decode(*prompts(), greedy()).tokens
@@ -122,7 +124,7 @@ def split_tokens(stock: str, *, family: str, lora: bool, gather_layers: int) -> 
 
 
 def drawn_twice(hybrid: HybridEngine, reads: tuple):
-    """Two sampled answers to each prompt, as ``logprob_gap`` takes them."""
+    """Draw two sampled answers to each prompt, as ``logprob_gap`` takes them."""
     torch.manual_seed(dist.rank())  # as a run does: ranks would draw differently
     return hybrid.decode(
         *reads, greedy(do_sample=True, temperature=2.0, eos_token_id=[], num_return_sequences=2)
@@ -130,7 +132,9 @@ def drawn_twice(hybrid: HybridEngine, reads: tuple):
 
 
 def captured_steps_agree(engine, group, reads: tuple, expected: torch.Tensor) -> bool:
-    """With stand-ins for a GPU's graphs the group captures, drops rows that have ended, and gives generate's tokens."""
+    """Check with stand-in graphs that the group captures, drops ended rows and gives generate's
+    tokens.
+    """
     with graphs_on_cpu():
         hybrid = with_graphs(engine, group=group)
         found = [hybrid.decode(*reads, greedy()).tokens for _ in range(2)]
@@ -140,7 +144,9 @@ def captured_steps_agree(engine, group, reads: tuple, expected: torch.Tensor) ->
 
 
 def split_other_families(stock: str, *, out: str) -> dict:
-    """Families that only transformers' own plans know how to split, and unlike prompts; every entry should be true."""
+    """Check families that only transformers' plans can split, on unlike prompts; all entries should
+    be true.
+    """
     sizes = dict(
         hidden_size=64,
         num_hidden_layers=2,
@@ -196,7 +202,7 @@ def wrong_slices_are_refused(engine, group) -> bool:
 
 
 def prompts_of_unlike_length() -> tuple[torch.Tensor, torch.Tensor]:
-    """As ``prompts``; those of odd ranks lack the long ones and the columns for them."""
+    """Return ``prompts``, on odd ranks without the long ones and their columns."""
     ids, mask = prompts()
     if dist.rank() % 2 == 0:
         return ids, mask
@@ -206,7 +212,9 @@ def prompts_of_unlike_length() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def logprob_gap(engine, ids: torch.Tensor, mask: torch.Tensor, sampled) -> float:
-    """The largest difference of two answers' logprobs to each prompt, at temperature 2, to the training module's."""
+    """Return the largest difference to the training module's logprobs, of two answers per prompt at
+    temperature 2.
+    """
     ids, mask = ids.repeat_interleave(2, dim=0), mask.repeat_interleave(2, dim=0)
     texts, masks = (
         torch.cat([ids, sampled.tokens], -1),
@@ -220,7 +228,9 @@ def logprob_gap(engine, ids: torch.Tensor, mask: torch.Tensor, sampled) -> float
 
 
 def slices_give_the_weights(hybrid: HybridEngine) -> bool:
-    """Every weight of both ranks together is the training weight, adapter merged, and layers are split for the most part."""
+    """Check that the ranks' slices make up the training weights, adapter merged, and most layers
+    are split.
+    """
     replica, group, right = hybrid.replica, hybrid.group, True
     for weight in replica._copied:
         mine = group.gather(weight.module._parameters[weight.leaf].data)
@@ -237,7 +247,7 @@ def slices_give_the_weights(hybrid: HybridEngine) -> bool:
 
 
 def gathers_are_right(hybrid: HybridEngine, gather_layers: int) -> bool:
-    """No gather holds more layers than it should; the miniature models have two."""
+    """Check that no gather holds more layers than it should; the miniature models have two."""
     layers = [
         {w.block for w in weights if "layers." in w.block} for weights in hybrid.replica._gathers()
     ]
@@ -245,7 +255,9 @@ def gathers_are_right(hybrid: HybridEngine, gather_layers: int) -> bool:
 
 
 def steep_engine(stock: str, *, family: str, zero: int, lora: str, offload: bool):
-    """An engine on a miniature model whose weights are 25 times as large as usual: at init 0.02 answers are one token."""
+    """Build an engine on a miniature model with weights 25 times as large as usual: at init 0.02,
+    answers repeat one token.
+    """
     engine = training_engine(
         f"{stock}/steep/{family}",
         load_adapted if lora else load_causal_lm,
@@ -260,7 +272,7 @@ def steep_engine(stock: str, *, family: str, zero: int, lora: str, offload: bool
 
 
 def load_adapted(path: str, **options):
-    """A model with adapters whose B is not zero, so that leaving them out would show."""
+    """Load a model with adapters whose B is not zero, so that leaving them out would show."""
     model = load_causal_lm(path, **options)
     torch.manual_seed(3)
     add_lora(model, dim=4, alpha=16, only_optimize_lora=False)
@@ -276,7 +288,7 @@ def load_adapted(path: str, **options):
 
 
 def prompts() -> tuple[torch.Tensor, torch.Tensor]:
-    """[6, 70], padded on the left; each rank has its own."""
+    """Return prompts [6, 70], padded on the left; they differ between ranks."""
     draw = torch.Generator().manual_seed(dist.rank())
     ids = torch.randint(70, 259, (len(LENGTHS), PROMPT), generator=draw)
     mask = (torch.arange(PROMPT) >= PROMPT - torch.tensor(LENGTHS)[:, None]).long()
@@ -295,7 +307,7 @@ def greedy(**other) -> GenerationConfig:
 
 
 def answers(tokens: torch.Tensor) -> list[list[int]]:
-    """Each answer up to its end."""
+    """Return each answer up to its end."""
     ends = [
         next((i + 1 for i, t in enumerate(row) if t in ENDS), len(row)) for row in tokens.tolist()
     ]
@@ -303,14 +315,14 @@ def answers(tokens: torch.Tensor) -> list[list[int]]:
 
 
 def held(engine) -> dict[str, torch.Tensor]:
-    """Copies of what this rank holds of each parameter."""
+    """Copy this rank's part of each parameter."""
     return {
         n: getattr(p, "ds_tensor", p).detach().clone() for n, p in engine.module.named_parameters()
     }
 
 
 def step(engine) -> None:
-    """One optimizer step on the prompts."""
+    """Take one optimizer step on the prompts."""
     ids, mask = prompts()
     engine.train()
     logits = forward_logits(engine, engine.module, input_ids=ids, attention_mask=mask)

@@ -1,4 +1,4 @@
-"""Cases for `worker.py`, and the launches that run those which the selected tests need."""
+"""Cases for `worker.py`, and the launches that run the cases of the selected tests."""
 
 import json
 import os
@@ -28,8 +28,9 @@ START_S, CASE_S = (
 class Case:
     """One run of a step's main, or of a function, on some ranks.
 
-    In words of `argv` and in values of `kwargs`, {stock} stands for the folder of models and data that all cases
-    share, {cases} for that of all cases of as many ranks, and {out} for the case's own in it.
+    In the words of `argv` and the values of `kwargs`, {stock} stands for the shared folder of
+    models and data, {cases} for the folder of all cases with as many ranks, and {out} for the
+    folder of this case in it.
     """
 
     name: str
@@ -54,16 +55,16 @@ class Outcome:
         return self.ranks[0]["value"]
 
     def metrics(self) -> list[dict]:
-        """The lines of metrics.jsonl."""
+        """Return the lines of metrics.jsonl."""
         return [json.loads(line) for line in (self.out / "metrics.jsonl").read_text().splitlines()]
 
     def per_step(self, key: str) -> list[float]:
-        """A metric of every line of metrics.jsonl that has it."""
+        """Return a metric of every line of metrics.jsonl that has it."""
         return [line[key] for line in self.metrics() if key in line]
 
 
 class Launches:
-    """Runs all cases of as many ranks in one launch, when the first of them is asked for."""
+    """All cases of as many ranks in one launch, run when the first of them is asked for."""
 
     def __init__(self, cases: list[Case], *, folder: Path, stock: Path):
         self.cases, self.folder, self.stock = cases, folder, stock
@@ -87,7 +88,7 @@ class Launches:
             cases = cases[finished:]
 
     def _launch(self, cases: list[Case], *, ranks: int) -> int:
-        """Run `cases` until one fails; returns how many are done with."""
+        """Run `cases` until one fails; return how many were run."""
         results = self.folder / f"{ranks}"
         results.mkdir(parents=True, exist_ok=True)
         plan = results / f"plan-{cases[0].name}.json"
@@ -146,7 +147,7 @@ class Launches:
 
 
 def launch(command: list[str], *, ranks: int, log: Path, timeout_s: float) -> int | str:
-    """Run a script and its arguments under the deepspeed launcher; its exit status, or "timed out"."""
+    """Run a script under the deepspeed launcher; return its exit status or "timed out"."""
     with open(log, "w") as file:
         process = subprocess.Popen(
             launcher(ranks) + command,
@@ -167,13 +168,13 @@ def launch(command: list[str], *, ranks: int, log: Path, timeout_s: float) -> in
 
 
 def launcher(ranks: int) -> list[str]:
-    """The deepspeed command in front of a script, on a port that is free now."""
+    """Return the deepspeed command that precedes a script, on a port that is free now."""
     words = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(ranks)]
     return words + ["--master_port", str(free_port())]
 
 
 def environment() -> dict[str, str]:
-    """This process's, with the repository on the path and one thread a process."""
+    """Return this process's environment with the repository on the path and one thread per process."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     quiet = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     return {**quiet, **os.environ, "PYTHONPATH": path}

@@ -1,4 +1,4 @@
-"""Functions for the worker: models that two roles share, int8 weights, and optimizer states that go and come back."""
+"""Functions for the worker: shared models, int8 weights, and optimizer states moved to the host."""
 
 import gc
 from unittest import mock
@@ -51,7 +51,7 @@ def lora_engine(
     rate: float = 1e-2,
     **prepared,
 ):
-    """A training engine with adapters only. No parameter is small enough for ZeRO-3 to keep it whole.
+    """Build a training engine with adapters only. ZeRO-3 partitions every parameter, however small.
 
     Args:
         rate: the learning rate.
@@ -95,7 +95,9 @@ def lora_engine(
 
 
 def in_pieces(ds_config: dict) -> None:
-    """Let ZeRO-3 keep nothing whole: at its usual threshold every parameter of a miniature model would be."""
+    """Let ZeRO-3 partition every parameter: its usual threshold keeps those of miniature models
+    whole.
+    """
     if ds_config["zero_optimization"]["stage"] == 3:
         ds_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
 
@@ -128,7 +130,9 @@ def train(engine, micro: int) -> float:
 def shared_reference(
     stock: str, *, family: str, zero: int, dtype: str, offload: bool = False
 ) -> dict:
-    """The actor without adapters against a model of its own, before, between and after steps; all should be true."""
+    """Compare the actor without adapters to a separate model before, between and after steps; all
+    should be true.
+    """
     path = f"{stock}/sft/{family}"
     actor = lora_engine(path, zero=zero, dtype=dtype, offload=offload)
     config = inference_config(
@@ -170,7 +174,9 @@ def shared_reference(
 def quantised_training(
     stock: str, *, family: str, zero: int, dtype: str, checkpointing: bool, offload: bool = False
 ) -> dict:
-    """Int8 layers against dense ones of the same values: equal steps of the adapters; all should be true."""
+    """Check that int8 layers train adapters as dense layers of the same values do; all should be
+    true.
+    """
     path = f"{stock}/sft/{family}"
     options = dict(zero=zero, dtype=dtype, offload=offload, gradient_checkpointing=checkpointing)
     at_once: list[bool] = []
@@ -235,8 +241,11 @@ def round_like_int8(model) -> None:
 
 
 def frozen_memory(stock: str, *, zero: int) -> dict:
-    """The sizes of all parameters with and without int8, and what this rank holds of them; "left" is what it holds, as soon
-    as they are int8, of parameters that the model has no more."""
+    """Return the sizes of all parameters with and without int8, and what this rank holds of them.
+
+    "left" is what it holds, immediately after quantisation, of parameters that the model no longer
+    has.
+    """
     path, sizes = f"{stock}/sft/llama", {}
     gc.disable()  # what only a garbage collection frees would be there while a large model is made int8
     for mixed in (False, True):
@@ -261,7 +270,9 @@ def parameters_alive() -> list[torch.nn.Parameter]:
 
 
 def idle_states(stock: str, *, zero: int, dtype: str, offload: bool = False) -> dict:
-    """Steps with states that went and came back between them, against steps without; all should be true."""
+    """Compare steps with states moved to the host between them to steps without; all should be
+    true.
+    """
     path = f"{stock}/sft/llama"
     travelled, stayed = (
         lora_engine(path, zero=zero, dtype=dtype, offload=offload) for _ in range(2)
@@ -289,13 +300,16 @@ def idle_states(stock: str, *, zero: int, dtype: str, offload: bool = False) -> 
 
 
 def run_with_travelling_states(*, argv: str, out: str) -> None:
-    """Step 3 as on a GPU, where --offload_idle_states has an effect."""
+    """Run step 3 as on a GPU, where --offload_idle_states has an effect."""
     with mock.patch.object(rlhf_engine, "on_cpu", lambda: False):
         run_main(3, argv=argv, out=out)
 
 
 def master_addresses(engine) -> list[int]:
-    """Return the bytes of the fp32 master weights. On a CPU Adam's moments, unlike them, are not copied to go to the host."""
+    """Return the bytes of the fp32 master weights.
+
+    On a CPU, moving to the host does not copy Adam's moments, but it copies these.
+    """
     if engine.zero_optimization_stage() == 0:
         return []
     names = ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat")
@@ -303,7 +317,9 @@ def master_addresses(engine) -> list[int]:
 
 
 def idle_memory(stock: str, *, zero: int) -> dict:
-    """Bytes that a GPU holds for an engine that has stepped, with its idle states there and away, and there again."""
+    """Return the GPU bytes of an engine that has stepped: with its idle states, without, and with
+    again.
+    """
     engine = lora_engine(f"{stock}/sft/llama", zero=zero, dtype="bf16")
     train(engine, 0)
     sizes = {"there": requested_bytes()}
@@ -318,7 +334,9 @@ def idle_memory(stock: str, *, zero: int) -> dict:
 
 
 def finite_in_pieces(stock: str) -> dict:
-    """Weights in pieces that do not divide by the processes are numbers, whatever their padding holds; all should be true."""
+    """Check that partitioned weights with uneven sizes are finite, whatever their padding holds;
+    all should be true.
+    """
     config = inference_config(
         SystemOptions(zero_stage=3), dtype="fp32", micro_batch_size=1, world_size=dist.world_size()
     )
@@ -342,7 +360,9 @@ def finite_in_pieces(stock: str) -> dict:
 
 
 def adapter_in_pieces(stock: str, *, out: str) -> dict:
-    """An adapter folder as a step's start under ZeRO-3, against one process without; all should be true."""
+    """Compare an adapter folder loaded under ZeRO-3 to one process without ZeRO; all should be
+    true.
+    """
     path = f"{stock}/sft/gpt2"
     engine = lora_engine(path, zero=2)
     for step in range(2):
@@ -366,7 +386,9 @@ def adapter_in_pieces(stock: str, *, out: str) -> dict:
 
 
 def int8_memory(stock: str, *, zero: int, out: str) -> list[dict]:
-    """Without and with int8: bytes that the GPU holds for an engine, those of its adapted weights, and losses."""
+    """Return, without and with int8, the GPU bytes of an engine, those of its adapted weights, and
+    losses.
+    """
     path = make_tiny_model(out, family="llama", hidden=1024, heads=8, kv_heads=8, layers=4)
     found = []
     for mixed in (False, True):
@@ -384,5 +406,8 @@ def int8_memory(stock: str, *, zero: int, out: str) -> list[dict]:
 
 
 def requested_bytes() -> int:
-    """Return the bytes of all tensors on the GPU. Allocated bytes are more: of blocks that the process has already, one may be 1 MiB larger."""
+    """Return the bytes of all tensors on the GPU.
+
+    Allocated bytes are more: a reused block may be up to 1 MiB larger than requested.
+    """
     return torch.cuda.memory_stats().get("requested_bytes.all.current", 0)

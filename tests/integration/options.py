@@ -1,4 +1,4 @@
-"""The options that steps 1 and 2 are run with, and the cases that follow from a choice of them."""
+"""The options that steps 1 and 2 are run with, and the cases of a choice of them."""
 
 from collections.abc import Callable
 
@@ -45,7 +45,7 @@ SHARES = {1: "1,0,0", 2: "0,1,0", "dpo": "0,1,0"}
 
 
 def case_name(kind: str, options: dict) -> str:
-    """The values of the axes in one word, without those that say nothing."""
+    """Join the values of the axes into one word, without defaults."""
     parts = [kind]
     for name, value in options.items():
         if value is True:
@@ -56,7 +56,7 @@ def case_name(kind: str, options: dict) -> str:
 
 
 def supervised_case(step: int, options: dict) -> Case:
-    """Step 1 or 2 with one value of each axis, on toy data."""
+    """Return step 1 or 2 with one value of each axis, on toy data."""
     words = [
         f"--model_name_or_path {MODELS[step]}{options['family']}",
         f"--data_path {{stock}}/toy --data_split {SHARES[step]} --max_seq_len 48 "
@@ -80,10 +80,10 @@ def case_params(
     turns: tuple[str, ...] = (),
     minor: tuple[str, ...] = (),
 ) -> list:
-    """Parameters (options, case): a pairwise cover, and marked `slow` the product.
+    """Return parameters (options, case): a pairwise cover, and, marked `slow`, the product.
 
     Args:
-        turns: axes whose values take turns in the cover and in the product, instead of meeting all others.
+        turns: axes whose values take turns in cover and product, instead of meeting all others.
         minor: axes for which that holds in the product only, or it would be many times as large.
     """
     few = _take_turns(
@@ -103,7 +103,7 @@ def case_params(
 
 
 def _take_turns(rows: list[dict], axes: dict[str, tuple]) -> list[dict]:
-    """The rows with values of the axes that they lack."""
+    """Add values of the missing axes to the rows."""
     found = []
     for number, row in enumerate(rows):
         turn = {name: values[number % len(values)] for name, values in axes.items()}

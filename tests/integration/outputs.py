@@ -14,7 +14,7 @@ TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.flo
 
 
 def load_plainly(folder: Path, *, reward: bool = False):
-    """The saved model, by transformers alone, which must miss nothing and have nothing left over."""
+    """Load the saved model by transformers alone, without missing or unexpected weights."""
     model_class = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
     model, info = model_class.from_pretrained(folder, dtype="auto", output_loading_info=True)
     assert not any(info.values()), info
@@ -22,7 +22,8 @@ def load_plainly(folder: Path, *, reward: bool = False):
 
 
 def check_model_folder(folder: Path, *, start: Path, reward: bool, options: dict) -> None:
-    """The folder loads, is in the precision of training, and what trained is what changed since `start`.
+    """Check that the folder loads, has the precision of training, and differs from `start` where
+    trained.
 
     Args:
         start: the causal language model, or the reward model, that training began with.
@@ -44,7 +45,10 @@ def check_model_folder(folder: Path, *, start: Path, reward: bool, options: dict
 
 
 def check_changes(model, start: Path, *, lora: str, exact: bool) -> None:
-    """Check that trained weights changed and no others. Not `exact`: short training may be lost in rounding norms near 1."""
+    """Check that trained weights changed and no others.
+
+    If not `exact`, norms may be unchanged: rounding near 1 may swallow short training.
+    """
     is_reward = "ForSequenceClassification" in AutoConfig.from_pretrained(start).architectures[0]
     before, after = load_plainly(start, reward=is_reward).state_dict(), model.state_dict()
     common = {name for name in after if name in before} - {"score.weight"}

@@ -1,4 +1,4 @@
-"""Functions for the worker: updates on one fixed rollout, and rollouts looked at closely."""
+"""Functions for the worker: updates on one fixed rollout, and checks of sampled rollouts."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -35,7 +35,7 @@ COMMON = (
 def make_trainer(
     stock: str, flags: str, *, ptx=None, family: str = "llama", start: str = "sft"
 ) -> ppo.DeepSpeedPPOTrainer:
-    """A trainer of START/FAMILY and reward/FAMILY."""
+    """Build a trainer of START/FAMILY and reward/FAMILY."""
     models = (
         f"--actor_model_name_or_path {stock}/{start}/{family} "
         f"--critic_model_name_or_path {stock}/reward/{family}"
@@ -69,14 +69,16 @@ def update(
     with_ptx: bool = False,
     family: str = "llama",
 ) -> dict:
-    """One optimizer step on the fixed rollout. Leaves OUT/{gradients,changes,ema}.safetensors, of both models.
+    """Take one optimizer step on the fixed rollout.
+
+    Writes OUT/{gradients,changes,ema}.safetensors of both models.
 
     Args:
         rows: of each process in a micro-batch.
         sgd: plain gradient descent of rate 1 without clipping, instead of AdamW of rate 1e-3.
-        fill: the token that stands where nothing is attended.
-        wider: with columns before and after in which nothing is attended.
-        trimmed: micro-batches lose the columns in which nothing is attended, as in training.
+        fill: the token at positions that are not attended.
+        wider: add columns on both sides that are not attended.
+        trimmed: drop the columns of micro-batches that are not attended, as in training.
     """
     flags = (
         f"--actor_zero_stage {zero} --critic_zero_stage {zero} "
@@ -146,7 +148,7 @@ def update(
 def fixed_rollout(
     stock: str, *, family: str = "llama", fill: int = PAD, wider: bool = False
 ) -> Experience:
-    """The Experience that `experience.py` wrote."""
+    """Load the Experience that `experience.py` wrote."""
     tensors = load_file(f"{stock}/experience-{family}.safetensors")
     if wider:
         for name, tensor in tensors.items():
@@ -166,7 +168,7 @@ def gradient_descent(model, **_) -> torch.optim.Optimizer:
 
 
 def full_gradients(engine) -> dict[str, torch.Tensor]:
-    """The reduced gradient of every parameter, whole, as the optimizer is about to use it."""
+    """Return the reduced gradient of every parameter, whole, as the optimizer is about to use it."""
     read = (
         safe_get_full_grad if engine.zero_optimization_stage() else lambda parameter: parameter.grad
     )
@@ -177,7 +179,7 @@ def full_gradients(engine) -> dict[str, torch.Tensor]:
 
 
 def both_weights(trainer) -> dict[str, dict[str, torch.Tensor]]:
-    """Whole copies of the weights of both models, on rank 0."""
+    """Copy the whole weights of both models, on rank 0."""
     models = {"actor": trainer.engines.actor.module, "critic": trainer.engines.critic.module.model}
     return {
         role: {name: t.clone() for name, t in full_tensors(model).items()}
@@ -186,7 +188,9 @@ def both_weights(trainer) -> dict[str, dict[str, torch.Tensor]]:
 
 
 def whitening(stock: str) -> dict:
-    """Return the distance of this rank's whitened advantages from those of the rollout whitened at once."""
+    """Return the distance of this rank's whitened advantages to those of the rollout whitened at
+    once.
+    """
     whole = fixed_rollout(stock)
     mine = torch.arange(dist.rank(), len(whole.scores), dist.world_size())
     expected = masked_whiten(whole.advantages, whole.response_mask)
@@ -198,7 +202,7 @@ def whitening(stock: str) -> dict:
 
 
 def rollout(stock: str, *, family: str, zero: int) -> dict:
-    """Check a rollout that is really sampled; every entry of the result should be true."""
+    """Check a sampled rollout; every entry of the result should be true."""
     flags = (
         f"--actor_zero_stage {zero} --critic_zero_stage {zero} --per_device_generation_batch_size 8"
     )
@@ -274,7 +278,9 @@ def rollout(stock: str, *, family: str, zero: int) -> dict:
 
 
 def largest_ratio_error(trainer, experience: Experience) -> float:
-    """Largest |ratio - 1| of an answer token that the policy loss sees in the first minibatch."""
+    """Return the largest |ratio - 1| of the answer tokens in the first minibatch of the policy
+    loss.
+    """
     seen, policy_loss = [], ppo.policy_loss
 
     def noting(logprobs, old_logprobs, advantages, mask, **options):
@@ -291,7 +297,7 @@ def largest_ratio_error(trainer, experience: Experience) -> float:
 
 
 def move_away(engine) -> None:
-    """Change the actor a little, so that it is not the reference any more."""
+    """Change the actor a little, so that it differs from the reference."""
     parameters = list(engine.module.parameters())
     with (
         deepspeed.zero.GatheredParameters(
@@ -305,7 +311,7 @@ def move_away(engine) -> None:
 
 
 def first_end(tokens: list[int], eos: list[int]) -> int:
-    """The length of an answer with its first end token."""
+    """Return the length of an answer up to and including its first end token."""
     return next((i + 1 for i, token in enumerate(tokens) if token in eos), len(tokens))
 
 
@@ -314,7 +320,7 @@ def ends(tokens: torch.Tensor, lengths: list[int], eos: list[int]) -> torch.Tens
 
 
 def is_white(experience: Experience) -> bool:
-    """Mean 0 and deviation 1 over the answer tokens of all ranks."""
+    """Return whether mean is 0 and deviation 1 over the answer tokens of all ranks."""
     mine = experience.advantages[experience.response_mask].double()
     count, total, squares = dist.all_reduce(
         torch.stack([torch.ones_like(mine), mine, mine**2]).sum(-1)

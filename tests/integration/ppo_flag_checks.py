@@ -1,4 +1,4 @@
-"""Functions for the worker: what flags of step 3 make of sampling and of the optimizers."""
+"""Functions for the worker: effects of flags of step 3 on sampling and on the optimizers."""
 
 import torch
 from ppo_checks import make_trainer
@@ -10,7 +10,9 @@ from dschat.trainers.rollout import generate, sampling_config
 
 
 def samplings(stock: str, flags: list[str]) -> list[list[list[int]]]:
-    """The answers to the same prompts with each of `flags`, from the same seed, of a model that knows many tokens."""
+    """Return the answers with each of `flags` to the same prompts and seed, of a model with varied
+    answers.
+    """
     trainer = make_trainer(stock, "", start="steep")
     models = (
         f"--actor_model_name_or_path {stock}/steep/llama "
@@ -36,7 +38,7 @@ def samplings(stock: str, flags: list[str]) -> list[list[list[int]]]:
 
 
 def lora_rates(stock: str, flags: str) -> dict[str, list[float]]:
-    """The learning rates of the parameter groups that each optimizer has."""
+    """Return the learning rates of each optimizer's parameter groups."""
     engines = make_trainer(stock, flags).engines
     roles = {"actor": engines.actor, "critic": engines.critic}
     return {

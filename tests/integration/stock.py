@@ -42,13 +42,13 @@ def quarter(prompts, answers, **columns):
 def write_stock(folder: Path, *, matrix_model: str | None = None) -> Path:
     """Write models and data, and return `folder`.
 
-    toy/ holds rows, items/ prompts with a column, rewards.py functions of answers, texts.jsonl texts for PTX; fp16.json,
-    sgd.json and pieces.json are each a --deepspeed_config.
-    steep/FAMILY has weights of deviation 0.5, whose greedy answers are of many different tokens. base/FAMILY,
-    sft/FAMILY (which mostly ends its answers) and reward/FAMILY are models; sft-eot/ and reward-eot/ are those of
-    --add_eot_token. matrix/ has actor and critic of test_step3_matrix.py. What is faulty/ is what a user may give by
-    mistake. without/pad-KIND and without/bos-KIND are base and sft models whose tokenizers have no such token. The rest
-    comes from experience.py.
+    toy/ holds rows, items/ prompts with a column, rewards.py functions of answers, texts.jsonl
+    texts for PTX; fp16.json, sgd.json and pieces.json are each a --deepspeed_config. steep/FAMILY
+    has weights of deviation 0.5, whose greedy answers are of many different tokens. base/FAMILY,
+    sft/FAMILY (which mostly ends its answers) and reward/FAMILY are models; sft-eot/ and
+    reward-eot/ are those of --add_eot_token. matrix/ has actor and critic of test_step3_matrix.py.
+    faulty/ holds mistakes of users. without/pad-KIND and without/bos-KIND are base and sft models
+    whose tokenizers have no such token. experience.py writes the rest.
     """
     write_toy_data(folder / "toy", num_train=64, num_eval=16)
     _write_items(folder / "items")
@@ -85,7 +85,7 @@ def write_stock(folder: Path, *, matrix_model: str | None = None) -> Path:
 
 
 def _write_items(folder: Path) -> None:
-    """Prompts that tell their column `number`."""
+    """Write prompts that contain their column `number`."""
     folder.mkdir()
     for name, numbers in (("train", range(64)), ("eval", range(64, 80))):
         rows = [{"prompt": f"item {number}", "number": number} for number in numbers]
@@ -126,7 +126,7 @@ def _write_reward(sft: str, path: Path) -> None:
 
 
 def _write_matrix(folder: Path, model: str | None) -> None:
-    """actor/, the given model or an OPT whose greedy answers vary, and critic/, the same with a head."""
+    """Write actor/, the given model or an OPT whose greedy answers vary, and critic/, with a head."""
     folder.mkdir()
     if model is None:
         make_tiny_model(folder / "actor", family="opt", std=0.5)
@@ -242,7 +242,7 @@ def _write_faulty_models(folder: Path) -> None:
 
 
 def _write_wide_tokenizers(folder: Path) -> None:
-    """Models whose tokenizers are of another vocabulary: 40 tokens more than the embeddings have rows for."""
+    """Write models whose tokenizers have 40 tokens more than the embeddings have rows."""
     for kind in ("sft", "reward"):
         path = shutil.copytree(folder / kind / "llama", folder / "faulty" / f"wide-{kind}")
         tokenizer = json.loads((path / "tokenizer.json").read_text())
@@ -252,7 +252,7 @@ def _write_wide_tokenizers(folder: Path) -> None:
 
 
 class Malicious:
-    """A pickle that acts when it is read: here it makes a file."""
+    """A pickle that runs code when it is read: it creates a file."""
 
     def __init__(self, path: Path):
         self.path = path

@@ -390,7 +390,7 @@ def test_a_mistake_is_a_value_error_that_names_it(case, words, launches):
 
 
 def launched(step: int, argv: str, stock: Path) -> subprocess.CompletedProcess:
-    """A step under the real launcher with two ranks, both outputs as one."""
+    """Run a step under the real launcher with two ranks; return stdout and stderr as one."""
     words = [word.format(stock=stock) for word in argv.split()]
     command = [*launcher(2), str(MAINS[step]), *words]
     return subprocess.run(

@@ -1,4 +1,4 @@
-"""The memory benchmark: its rows run in miniature, and one that fails is reported as such."""
+"""The memory benchmark in miniature; a row that fails is reported as failed."""
 
 import json
 import subprocess

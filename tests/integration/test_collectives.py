@@ -1,6 +1,7 @@
 """One process calls the collectives that many would, and they change nothing.
 
-On a GPU they are NCCL's, which takes tensors of the GPU alone: one left on the host would stop a run on several GPUs.
+On a GPU the backend is NCCL, which takes GPU tensors only. A tensor left on the host would stop a
+run on several GPUs.
 """
 
 import pytest

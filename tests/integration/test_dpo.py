@@ -1,4 +1,4 @@
-"""DPO as its main runs it: the reference stays the start, the numbers are those of a plain loop, and pairs are learned."""
+"""DPO by its main: the reference is the start, numbers equal a plain loop's, and pairs are learned."""
 
 import json
 import math
@@ -63,7 +63,9 @@ def toy_rows(stock: Path) -> list[dict]:
 
 
 def plain_logprobs(folder: Path, tokenizer, rows: list[dict]) -> torch.Tensor:
-    """[N, 2] float64 of chosen and rejected answers with their end token, one text at a time, without a line of ours."""
+    """Return [N, 2] float64 of chosen and rejected answers with end token, by transformers, one at
+    a time.
+    """
     model, found = load_plainly(folder).double(), []
     for row in rows:
         start = len(tokenizer(row["prompt"])["input_ids"])

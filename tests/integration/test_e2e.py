@@ -33,7 +33,7 @@ def tiny(family: str, output: Path, cwd: Path, *more: str) -> subprocess.Complet
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> tuple[Path, str]:
-    """The output folder of a run that was started in another folder, and what it printed."""
+    """Run the pipeline from another folder; return its output folder and what it printed."""
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     output = tmp_path_factory.mktemp("out") / "a folder"
     done = tiny("llama", output, elsewhere)

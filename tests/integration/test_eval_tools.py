@@ -39,7 +39,9 @@ def run(path: Path, argv: list[str], monkeypatch, capsys) -> str:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> dict[str, str]:
-    """Two families: one whose tokenizer begins texts with <s>, and one that pads with its end token."""
+    """Return two families: one whose tokenizer begins texts with <s>, one that pads with its end
+    token.
+    """
     folder = tmp_path_factory.mktemp("models")
     return {
         "baseline": str(make_tiny_model(folder / "llama", family="llama", std=0.5)),
@@ -66,7 +68,7 @@ def two_models(models) -> list[str]:
 
 
 def alone(path: str, prompt: str, num_tokens: int) -> str:
-    """The greedy answer to one prompt without padding, token by token."""
+    """Return the greedy answer to one prompt without padding, token by token."""
     tokenizer = load_tokenizer(path)
     model = load_causal_lm(path, dtype=torch.float32).eval()
     ids = tokenizer(prompt)["input_ids"]
@@ -184,7 +186,7 @@ def test_a_missing_model_is_the_last_line_and_exit_status_1(models):
 
 
 def score_alone(folder: str, text: str) -> float:
-    """The saved classifier's own score of a text that ends with the end token, without padding."""
+    """Return the saved classifier's score of a text that ends with the end token, without padding."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -1,6 +1,6 @@
-"""The numbers of one small run of each step, as they were when they were last looked at.
+"""Golden numbers of one small run of each step.
 
-A change that is meant to change them writes them again, and its commit says why:
+A change that is meant to change them writes new ones, and its commit says why:
 
     DSCHAT_WRITE_GOLDEN=1 python -m pytest tests/integration/test_golden.py
 """

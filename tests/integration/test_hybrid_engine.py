@@ -1,4 +1,6 @@
-"""The Hybrid Engine gives generate's tokens: families, ZeRO stages, ranks, LoRA, offload; and the same rewards."""
+"""The Hybrid Engine gives generate's tokens and the same rewards: families, ZeRO, ranks, LoRA,
+offload.
+"""
 
 import pytest
 from covers import pairwise, product

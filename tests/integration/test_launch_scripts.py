@@ -1,4 +1,6 @@
-"""The launch scripts: all by --dry_run, and what their shared helper does, with an interpreter that only notes."""
+"""The launch scripts by --dry_run, and their shared helper, with an interpreter that logs its
+calls.
+"""
 
 import os
 import shlex
@@ -84,7 +86,7 @@ def test_help_is_that_of_the_main_and_leaves_no_files(bench):
 
 @dataclass
 class Bench:
-    """A foreign folder, and a machine of as many GPUs as wanted."""
+    """A working directory elsewhere, and a machine with any number of GPUs."""
 
     folder: Path  # the working directory of the scripts; its path holds a space
 
@@ -123,7 +125,7 @@ class Bench:
         )
 
     def notes(self) -> list[list[str]]:
-        """Return for each call of the interpreter its folder, $WORLD_SIZE and its words."""
+        """Return for each call of the interpreter its folder, $WORLD_SIZE and its arguments."""
         path = self.folder.parent / "notes"
         return (
             [line.split("\0")[:-1] for line in path.read_text().splitlines()]
@@ -140,7 +142,7 @@ def bench(tmp_path) -> Bench:
 
 
 def models(name: str) -> list[str]:
-    """The words in front that a step-3 script needs."""
+    """Return the leading arguments that a step-3 script needs."""
     if not name.startswith("step3"):
         return []
     size = Path(name).stem.removeprefix("run_").removesuffix("_lora").removesuffix("_mixz")

@@ -1,4 +1,4 @@
-"""Savings of memory must not change numbers: shared models, int8 weights, states that leave the device."""
+"""Memory savings must not change numbers: shared models, int8 weights, states on the host."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def check_case(name: str, function: str, *, ranks: int = 2, **kwargs):
 
 
 def run_case(name: str, argv: str, *, family: str = "llama", ranks: int = 2) -> Case:
-    """Step 3 on toy data, in fp32 unless `argv` says otherwise."""
+    """Return step 3 on toy data, in fp32 unless `argv` says otherwise."""
     words = (
         f"--actor_model_name_or_path {{stock}}/sft/{family} "
         f"--critic_model_name_or_path {{stock}}/reward/{family} "

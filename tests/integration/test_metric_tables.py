@@ -31,7 +31,7 @@ FLAGS = {
 
 
 def documented(step) -> set[str]:
-    """The names in the first column of the tables of metrics."""
+    """Return the names in the first column of the tables of metrics."""
     text = (TRAINING / STEPS[step] / "README.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| ([^|`]+) \|", text, re.MULTILINE)
     names = {name.strip() for row in rows for name in row.split(",")}
@@ -43,7 +43,7 @@ def documented(step) -> set[str]:
 
 
 def written(output: Path) -> list[set[str]]:
-    """The names on each line of a run's metrics."""
+    """Return the names on each line of a run's metrics."""
     lines = (output / "metrics.jsonl").read_text().splitlines()
     return [set(json.loads(line)) - {"step"} for line in lines]
 
@@ -63,7 +63,7 @@ for main, argv in json.loads(sys.argv[1]):
 
 @pytest.fixture(scope="module")
 def outputs(tmp_path_factory) -> dict[int | str, Path]:
-    """The output folders of one short run of each step."""
+    """Return the output folders of one short run of each step."""
     root = tmp_path_factory.mktemp("runs")
     data = write_toy_data(root / "data", num_train=48, num_eval=24)
     model = make_tiny_model(root / "model", std=0.5)

@@ -1,4 +1,4 @@
-"""Tokenizers that lack a token for padding or for the beginning: the steps train as they do with one."""
+"""Tokenizers without a padding or beginning token: the steps train as they do with one."""
 
 import pytest
 from launches import Case
@@ -34,7 +34,7 @@ def name(step: int | str, lacks: str) -> str:
 
 
 def params(*lacking: str) -> list:
-    """(step, one case for each of `lacking`)."""
+    """Return (step, one case for each of `lacking`)."""
     rows = {step: [case(step, lacks) for lacks in lacking] for step in FLAGS}
     needed = {step: cases if step != 3 else [*rows[2], *cases] for step, cases in rows.items()}
     return [
@@ -44,7 +44,7 @@ def params(*lacking: str) -> list:
 
 
 def values(outcome) -> list[dict]:
-    """The lines of metrics.jsonl without what differs from run to run."""
+    """Return the lines of metrics.jsonl without values that differ from run to run."""
     return [
         {k: v for k, v in line.items() if k[:5] not in ("time/", "perf/")}
         for line in outcome.metrics()
@@ -79,7 +79,7 @@ def test_without_a_beginning_texts_begin_with_themselves(step, without, launches
 
 
 def check_scores(outcome, stock) -> None:
-    """The saved reward model scores padded batches by itself as the evaluation did."""
+    """Check that the saved reward model alone scores padded batches as the evaluation did."""
     reported = outcome.metrics()[-1]
     chosen, rejected = (
         plain_scores(outcome.out, toy_rows(stock), answer) for answer in ("chosen", "rejected")

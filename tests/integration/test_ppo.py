@@ -1,4 +1,4 @@
-"""Step 3, as its main runs it, over ZeRO stages of both models, precisions, families and kinds of update."""
+"""Step 3 by its main, over ZeRO stages of both models, precisions, families and kinds of update."""
 
 import json
 import math
@@ -78,7 +78,7 @@ REPORTED = {
 
 
 def start_models(options: dict) -> tuple[str, str]:
-    """The folders of actor and critic in the stock."""
+    """Return the folders of actor and critic in the stock."""
     kind = "-eot" if options["eot"] else ""
     return f"sft{kind}/{options['family']}", f"reward{kind}/{options['family']}"
 
@@ -146,7 +146,7 @@ def check_metrics(lines: list[dict], options: dict) -> None:
 
 
 def without_norm(options: dict) -> list[str]:
-    """The models whose gradient norm DeepSpeed does not tell: those in fp32 without ZeRO."""
+    """Return the models whose gradient norm DeepSpeed does not report: those in fp32 without ZeRO."""
     stages = ZERO[options["zero"]].split()[1:4:2]
     return [
         role

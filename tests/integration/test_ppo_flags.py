@@ -1,4 +1,4 @@
-"""Flags of step 3 that change what PPO computes, in whole runs: the numbers of metrics.jsonl say that they did."""
+"""Flags of step 3 that change what PPO computes, in whole runs: metrics.jsonl shows the effect."""
 
 import importlib.util
 import json
@@ -163,7 +163,9 @@ def test_evaluations_come_at_every_interval_and_at_the_end(launches):
     ],
 )
 def test_updates_and_passes_are_counted(which, passes, launches, stock):
-    """--target_kl ends the updates with the first pass: its second step is the first with a KL above 0."""
+    """--target_kl ends the updates after the first pass: its second update is the first with a KL
+    above 0.
+    """
     outcome, updates = launches[which], 2 * passes
     lines = outcome.metrics()[1:]
     for role in ("actor", "critic"):

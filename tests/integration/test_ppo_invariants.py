@@ -1,4 +1,4 @@
-"""Invariants of a PPO update: the split of a batch, ZeRO, padding, what is after an answer's end."""
+"""Invariants of a PPO update: the split of a batch, ZeRO, padding, tokens after an answer's end."""
 
 from pathlib import Path
 
@@ -71,7 +71,7 @@ def result(launches, case: Case, name: str) -> dict[str, torch.Tensor]:
 def distance(
     found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], prefix: str = ""
 ) -> float:
-    """Norm of the difference over the norm of what is expected."""
+    """Return the norm of the difference over the norm of the expected value."""
     names = [name for name in expected if name.startswith(prefix)]
     assert names and {name for name in found if name.startswith(prefix)} == set(names)
     difference = torch.cat([(found[name] - expected[name]).double().flatten() for name in names])

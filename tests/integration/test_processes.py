@@ -1,4 +1,4 @@
-"""Processes find each other under torchrun and under srun; the deepspeed launcher is what all other tests run."""
+"""Ranks find each other under torchrun and under srun; all other tests use the deepspeed launcher."""
 
 import os
 import subprocess
@@ -26,7 +26,9 @@ RANKS = 2
 
 @pytest.fixture(scope="module")
 def printed(tmp_path_factory) -> dict[str, list[str]]:
-    """Return the output of the processes, by launcher; all at the same time, since most of it is importing."""
+    """Return the output of the ranks, by launcher; all run at once, since most time is spent
+    importing.
+    """
     script = tmp_path_factory.mktemp("processes") / "script.py"
     script.write_text(SCRIPT)
     options = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -52,7 +54,9 @@ def printed(tmp_path_factory) -> dict[str, list[str]]:
 
 
 def _slurm(rank: int) -> dict[str, str]:
-    """The variables of one of two tasks on this machine; the job's number makes the port that of this test run."""
+    """Return the variables of one of two tasks on this machine; the port follows from the job's
+    number.
+    """
     return {
         "SLURM_PROCID": str(rank),
         "SLURM_LOCALID": str(rank),
@@ -75,6 +79,8 @@ def test_processes_find_each_other(name, ranks, printed):
 
 
 def test_shared_memory_does_not_outlive_its_processes(printed):
-    """DeepSpeed makes a file of 66 MiB for each process of a host, and removes none; each maps its own and the others'."""
+    """DeepSpeed creates a file of 66 MiB per process of a host and removes none; each maps all of
+    them.
+    """
     for said in printed["srun"]:
         assert f"mapped {RANKS} left 0" in said, said[-3000:]

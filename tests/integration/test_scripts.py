@@ -1,4 +1,4 @@
-"""scripts/quickstart.sh and test.sh, with an interpreter that only writes down what it is asked for."""
+"""scripts/quickstart.sh and test.sh, with an interpreter that only logs its calls."""
 
 import os
 import shutil
@@ -27,7 +27,9 @@ esac
 
 @pytest.fixture
 def repository(tmp_path) -> Path:
-    """A copy of the scripts, and beside it the interpreter and what stands for a compiler and Python's headers."""
+    """Copy the scripts, and place stand-ins for Python, a compiler and Python's headers beside
+    them.
+    """
     (tmp_path / "Python.h").touch()
     for name, text in (("python", INTERPRETER), ("c++", "#!/bin/sh\n")):
         (tmp_path / name).write_text(text)
@@ -69,7 +71,7 @@ def run(
 
 
 def path_with_gpu(root: Path) -> str:
-    """A PATH on which nvidia-smi works."""
+    """Return a PATH on which nvidia-smi works."""
     folder = root.parent / "gpu"
     folder.mkdir()
     (folder / "nvidia-smi").write_text("#!/bin/sh\n")
@@ -191,7 +193,7 @@ def test_a_moved_repository_gets_a_new_environment(repository):
 
 
 def test_a_repository_whose_path_has_a_space(repository):
-    """torch hands the path of its libraries to the linker unquoted, so they must lie elsewhere."""
+    """torch hands the path of its libraries to the linker unquoted, so they must be elsewhere."""
     root = copy(repository.parent / "a copy")
     done = run(root, "b c")
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""Steps 1 and 2, as their mains run them, over ZeRO stages, precisions, families and all that goes with them."""
+"""Steps 1 and 2 by their mains, over ZeRO stages, precisions, families and other options."""
 
 import json
 import math
@@ -74,7 +74,7 @@ def toy_rows(stock: Path) -> list[dict]:
 
 
 def plain_sft_loss(folder: Path, rows: list[dict]) -> float:
-    """Nats a token over answers and their end token, one row at a time and without a line of ours."""
+    """Return nats per token over answers and their end token, by transformers, one row at a time."""
     model, tokenizer = load_plainly(folder), AutoTokenizer.from_pretrained(folder)
     nll, tokens = 0.0, 0
     for row in rows:
@@ -90,7 +90,7 @@ def plain_sft_loss(folder: Path, rows: list[dict]) -> float:
 
 
 def plain_scores(folder: Path, rows: list[dict], answer: str) -> torch.Tensor:
-    """[N]: what AutoModelForSequenceClassification itself says of one padded batch."""
+    """Return [N]: the scores that AutoModelForSequenceClassification gives one padded batch."""
     model, tokenizer = load_plainly(folder, reward=True), AutoTokenizer.from_pretrained(folder)
     texts = [row["prompt"] + row[answer] + tokenizer.eos_token for row in rows]
     batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right")

@@ -1,9 +1,9 @@
-"""Runs a list of cases in one process group, one after the other: starting one costs more than most cases.
+"""Run a list of cases in one process group: starting one costs more than most cases.
 
-    python -m deepspeed.launcher.runner --num_accelerators 2 --master_port 29512 worker.py cases.json
+    python -m deepspeed.launcher.runner --num_accelerators 2 worker.py cases.json
 
-`launches.py` writes cases.json and reads what each rank leaves: RESULTS/NAME.RANK.json. A case is the main of
-a step (with its flags), or a function (with keyword arguments) whose result is kept.
+`launches.py` writes cases.json and reads the result of each rank, RESULTS/NAME.RANK.json. A case is
+the main of a step (with its flags), or a function (with keyword arguments) whose result is kept.
 """
 
 import gc
@@ -27,7 +27,7 @@ from dschat.runtime.log import set_up_logging
 
 
 def load(path: str):
-    """The module of a Python file, under a name that no other file has."""
+    """Load a Python file as a module, under a name that no other file has."""
     name = "_".join(Path(path).with_suffix("").parts[-2:])
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, path)
@@ -47,7 +47,7 @@ def run(case: dict):
 
 
 def run_main(step: int | str, *, argv: str, out: str) -> None:
-    """The main of a step, for functions that change something around it."""
+    """Run the main of a step, for functions that patch something around it."""
     sys.argv = [
         str(MAINS[step]),
         f"--local_rank={os.environ['LOCAL_RANK']}",
@@ -59,7 +59,7 @@ def run_main(step: int | str, *, argv: str, out: str) -> None:
 
 
 def attempt(case: dict) -> dict:
-    """The result of a case: ok, its value or its error, and its seconds."""
+    """Return the result of a case: ok, its value or its error, and its seconds."""
     started = time.monotonic()
     result: dict = {"ok": True, "value": None}
     try:
@@ -103,7 +103,7 @@ def main() -> None:
 
 
 def track_engines() -> list:
-    """A list to which every engine that is built from now on is added."""
+    """Return a list to which every engine that is built from now on is added."""
     engines: list = []
     initialize = deepspeed.initialize
 

@@ -14,7 +14,9 @@ _ROOT = tempfile.TemporaryDirectory(prefix="dschat-tiny-")
 
 @functools.cache
 def tiny(family: str, *, pad_is_eos: bool = False, std: float = 0.5, overrides: tuple = ()) -> str:
-    """The folder of a tiny model; `overrides` are (name, value) pairs of its configuration. Not to be written to."""
+    """Return the folder of a tiny model, which is read-only; `overrides` are (name, value) pairs of
+    its config.
+    """
     name = "-".join(
         str(part) for part in (family, pad_is_eos, std, *(f"{k}={v}" for k, v in overrides))
     )
@@ -31,13 +33,13 @@ OPT_350M_LIKE = (("word_embed_proj_dim", 32), ("do_layer_norm_before", False))
 
 
 def random_texts(lengths=(9, 5, 7), *, vocab: int = 259, seed: int = 3) -> list[torch.Tensor]:
-    """One row of ids [T] a length, of byte tokens only (no special token)."""
+    """Return one row of ids [T] per length, of byte tokens only (no special token)."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(3, vocab, (n,), generator=generator) for n in lengths]
 
 
 def pad(texts: list[torch.Tensor], *, side: str, pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The texts as input_ids and attention_mask [B, T], padded on `side`."""
+    """Return the texts as input_ids and attention_mask [B, T], padded on `side`."""
     width = max(len(t) for t in texts)
     ids = torch.full((len(texts), width), pad_id)
     mask = torch.zeros(len(texts), width, dtype=torch.long)
@@ -48,7 +50,7 @@ def pad(texts: list[torch.Tensor], *, side: str, pad_id: int) -> tuple[torch.Ten
 
 
 def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> bool:
-    """Equal to `tolerance` of the largest expected magnitude."""
+    """Return whether the difference is within `tolerance` of the largest expected magnitude."""
     return (actual - expected).abs().max().item() <= tolerance * max(
         expected.abs().max().item(), 1e-12
     )

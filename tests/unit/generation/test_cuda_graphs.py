@@ -1,6 +1,4 @@
-"""Decoding by captured steps, with stand-ins for what needs a GPU: slots, compaction, captures and
-their check.
-"""
+"""Decoding by captured steps, with stand-in graphs: slots, compaction, captures and their check."""
 
 import pytest
 import torch
@@ -27,7 +25,7 @@ def engine_of(family: str):
 
 
 def same(found, expected) -> None:
-    """The same tokens; what generates plainly stops at the longest answer."""
+    """Return whether the tokens are equal; plain generation stops at the longest answer."""
     width = expected.tokens.shape[1]
     assert (
         torch.equal(found.tokens[:, :width], expected.tokens) and not found.tokens[:, width:].any()
@@ -96,7 +94,7 @@ def test_logprobs_are_those_of_the_tokens():
 
 
 def test_answers_that_all_begin_with_padding_keep_their_graphs():
-    """Its embedding is zeros, and with it the first layer's keys and values."""
+    """The padding token's embedding is zeros, and so are the first layer's keys and values."""
     engine, (ids, mask) = engine_of("llama"), prompts(80, 80, 80)
     model = engine.module
     with torch.no_grad():
@@ -126,9 +124,7 @@ def test_a_step_that_computes_something_else_is_noticed(fault, monkeypatch):
 
 
 def made(kind: str, **more):
-    """A miniature model of transformers that is none of FAMILIES, whose greedy answers are of many
-    tokens.
-    """
+    """Return a miniature transformers model outside FAMILIES, with varied greedy answers."""
     sizes = dict(
         vocab_size=264,
         hidden_size=64,

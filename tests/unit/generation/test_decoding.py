@@ -1,6 +1,4 @@
-"""Decoding by the replica on a CPU: what is sampled, how often a prompt is read, and DeepSpeed's
-interface.
-"""
+"""Decoding by the replica on a CPU: sampling, reads of a prompt, and DeepSpeed's interface."""
 
 import warnings
 from types import SimpleNamespace
@@ -25,8 +23,8 @@ ENDS = list(range(5, 264, 12))
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory):
-    """The part of an engine that a generator needs, around a model whose greedy answers are of many
-    tokens.
+    """Return the part of an engine that a generator needs, around a model with varied greedy
+    answers.
     """
     path = make_tiny_model(tmp_path_factory.mktemp("steep"), family="llama", std=0.5)
     return stand_in(load_causal_lm(str(path), dtype=torch.float32).eval())

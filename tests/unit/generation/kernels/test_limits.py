@@ -1,6 +1,4 @@
-"""Kernels' sizes against GPUs' shared memory. What they take was read from Triton 3.6's
-compilations of these kernels.
-"""
+"""Kernels' sizes against GPUs' shared memory, as read from Triton 3.6's compilations."""
 
 import pytest
 

@@ -1,6 +1,4 @@
-"""Groups of a replica's linear layers that share a launch. The products themselves need a GPU:
-tests/gpu.
-"""
+"""Groups of a replica's linear layers that share a launch; tests/gpu tests the products."""
 
 import torch
 from torch import nn
