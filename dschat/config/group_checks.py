@@ -33,11 +33,10 @@ def data_problems(data: DataOptions) -> list[str]:
     found += share("--eval_fraction", data.eval_fraction, 0.9)
     found += at_least("--min_margin", data.min_margin, 0)
     found += at_least("--blend_temperature", data.blend_temperature, 1)
-    if any(weight < 0 for weight in data.blend) or (data.blend and not any(data.blend)):
-        found.append(
-            f"--blend {' '.join(map(str, data.blend))}: give shares of zero or more, at least one "
-            "of them above zero."
-        )
+    for weight in data.blend:
+        found += at_least("--blend", weight, 0)
+    if data.blend and not any(data.blend):
+        found.append("--blend: all shares are zero; give at least one above zero.")
     return found + seed_value("--data_seed", data.data_seed)
 
 

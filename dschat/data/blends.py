@@ -184,10 +184,12 @@ def _drop_common(source: Source, train: Part, parts: Sequence[tuple[Part, Part]]
     if not common.any():
         return train
     if common.all():
-        raise ValueError(
-            f"{source.name}: every training row begins like an evaluation row, so that the "
-            "evaluation would show what was trained. Give other evaluation rows, or none."
+        logger.warning(
+            "%s: every training row begins like an evaluation row, so they are kept: evaluation "
+            "shows what was trained",
+            source.name,
         )
+        return train
     logger.warning(
         "%s: left out %d of %d training rows, which begin like an evaluation row",
         source.name,

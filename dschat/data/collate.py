@@ -29,7 +29,7 @@ def collate_pairs(items: Sequence[dict], pad_id: int) -> PairBatch:
         [IGNORED] * length + row[length:] for length, row in zip(prompt_lengths, rows, strict=True)
     ]
     labels, _ = pad(label_rows, IGNORED)
-    margins = torch.tensor([item["margin"] for item in items] * 2, dtype=torch.float32)
+    margins = torch.tensor([item.get("margin", 0.0) for item in items] * 2, dtype=torch.float32)
     return PairBatch(
         input_ids=input_ids, attention_mask=attention_mask, labels=labels, margins=margins
     )

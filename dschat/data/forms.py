@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from dschat.data.messages import (
     add_system,
@@ -228,7 +229,7 @@ def _split(messages: list[dict], name: str) -> tuple[list[dict], Answer | None]:
     return before, _as_answer(messages[-1:], name, begin=len(before))
 
 
-def _is_dialogue(value: object) -> bool:
+def _is_dialogue(value: Any) -> bool:
     """Return whether `value` is a conversation that does not begin with the assistant."""
     if not is_messages(value):
         return False
@@ -239,7 +240,10 @@ def _dialogue_pair(raw: dict, reading: Reading) -> list[Row]:
     chosen = normalize_messages(raw["chosen"], "chosen")
     used = ("chosen", "rejected", "prompt", "messages", "prompt_id")
     if raw.get("rejected") is None:
-        return [_build(raw, used, *_split(chosen, "chosen"))]
+        prompt, answer = _split(chosen, "chosen")
+        if answer is None:
+            raise ValueError(f'field "chosen" does not end with an answer: {shorten(chosen[-1])}')
+        return [_build(raw, used, prompt, answer)]
     rejected = normalize_messages(raw["rejected"], "rejected")
     most = min(len(chosen), len(rejected)) - 1
     common = 0
@@ -350,7 +354,7 @@ def _ranked(
     raw: dict,
     used: Sequence[str],
     prompt: str | list[dict],
-    answers: list[tuple[Answer, float]],
+    answers: Sequence[tuple[Answer, float]],
     rule: str,
 ) -> list[Row]:
     """Build the pairs of one prompt's answers.
@@ -435,7 +439,7 @@ def _is_answer_list(raw: dict) -> bool:
 
 # Two answers in two columns: their names, the column that judges, and who wins by its value.
 # 1: the first answer, -1: the second, 0: neither.
-TWO_ANSWERS: tuple[tuple[str, str, str, Callable[[object], float]], ...] = (
+TWO_ANSWERS: tuple[tuple[str, str, str, Callable[[Any], float]], ...] = (
     ("response_0", "response_1", "better_response_id", lambda value: 1 - 2 * int(value)),
     ("response1", "response2", "overall_preference", lambda value: -float(value)),
     ("response_1", "response_2", "preference_strength", lambda value: -float(value)),
@@ -491,7 +495,7 @@ def _webgpt(raw: dict, reading: Reading) -> list[Row]:
 def _tree(raw: dict, reading: Reading) -> list[Row]:
     """Read a tree of OpenAssistant: the replies to each message of a user are ranked answers."""
     rows: list[Row] = []
-    open_nodes = [(raw["prompt"], [])]
+    open_nodes: list[tuple[dict, list[dict]]] = [(raw["prompt"], [])]
     while open_nodes:
         node, before = open_nodes.pop()
         role = "assistant" if node.get("role") == "assistant" else "user"

@@ -102,10 +102,8 @@ def load_source(
     by its exact name, and a local copy of it by a path that ends with that name.
 
     Args:
-        path: a .json, .jsonl, .csv or .parquet file; a folder with train.* (and eval.*, test.* or
-            validation.*) of these; a folder of datasets.save_to_disk; a hub name; or
-            local/jsonfile, which stands for data/train.json and data/eval.json in the working
-            directory.
+        path: see `tables.open_tables`; local/jsonfile stands for data/train.json and data/eval.json
+            in the working directory.
         reading: the columns, and the pairs of ranked answers.
         skip_bad_rows: leave malformed rows out and log their number, instead of raising.
         config: configuration of a hub dataset whose entry names none.

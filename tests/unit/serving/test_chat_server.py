@@ -117,7 +117,7 @@ WRONG = {
         "unknown field 'file'; known: messages, max_new_tokens",
     ),
     "messages of another type": ({"messages": "hello"}, 'field "messages" is "hello", not a list'),
-    "no message": ({"messages": []}, 'field "messages" does not end with a message of the user'),
+    "no message": ({"messages": []}, 'field "messages" is an empty list'),
     "another role": ({"messages": [{"role": "root", "content": "a"}]}, "messages[0] is"),
     "no content": (
         {"messages": [{"role": "user"}]},

@@ -163,8 +163,8 @@ TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% i
     "prompt_format, text",
     # A template writes what begins a text by itself; the other forms leave it to the tokenizer.
     [
-        ("auto", "[user]hi[assistant]x"),
-        ("chat", "[user]hi[assistant]x"),
+        ("auto", "<s>[user]hi[assistant]x"),
+        ("chat", "<s>[user]hi[assistant]x"),
         ("human_assistant", "<s>\n\nHuman: hi\n\nAssistant: x"),
     ],
 )
@@ -205,7 +205,7 @@ def test_a_prompt_that_cannot_be_shown_keeps_no_process_from_the_forward():
 
     with pytest.raises(RewardFailure, match="m cannot be shown the prompt 'two'.*not two"):
         weighted(RetokenisedReward(engine, "m", other, prompt_format="chat"))(make_answers())
-    assert seen == [["[user]one[assistant]ab</s>", "</s>"]]
+    assert seen == [["<s>[user]one[assistant]ab</s>", "</s>"]]
 
 
 @pytest.mark.parametrize("change", ["nothing", "tokens", "eos", "template", "format"])
@@ -260,7 +260,7 @@ def test_a_chat_template_of_the_reward_model_is_used_when_asked():
         return torch.zeros(input_ids.shape)
 
     weighted(RetokenisedReward(engine, "m", other, prompt_format="chat"))(make_answers())
-    assert seen["text"].startswith("[user]one\n[assistant]ab")
+    assert seen["text"].startswith("<s>[user]one\n[assistant]ab")
 
 
 def test_functions_load_from_a_file_or_say_why_not(tmp_path):
