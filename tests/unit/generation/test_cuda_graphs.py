@@ -33,7 +33,7 @@ def same(found, expected) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_answers_are_those_of_generate(family):
+def test_answers_match_plain_generation(family):
     engine = engine_of(family)
     hybrid, plain = with_graphs(engine), PlainGenerator(engine)
     many, few = (
@@ -50,8 +50,7 @@ def test_answers_are_those_of_generate(family):
     more = hybrid._graphs.captures
     same(hybrid.decode(*many, config(**early)), expected)
     assert hybrid._graphs.captures == more > captured, "what was captured should serve again"
-    # Longer answers than the cache holds, other settings, and buffers that were freed: all is
-    # captured again.
+    # Longer answers than the cache holds, other settings and freed buffers: captured again.
     for settings in (dict(max_new_tokens=90), dict(max_new_tokens=90, min_new_tokens=5)):
         same(hybrid.decode(*many, config(**settings)), plain.decode(*many, config(**settings)))
     hybrid.release_cache = True
@@ -70,7 +69,7 @@ def test_answers_are_those_of_generate(family):
     ],
     ids=str,
 )
-def test_settings_act_as_in_generate(settings):
+def test_settings_match_plain_generation(settings):
     engine = engine_of("llama")
     hybrid = with_graphs(engine)
     for reads in (prompts(3, 80, 20, 66), prompts(4, 9, 60, width=64)):
@@ -109,7 +108,7 @@ def test_answers_that_all_begin_with_padding_keep_their_graphs():
 
 
 @pytest.mark.parametrize("fault", ["nothing is cached", "other attention"])
-def test_a_step_that_computes_something_else_is_noticed(fault, monkeypatch):
+def test_a_wrong_captured_step_is_noticed(fault, monkeypatch):
     engine, reads = engine_of("llama"), prompts(3, 80, 20, 66)
 
     def wrong(query, key, value, new_key, new_value, bounds, scale):
@@ -150,9 +149,10 @@ def test_a_model_whose_steps_fail_answers_without_graphs():
     assert hybrid._graphs is None, "its attention takes no bounds"
 
 
-def test_without_graphs_the_layers_are_as_they_were():
+def test_dropping_the_graphs_restores_the_layers():
     hybrid = with_graphs(engine_of("llama"))
-    model, reads = hybrid.replica.model, prompts(3, 80)
+    model = hybrid.replica.model
+    reads = prompts(3, 80)
     hybrid.decode(*reads, config())
     assert any(isinstance(module, SkinnyLinear) for module in model.modules())
     hybrid._drop_graphs()
@@ -194,7 +194,7 @@ def test_embeddings_that_depend_on_the_longest_text_take_no_graphs(rope, monkeyp
     assert reason is None if rope is None else "the longest text" in reason
 
 
-def test_prompts_of_unlike_length_are_embedded_as_by_the_training_module():
+def test_prompts_of_different_lengths_are_embedded_as_in_training():
     engine, (ids, mask) = (
         made("llama", rope_parameters=dict(rope_theta=10000.0, **ROPES["longrope"])),
         prompts(9, 80, 20),

@@ -75,7 +75,7 @@ def answers(tokens: torch.Tensor) -> list[list[int]]:
     ],
     ids=str,
 )
-def test_logits_processors_act_as_in_generate(engine, settings):
+def test_logits_processors_match_generate(engine, settings):
     ids, mask = prompts(3, 80, 20, 66)
     found, expected = (
         g.decode(ids, mask, config(**settings))
@@ -88,7 +88,7 @@ def test_logits_processors_act_as_in_generate(engine, settings):
         )
 
 
-def test_tokens_are_drawn_by_their_probability():
+def test_tokens_are_drawn_with_their_probability():
     """Chi-square of 40,000 draws against the softmax; 50 degrees of freedom, temperature 0.7."""
     logits = torch.randn(1, 51, generator=torch.Generator().manual_seed(1))
     sampler = Sampler(
@@ -105,7 +105,7 @@ def test_tokens_are_drawn_by_their_probability():
     assert torch.allclose(logprobs, p.log()[tokens].float(), atol=1e-5)
 
 
-def test_each_prompt_is_read_once_and_with_its_like(engine):
+def test_each_prompt_is_prefilled_once_with_prompts_of_like_length(engine):
     hybrid, read = HybridEngine(engine), []
     forward = hybrid.replica.model.model.forward
 
@@ -138,12 +138,12 @@ def test_finished_rows_leave_the_batch(engine):
     for step, count in enumerate(rows[1:], 1):
         live = sum(length > step for length in lengths)
         assert live <= count and live > 0.74 * count
-    # What is after an end is padding, with logprob 0.
+    # After the end are padding and logprobs of 0.
     for row, length in enumerate(lengths):
         assert not found.tokens[row, length:].any() and not found.logprobs[row, length:].any()
 
 
-def test_what_a_step_has_not_cached_is_seen_and_what_it_caches_as_zeros_is_not():
+def test_cache_gap_shows_what_is_not_cached_but_accepts_zeros():
     """A padding token embedded as zeros has zeros as its first layer's keys and values."""
     zeros, some = torch.zeros(3, 2, 4), torch.ones(3, 2, 4)
     assert cache_gap([zeros, some], [zeros, some]) == 0
@@ -167,14 +167,14 @@ def test_deepspeeds_interface(engine):
     assert batch.attention_mask[:, 80:].sum(-1).tolist() == [len(row) for row in answers(found)]
 
 
-def test_nothing_is_asked_of_transformers_that_it_will_drop(engine):
+def test_decoding_uses_nothing_deprecated_in_transformers(engine):
     ids, mask = prompts(5, 70)
     with warnings.catch_warnings():
         warnings.simplefilter("error", FutureWarning)
         HybridEngine(engine).decode(ids, mask, config())
 
 
-def test_a_model_without_end_or_padding_answers_deepspeeds_interface(engine, monkeypatch):
+def test_deepspeeds_interface_works_without_end_and_padding_tokens(engine, monkeypatch):
     monkeypatch.setattr(
         engine.module, "generation_config", config(eos_token_id=None, pad_token_id=None)
     )
@@ -186,7 +186,7 @@ def test_a_model_without_end_or_padding_answers_deepspeeds_interface(engine, mon
     assert batch.input_ids.shape == (2, 84) and batch.attention_mask[:, 80:].all()
 
 
-def test_what_does_not_fit_is_refused_with_the_flag_that_frees_it(engine, monkeypatch):
+def test_too_large_a_cache_is_refused_with_the_flag_that_helps(engine, monkeypatch):
     monkeypatch.setattr(hybrid_engine, "free_memory", lambda device: 2**20)
     with pytest.raises(
         ValueError, match=r"key-value cache of 4096 answers.*--per_device_generation_batch_size"

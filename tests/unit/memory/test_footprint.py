@@ -86,9 +86,8 @@ def test_stage_3_divides_the_weights_too():
     # in use (here all).
     assert found.buffers == 2 * 500_000_000 + 350 + 2000
     assert found.step == 6 * 175
-    assert (
-        training(3, world_size=1).buffers == 2 * 500_000_000 + 1400
-    )  # the only part is used in place
+    # A single rank uses its gradients in place.
+    assert training(3, world_size=1).buffers == 2 * 500_000_000 + 1400
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
@@ -107,9 +106,8 @@ def test_offload_of_stage_3_leaves_only_weights_in_use():
     # The trained weights are always page-locked: 2 x 150 and 2 x 25 bytes, rounded up to powers of
     # two.
     assert found.host == 500 + (512 - 300) + (64 - 50) + 18 * 175
-    assert (
-        training(3, offload=True, world_size=1).buffers == 2 * 500_000_000 + 2000
-    )  # a copy on the GPU even then
+    # The GPU has a copy even with a single rank.
+    assert training(3, offload=True, world_size=1).buffers == 2 * 500_000_000 + 2000
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
@@ -375,9 +373,8 @@ def test_int8_weights_take_a_byte_and_their_scales():
     saved = 2 * adapted - (adapted + 4 * adapted / 128)  # groups of 128 divide 4096 and 11008
     for role in ("actor", "reference", "critic"):
         assert dense.models[role].weights - plan.models[role].weights == saved, role
-        assert (
-            plan.models[role].buffers - dense.models[role].buffers == 2 * 4096 * 11008
-        )  # one matrix, as it is multiplied
+        # One matrix is dense while it is multiplied.
+        assert plan.models[role].buffers - dense.models[role].buffers == 2 * 4096 * 11008
     assert ppo(f"{flags} --no_share_reward").models["reward"].weights == dense.models[
         "reference"
     ].weights - 2 * (32000 * 4096 - 4096)
@@ -488,7 +485,7 @@ def test_the_plan_has_rows_of_a_gpu_and_of_a_host():
     assert cells["actor backward"][-3:-1] == ["1.0", "0.0"]
     for cell in cells.values():
         assert float(cell[-1]) == pytest.approx(sum(map(float, cell[:-1])), abs=0.3)
-    # Actor and critic in bf16: 1.57 GiB of each model per rank, 2 if page-locked. For each rank also
+    # Actor and critic in bf16: 1.57 GiB of each model per rank, 2 if page-locked. Each rank also has
     # fp32 weights, gradients, moments and a bf16 copy of an eighth.
     trained = 2 * 6_738_415_616 - 32000 * 4096 + 4096
     assert cells["a host of 8"][:2] == [f"{8 * 2 * 2:.1f}", f"{18 * trained / GIB:.1f}"]
@@ -501,6 +498,5 @@ def test_idle_states_take_no_memory_in_generation():
     assert away.parts["generate"]["optimizer"] == 0 and there.parts["generate"]["optimizer"] > 0
     assert away.parts["actor step"] == there.parts["actor step"]
     bucket = there.parts["generate"]["buffers"] - away.parts["generate"]["buffers"]
-    assert (
-        bucket == 2 * (2 * 6_738_415_616 - 32000 * 4096 + 4096) / 4
-    )  # the places of the gradients
+    # The buffers of the gradients.
+    assert bucket == 2 * (2 * 6_738_415_616 - 32000 * 4096 + 4096) / 4

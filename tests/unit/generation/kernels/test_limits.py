@@ -7,7 +7,7 @@ from dschat.generation.kernels.limits import attention_block, product_stages
 from dschat.generation.kernels.linear import MAX_ROWS, SETTINGS
 
 H100, A100, L4 = 232448, 166912, 101376  # bytes that a program may take
-# Outputs to bytes that the product compiled to on an A100 and an L4, stages as on an L4.
+# By outputs: bytes that the product compiled to on an A100 and an L4, with an L4's stages.
 PRODUCTS = {6144: (102400, 81920), 4096: (122880, 98304), 0: (131072, 98304)}
 
 
@@ -38,18 +38,20 @@ def test_products_keep_their_pipeline_on_large_gpus_and_fit_small_ones(outputs):
         (4, 256, L4, 32, 2),  # 84032
     ],
 )
-def test_attention_of_grouped_queries_reads_as_much_as_fits(itemsize, width, shared, block, stages):
+def test_grouped_attention_reads_the_largest_block_that_fits(
+    itemsize, width, shared, block, stages
+):
     assert attention_block(rows=16, width=width, itemsize=itemsize, shared=shared) == (
         block,
         stages,
     )
 
 
-def test_attention_without_groups_shares_next_to_nothing():
+def test_attention_without_groups_needs_little_shared_memory():
     assert attention_block(rows=1, width=256, itemsize=4, shared=48 * 1024) == (64, 3)
 
 
-def test_the_gpu_is_asked(monkeypatch):
+def test_shared_memory_is_read_from_the_gpu(monkeypatch):
     class Properties:
         shared_memory_per_block_optin = L4
 

@@ -9,7 +9,7 @@ from dschat.models.structure import decoder_layers
 from tests.unit.models_helpers import tiny
 
 
-def test_layers_of_one_input_form_groups_and_keep_their_weights():
+def test_layers_of_one_input_share_a_launch_and_keep_their_weights():
     model = load_causal_lm(str(tiny("llama")), dtype=torch.float32).eval()
     ids = torch.arange(3, 23).view(2, 10)
     expected, weights = model(input_ids=ids).logits, [p.data_ptr() for p in model.parameters()]
@@ -29,7 +29,7 @@ def test_layers_of_one_input_form_groups_and_keep_their_weights():
     assert type(model.lm_head) is nn.Linear and isinstance(mlp.down_proj, SkinnyLinear)
 
 
-def test_names_that_read_other_inputs_are_no_group():
+def test_layers_of_different_inputs_share_no_launch():
     layers = nn.ModuleList([nn.Module()])
     for name, width in (("q_proj", 4), ("k_proj", 4), ("v_proj", 6), ("gate_proj", 4)):
         layers[0].add_module(name, nn.Linear(width, 3))
@@ -37,7 +37,7 @@ def test_names_that_read_other_inputs_are_no_group():
     assert all(layer.launch.layers == (layer,) for layer in layers[0].children())
 
 
-def test_plain_products_end_with_their_block():
+def test_plain_products_end_with_their_context():
     with plain_products():
         assert not SkinnyLinear.active
     assert SkinnyLinear.active
