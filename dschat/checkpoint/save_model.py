@@ -6,7 +6,7 @@ import torch
 
 from dschat.engine.quantized import dequantized_state_dict
 from dschat.engine.zero import full_tensors
-from dschat.models.adapters import ADAPTER_FOLDER, adapter_is_all, write_adapter
+from dschat.models.adapters import ADAPTER_FOLDER, trains_only_adapters, write_adapter
 from dschat.models.export import save_pretrained_folder
 from dschat.models.lora import has_lora, merged_state_dict
 from dschat.runtime import dist
@@ -53,7 +53,7 @@ def _adapter_writer(model: torch.nn.Module, tensors: dict[str, torch.Tensor]):
             f"no adapter folder: training began from {merged} and its base, which no one folder holds together"
         )
         return None
-    if not adapter_is_all(model):
+    if not trains_only_adapters(model):
         logger.info(
             "no adapter folder: without --only_optimize_lora other weights than the adapters have trained too"
         )

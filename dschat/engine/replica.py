@@ -21,7 +21,7 @@ from torch import nn
 
 from dschat.engine.zero import gathered, is_partitioned
 from dschat.generation.tensor_parallel import TensorGroup, split_layers
-from dschat.models.lora import ADAPTER
+from dschat.models.lora import ADAPTER, lora_layers
 from dschat.models.structure import decoder_layers
 from dschat.runtime.log import logger
 
@@ -131,7 +131,7 @@ class Replica:
         ):  # initialisation draws random numbers
             self.model = type(source)(config)
         self.model.eval().requires_grad_(False)
-        self._layers = {name: m for name, m in source.named_modules() if isinstance(m, LoraLayer)}
+        self._layers = lora_layers(source)
         self.partitioned = any(is_partitioned(p) for p in source.parameters())
         assert self.partitioned or group is None, "a shared weight has no slices"
         self._cut = {} if group is None else split_layers(self.model, group)

@@ -1,6 +1,7 @@
-"""Causal language models: loading, and the switches that training needs.
+"""Loading of causal language models.
 
-Nothing here may read parameter data unless it says so: under ZeRO-3 a parameter is an empty shard.
+Functions must not read parameter data unless they say so: under ZeRO-3 a parameter is an empty
+shard.
 """
 
 from pathlib import Path
@@ -17,10 +18,10 @@ from transformers import (
 
 from dschat.models.adapters import merge_adapter
 from dschat.models.dropout import set_config_dropout
-from dschat.models.folder_checks import check_finite, shards_of
+from dschat.models.folder_checks import check_finite, shard_names
 from dschat.models.tokenizer import adapter_base, hub_error, model_source, refuse_remote_code
 from dschat.models.vocabulary import check_vocabulary, grow_vocabulary
-from dschat.models.weights import readable_weights, require_complete
+from dschat.models.weights import refuse_damaged_weights, require_complete
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
@@ -32,20 +33,22 @@ def check_model_folder(folder: str | Path, *, flag: str) -> None:
         ValueError: something is missing; the message names each file.
     """
     folder = Path(folder)
-    missing = [] if (folder / "config.json").is_file() else ["config.json"]
-    indexes = [folder / f"{name}.index.json" for name in WEIGHT_FILES]
-    index = next((path for path in indexes if path.is_file()), None)
-    if any((folder / name).is_file() for name in WEIGHT_FILES):
-        pass
-    elif index is not None:
-        missing += [name for name in shards_of(index, flag=flag) if not (folder / name).is_file()]
-    else:
-        missing.append(
-            "weights (" + ", ".join(f"{name} or {name}.index.json" for name in WEIGHT_FILES) + ")"
-        )
+    missing = []
+    if not (folder / "config.json").is_file():
+        missing.append("config.json")
+    if not any((folder / name).is_file() for name in WEIGHT_FILES):
+        indexes = [folder / f"{name}.index.json" for name in WEIGHT_FILES]
+        index = next((path for path in indexes if path.is_file()), None)
+        if index is not None:
+            shards = shard_names(index, flag=flag)
+            missing += [name for name in shards if not (folder / name).is_file()]
+        else:
+            names = ", ".join(f"{name} or {name}.index.json" for name in WEIGHT_FILES)
+            missing.append(f"weights ({names})")
     if missing:
         raise ValueError(
-            f"{flag} {str(folder)!r} is no complete model folder; missing: {', '.join(missing)}. "
+            f"{flag} {str(folder)!r} is not a complete model folder; missing: "
+            f"{', '.join(missing)}. "
             "Give the folder that the previous step wrote, or a hub name."
         )
 
@@ -53,8 +56,15 @@ def check_model_folder(folder: str | Path, *, flag: str) -> None:
 def load_config(
     path: str, *, flag: str, trust_remote_code: bool = False, dropout: Optional[float] = None
 ) -> tuple[str, PreTrainedConfig]:
-    """Return the source for from_pretrained of `path` (of an adapter: of its base), and its configuration with every dropout
-    probability set.
+    """Return the source for from_pretrained and the configuration of `path`, with dropout set.
+
+    The source of an adapter folder is that of its base model.
+
+    Args:
+        path: a model folder, an adapter folder or a hub name.
+        flag: the command-line flag that `path` came from, for messages.
+        trust_remote_code: allow Python code that comes with the model.
+        dropout: set as every dropout probability; None keeps the model's own.
 
     Raises:
         ValueError: nothing there, or the folder is incomplete.
@@ -67,7 +77,7 @@ def load_config(
         check_model_folder(source, flag=flag)
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except Exception as error:  # values that make no sense raise any of many kinds
+    except Exception as error:  # transformers raises many kinds for invalid values
         refuse_remote_code(path, flag=flag, error=error)
         if is_local:
             raise ValueError(f"{flag} {path!r}: config.json cannot be used: {error}") from error
@@ -86,16 +96,22 @@ def load_causal_lm(
     trust_remote_code: bool = False,
     flag: str = "--model_name_or_path",
 ) -> PreTrainedModel:
-    """A causal language model with all of its weights, in `dtype`. A PEFT adapter folder is merged into its base.
+    """Load a causal language model with all of its weights.
+
+    A PEFT adapter folder is merged into its base.
 
     Args:
-        tokenizer: the vocabulary grows where this has more tokens than the embedding has rows; it never shrinks.
+        path: a model folder, an adapter folder or a hub name.
+        dtype: of the weights.
+        tokenizer: the vocabulary grows if this has more tokens than the embedding has rows; it
+            never shrinks.
         dropout: set as every dropout probability; None keeps the model's own.
+        trust_remote_code: allow Python code that comes with the model.
         flag: the command-line flag that `path` came from, for messages.
 
     Raises:
-        ValueError: nothing there, incomplete, a reward model, a tokenizer of another model, or weights that the
-            architecture needs are absent.
+        ValueError: nothing there, incomplete, a reward model, a tokenizer of another model, or
+            weights that the architecture needs are missing.
     """
     source, config = load_config(
         path, flag=flag, trust_remote_code=trust_remote_code, dropout=dropout
@@ -107,7 +123,7 @@ def load_causal_lm(
         )
     if tokenizer is not None:
         check_vocabulary(tokenizer, config.get_text_config().vocab_size, path=path, flag=flag)
-    with readable_weights(path, flag=flag):
+    with refuse_damaged_weights(path, flag=flag):
         model, info = AutoModelForCausalLM.from_pretrained(
             source,
             config=config,
@@ -125,7 +141,10 @@ def load_causal_lm(
 
 
 def merge_if_adapter(model: PreTrainedModel, path: str, *, flag: str) -> None:
-    """Merge `path` into `model`, its base, where it is a PEFT adapter folder; ``merged_adapter`` then names it."""
+    """Merge `path` into `model`, its base, if it is a PEFT adapter folder.
+
+    The attribute ``merged_adapter`` of `model` then holds the folder.
+    """
     source, is_local = model_source(path, flag=flag)
     if is_local and adapter_base(source, flag=flag):
         merge_adapter(model, source, flag=flag)

@@ -1,4 +1,4 @@
-"""Writing a model as a Hugging Face folder: safetensors, configurations, tokenizer and chat template."""
+"""Save a model as a Hugging Face folder: weights, configurations, tokenizer, chat template."""
 
 import copy
 import fnmatch
@@ -17,25 +17,23 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from dschat.models.structure import pretrained
 from dschat.models.tokenizer import VOCABULARY_FILES, eos_token_ids
 from dschat.models.weights import first_names
+from dschat.runtime.files import fsync
 
 MAX_SHARD_SIZE = "5GB"
-# What belongs to a saved model, and goes when another takes its place; the rest of a folder (metrics, logs) stays.
+# Files of a saved model, removed when another takes its place. All other files of a folder
+# (metrics, logs) stay.
 MODEL_FILES = (
-    *(
-        "model*.safetensors",
-        "pytorch_model*.bin",
-        "*.index.json",
-        "config.json",
-        "generation_config.json",
-    ),
+    "model*.safetensors",
+    "pytorch_model*.bin",
+    "*.index.json",
+    "config.json",
+    "generation_config.json",
     *VOCABULARY_FILES,
-    *(
-        "merges.txt",
-        "tokenizer_config.json",
-        "special_tokens_map.json",
-        "added_tokens.json",
-        "chat_template.jinja",
-    ),
+    "merges.txt",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
     "adapter",
 )
 
@@ -49,34 +47,39 @@ def save_pretrained_folder(
     generation_config: Optional[GenerationConfig] = None,
     write_more: Optional[Callable[[Path], None]] = None,
 ) -> None:
-    """Write the model to `path`, as a folder that plain transformers loads with no weight missing.
+    """Save the model to `path`, as a folder that plain transformers loads with no weight missing.
 
-    It is written beside `path` and takes its name when it is complete and on disk: a crash leaves the old model, or
-    in the moment between two renames the old one under another name, but never half of one. Files of an existing
-    folder that belong to no model (metrics, logs) move into the new one.
+    The folder is written next to `path` and renamed when it is complete and on disk. A crash leaves
+    the old model (between two renames, under another name), never a partial one. Files of an
+    existing folder that belong to no model (metrics, logs) move into the new one.
 
     Args:
-        model: the transformers model, or a wrapper of one such as RewardModel. Its class, configuration and names are
-            read, its parameters are not: they may be partitioned, or wrapped by LoRA.
-        tensors: its whole tensors on the CPU, without LoRA (see merged_state_dict), under the names of
-            `model`.state_dict() before LoRA. Tied tensors may be given or left out; buffers too.
-        generation_config: what to save beside a language model; by default `model`'s own, where it is valid.
-        write_more: called with the folder before it takes its name, to write what else belongs to the model.
+        model: the transformers model, or a wrapper of one such as RewardModel. Its class,
+            configuration and names are read, its parameters are not: they may be partitioned, or
+            wrapped by LoRA.
+        tensors: its whole tensors on the CPU, without LoRA (see merged_state_dict), under the names
+            of `model`.state_dict() before LoRA. Tied tensors and buffers may be given or left out.
+        tokenizer: saved into the folder with its chat template.
+        path: the folder to write; an existing one is replaced.
+        generation_config: what to save with a language model; by default `model`'s own, if valid.
+        write_more: called with the folder before the rename, to write what else belongs to the
+            model.
 
     Raises:
         ValueError: tensors are missing, left over, of another shape, or tied but different.
     """
-    path = Path(path).resolve()  # a link stays a link, and what it points to is replaced
+    path = Path(path).resolve()  # a symbolic link stays; its target is replaced
     inner = pretrained(model)
     weights = _complete_tensors(inner, _without_wrapper(model, tensors))
     shell = _savable_copy(inner, tokenizer, generation_config)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     try:
-        temporary.chmod(0o777 & ~_umask())  # mkdtemp's folders are for their owner alone
+        temporary.chmod(0o777 & ~_umask())  # mkdtemp's folders are private to their owner
         dtype = next(t.dtype for t in weights.values() if t.is_floating_point())
         shell.save_pretrained(temporary, state_dict=weights, max_shard_size=MAX_SHARD_SIZE)
-        # save_pretrained writes the dtype of the module that trains, which need not be that of the tensors.
+        # save_pretrained writes the dtype of the module in training, which may differ from the
+        # tensors'.
         shell.config.dtype = dtype
         shell.config.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
@@ -88,15 +91,16 @@ def save_pretrained_folder(
 
 
 def _without_wrapper(model: nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """`tensors` under the names of the transformers model inside `model`."""
+    """Return `tensors` under the names of the transformers model inside `model`."""
     inner = pretrained(model)
     prefix = next(name for name, module in model.named_modules() if module is inner)
     if not prefix:
         return dict(tensors)
-    strangers = [name for name in tensors if not name.startswith(f"{prefix}.")]
-    if strangers:
+    outside = [name for name in tensors if not name.startswith(f"{prefix}.")]
+    if outside:
         raise ValueError(
-            f"tensors outside of {type(inner).__name__} cannot be saved with it: {first_names(strangers)}"
+            f"tensors outside of {type(inner).__name__} cannot be saved with it: "
+            f"{first_names(outside)}"
         )
     return {name.removeprefix(f"{prefix}."): tensor for name, tensor in tensors.items()}
 
@@ -104,14 +108,22 @@ def _without_wrapper(model: nn.Module, tensors: dict[str, torch.Tensor]) -> dict
 def _complete_tensors(
     model: PreTrainedModel, tensors: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """One tensor for each name that `model` saves: tied ones once, buffers from `model` where they were left out."""
+    """Return one tensor for each name that `model` saves, changing `tensors`.
+
+    Tied tensors appear once; buffers that are missing come from `model`.
+
+    Raises:
+        ValueError: tensors are missing, left over, of another shape, or tied but different.
+    """
     own = {}
     for name, value in model.state_dict(keep_vars=True).items():
         if ".lora_" in name:
             continue
         name = name.replace(".base_layer.", ".")
-        # What is quantised has another name than the weight that it stands for, and another shape.
-        own[f"{name.rpartition('.')[0]}.weight" if hasattr(value, "dense_shape") else name] = value
+        if hasattr(value, "dense_shape"):
+            # A quantised tensor has another name and shape than the weight that it stands for.
+            name = f"{name.rpartition('.')[0]}.weight"
+        own[name] = value
     for target, source in model.all_tied_weights_keys.items():
         if (
             target in tensors
@@ -121,7 +133,7 @@ def _complete_tensors(
             raise ValueError(
                 f"{target} and {source} are one tensor in {type(model).__name__}, but differ here"
             )
-        # Either of the two may be the one that named_parameters() knows.
+        # named_parameters() may know the tensor by either name.
         tensors.setdefault(source, tensors.get(target))
         tensors.pop(target, None)
         own.pop(target, None)
@@ -137,15 +149,19 @@ def _complete_tensors(
     }
     found = "; ".join(f"{what}: {first_names(names)}" for what, names in faults.items() if names)
     if found:
-        raise ValueError(f"these tensors are no {type(model).__name__}: {found}")
+        raise ValueError(f"these tensors do not make a {type(model).__name__}: {found}")
     return tensors
 
 
 def _shape(value: torch.Tensor) -> tuple[int, ...]:
-    """The shape that a tensor has in a saved model, whether it is quantised (dense_shape) or partitioned (ds_shape)."""
-    return tuple(
-        next(getattr(value, n) for n in ("dense_shape", "ds_shape", "shape") if hasattr(value, n))
-    )
+    """Return a tensor's shape in a saved model.
+
+    It is dense_shape if the tensor is quantised, and ds_shape if ZeRO-3 has partitioned it.
+    """
+    for attribute in ("dense_shape", "ds_shape"):
+        if hasattr(value, attribute):
+            return tuple(getattr(value, attribute))
+    return tuple(value.shape)
 
 
 def _savable_copy(
@@ -153,23 +169,29 @@ def _savable_copy(
     tokenizer: PreTrainedTokenizerBase,
     generation_config: Optional[GenerationConfig],
 ) -> PreTrainedModel:
-    """A shallow copy that can be saved: saving writes into both configurations, and the model in use keeps its own."""
+    """Return a shallow copy to save, since saving changes both configurations."""
     shell = copy.copy(model)
     shell.config = copy.deepcopy(model.config)
     if model.can_generate():
-        shell.generation_config = sane_generation_config(model, tokenizer, generation_config)
+        shell.generation_config = savable_generation_config(model, tokenizer, generation_config)
     return shell
 
 
-def sane_generation_config(
+def savable_generation_config(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     generation_config: Optional[GenerationConfig] = None,
 ) -> GenerationConfig:
-    """`generation_config` (default: the model's own) with the ids of the tokenizer, in a state that can be saved.
+    """Return a copy of `generation_config` that can be saved, with the tokenizer's ids.
 
-    It stops at every end-of-sequence id of either configuration and of the tokenizer. Where its sampling numbers
-    contradict do_sample=False, as some published ones do, only the ids are kept: transformers refuses to save it.
+    It stops at every end-of-sequence id of `model`'s configurations and of the tokenizer. If its
+    sampling values contradict do_sample=False, as in some published models, only the ids are kept:
+    transformers refuses to save such a configuration.
+
+    Args:
+        model: gives the default configuration and further end-of-sequence ids.
+        tokenizer: gives the ids of the special tokens.
+        generation_config: default: the model's own.
     """
     base = generation_config if generation_config is not None else model.generation_config
     end_ids = sorted({*eos_token_ids(base, tokenizer), *eos_token_ids(model.config, tokenizer)})
@@ -181,9 +203,8 @@ def sane_generation_config(
     config = copy.deepcopy(base)
     for name, value in ids.items():
         setattr(config, name, value)
-    config._from_model_config = (
-        False  # or loading would take the model configuration's single end id instead
-    )
+    # If true, loading would take the model configuration's single end id instead.
+    config._from_model_config = False
     try:
         config.validate(strict=True)
     except ValueError:
@@ -192,13 +213,13 @@ def sane_generation_config(
 
 
 def replace_folder(new: Path, path: Path) -> None:
-    """Put the complete folder `new` in the place of `path`; both lie in one parent folder."""
+    """Replace `path` by the complete folder `new`; both are in one parent folder."""
     for file in new.rglob("*"):
-        _fsync(file)
-    _fsync(new)
+        fsync(file)
+    fsync(new)
     if not path.exists():
         new.rename(path)
-        _fsync(path.parent)
+        fsync(path.parent)
         return
     # A rename cannot replace a folder that holds files.
     aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
@@ -209,54 +230,46 @@ def replace_folder(new: Path, path: Path) -> None:
         old.rename(path)
         aside.rmdir()
         raise
-    _move_the_rest(old, path)
-    _fsync(path.parent)
+    _move_other_files(old, path)
+    fsync(path.parent)
     shutil.rmtree(aside)
 
 
 def repair_folder(path: Path) -> None:
-    """Finish or undo what ``replace_folder`` did not come to when its process was killed; nobody may write there now.
+    """Complete or undo a ``replace_folder`` that was killed. Nobody else may write there meanwhile.
 
-    Afterwards `path` is the new folder with all that belongs there, or the old one, and nothing is left beside it.
+    Afterwards `path` is the complete new folder or the old one, and no temporary folder is left.
     """
-    ours = re.compile(
-        rf"\.{re.escape(path.name)}\.[a-z0-9_]{{8}}\.(tmp|old)"
-    )  # as tempfile.mkdtemp names them
-    for aside in [entry for entry in path.parent.glob(".*") if ours.fullmatch(entry.name)]:
+    # As tempfile.mkdtemp names them.
+    temporary = re.compile(rf"\.{re.escape(path.name)}\.[a-z0-9_]{{8}}\.(tmp|old)")
+    for aside in [entry for entry in path.parent.glob(".*") if temporary.fullmatch(entry.name)]:
         old = aside / path.name
         if aside.suffix == ".old" and old.is_dir():
             if path.exists():
-                _move_the_rest(old, path)
+                _move_other_files(old, path)
             else:
                 old.rename(path)
         shutil.rmtree(aside)
 
 
-def files_of_a_model(folder: Path) -> list[str]:
-    """Return the files that saving a model to `folder` replaces."""
+def model_files(folder: Path) -> list[str]:
+    """Return the sorted names of the files in `folder` that saving a model there replaces."""
     names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
     return [
         name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in MODEL_FILES)
     ]
 
 
-def _move_the_rest(old: Path, path: Path) -> None:
-    """Move what belongs to no model from `old` into `path`."""
-    models = files_of_a_model(old)
+def _move_other_files(old: Path, path: Path) -> None:
+    """Move the files that belong to no model from `old` into `path`."""
+    models = model_files(old)
     for entry in old.iterdir():
         if entry.name not in models and not (path / entry.name).exists():
             entry.rename(path / entry.name)
 
 
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _umask() -> int:
+    """Return the process's umask; reading it means setting it."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

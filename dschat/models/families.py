@@ -124,8 +124,8 @@ def tiny_shape(
 ) -> Shape:
     """Return the shape of a model for tests.
 
-    OPT and GPT-2 are tied and the others are not, like their published models. `kv_heads` is ignored
-    unless the family has grouped-query attention.
+    OPT and GPT-2 are tied and the others are not, like their published models. `kv_heads` is
+    ignored unless the family has grouped-query attention.
     """
     grouped = family in ("llama", "qwen2", "mistral")
     return Shape(

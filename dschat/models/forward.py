@@ -7,7 +7,9 @@ from dschat.models.structure import forward_takes, pretrained
 
 
 def position_ids_from_mask(attention_mask: torch.Tensor) -> torch.Tensor:
-    """Positions [B, T] int64 that count attended tokens only; padding gets 0 on the left, the last one on the right.
+    """Return positions [B, T] int64 that count attended tokens only.
+
+    Padding on the left gets 0; padding on the right gets the last position.
 
     Args:
         attention_mask: [B, T], 1 (or True) where a token counts.
@@ -16,7 +18,7 @@ def position_ids_from_mask(attention_mask: torch.Tensor) -> torch.Tensor:
 
 
 def takes_position_ids(model: nn.Module) -> bool:
-    """Return whether the model takes positions. ALiBi families (BLOOM) derive them from the mask."""
+    """Return whether the model takes positions; ALiBi families (BLOOM) use the mask instead."""
     return forward_takes(pretrained(model).base_model, "position_ids")
 
 
@@ -28,13 +30,16 @@ def forward_logits(
     attention_mask: torch.Tensor,
     logits_to_keep: int = 0,
 ) -> torch.Tensor:
-    """The logits [B, K, V] of the last K = `logits_to_keep` positions, or of all T where that is 0.
+    """Return the logits [B, K, V] of the last K positions.
 
     Args:
-        engine: what is called: a DeepSpeed engine around `model`, so that its hooks run, or `model` itself.
-        model: the transformers model, asked what its forward takes.
+        engine: the module to call: a DeepSpeed engine around `model`, so that its hooks run, or
+            `model` itself.
+        model: the transformers model, whose forward tells which arguments exist.
         input_ids: [B, T] int64.
-        attention_mask: [B, T], 1 where a token counts; positions follow from it, so padding may be on either side.
+        attention_mask: [B, T], 1 where a token counts. Positions follow from it, so padding may be
+            on either side.
+        logits_to_keep: K; 0 for all T positions.
     """
     inputs = dict(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
     if takes_position_ids(model):

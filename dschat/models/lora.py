@@ -1,7 +1,8 @@
-"""LoRA adapters (Hu et al. 2021), made by PEFT inside the model, so that classes and names around them stay.
+"""LoRA adapters (Hu et al. 2021), injected by PEFT so that the model keeps its class and its names.
 
-A wrapped layer NAME keeps its weight as NAME.base_layer.weight and adds NAME.lora_A.default.weight (A) and
-NAME.lora_B.default.weight (B); its output is W x + s B A x with s = alpha / dim. B starts at zero.
+A wrapped layer NAME keeps its weight W as NAME.base_layer.weight. It adds
+NAME.lora_A.default.weight (A) and NAME.lora_B.default.weight (B). Its output is W x + s B A x with
+s = alpha / dim. B starts at zero.
 """
 
 from collections.abc import Iterator
@@ -14,10 +15,10 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from dschat.models.structure import linear_names, pretrained
+from dschat.models.structure import SCORE_HEAD, linear_names, pretrained
 from dschat.models.weights import first_names
 
-ADAPTER = "default"
+ADAPTER = "default"  # PEFT's name for an adapter
 
 
 def add_lora(
@@ -30,19 +31,22 @@ def add_lora(
     dropout: float = 0.0,
     flag: str = "--lora_module_name",
 ) -> int:
-    """Adapt linear layers inside the decoder layers; the head and the embeddings never are.
+    """Add LoRA adapters to linear layers of the decoder, in place; never to the head or embeddings.
 
     Adapters take the dtype of their weights, since ZeRO-3 wants one dtype throughout.
 
-    With `only_optimize_lora` the adapters and a new head ("score") train. Without it everything but the adapted
-    weights does: embeddings, norms, biases, heads (DeepSpeed-Chat's meaning); what was frozen before stays frozen.
+    With `only_optimize_lora`, the adapters and the score head train. Without it, everything but the
+    adapted weights trains: embeddings, norms, biases and heads, as in DeepSpeed-Chat. Parameters
+    that were frozen before stay frozen.
 
     Args:
         model: a causal language model or RewardModel, without adapters.
         dim: rank of the adapters.
         alpha: the update is multiplied by alpha / dim.
-        module_name: adapt the layers whose full name contains this; None: all linear layers of the decoder.
-        dropout: on the input of A.
+        module_name: adapt the layers whose full name contains this; None: all linear layers of the
+            decoder.
+        only_optimize_lora: freeze everything but the adapters and the score head.
+        dropout: probability of dropout on the input of A.
         flag: the command-line flag that `module_name` came from, for messages.
 
     Returns:
@@ -62,8 +66,8 @@ def add_lora(
         fan_in_fan_out=isinstance(inner.get_submodule(targets[0]), Conv1D),
     )
     inject_adapter_in_model(config, inner, adapter_name=ADAPTER)
-    adapted = _lora_layers(inner)
-    assert set(adapted) == set(targets), "PEFT adapted other layers than it was told to"
+    adapted = lora_layers(inner)
+    assert set(adapted) == set(targets), "PEFT adapted other layers than the targets"
     _set_trainable(model, adapted, previously=trainable, only_optimize_lora=only_optimize_lora)
     return len(targets)
 
@@ -71,7 +75,7 @@ def add_lora(
 def target_names(
     inner: nn.Module, module_name: Optional[str] = None, *, flag: str = "--lora_module_name"
 ) -> list[str]:
-    """The names, in the transformers model `inner`, of the linear layers that ``add_lora`` adapts.
+    """Return the names of the linear layers that ``add_lora`` adapts.
 
     Raises:
         ValueError: no layer's name contains `module_name`; the message lists names that exist.
@@ -81,9 +85,9 @@ def target_names(
     if not targets:
         last_parts = sorted({name.rsplit(".", 1)[-1] for name in names})
         raise ValueError(
-            f"{flag} {module_name!r} is in the name of no linear layer of {type(inner).__name__}'s decoder. Leave it "
-            f"out to adapt all of them, or give a part of such a name: {', '.join(last_parts)} "
-            f"(in full: {first_names(names, 2)})."
+            f"{flag} {module_name!r} matches no linear layer of {type(inner).__name__}'s decoder. "
+            "Leave it out to adapt all of them, or give a part of such a name: "
+            f"{', '.join(last_parts)} (in full: {first_names(names, 2)})."
         )
     return targets
 
@@ -95,19 +99,20 @@ def _set_trainable(
     previously: set[int],
     only_optimize_lora: bool,
 ) -> None:
-    """PEFT has frozen everything but the adapters: thaw what else trains."""
-    inner = pretrained(model)
+    """Unfreeze what trains besides the adapters; PEFT has frozen everything else."""
     if only_optimize_lora:
-        thawed = [] if getattr(inner, "score", None) is None else list(inner.score.parameters())
+        head = getattr(pretrained(model), SCORE_HEAD, None)
+        unfrozen = [] if head is None else list(head.parameters())
     else:
         adapted_weights = {id(layer.base_layer.weight) for layer in adapted.values()}
-        thawed = [p for p in model.parameters() if id(p) not in adapted_weights]
-    for parameter in thawed:
+        unfrozen = [p for p in model.parameters() if id(p) not in adapted_weights]
+    for parameter in unfrozen:
         if id(parameter) in previously:
             parameter.requires_grad_(True)
 
 
-def _lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
+def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
+    """Return the adapted layers of `model` by their names in it."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
 
 
@@ -117,55 +122,59 @@ def has_lora(model: nn.Module) -> bool:
 
 
 def lora_parameter_names(model: nn.Module) -> set[str]:
-    """The names, as named_parameters() gives them, of the adapters' A and B matrices."""
+    """Return the names of the adapters' A and B matrices, as named_parameters() gives them."""
     names = set()
-    for prefix, layer in _lora_layers(model).items():
-        inside = {
-            name for name, _ in layer.named_parameters() if not name.startswith("base_layer.")
-        }
-        names |= {f"{prefix}.{name}" for name in inside}
+    for prefix, layer in lora_layers(model).items():
+        for name, _ in layer.named_parameters():
+            if not name.startswith("base_layer."):
+                names.add(f"{prefix}.{name}")
     return names
 
 
 def adapted_layer_names(model: nn.Module) -> list[str]:
-    """The names in `model` of the layers inside the adapters' wrappers, which hold the frozen weights."""
-    return [f"{name}.base_layer" for name in _lora_layers(model)]
+    """Return the names of the layers that adapters wrap; these hold the frozen weights."""
+    return [f"{name}.base_layer" for name in lora_layers(model)]
 
 
 @contextmanager
 def adapters_disabled(model: nn.Module) -> Iterator[None]:
-    """Inside, `model` computes what it did before add_lora: with only_optimize_lora, the reference policy."""
-    layers = list(_lora_layers(model).values())
+    """Compute without adapters in this context, as `model` did before ``add_lora``.
+
+    With `only_optimize_lora` this is the reference policy.
+    """
+    layers = list(lora_layers(model).values())
     before = [layer._disable_adapters for layer in layers]
     try:
         for layer in layers:
-            # Not PEFT's enable_adapters(), which also turns requires_grad off and on under the optimizer's feet.
+            # PEFT's enable_adapters() would also change requires_grad while an optimizer relies on
+            # it.
             layer._disable_adapters = True
         yield
     finally:
-        for layer, was_disabled in zip(layers, before):
+        for layer, was_disabled in zip(layers, before, strict=True):
             layer._disable_adapters = was_disabled
 
 
 def merged_state_dict(
     model: nn.Module, tensors: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """`tensors` with every adapter merged into its weight, W + s B A, under the names of the model without LoRA.
+    """Return `tensors` with every adapter merged into its weight: W + s B A.
 
-    The sum is taken in fp32 and rounded once, to the dtype of W. Neither `model` nor `tensors` is changed, so training
-    can continue from unrounded weights. A model without adapters gives `tensors` as they are.
+    Names are those of the model without LoRA. The sum is taken in fp32 and rounded once, to the
+    dtype of W. Neither `model` nor `tensors` changes, so training can continue from unrounded
+    weights. Without adapters, the result is a copy of the dict.
 
     Args:
-        model: tells which layers are adapted and by what scale; its own parameters are not read, so they may be
-            partitioned.
-        tensors: whole tensors on the CPU by the names of `model`.state_dict(), W [out, in] (Conv1D: [in, out]),
-            A [dim, in], B [out, dim].
+        model: tells which layers are adapted and by what scale. Its parameters are not read, so
+            they may be partitioned.
+        tensors: whole tensors on the CPU by the names of `model`.state_dict(): W [out, in] (Conv1D:
+            [in, out]), A [dim, in], B [out, dim].
 
     Raises:
         KeyError: an adapted layer's W, A or B is not among `tensors`.
     """
     merged = dict(tensors)
-    for name, layer in _lora_layers(model).items():
+    for name, layer in lora_layers(model).items():
         weight = merged.pop(f"{name}.base_layer.weight")
         a = merged.pop(f"{name}.lora_A.{ADAPTER}.weight")
         b = merged.pop(f"{name}.lora_B.{ADAPTER}.weight")

@@ -1,4 +1,4 @@
-"""From a loaded model to one that is ready to train: frozen layers, adapters, checkpointing."""
+"""Preparation of a loaded model for training: frozen layers, adapters, gradient checkpointing."""
 
 import torch
 from torch import nn
@@ -11,13 +11,16 @@ from dschat.models.structure import decoder_layers, embedding_modules, pretraine
 def prepare_for_training(
     model: torch.nn.Module, *, lora: LoraOptions, system: SystemOptions, role: str = ""
 ) -> set[str]:
-    """Freeze, adapt and checkpoint `model` (a causal LM or a RewardModel) in place.
+    """Add LoRA, freeze layers and enable gradient checkpointing in `model`, in place.
 
     Args:
+        model: a causal LM or a RewardModel.
+        lora: the LoRA options.
+        system: gives the number of layers to freeze and whether to checkpoint.
         role: "actor" or "critic" in step 3, for the flags' names in messages.
 
     Returns:
-        The names of the LoRA parameters, which get a learning rate of their own.
+        The names of the LoRA parameters, which get a separate learning rate.
 
     Raises:
         ValueError: more layers to freeze than there are, or a LoRA scope that matches nothing.
@@ -42,12 +45,14 @@ def prepare_for_training(
 def freeze_lower_layers(
     model: nn.Module, num_layers: int, *, flag: str = "--freeze_layers"
 ) -> None:
-    """Freeze the token and position embeddings and the lowest `num_layers` decoder layers; 0 freezes nothing.
+    """Freeze the token and position embeddings and the lowest decoder layers, in place.
 
-    Where the head is tied to the embedding it is the same matrix, and is frozen with it. Call it after add_lora,
-    so that adapters in the frozen layers are frozen as well.
+    A head that is tied to the embedding is frozen with it. Call this after add_lora, so that
+    adapters in the frozen layers are frozen as well.
 
     Args:
+        model: a causal LM or a RewardModel.
+        num_layers: the number of decoder layers; 0 freezes nothing.
         flag: the command-line flag that `num_layers` came from, for messages.
 
     Raises:
@@ -56,7 +61,8 @@ def freeze_lower_layers(
     _, layers = decoder_layers(model)
     if not 0 <= num_layers <= len(layers):
         raise ValueError(
-            f"{flag} {num_layers} does not fit a model of {len(layers)} layers; give 0 to {len(layers)}."
+            f"{flag} {num_layers} does not fit a model of {len(layers)} layers; "
+            f"give 0 to {len(layers)}."
         )
     if num_layers == 0:
         return
@@ -65,17 +71,20 @@ def freeze_lower_layers(
 
 
 def enable_checkpointing(model: nn.Module, *, use_reentrant: bool = False) -> None:
-    """Recompute activations in backward. Training forwards then pass use_cache=False; generation keeps its cache,
-    since checkpointing only acts in train mode.
+    """Enable gradient checkpointing: recompute activations in backward.
+
+    Training forwards must then pass use_cache=False. Generation keeps its cache, since
+    checkpointing only acts in train mode.
     """
     inner = pretrained(model)
-    # The older of the two names is deprecated by transformers 5.23, and the only one that 5.17 has.
+    # transformers 5.23 deprecates gradient_checkpointing_enable; 5.17 has only that.
     enable = (
         getattr(inner, "activation_checkpointing_enable", None)
         or inner.gradient_checkpointing_enable
     )
     enable({"use_reentrant": use_reentrant})
     if not use_reentrant:
-        # transformers makes the embedding's output need a gradient. Reentrant checkpoints need that where the embedding
-        # is frozen; the others do not, and would pay for a backward pass through frozen layers.
+        # transformers makes the embedding's output require a gradient. Only reentrant checkpoints
+        # need that, if the embedding is frozen. Others would pay for a backward pass through frozen
+        # layers.
         inner.disable_input_require_grads()

@@ -1,7 +1,8 @@
-"""The reward model, which is the critic as well: one value at every token.
+"""The reward model, also used as the critic: one value at every token.
 
-It is a transformers sequence classifier with one label, so that what is saved loads anywhere as
-AutoModelForSequenceClassification, whose own forward gives the score at the last token that is not padding.
+It is a transformers sequence classifier with one label. A saved model loads anywhere as
+AutoModelForSequenceClassification, whose forward gives the score at the last token that is not
+padding.
 """
 
 import logging
@@ -26,41 +27,38 @@ from dschat.models.adapters import adapter_has_head
 from dschat.models.causal_lm import load_config, merge_if_adapter
 from dschat.models.folder_checks import check_finite
 from dschat.models.forward import position_ids_from_mask, takes_position_ids
+from dschat.models.structure import SCORE_HEAD
 from dschat.models.tokenizer import as_ids, ensure_unambiguous_pad
 from dschat.models.vocabulary import check_vocabulary, grow_vocabulary
-from dschat.models.weights import readable_weights, require_complete
+from dschat.models.weights import refuse_damaged_weights, require_complete
 
 logger = logging.getLogger(__name__)
 
-HEAD = (
-    "score"  # the name that every decoder-only sequence classifier of transformers gives its head
-)
-# How DeepSpeed-Chat's wrapper named the base model and the head in its checkpoints.
+# Names of the base model and the head in DeepSpeed-Chat's checkpoints.
 DEEPSPEED_CHAT_BASE = "rwtransformer."
 DEEPSPEED_CHAT_HEAD = "v_head.weight"
-INITIALIZER_STDS = (
-    "initializer_range",
-    "init_std",
-)  # the configuration entries that transformers initialises by
+# Entries of configurations with the standard deviation by which transformers initialises weights.
+INITIALIZER_STDS = ("initializer_range", "init_std")
 
 
 class RewardModel(nn.Module):
-    """A value for every position of a text: the score head on the base model's last hidden states.
+    """A value for every position: the score head on the base model's last hidden states.
 
     Args:
         model: a decoder-only sequence classifier with one label and a head without bias.
 
     Raises:
-        ValueError: the head is named otherwise, has a bias, or has more than one label.
+        ValueError: the head has another name, a bias, or more than one label.
     """
 
     def __init__(self, model: PreTrainedModel):
         super().__init__()
-        head = getattr(model, HEAD, None)
+        head = getattr(model, SCORE_HEAD, None)
         if not isinstance(head, nn.Linear) or head.bias is not None or head.out_features != 1:
             raise ValueError(
-                f"{type(model).__name__} cannot be a reward model here: it needs one linear head named {HEAD!r}, with "
-                f"one output and no bias, on every token of a decoder, and has {head}."
+                f"{type(model).__name__} cannot be a reward model here: it needs one linear head "
+                f"named {SCORE_HEAD!r}, with one output and no bias, on every token of a decoder, "
+                f"and has {head}."
             )
         self.model = model
         self._takes_position_ids = takes_position_ids(model)
@@ -69,12 +67,14 @@ class RewardModel(nn.Module):
 
     @property
     def config(self) -> PreTrainedConfig:
-        """The configuration of the transformers model."""
+        """Configuration of the transformers model."""
         return self.model.config
 
     def keep_reward_head(self, weight: torch.Tensor) -> None:
-        """Hold a second, frozen head with this `weight` [1, hidden], for ``use_reward_head`` to choose: a critic that is
-        the reward model as well trains its own. It is no part of the transformers model and is not saved.
+        """Keep a second, frozen head with this `weight` [1, hidden], used if ``use_reward_head``.
+
+        A critic that shares its body with the reward model trains its own head. This one is not
+        part of the transformers model and is not saved.
         """
         with torch.device("meta"):
             self.reward_head = nn.Linear(weight.shape[1], 1, bias=False)
@@ -86,11 +86,12 @@ class RewardModel(nn.Module):
         attention_mask: torch.Tensor,
         position_ids: Optional[torch.Tensor] = None,
     ) -> torch.Tensor:
-        """The values [B, T] in fp32; those at padding mean nothing.
+        """Return the values [B, T] in fp32; those at padding are meaningless.
 
         Args:
-            input_ids: [B, T] int64, padded on either side. An id after the end of the embedding is read as the last: an
-                actor's vocabulary may be padded to more rows than this one's, and with rows of no token be sampled from.
+            input_ids: [B, T] int64, padded on either side. An id beyond the embedding is read as
+                the last one: an actor's vocabulary may be padded to more rows than this one's, and
+                it may sample ids of padding rows.
             attention_mask: [B, T], 1 where a token counts.
             position_ids: [B, T] int64; by default they count the attended tokens.
         """
@@ -115,26 +116,33 @@ def load_reward_model(
     flag: str = "--model_name_or_path",
     fresh_head: bool = True,
 ) -> RewardModel:
-    """A reward model in `dtype`, from one of three sources:
+    """Load a reward model from one of three sources.
 
-    - a sequence-classification folder or hub name, ours or a public one, with its head;
-    - a causal language model, which gets a fresh head drawn from N(0, 1 / (hidden + 1)) (Stiennon et al. 2020,
-      Learning to summarize from human feedback, appendix B.1), the same for the same torch seed;
-    - a DeepSpeed-Chat reward checkpoint (config.json, and pytorch_model.bin with rwtransformer.* and v_head).
+    - A sequence classifier, ours or a public one, with its head.
+    - A causal language model. It gets a new head drawn from N(0, 1 / (hidden + 1)) (Stiennon et al.
+      2020, Learning to summarize from human feedback, appendix B.1), reproducible by the torch
+      seed.
+    - A DeepSpeed-Chat reward checkpoint: config.json, and pytorch_model.bin with rwtransformer.*
+      and v_head.
 
     A PEFT adapter folder is merged into its base, one of the three; the head may be the adapter's.
 
-    `tokenizer` is changed in place where its padding token could stand in a text (see ensure_unambiguous_pad), and
-    the vocabulary grows with it.
+    `tokenizer` is changed in place if its padding token could occur in a text (see
+    ensure_unambiguous_pad), and the vocabulary grows with it.
 
     Args:
+        path: a model folder, an adapter folder or a hub name.
+        dtype: of the weights.
+        tokenizer: of the same model; may change, see above.
         dropout: set as every dropout probability; None keeps the model's own.
+        trust_remote_code: allow Python code that comes with the model.
         flag: the command-line flag that `path` came from, for messages.
-        fresh_head: allow a causal language model; where scores count at once, a random head is an error.
+        fresh_head: allow a causal language model. Pass False to use scores without training, when a
+            random head is an error.
 
     Raises:
-        ValueError: nothing there, incomplete, more than one label, a head that is missing or unusable, or
-            (DeepSpeed-Chat) any weight that is missing, left over or of another shape.
+        ValueError: nothing there, incomplete, more than one label, a head that is missing or
+            unusable, or (DeepSpeed-Chat) any weight that is missing, left over or of another shape.
     """
     source, config = load_config(
         path, flag=flag, trust_remote_code=trust_remote_code, dropout=dropout
@@ -142,12 +150,12 @@ def load_reward_model(
     is_classifier = next(iter(config.architectures or ()), "").endswith("ForSequenceClassification")
     if is_classifier and config.num_labels != 1:
         raise ValueError(
-            f"{flag} {path!r} is a classifier with {config.num_labels} labels; a reward model has one. "
-            "Give a reward model, or a causal language model to start one from."
+            f"{flag} {path!r} is a classifier with {config.num_labels} labels; a reward model has "
+            "one. Give a reward model, or a causal language model to train one from."
         )
     config.num_labels = 1
     check_vocabulary(tokenizer, config.get_text_config().vocab_size, path=path, flag=flag)
-    with readable_weights(path, flag=flag):
+    with refuse_damaged_weights(path, flag=flag):
         old_checkpoint = _deepspeed_chat_tensors(source)
     if (
         old_checkpoint is None
@@ -156,8 +164,8 @@ def load_reward_model(
         and not adapter_has_head(path, flag=flag)
     ):
         raise ValueError(
-            f"{flag} {path!r} is a language model without a reward head, and its scores would be random. Give a "
-            "sequence classifier with one label, such as step 2 saves."
+            f"{flag} {path!r} is a language model without a reward head, and its scores would be "
+            "random. Give a sequence classifier with one label, such as step 2 saves."
         )
     if old_checkpoint is not None:
         model = _load_deepspeed_chat(
@@ -173,13 +181,14 @@ def load_reward_model(
     end_ids = as_ids(config.eos_token_id) | _generation_end_ids(source)
     pad_token_id = ensure_unambiguous_pad(tokenizer, end_ids=end_ids)
     grow_vocabulary(model, len(tokenizer))
-    # Only now: the embedding takes the id as its padding_idx when it is built, and may be too small before.
+    # Set last: an embedding takes the id as padding_idx when it is built, and may be too small
+    # then.
     model.config.pad_token_id = pad_token_id
     return RewardModel(model)
 
 
 def _generation_end_ids(source: str) -> set[int]:
-    """The ids that end a text according to a folder's generation_config.json, if it has one."""
+    """Return the end-of-sequence ids in a folder's generation_config.json, if it has one."""
     if not (Path(source) / "generation_config.json").is_file():
         return set()
     return as_ids(GenerationConfig.from_pretrained(source).eos_token_id)
@@ -188,19 +197,21 @@ def _generation_end_ids(source: str) -> set[int]:
 def _load_classifier(
     source: str, loading: dict, *, config: PreTrainedConfig, fresh_head: bool, path: str, flag: str
 ) -> PreTrainedModel:
-    """A sequence classifier in which nothing was initialised here but the head, and that only if `fresh_head`."""
+    """Load a sequence classifier; its head alone is newly initialised if `fresh_head`."""
     width = getattr(config, "word_embed_proj_dim", None) or config.get_text_config().hidden_size
     initial = {name: getattr(config, name) for name in INITIALIZER_STDS if hasattr(config, name)}
     if fresh_head:
         if not initial:
             raise ValueError(
-                f"{flag} {path!r}: no way is known to start a head for {type(config).__name__}."
+                f"{flag} {path!r}: a new reward head for {type(config).__name__} is not supported; "
+                f"its configuration has none of {', '.join(INITIALIZER_STDS)}. Give a reward model."
             )
-        # The head alone is initialised, by transformers, so its deviation is what the configuration says meanwhile.
-        # Drawing it afterwards would need the parameter's data, of which ZeRO-3 leaves an empty shard.
+        # transformers initialises the head alone, by the configuration's deviation, which is
+        # therefore changed while it loads. Drawing the head afterwards would need the parameter's
+        # data, of which ZeRO-3 leaves an empty shard.
         for name in initial:
             setattr(config, name, (width + 1) ** -0.5)
-    with readable_weights(path, flag=flag):
+    with refuse_damaged_weights(path, flag=flag):
         try:
             model, info = AutoModelForSequenceClassification.from_pretrained(
                 source,
@@ -209,9 +220,9 @@ def _load_classifier(
                 output_loading_info=True,
                 **loading,
             )
-        except (
-            ValueError
-        ) as error:  # transformers knows no such class for this configuration, and lists all it has
+        except ValueError as error:
+            # transformers has no such class for this configuration; its message lists all that
+            # exist.
             reason = str(error).split("\n")[0]
             raise ValueError(
                 f"{flag} {path!r} cannot be loaded as a reward model: {reason}"
@@ -219,7 +230,7 @@ def _load_classifier(
     for name, value in initial.items():
         setattr(model.config, name, value)
     require_complete(
-        model, info, path=path, flag=flag, fresh=[f"{HEAD}.weight"] if fresh_head else []
+        model, info, path=path, flag=flag, fresh=[f"{SCORE_HEAD}.weight"] if fresh_head else []
     )
     if fresh_head:
         logger.info(
@@ -232,7 +243,7 @@ def _load_classifier(
 
 
 def _deepspeed_chat_tensors(source: str) -> Optional[dict[str, torch.Tensor]]:
-    """The tensors of a DeepSpeed-Chat reward checkpoint; None where `source` is something else."""
+    """Return the tensors of a DeepSpeed-Chat reward checkpoint; None for other sources."""
     optional = dict(
         _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
     )
@@ -244,7 +255,7 @@ def _deepspeed_chat_tensors(source: str) -> Optional[dict[str, torch.Tensor]]:
     checkpoint = cached_file(source, "pytorch_model.bin", **optional)
     if checkpoint is None:
         return None
-    # Mapped, not read: another model's many gigabytes are looked at for their names only.
+    # Memory-mapped: of another model, with many gigabytes, only the names are read.
     tensors = torch.load(
         checkpoint, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(checkpoint)
     )
@@ -259,7 +270,7 @@ def _load_deepspeed_chat(
     path: str,
     flag: str,
 ) -> PreTrainedModel:
-    """The sequence classifier with the weights of a DeepSpeed-Chat checkpoint, every one of which must fit."""
+    """Build the sequence classifier of a DeepSpeed-Chat checkpoint; all weights must fit."""
     if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         raise ValueError(
             f"{flag} {path!r}: transformers has no sequence classifier for {type(config).__name__}."
@@ -271,7 +282,7 @@ def _load_deepspeed_chat(
         for name, tensor in tensors.items()
     }
     if DEEPSPEED_CHAT_HEAD in renamed:
-        renamed[f"{HEAD}.weight"] = renamed.pop(DEEPSPEED_CHAT_HEAD)
+        renamed[f"{SCORE_HEAD}.weight"] = renamed.pop(DEEPSPEED_CHAT_HEAD)
     model, info = model_class.from_pretrained(
         None,
         config=config,
@@ -280,11 +291,12 @@ def _load_deepspeed_chat(
         ignore_mismatched_sizes=True,
         output_loading_info=True,
     )
-    # Tables that old transformers versions saved as buffers and new ones compute.
+    # Buffers that old versions of transformers saved and new ones compute.
     known = [r"rotary_emb\.inv_freq$", *(model._keys_to_ignore_on_load_unexpected or ())]
-    left_over = set(renamed) - set(model.state_dict())
     left_over = {
-        name for name in left_over if not any(re.search(pattern, name) for pattern in known)
+        name
+        for name in set(renamed) - set(model.state_dict())
+        if not any(re.search(pattern, name) for pattern in known)
     }
     require_complete(model, info, path=path, flag=flag, left_over=left_over)
     return model

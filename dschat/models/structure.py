@@ -3,6 +3,7 @@
 import functools
 import inspect
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -10,9 +11,16 @@ from transformers.pytorch_utils import Conv1D
 
 from dschat.models.families import EMBEDDING_MODULE_NAMES
 
+# Every decoder-only sequence classifier of transformers names its head so.
+SCORE_HEAD = "score"
+
 
 def pretrained(model: nn.Module) -> PreTrainedModel:
-    """The outermost transformers model in `model`: itself, or the one that a wrapper such as RewardModel holds."""
+    """Return the outermost transformers model in `model`: itself, or the one inside a wrapper.
+
+    Raises:
+        TypeError: `model` holds no transformers model.
+    """
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             return module
@@ -20,9 +28,10 @@ def pretrained(model: nn.Module) -> PreTrainedModel:
 
 
 def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The decoder's layers and their full name in `model`: the longest outermost nn.ModuleList of the base model.
+    """Return the full name in `model` of the decoder's list of layers, and the list.
 
-    Lists inside lists do not count: a layer may hold more experts than the model has layers.
+    It is the longest outermost nn.ModuleList of the base model. Lists inside lists do not count: a
+    layer may hold more experts than the model has layers.
 
     Raises:
         ValueError: the base model holds no nn.ModuleList.
@@ -42,15 +51,23 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 def linear_names(model: nn.Module) -> list[str]:
-    """Full names of the nn.Linear and Conv1D modules inside the decoder layers; the head is never among them."""
+    """Return the full names of the nn.Linear and Conv1D modules inside the decoder layers.
+
+    The head is never among them.
+    """
     prefix, layers = decoder_layers(model)
     return [
-        f"{prefix}.{n}" for n, m in layers.named_modules() if isinstance(m, (nn.Linear, Conv1D))
+        f"{prefix}.{name}"
+        for name, module in layers.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D))
     ]
 
 
 def embedding_modules(model: nn.Module) -> Iterator[nn.Module]:
-    """Return the modules that turn ids into the first hidden states: token and position embeddings and the family's extras."""
+    """Yield the modules that turn ids into the first hidden states.
+
+    They are the token and position embeddings, and what else a family has (EMBEDDING_MODULE_NAMES).
+    """
     _, layers = decoder_layers(model)
     inner = {id(module) for module in layers.modules()}
     for name, module in pretrained(model).base_model.named_modules():
@@ -60,15 +77,18 @@ def embedding_modules(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def forward_takes(model: nn.Module, argument: str) -> bool:
-    """Return whether the class of `model` names `argument` in its forward; **kwargs does not count."""
-    return argument in _arguments(type(model))
+    """Return whether the forward of `model` has a parameter `argument`; **kwargs does not count."""
+    return argument in _arguments(type(model))  # type: ignore[arg-type]
 
 
 @functools.cache  # asked at each token
-def _arguments(kind: type) -> frozenset[str]:
+def _arguments(kind: Any) -> frozenset[str]:
     return frozenset(inspect.signature(kind.forward).parameters)
 
 
 def cache_argument(model: nn.Module) -> str:
-    """Return the name of the key-value cache in the forward of `model`: "cache", or "past_key_values" in older transformers."""
+    """Return the forward's name for the key-value cache.
+
+    It is "cache", or "past_key_values" in older versions of transformers.
+    """
     return "cache" if forward_takes(model, "cache") else "past_key_values"

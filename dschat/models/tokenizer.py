@@ -1,15 +1,15 @@
-"""Tokenizers: loading one from exactly the place the user named, and the ids that end or pad a text."""
+"""Loading of tokenizers, only from the place the user named, and the ids that end or pad a text."""
 
 from collections.abc import Iterable
 from pathlib import Path
 
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
-from dschat.models.folder_checks import check_objects, read_object
+from dschat.models.folder_checks import check_json_files, read_json_object
 from dschat.models.turn_end import split_turn_end
 from dschat.runtime.paths import user_path
 
-# Any one of these holds a vocabulary; tokenizer_config.json alone does not.
+# Each of these holds a vocabulary; tokenizer_config.json alone does not.
 VOCABULARY_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -20,7 +20,7 @@ VOCABULARY_FILES = (
     "tokenizer.tiktoken",
 )
 PAD_TOKEN = "<|pad|>"
-# Names under which published vocabularies carry a token that is for padding alone.
+# Names of tokens in published vocabularies that are for padding alone.
 KNOWN_PAD_TOKENS = (PAD_TOKEN, "<|finetune_right_pad_id|>", "<pad>", "[PAD]")
 
 
@@ -28,17 +28,17 @@ def model_source(path: str, *, flag: str) -> tuple[str, bool]:
     """Return the source of `path` for transformers, and whether it is a local folder.
 
     Raises:
-        ValueError: `path` reads like a folder and is none, is a file, or holds damaged files.
+        ValueError: `path` looks like a folder but does not exist, is a file, or holds damaged
+            files.
     """
     local = user_path(path)
     if local.is_dir():
-        check_objects(local, flag=flag)
+        check_json_files(local, flag=flag)
         return str(local), True
     if local.exists():
         raise ValueError(f"{flag} {path!r} is a file; give the folder that holds it.")
-    if (
-        str(path).startswith((".", "/", "~")) or str(path).count("/") > 1
-    ):  # a hub name is "name" or "owner/name"
+    # A hub name is "name" or "owner/name".
+    if str(path).startswith((".", "/", "~")) or str(path).count("/") > 1:
         raise ValueError(
             f"{flag} {path!r} does not exist; give an existing model folder or a hub name."
         )
@@ -46,7 +46,7 @@ def model_source(path: str, *, flag: str) -> tuple[str, bool]:
 
 
 def adapter_base(source: str, *, flag: str) -> str | None:
-    """The base model of a PEFT adapter folder, a folder or a hub id; None where `source` is no such folder.
+    """Return the base model of a PEFT adapter folder; None if `source` is no adapter folder.
 
     Raises:
         ValueError: the adapter does not say what its base is.
@@ -54,7 +54,7 @@ def adapter_base(source: str, *, flag: str) -> str | None:
     file = Path(source) / "adapter_config.json"
     if not file.is_file() or (Path(source) / "config.json").is_file():
         return None
-    base = read_object(file, flag=flag).get("base_model_name_or_path")
+    base = read_json_object(file, flag=flag).get("base_model_name_or_path")
     if not base or not isinstance(base, str):
         raise ValueError(
             f"{flag} {source!r} is an adapter, and its {file.name} has no base_model_name_or_path."
@@ -63,11 +63,12 @@ def adapter_base(source: str, *, flag: str) -> str | None:
 
 
 def hub_error(path: str, *, flag: str, what: str, error: Exception) -> ValueError:
-    """The ValueError for a hub name that gave no `what`; the first line of the cause is quoted."""
+    """Return the ValueError for a hub name without `what`, with the cause's first line."""
     cause = str(error).strip().split("\n")[0]
     return ValueError(
-        f"{flag} {path!r}: no {what} found. It is no local folder, and as a hub name it could not be loaded "
-        f"({type(error).__name__}: {cause}). Check the spelling and the network, or give a local model folder."
+        f"{flag} {path!r}: no {what} found. It is no local folder, and as a hub name it could not "
+        f"be loaded ({type(error).__name__}: {cause}). Check the spelling and the network, or give "
+        "a local model folder."
     )
 
 
@@ -79,8 +80,9 @@ def refuse_remote_code(path: str, *, flag: str, error: Exception) -> None:
     """
     if "trust_remote_code" in str(error):
         raise ValueError(
-            f"{flag} {path!r} comes with Python code of its own, which has not been run. Read it, and give "
-            "--trust_remote_code if you trust it, or take a model of an architecture that transformers has."
+            f"{flag} {path!r} comes with Python code, which has not been run. Read it and give "
+            "--trust_remote_code if you trust it, or give a model of an architecture that "
+            "transformers has."
         ) from error
 
 
@@ -92,17 +94,21 @@ def load_tokenizer(
     trust_remote_code: bool = False,
     flag: str = "--model_name_or_path",
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or hub name.
+    """Load the tokenizer of a folder or hub name.
 
-    It always has an end-of-sequence and a padding token; padding falls back to the former. With `add_eot_token` the
-    end-of-text token becomes *the* end-of-sequence token, so that the saved folder ends its texts with it in
-    every later step and program, whether or not they are told of it.
+    It always has an end-of-sequence and a padding token; padding falls back to the former.
 
     Args:
+        path: a model folder, an adapter folder or a hub name.
+        add_eot_token: make `eot_token` the end-of-sequence token. The saved folder then ends its
+            texts with it in every later step and program, with or without this flag.
+        eot_token: the end-of-text token.
+        trust_remote_code: allow Python code that comes with the tokenizer.
         flag: the command-line flag that `path` came from, for messages.
 
     Raises:
-        ValueError: nothing there, no vocabulary there, or a vocabulary without an end-of-sequence token.
+        ValueError: nothing there, no vocabulary there, or a vocabulary without an end-of-sequence
+            token.
     """
     source, is_local = model_source(path, flag=flag)
     has_vocabulary = any((Path(source) / name).is_file() for name in VOCABULARY_FILES)
@@ -110,22 +116,21 @@ def load_tokenizer(
         source, is_local = model_source(base, flag=f"{flag} {path!r}: its base model")
         has_vocabulary = any((Path(source) / name).is_file() for name in VOCABULARY_FILES)
     if is_local and not trust_remote_code and not has_vocabulary:
-        # transformers 5 makes an empty tokenizer out of config.json alone and says nothing.
+        # transformers 5 silently makes an empty tokenizer from config.json alone.
         raise ValueError(
-            f"{flag} {path!r} holds no tokenizer ({', '.join(VOCABULARY_FILES)}: none is there). "
+            f"{flag} {path!r} holds no tokenizer (none of {', '.join(VOCABULARY_FILES)}). "
             "Copy the tokenizer files of the base model into the folder."
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except Exception as error:  # damaged files raise any of many kinds
+    except Exception as error:  # damaged files raise many kinds
         refuse_remote_code(path, flag=flag, error=error)
         if is_local:
-            what = (
-                "the tokenizer cannot be read"
-                if _reads_config(source)
-                else "config.json cannot be used"
-            )
-            raise ValueError(f"{flag} {path!r}: {what}: {error}") from error
+            if _config_is_valid(source):
+                fault = "the tokenizer cannot be read"
+            else:
+                fault = "config.json cannot be used"
+            raise ValueError(f"{flag} {path!r}: {fault}: {error}") from error
         raise hub_error(path, flag=flag, what="tokenizer", error=error) from error
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
         raise ValueError(
@@ -143,13 +148,13 @@ def load_tokenizer(
     return tokenizer
 
 
-def _reads_config(folder: str) -> bool:
-    """Return whether the files that loading a tokenizer reads first are valid."""
+def _config_is_valid(folder: str) -> bool:
+    """Return whether config.json, which a tokenizer's loading reads first, is valid or absent."""
+    if not (Path(folder) / "config.json").is_file():
+        return True
     try:
-        return not (Path(folder) / "config.json").is_file() or bool(
-            AutoConfig.from_pretrained(folder)
-        )
-    except Exception:  # values that make no sense raise any of many kinds
+        return bool(AutoConfig.from_pretrained(folder))
+    except Exception:  # transformers raises many kinds for invalid values
         return False
 
 
@@ -159,7 +164,7 @@ def end_token_id(
     add_eot_token: bool = False,
     eot_token: str = "<|endoftext|>",
 ) -> int:
-    """The id of the token that ends every training answer.
+    """Return the id of the token that ends every response in training.
 
     Raises:
         ValueError: --add_eot_token was given, and `eot_token` is not one token of this tokenizer.
@@ -169,21 +174,23 @@ def end_token_id(
     token_id = tokenizer.get_vocab().get(eot_token)
     if token_id is None:
         raise ValueError(
-            f"--eot_token {eot_token!r} is no token of this tokenizer; load it with --add_eot_token, or name one that "
-            "it has."
+            f"--eot_token {eot_token!r} is no token of this tokenizer; load it with "
+            "--add_eot_token, or name one that it has."
         )
     return token_id
 
 
 def as_ids(value: int | Iterable[int] | None) -> set[int]:
-    """A configuration entry that is one id, several or none, as a set."""
+    """Return a configuration entry that is one id, several or none, as a set."""
     if value is None:
         return set()
-    return {int(value)} if isinstance(value, int) else {int(v) for v in value}
+    if isinstance(value, int):
+        return {int(value)}
+    return {int(v) for v in value}
 
 
 def eos_token_ids(config, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Return all ids that end an answer, sorted.
+    """Return all ids that end a response, sorted.
 
     They are those of a model or generation config (one, a list or none), the tokenizer's own, and
     the one by which its chat template ends a turn.
@@ -195,13 +202,14 @@ def eos_token_ids(config, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]
 def ensure_unambiguous_pad(
     tokenizer: PreTrainedTokenizerBase, *, end_ids: Iterable[int] = ()
 ) -> int:
-    """The id of a padding token that stands in no text; the tokenizer is changed where it had none.
+    """Return the id of a padding token that occurs in no text, changing the tokenizer if needed.
 
-    A saved reward model pools at the last token that is not padding, so a padding token that also ends texts
-    (or begins or replaces something in them) would move the score. A token that the vocabulary keeps for padding
-    is taken before a new one is added; len(tokenizer) then grows by one.
+    A saved reward model pools at the last token that is not padding. A padding token that also
+    begins, ends or replaces something in a text would move the score. A token that the vocabulary
+    reserves for padding is preferred to a new one, which makes len(tokenizer) grow by one.
 
     Args:
+        tokenizer: changed in place if its padding token is missing or ambiguous.
         end_ids: further ids that may end a text, from the model's configuration.
     """
     taken = as_ids(tokenizer.eos_token_id) | as_ids(tokenizer.bos_token_id) | set(end_ids)

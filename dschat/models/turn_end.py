@@ -2,7 +2,7 @@
 
 from transformers import PreTrainedTokenizerBase
 
-PROBE = "\ue000"  # of Unicode's private use: no template contains it
+PROBE = "\ue000"  # from Unicode's private use area: no template contains it
 
 
 def turn_end(tokenizer: PreTrainedTokenizerBase) -> str:

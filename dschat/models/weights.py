@@ -3,20 +3,18 @@
 import contextlib
 import pickle
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from safetensors import SafetensorError
-from transformers import (
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 
 
 @contextlib.contextmanager
-def readable_weights(path: str, *, flag: str):
-    """Inside, files of weights are read.
+def refuse_damaged_weights(path: str, *, flag: str) -> Iterator[None]:
+    """Turn the errors of reading weight files in this context into one ValueError.
 
     Raises:
-        ValueError: one is damaged, or holds more than tensors, which might run code as it is read.
+        ValueError: a file is damaged, or holds more than tensors, and might run code when read.
     """
     try:
         yield
@@ -27,13 +25,14 @@ def readable_weights(path: str, *, flag: str):
             raise
         reason = f"{type(error).__name__}: " + str(error).split("\n")[0].split(". ")[0]
         raise ValueError(
-            f"{flag} {path!r}: its weights cannot be read ({reason}). A file is damaged, or a .bin holds more than tensors, "
-            "which is refused. Give a whole copy, with safetensors where there are any."
+            f"{flag} {path!r}: its weights cannot be read ({reason}). A file is damaged, or a .bin "
+            "holds more than tensors, which is refused. Give a whole copy, with safetensors if "
+            "available."
         ) from error
 
 
 def first_names(names: Iterable[str], count: int = 8) -> str:
-    """The first `count` of `names`, sorted, as one line, with the number of the rest."""
+    """Return the first `count` of `names`, sorted, as one line, with the number of the rest."""
     names = sorted(names)
     rest = f" and {len(names) - count} more" if len(names) > count else ""
     return ", ".join(names[:count]) + rest
@@ -50,14 +49,18 @@ def require_complete(
 ) -> None:
     """Check that every weight of `model` but those in `fresh` came from the checkpoint.
 
-    transformers itself initialises what is missing or of another shape at random, warns and continues.
+    transformers only warns, and initialises weights at random that are missing or of another shape.
 
     Args:
+        model: the loaded model.
         info: the loading info of from_pretrained.
-        left_over: names in the checkpoint that the model has no place for, where that is an error.
+        path: the model as the user gave it, for messages.
+        flag: the command-line flag that `path` came from, for messages.
+        fresh: names of weights that may be newly initialised.
+        left_over: names in the checkpoint that the model has no place for, if that is an error.
 
     Raises:
-        ValueError: with the names, all of them at once.
+        ValueError: weights are missing, of another shape or left over; names all kinds at once.
     """
     mismatched = {name if isinstance(name, str) else name[0] for name in info["mismatched_keys"]}
     faults = {
@@ -68,6 +71,7 @@ def require_complete(
     found = "; ".join(f"{what}: {first_names(names)}" for what, names in faults.items() if names)
     if found:
         raise ValueError(
-            f"{flag} {path!r} holds other weights than {type(model).__name__} needs ({found}). "
-            "Check that config.json and the weights belong together and are of the right kind of model."
+            f"{flag} {path!r} does not hold the weights of a {type(model).__name__} ({found}). "
+            "Check that config.json and the weights belong together and are of the right kind of "
+            "model."
         )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dschat.config.parse import config_dict, step_title
 from dschat.config.ppo_options import MODEL_FOLDERS
-from dschat.models.export import files_of_a_model, repair_folder
+from dschat.models.export import model_files, repair_folder
 from dschat.runtime import dist
 from dschat.runtime.files import write_json
 from dschat.runtime.hardware import hardware, versions
@@ -71,11 +71,11 @@ def _other_model(path: Path, step: str, below: Iterable[str]) -> str:
         return ""
     if not (path / RECORD).exists():
         for folder in (path, *(path / name for name in below)):
-            names = files_of_a_model(folder)
+            names = model_files(folder)
             if names:
                 shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
                 return f"{folder} holds a model that no run here has written ({shown}), and this run would replace it or its files"
-    elif files_of_a_model(path):
+    elif model_files(path):
         try:
             other = json.loads((path / RECORD).read_text(encoding="utf-8")).get("step", step)
         except (ValueError, AttributeError):  # no JSON, or no object

@@ -163,4 +163,4 @@ def test_the_good_adapter_loads(llama, tmp_path):
 
 def test_a_model_and_an_adapter_in_one_folder_are_refused(llama, copy):
     shutil.copytree(adapter(llama, copy.parent / "adapter", GOOD), copy, dirs_exist_ok=True)
-    check_refused(copy, "config.json", "adapter_config.json", "Give each a folder")
+    check_refused(copy, "config.json", "adapter_config.json", "Give each a separate folder")
