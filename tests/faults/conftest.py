@@ -1,4 +1,4 @@
-"""The process from which the runs to be killed are forked, one per session; figures for the record."""
+"""The process from which runs to be killed are forked, one per session; figures for the record."""
 
 import json
 import os

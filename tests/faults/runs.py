@@ -148,7 +148,7 @@ class Zygote:
     def _ask(self, job: dict) -> dict:
         self._process.stdin.write(json.dumps(job) + "\n")
         self._process.stdin.flush()
-        # The libraries that it imports say things of their own.
+        # Imported libraries print lines too.
         while not (line := self._process.stdout.readline()).startswith("{"):
             assert line, "the process that runs are forked from has ended"
         return json.loads(line)

@@ -13,7 +13,7 @@ SUPERVISED = (
     "--dtype fp32 --save_interval 5 "
     "--num_warmup_steps 3 --weight_decay 0.1 --per_device_eval_batch_size 8"
 )
-# 64 prompts and 12 rollouts of 8 or 16: more than one pass, so that the run is killed in a later one.
+# 64 prompts and 12 rollouts of 8 or 16 are more than one pass: the run is killed in a later one.
 PPO = (
     "--actor_model_name_or_path {stock}/sft/llama --critic_model_name_or_path {stock}/reward/llama "
     "--data_path {stock}/toy --data_split 0,0,1 --max_prompt_seq_len 24 --max_answer_seq_len 6 "
@@ -40,7 +40,8 @@ def flags(options: dict) -> str:
     rows = "--per_device_train_batch_size 4 --gradient_accumulation_steps 2"
     adapters = "--lora_dim 4 --lora_learning_rate 1e-2" if lora else ""
     if options["step"] == "dpo" and lora:
-        adapters += " --only_optimize_lora"  # the reference is then the trained model, whose dropout must stay out of it
+        # The reference is then the trained model, but must not use its dropout.
+        adapters += " --only_optimize_lora"
     return f"{SUPERVISED} {model} {rows} --zero_stage {zero} {adapters}"
 
 

@@ -66,9 +66,8 @@ def test_twenty_kills_at_random_moments_lose_only_updates_after_the_last_checkpo
     resumed = zygote.run(1, out, f"{argv} --resume latest")
     assert resumed.statuses == [0], resumed.log[-3000:]
     lost.append(reached - begin(resumed))
-    assert (
-        in_save >= 3
-    )  # a save that was aimed at may have been over, the faster the machine the more often
+    # A save may be over before its kill arrives, more often on fast machines.
+    assert in_save >= 3
     assert resumed.metrics() == whole.metrics() and resumed.weights() == whole.weights()
     assert min(lost) >= 0 and max(lost) <= every and last_step(out) == steps
     record(
@@ -88,7 +87,7 @@ def begin(run) -> int:
 
 
 def kill_in_save(run, out: Path, saves: int, delay_s: float) -> bool:
-    """Kill a run shortly after its `saves`-th save begins; return whether that save was unfinished."""
+    """Kill a run shortly after its `saves`-th save begins; return True if it was unfinished."""
     deadline, seen = time.monotonic() + 60, set()
     while len(seen) < saves and time.monotonic() < deadline:
         seen |= {path.name for path in (out / "checkpoints").glob(".step_*.tmp")}
@@ -107,7 +106,7 @@ def last_step(out: Path) -> int:
 
 
 @pytest.mark.parametrize("ranks, full_on", [(1, 0), (2, 1)])
-def test_a_full_disk_costs_a_checkpoint_and_no_more(ranks, full_on, zygote, tmp_path, record):
+def test_a_full_disk_costs_only_a_checkpoint(ranks, full_on, zygote, tmp_path, record):
     argv = f"{SFT} --max_train_steps 6 --save_interval 2"
     whole = zygote.run(1, tmp_path / "whole", argv, ranks=ranks)
     killed = zygote.run(1, tmp_path / "out", argv, ranks=ranks, kill_in_step=4)
@@ -136,7 +135,7 @@ def test_a_full_disk_costs_a_checkpoint_and_no_more(ranks, full_on, zygote, tmp_
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_the_others_end_when_a_rank_is_killed(victim, zygote, tmp_path):
+def test_all_ranks_end_when_one_is_killed(victim, zygote, tmp_path):
     started = zygote.start(1, tmp_path / "out", f"{SFT} --max_train_steps 2000", ranks=2)
     started.wait_for_step(3)
     started.kill_rank(victim)
@@ -146,14 +145,13 @@ def test_the_others_end_when_a_rank_is_killed(victim, zygote, tmp_path):
     assert f"error (rank {other})" in run.log and "another rank of the run has ended" in run.log
 
 
-def test_a_rank_that_waits_for_a_dead_one_ends_itself(zygote, tmp_path):
+def test_a_rank_waiting_for_a_dead_rank_exits(zygote, tmp_path):
     started = zygote.start(
         1, tmp_path / "out", f"{SFT} --max_train_steps 20", ranks=2, **hook("deaf")
     )
     started.wait_for_step(2)
-    time.sleep(
-        2
-    )  # rank 0 has written step 2, and may not be deaf yet but in the last collective of it
+    # Rank 0 has written step 2 but may still be in its last collective, before it goes deaf.
+    time.sleep(2)
     started.kill_rank(1)
     run = zygote.wait(started, timeout_s=60)
     assert run.statuses == [1, -9] and run.seconds < 60
@@ -194,7 +192,7 @@ def test_a_nan_on_one_rank_ends_all_with_one_message(step, argv, name, zygote, t
         ),
     ],
 )
-def test_a_rollout_that_means_nothing_ends_the_run_before_its_step(name, words, zygote, tmp_path):
+def test_an_unusable_rollout_ends_the_run_before_its_update(name, words, zygote, tmp_path):
     run = zygote.run(3, tmp_path / "out", f"{PPO} --save_interval 1", **hook(name))
     assert run.statuses == [1]
     (message,) = re.findall(r"error \(rank 0\): rollout 3: .*", run.log)
@@ -245,7 +243,7 @@ def two_checkpoints(zygote, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint_is_passed_over_with_a_warning(
+def test_a_damaged_checkpoint_is_skipped_with_a_warning(
     damage, two_checkpoints, tmp_path, caplog, monkeypatch, record
 ):
     root = tmp_path / "out" / "checkpoints"
@@ -272,7 +270,7 @@ def test_a_checkpoint_under_the_name_of_another_update_is_ignored(two_checkpoint
     assert newest_checkpoint(root).step == 2
 
 
-def test_a_checkpoint_from_elsewhere_costs_no_other_runs(zygote, two_checkpoints, tmp_path):
+def test_resuming_from_another_folder_keeps_existing_checkpoints(zygote, two_checkpoints, tmp_path):
     for name in ("mine", "theirs"):
         shutil.copytree(two_checkpoints, tmp_path / name)
     before = (tmp_path / "mine" / "metrics.jsonl").read_bytes()
@@ -344,7 +342,7 @@ def reward(prompts, answers, **columns):
 
 @pytest.mark.parametrize(
     "fatal, done",
-    # The evaluation before training asks once for the scores of all its prompts, and each rollout once.
+    # The evaluation before training asks once for the scores of all prompts, and each rollout once.
     [(4, 2), (5, 3)],
     ids=["in-a-rollout", "in-an-evaluation"],
 )
@@ -367,7 +365,7 @@ def test_a_reward_that_fails_ends_the_run_after_a_checkpoint(fatal, done, zygote
     record(injected=1, survived=1)
 
 
-def test_under_the_launcher_too_a_killed_rank_ends_the_run(stock, tmp_path):
+def test_a_killed_rank_ends_a_launcher_run(stock, tmp_path):
     argv = [word.format(stock=stock) for word in f"{SFT} --max_train_steps 5000".split()]
     command = launcher(2) + [str(MAINS[1]), *argv, "--output_dir", str(tmp_path / "out")]
     with open(tmp_path / "log", "w") as log:

@@ -48,7 +48,7 @@ def test_a_full_disk_costs_a_checkpoint_and_ends_the_run_at_the_model(
         assert f"no checkpoint of step {step}" in full.log, full.log[-3000:]
     assert "No space left on device" in full.log and "the run continues" in full.log
     assert full.checkpoints() == ["latest", "step_00000002"] and steps_of(full) == list(range(7))
-    # The rank that writes the model says so last, in words that help.
+    # The rank that writes the model reports the full disk last.
     assert (
         full.statuses[0] == 1
         and "The disk is full: free some of it" in full.log.split("error (rank 0)")[-1]

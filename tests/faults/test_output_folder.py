@@ -120,7 +120,7 @@ def test_a_folder_that_cannot_be_written_is_refused(zygote, tmp_path):
         ),
     ],
 )
-def test_a_model_that_no_run_here_has_written_stays(place, below, held, tmp_path):
+def test_a_model_not_written_by_a_run_is_kept(place, below, held, tmp_path):
     (tmp_path / place).mkdir(parents=True)
     for name in held:
         (tmp_path / place / name).write_text("mine")
@@ -136,16 +136,14 @@ def test_a_model_that_no_run_here_has_written_stays(place, below, held, tmp_path
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_folders_of_earlier_runs_and_of_other_files_are_taken(tmp_path):
+def test_folders_with_earlier_runs_or_other_files_are_accepted(tmp_path):
     ours = folder(tmp_path / "ours", config_json="{}", run_json="{}")
     other = folder(tmp_path / "other", notes_txt="of the user", training_log="lines")
     (other / "actor").mkdir()
-    (other / "actor" / "config.json").write_text(
-        "{}"
-    )  # of no concern to a step that saves to the folder itself
-    killed = folder(
-        tmp_path / "killed", config_json="{}"
-    )  # while it was being replaced: the record is still in the old one
+    # A step that saves to the folder itself ignores models below it.
+    (other / "actor" / "config.json").write_text("{}")
+    # Killed while the model was being replaced: the record is still in the old folder.
+    killed = folder(tmp_path / "killed", config_json="{}")
     folder(tmp_path / ".killed.abcd1234.old")
     folder(tmp_path / ".killed.abcd1234.old" / "killed", config_json="{}", run_json="{}")
     for path in (ours, other, killed, tmp_path / "new"):
@@ -153,7 +151,7 @@ def test_folders_of_earlier_runs_and_of_other_files_are_taken(tmp_path):
     assert (killed / "run.json").exists() and (other / "notes.txt").exists()
 
 
-def test_the_model_of_another_step_stays(tmp_path):
+def test_the_model_of_another_step_is_kept(tmp_path):
     record = '{"step": "Step 1, supervised fine-tuning"}'
     out = folder(tmp_path / "out", config_json="{}", run_json=record)
     with pytest.raises(
@@ -163,20 +161,19 @@ def test_the_model_of_another_step_stays(tmp_path):
         prepare_output_dir(str(out), step="Step 2, reward model")
     prepare_output_dir(str(out), step="Step 1, supervised fine-tuning")
     with pytest.raises(ValueError, match="a run of .Step 3, PPO. would replace it or its run.json"):
-        prepare_output_dir(
-            str(out), step="Step 3, PPO", below=MODEL_FOLDERS
-        )  # which saves to folders in it
+        # Step 3 saves to folders in it.
+        prepare_output_dir(str(out), step="Step 3, PPO", below=MODEL_FOLDERS)
     for text in ("{", "[]", "7"):
         (out / "run.json").write_text(text)
         with pytest.raises(ValueError, match="run.json in it is damaged"):
             prepare_output_dir(str(out), step="Step 1, supervised fine-tuning")
-    # A run that was stopped before it had a model is in nobody's way.
+    # A run that was stopped before it saved a model does not block others.
     prepare_output_dir(
         str(folder(tmp_path / "stopped", run_json=record)), step="Step 2, reward model"
     )
 
 
-def test_the_folder_one_is_in_is_refused(tmp_path, monkeypatch):
+def test_the_working_directory_is_refused_as_output(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     for name in (".", str(tmp_path)):

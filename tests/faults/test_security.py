@@ -73,7 +73,7 @@ PLACES = {
 def trapped(
     place: str, stock: Path, folder: Path, target: Path, auto_map: dict, **config
 ) -> tuple[int | str, str]:
-    """Return step and flags of a short run whose model in `folder` has code that creates `target`."""
+    """Return step and flags of a run whose model in `folder` brings code that makes `target`."""
     step, flag, kind = PLACES[place]
     shutil.copytree(stock / kind / "llama", folder)
     (folder / "own.py").write_text(TRAP.format(target=str(target)))
@@ -150,8 +150,8 @@ def test_data_strings_are_not_opened_as_files(zygote, stock, tmp_path):
     assert not absolute.exists() and not (tmp_path.parent / "up").exists()
 
 
-def test_the_trap_of_the_malicious_weights_is_alive(stock, tmp_path):
-    # Whoever reads them as a plain pickle runs their code; the steps refuse them, see test_bad_input.py.
+def test_the_malicious_weights_run_code_if_unpickled(stock, tmp_path):
+    # Reading them as a plain pickle runs their code. The steps refuse them: test_bad_input.py.
     target = stock / "was-run"
     for name in (
         "pickled/pytorch_model.bin",

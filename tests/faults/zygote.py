@@ -18,7 +18,7 @@ import time
 import traceback
 from pathlib import Path
 
-# What the mains and they in turn import, so that the children need not.
+# All imports of the mains, so that the children need not repeat them.
 import deepspeed  # noqa: F401
 import peft  # noqa: F401
 import transformers.models.llama.modeling_llama  # noqa: F401
@@ -134,7 +134,7 @@ def main() -> None:
             running.append(start(job))
             answer = {"pids": running[-1]}
         print(json.dumps(answer), flush=True)
-    # Left by tests that failed before they came to wait.
+    # Runs of tests that failed before they waited.
     for pids in running:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(pids[0], signal.SIGKILL)

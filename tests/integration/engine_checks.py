@@ -108,7 +108,7 @@ def training_engine(
 
 
 def here(tensor: torch.Tensor) -> torch.Tensor:
-    """Return this process's device; the same cases run on GPUs if there are enough for the ranks."""
+    """Return this process's device; the same cases run on GPUs if there are enough."""
     return tensor.to(get_accelerator().current_device_name())
 
 

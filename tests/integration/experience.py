@@ -8,25 +8,12 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 PROMPT_LENGTHS = (9, 4, 7, 3, 9, 6, 5, 8)
 ANSWER_LENGTHS = (7, 1, 3, 7, 5, 2, 6, 4)
-ENDED = (
-    False,
-    True,
-    True,
-    True,
-    True,
-    True,
-    False,
-    True,
-)  # by </s>; the two others ran out of room
+ENDED = (False, True, True, True, True, True, False, True)  # by </s>; two reached the limit
 PAD, BOS, EOS = 0, 1, 2  # of the miniature tokenizers
 CLIP = 0.2
 PTX_COEF = 0.5
 ENTROPY_COEF = 0.3
-FAMILIES = (
-    "llama",
-    "gpt2",
-    "opt",
-)  # rotary positions, learned ones, and learned ones that begin at 2
+FAMILIES = ("llama", "gpt2", "opt")  # positions: rotary, learned, and learned from 2 on
 
 
 def write_experience(stock: Path) -> None:
@@ -138,7 +125,8 @@ def reference_gradients(
     Args:
         texts: [N, 2, T], batches whose mean loss joins the actor's with weight PTX_COEF.
     """
-    e, live = experience, experience["response_mask"]
+    e = experience
+    live = experience["response_mask"]
     actor, critic = plain_actor(stock, family), plain_critic(stock, family)
     num_answer = live.shape[1]
     logprobs, entropy = plain_logprobs_and_entropy(

@@ -76,7 +76,7 @@ def captured_steps_follow(engine, *, lora: str, expected: torch.Tensor) -> bool:
         hybrid = with_graphs(engine, lora_mode=lora or "auto", unpin=True)
         first = hybrid.decode(*prompts(), greedy()).tokens
         hybrid.end_rollout()
-        # What takes the freed copies' place, so that the new ones are elsewhere.
+        # Occupy the freed copies' memory, so that the new ones get other addresses.
         kept = [torch.empty_like(p) for p in hybrid.replica.model.parameters()]
         freed = hybrid.decode(*prompts(), greedy()).tokens
         step(engine)
@@ -335,7 +335,8 @@ def step(engine) -> None:
 
 def sharing_is_right(hybrid: HybridEngine, *, zero: int, lora: str) -> bool:
     """Check that no weight is copied without need."""
-    replica, source = hybrid.replica, hybrid.engine.module
+    replica = hybrid.replica
+    source = hybrid.engine.module
     own = {p.data_ptr() for p in source.parameters()}
     apart = [p for p in replica.model.parameters() if p.data_ptr() not in own]
     if zero == 3:

@@ -18,10 +18,9 @@ MAINS = {
     "dpo": ROOT / "training" / "step2_dpo_finetuning" / "main.py",
     3: ROOT / "training" / "step3_rlhf_finetuning" / "main.py",
 }
-START_S, CASE_S = (
-    120,
-    60,
-)  # seconds after which a launch counts as hung: for its start, and for each case
+# A launch counts as hung after START_S seconds plus CASE_S seconds per case.
+START_S = 120
+CASE_S = 60
 
 
 @dataclass(frozen=True)
@@ -174,7 +173,7 @@ def launcher(ranks: int) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """Return this process's environment with the repository on the path and one thread per process."""
+    """Return the environment with the repository on the path and one thread per process."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     quiet = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     return {**quiet, **os.environ, "PYTHONPATH": path}

@@ -156,13 +156,13 @@ def shared_reference(
     for step in range(3):
         same.append(torch.equal(logits_of(shared, step), logits_of(separate, step)))
         before = logits_of(actor, step)
-        # Calls of either in turn: under ZeRO-3 each order of modules is another than the one before.
+        # Alternate the two: under ZeRO-3 every call then has another order of modules.
         same.append(torch.equal(logits_of(shared, step), logits_of(separate, step)))
         kept.append(torch.equal(logits_of(actor, step), before))
         apart.append(not torch.equal(before, logits_of(separate, step)))
         train(actor, step)
     return {
-        "the same as a model of its own": all(same),
+        "the same as a separate model": all(same),
         "the actor is as before": all(kept),
         "the actor moves away": apart == [False, True, True],
         "adapters train on": names
@@ -190,7 +190,8 @@ def quantised_training(
     dense = lora_engine(path, change=round_like_int8, **options)
     layers = [m for m in quantised.module.modules() if isinstance(m, QuantizedLinear)]
     before = [piece(layer.packed).clone() for layer in layers]
-    # Adam makes much of rounding; of the same products in the same order there is none, but for GPT-2's Conv1D.
+    # Adam amplifies rounding. The same products in the same order round alike, except in GPT-2's
+    # Conv1D.
     tolerance = 1e-4 if family == "gpt2" else 0.0
     losses = [(train(quantised, step), train(dense, step)) for step in range(4)]
     found, expected = full_tensors(quantised.module), full_tensors(dense.module)
@@ -247,7 +248,7 @@ def frozen_memory(stock: str, *, zero: int) -> dict:
     has.
     """
     path, sizes = f"{stock}/sft/llama", {}
-    gc.disable()  # what only a garbage collection frees would be there while a large model is made int8
+    gc.disable()  # memory that only a collection frees counts during quantisation too
     for mixed in (False, True):
         earlier = {id(p) for p in parameters_alive()}
 
@@ -289,7 +290,7 @@ def idle_states(stock: str, *, zero: int, dtype: str, offload: bool = False) -> 
         reload_idle_states(travelled)
         train(travelled, step)
         train(stayed, step)
-    # Without page-locking, what DeepSpeed moves from a CPU to the host stays where it is; stage 3's is moved here.
+    # On a CPU without page-locking DeepSpeed moves nothing; stage 3's states are moved here.
     expected = [not offload and (pin or zero == 3) for pin in pins]
     return {
         "masters went, and none that --offload keeps on the host": went == expected or zero == 0,
@@ -392,7 +393,7 @@ def int8_memory(stock: str, *, zero: int, out: str) -> list[dict]:
     path = make_tiny_model(out, family="llama", hidden=1024, heads=8, kv_heads=8, layers=4)
     found = []
     for mixed in (False, True):
-        gc.collect()  # what earlier cases left, and below what loading leaves, can be in reference cycles
+        gc.collect()  # reference cycles of earlier cases; below, those of loading
         before = requested_bytes()
         engine = lora_engine(str(path), zero=zero, dtype="bf16", mixed=mixed, rate=2e-4)
         layers = [m.base_layer for m in engine.module.modules() if isinstance(m, LoraLayer)]

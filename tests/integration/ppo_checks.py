@@ -98,7 +98,8 @@ def update(
         if with_ptx
         else None
     )
-    adamw, step_together = build.adamw, ppo.step_together
+    adamw = build.adamw
+    step_together = ppo.step_together
     gradients = {}
 
     def noting_gradients(*engines):
@@ -120,7 +121,8 @@ def update(
             [trim(batch) if trimmed else batch for batch in window], UpdateTotals()
         )
     finally:
-        build.adamw, ppo.step_together = adamw, step_together
+        build.adamw = adamw
+        ppo.step_together = step_together
     after = both_weights(trainer)
     average = trainer.ema.full_tensors()
     if dist.is_main():
@@ -168,7 +170,7 @@ def gradient_descent(model, **_) -> torch.optim.Optimizer:
 
 
 def full_gradients(engine) -> dict[str, torch.Tensor]:
-    """Return the reduced gradient of every parameter, whole, as the optimizer is about to use it."""
+    """Return the whole reduced gradient of every parameter, as the optimizer is about to use it."""
     read = (
         safe_get_full_grad if engine.zero_optimization_stage() else lambda parameter: parameter.grad
     )
@@ -209,7 +211,8 @@ def rollout(stock: str, *, family: str, zero: int) -> dict:
     trainer = make_trainer(
         stock, f"{flags} --per_device_training_batch_size 8 --max_answer_seq_len 20", family=family
     )
-    eos, pad_id = trainer.generation.eos_token_id, trainer.pad_token_id
+    eos = trainer.generation.eos_token_id
+    pad_id = trainer.pad_token_id
     draw = torch.Generator().manual_seed(dist.rank())
     texts = [torch.randint(3, 259, (n,), generator=draw).tolist() for n in (3, 8, 5, 8, 4, 6, 7, 8)]
     ids, mask = pad(texts, pad_id, left=True)
@@ -264,7 +267,7 @@ def rollout(stock: str, *, family: str, zero: int) -> dict:
         "KL on each token, score on the last": torch.allclose(
             raw.rewards, -0.3 * kl + on_last, atol=1e-6
         ),
-        "k3 is the estimate where it is asked for": torch.allclose(
+        "k3 is the estimate if it is asked for": torch.allclose(
             k3.rewards, -0.3 * torch.where(live, (-kl).exp() - 1 + kl, 0.0) + on_last, atol=1e-6
         ),
         "the policy has moved": kl.abs().max().item() > 1e-3,

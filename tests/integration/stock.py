@@ -27,7 +27,7 @@ SFT_STEPS = 30
 TOKENIZER_AND_CONFIG = ("tokenizer.json", "tokenizer_config.json", "config.json")
 REWARDS = """
 def number(prompts, answers, *, number, **columns):
-    # A prompt with another row's number would raise.
+    # The function raises if a prompt comes with another row's number.
     assert [f"item {n}" for n in number] == prompts
     return [n + 0.25 * len(answer) for n, answer in zip(number, answers)]
 
@@ -126,7 +126,7 @@ def _write_reward(sft: str, path: Path) -> None:
 
 
 def _write_matrix(folder: Path, model: str | None) -> None:
-    """Write actor/, the given model or an OPT whose greedy answers vary, and critic/, with a head."""
+    """Write actor/, the given model or an OPT with varied answers, and critic/, with a head."""
     folder.mkdir()
     if model is None:
         make_tiny_model(folder / "actor", family="opt", std=0.5)
@@ -142,7 +142,7 @@ def _write_without(roles: tuple[str, ...], model: Path, folder: Path) -> None:
             json.loads((path / name).read_text()) for name in TOKENIZER_AND_CONFIG
         )
         token = settings.pop(f"{role}_token")
-        # Not even an unused token of that name.
+        # Remove unused tokens of that name too.
         core["model"]["vocab"]["<unused>"] = core["model"]["vocab"].pop(token)
         core["added_tokens"] = [
             added for added in core["added_tokens"] if added["content"] != token

@@ -36,7 +36,7 @@ POSITIONS = [
 ]
 # One of the three good rows is held out.
 LEFT_OUT = ["2 training rows are fewer", "x 65 rows"]
-# Step, its flags (the last of a kind counts), what the message must hold, and where it is not one the number of processes.
+# Step, flags (the last of a kind counts), words of the message, and the number of ranks if not 1.
 MISTAKES = {
     "no-data": (
         1,

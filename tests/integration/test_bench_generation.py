@@ -19,7 +19,7 @@ def bench(*words: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=180)
 
 
-def test_two_processes_answer_under_zero_3_and_tell_what_gathering_takes(tmp_path):
+def test_two_processes_answer_under_zero_3_and_time_the_gathering(tmp_path):
     file = tmp_path / "rows.json"
     paths = ["zero3", "zero3-compiled", "zero3-tp"]
     sizes = [
@@ -41,7 +41,8 @@ def test_two_processes_answer_under_zero_3_and_tell_what_gathering_takes(tmp_pat
     for path, row in rows.items():
         assert row["gpus"] == 2
         assert row["tokens_per_s"] == pytest.approx(2 * 2 / (row["ms_per_step"] / 1e3))
-        # Weights are gathered for every rollout, not for the first alone; finding nothing to gather takes microseconds.
+        # Weights are gathered for every rollout, not only for the first. An empty gather takes
+        # microseconds.
         assert (1e-4 < row["gather_s"] < row["rollout_s"]) == (path != "zero3")
     assert rows["zero3-tp"]["limit_ms"] < rows["zero3-compiled"]["limit_ms"]
     assert done.stdout.count("Hybrid Engine under ZeRO-3, tensor parallel") == 1, (
@@ -63,6 +64,6 @@ def test_two_processes_answer_under_zero_3_and_tell_what_gathering_takes(tmp_pat
         ),
     ],
 )
-def test_what_cannot_be_measured_is_refused_before_anything_starts(words, message):
+def test_unmeasurable_options_are_refused_before_anything_starts(words, message):
     done = bench(*words)
     assert done.returncode == 2 and message in done.stderr

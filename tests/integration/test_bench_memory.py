@@ -26,7 +26,7 @@ ROWS = [
 
 
 @pytest.mark.parametrize("case", ROWS)
-def test_a_row_tells_peaks_and_seconds_of_its_phases(case, launches):
+def test_a_row_has_peaks_and_seconds_of_its_phases(case, launches):
     found = launches[case].value
     phases = {"load", "update", "rollout"} if found["step"] == 3 else {"load", "update"}
     assert set(found["peak_gib"]) == phases | {"all"} and min(found["peak_gib"].values()) > 0
@@ -36,7 +36,7 @@ def test_a_row_tells_peaks_and_seconds_of_its_phases(case, launches):
         assert found["kl"][0] == pytest.approx(0, abs=1e-6) and found["kl"][1] != 0
 
 
-def test_a_row_that_takes_too_long_is_a_row_of_the_table(tmp_path):
+def test_a_row_that_times_out_stays_in_the_table(tmp_path):
     command = [
         sys.executable,
         str(ROOT / "scripts" / "bench_training_memory.py"),
@@ -58,7 +58,7 @@ def test_a_row_that_takes_too_long_is_a_row_of_the_table(tmp_path):
     )
 
 
-def test_a_row_that_is_killed_says_by_which_signal(tmp_path, monkeypatch):
+def test_a_killed_row_names_its_signal(tmp_path, monkeypatch):
     killed = [sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"]
     monkeypatch.setattr(bench_training_memory, "launcher", lambda processes: killed)
     args = SimpleNamespace(
@@ -67,7 +67,7 @@ def test_a_row_that_is_killed_says_by_which_signal(tmp_path, monkeypatch):
     assert bench_training_memory.attempt("sft-7b-zero3-full", args)["error"] == "ended by SIGKILL"
 
 
-def test_rows_that_need_more_than_there_is_are_left_out_by_name(tmp_path):
+def test_rows_that_do_not_fit_are_listed_as_left_out(tmp_path):
     command = [
         sys.executable,
         str(ROOT / "scripts" / "bench_training_memory.py"),

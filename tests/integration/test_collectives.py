@@ -36,7 +36,8 @@ PPO = (
     "--save_interval 1 --print_answers --whiten_advantages --num_warmup_steps 0"
 )
 ARGV |= {
-    f"3-{stage}": f"{PPO} --actor_zero_stage {stage} --critic_zero_stage {stage}{' --offload' * (stage == 2)}"
+    f"3-{stage}": f"{PPO} --actor_zero_stage {stage} --critic_zero_stage {stage}"
+    f"{' --offload' * (stage == 2)}"
     for stage in (2, 3)
 }
 
@@ -74,5 +75,5 @@ GPU = [with_peers("gpu-peers", name) for name in ARGV]
 @pytest.mark.parametrize(
     "case", [pytest.param(case, id=case.name, marks=pytest.mark.cases(case)) for case in GPU]
 )
-def test_nccl_takes_what_the_collectives_get(case, launches):
+def test_collectives_get_tensors_that_nccl_accepts(case, launches):
     assert launches[case].value > 20

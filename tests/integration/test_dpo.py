@@ -1,4 +1,4 @@
-"""DPO by its main: the reference is the start, numbers equal a plain loop's, and pairs are learned."""
+"""DPO by its main: the reference is the start, numbers equal a plain loop's, pairs are learned."""
 
 import json
 import math
@@ -134,9 +134,11 @@ def test_the_numbers_and_the_saved_model_are_those_of_a_plain_loop(name, launche
         assert loss.mean().item() == pytest.approx(reported["eval/loss"], rel=1e-4)
         assert margin.mean().item() == pytest.approx(reported["eval/margin"], rel=1e-3)
         assert (margin > 0).double().mean().item() == reported["eval/accuracy"]
-    lora = (
-        "only-lora" if "--only_optimize_lora" in flags else "lora" if "--lora_dim" in flags else ""
-    )
+    lora = ""
+    if "--only_optimize_lora" in flags:
+        lora = "only-lora"
+    elif "--lora_dim" in flags:
+        lora = "lora"
     check_changes(load_plainly(outcome.out), start, lora=lora, exact=True)
     assert (outcome.out / "adapter").is_dir() == (lora == "only-lora")
 
@@ -162,13 +164,14 @@ LEARNING = Case(
 
 
 @pytest.mark.cases(LEARNING)
-def test_pairs_that_were_held_out_are_told_apart(launches, stock):
+def test_held_out_pairs_are_ranked_correctly(launches, stock):
     outcome = launches[LEARNING]
     tokenizer, rows = AutoTokenizer.from_pretrained(outcome.out), toy_rows(stock)
     before, after = (
         plain_logprobs(path, tokenizer, rows) for path in (stock / "base" / "llama", outcome.out)
     )
-    # A random model prefers either answer; its own log-probabilities turn, not only those against the reference.
+    # A random model prefers either answer. The log-probabilities themselves change sides, not only
+    # those relative to the reference.
     assert (before[:, 0] > before[:, 1]).double().mean() < 0.5 and (
         after[:, 0] > after[:, 1]
     ).double().mean() > 0.75
@@ -190,7 +193,7 @@ BLOOM = Case(
 
 
 @pytest.mark.cases(BLOOM)
-def test_a_model_called_bigscience_bloom_is_as_any_other(launches):
+def test_a_model_called_bigscience_bloom_is_no_special_case(launches):
     lines = (launches[BLOOM].out / "dpo" / "metrics.jsonl").read_text().splitlines()
     assert json.loads(lines[-1])["eval/margin"] > 0
     assert (launches[BLOOM].out / "dpo" / "model.safetensors").exists()

@@ -69,7 +69,7 @@ def check_summary(output: Path) -> dict:
     return summary
 
 
-def test_one_command_trains_all_three_and_sums_up(finished):
+def test_one_command_trains_all_three_steps_and_prints_a_summary(finished):
     output, screen = finished
     check_summary(output)
     assert (
@@ -83,7 +83,7 @@ def test_one_command_trains_all_three_and_sums_up(finished):
         for line in screen.splitlines()
         if "[INFO]" in line or "[WARNING]" in line or "Warning:" in line
     ]
-    # The command's own process may still print what importing says.
+    # The command's process may still print messages of imports.
     assert len(noise) <= 1, noise
 
 

@@ -186,7 +186,7 @@ def test_a_missing_model_is_the_last_line_and_exit_status_1(models):
 
 
 def score_alone(folder: str, text: str) -> float:
-    """Return the saved classifier's score of a text that ends with the end token, without padding."""
+    """Return the saved classifier's score of an unpadded text that ends with the end token."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -241,7 +241,9 @@ def test_rw_eval_ends_answers_with_the_token_that_was_added(reward_folder, monke
 def test_rw_eval_names_the_bad_rows_before_any_model_loads(monkeypatch, capsys, tmp_path):
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text(
-        '{"prompt": "q", "chosen": "a"}\n{"chosen": "a"}\n{"prompt": "q", "chosen": "a", "rejected": "b"}\n'
+        '{"prompt": "q", "chosen": "a"}\n'
+        '{"chosen": "a"}\n'
+        '{"prompt": "q", "chosen": "a", "rejected": "b"}\n'
     )
     with pytest.raises(ValueError) as error:
         run(
@@ -270,9 +272,8 @@ def test_texts_longer_than_the_learned_positions_are_refused(models, tmp_path, m
         run(PROMPT_EVAL, [*both, "--max_new_tokens", "512"], monkeypatch, capsys)
     (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "a long way " * 100}) + "\n")
     words = [*both, "--max_new_tokens", "300", "--prompts_file", str(tmp_path / "long.jsonl")]
-    assert "[fine-tuned, greedy]" in run(
-        PROMPT_EVAL, words, monkeypatch, capsys
-    )  # of a prompt that was cut
+    # The prompt is cut and still answered.
+    assert "[fine-tuned, greedy]" in run(PROMPT_EVAL, words, monkeypatch, capsys)
     reward = tmp_path / "reward"
     tokenizer = load_tokenizer(learned)
     load_reward_model(learned, dtype=torch.float32, tokenizer=tokenizer).model.save_pretrained(

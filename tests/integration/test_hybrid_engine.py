@@ -41,7 +41,8 @@ def test_greedy_tokens_are_those_of_generate(case, launches):
 
 
 def rewards_case(name: str, *flags: str) -> Case:
-    # A seed at which no two tokens are nearly tied: at 1234, noise of 1e-6 in the products changes one in a run of four.
+    # A seed without near ties of tokens. At 1234, noise of 1e-6 in the products changes a token in
+    # one of four runs.
     words = [
         "--actor_model_name_or_path {stock}/steep/llama "
         "--critic_model_name_or_path {stock}/reward/llama",
@@ -57,7 +58,7 @@ def rewards_case(name: str, *flags: str) -> Case:
 
 
 ZERO = {stage: f"--actor_zero_stage {stage} --critic_zero_stage {stage}" for stage in (2, 3)}
-# Sampled answers of a group are other draws than those of two ranks alone, and would set another scale of the rewards.
+# A group samples other draws than two separate ranks, which would scale the rewards differently.
 PARTS = f"{ZERO[3]} --deepspeed_config {{stock}}/pieces.json --no_normalize_reward"
 REWARDS = {
     "shared": (
@@ -129,6 +130,6 @@ OTHERS = Case(
 
 
 @pytest.mark.cases(OTHERS)
-def test_families_that_transformers_alone_has_a_plan_for_are_split(launches):
+def test_families_with_a_tensor_parallel_plan_of_transformers_are_split(launches):
     for result in launches[OTHERS].ranks:
         assert result["value"] == {"qwen3": True, "phi": True, "starcoder2": True}

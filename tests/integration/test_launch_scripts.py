@@ -29,7 +29,7 @@ CONFIGS = {
     "step2_dpo_finetuning": DPOConfig,
     "step3_rlhf_finetuning": PPOConfig,
 }
-# Notes its folder and its words; prints $STUB_SAYS. A script on its standard input is for Python itself.
+# Logs its folder and arguments and prints $STUB_SAYS. Real Python runs scripts on standard input.
 INTERPRETER = """#!/usr/bin/env bash
 if [[ "$1" == - || "$1" == -c ]]; then exec "$STUB_PYTHON" "$@"; fi
 printf '%s\\0' "$PWD" "${WORLD_SIZE:-}" "$@" >>"$STUB_NOTES"
@@ -357,7 +357,7 @@ def test_the_launcher_follows_the_machine(script, variables, command, bench):
         ("GPU-8932f937", "knows GPUs by their numbers alone"),
     ],
 )
-def test_the_gpus_that_are_seen_are_those_that_cuda_sees(visible, message, bench):
+def test_visible_gpus_are_those_of_cuda(visible, message, bench):
     done = bench.run(SINGLE_NODE, gpus=4, CUDA_VISIBLE_DEVICES=visible)
     assert message in done.stdout + " ".join(" ".join(note) for note in bench.notes())
 
@@ -388,7 +388,7 @@ def test_flags_may_have_dashes_within(bench):
     ],
     ids=["torchrun", "srun"],
 )
-def test_as_one_process_of_many_it_starts_no_launcher(variables, bench):
+def test_a_task_of_a_running_launch_starts_no_launcher(variables, bench):
     assert bench.run(MULTI_NODE, "out", STUB_SAYS="words", **variables).returncode == 0
     ((_, _, *words),) = bench.notes()
     assert words[0] == "-u" and words[1].endswith("main.py")
@@ -441,9 +441,9 @@ def test_a_failure_under_the_real_launcher_ends_the_same_way(bench):
     done = bench.run(script, *words, PYTHON=sys.executable, HF_HUB_OFFLINE="1")
     assert done.returncode == 1
     said, *last = done.stdout.rsplit("\n\n", 1)
-    assert (
-        "exits with return code = 1" in said and "Traceback" not in done.stdout
-    )  # the launcher's words, before
+    # The launcher's own message comes earlier.
+    assert "exits with return code = 1" in said
+    assert "Traceback" not in done.stdout
     assert last[0].splitlines() == [
         "error (rank 0): --model_name_or_path '/no such model' does not exist; give an existing "
         "model folder or a hub name.",
@@ -454,7 +454,7 @@ def test_a_failure_under_the_real_launcher_ends_the_same_way(bench):
     assert "'/no such model' does not exist" in log and log in done.stdout
 
 
-def test_a_second_run_keeps_the_log_of_the_first_and_fails_by_its_own_words(bench):
+def test_a_second_run_keeps_the_first_log_and_reports_its_own_failure(bench):
     assert (
         bench.run(
             SINGLE_NODE, STUB_SAYS="error (rank 0): --max_seq_len 1: of yesterday", STUB_STATUS="1"
@@ -484,9 +484,11 @@ def test_the_log_of_a_running_run_is_not_touched(bench):
     assert bench.run(SINGLE_NODE, STUB_SAYS="one").returncode == 0
 
 
-# Each look at the folder's lock lasts, so that those of several tasks meet.
+# Each check of the folder's lock takes a second, so that those of several tasks overlap.
 LOOKING = """#!/usr/bin/env bash
-if [[ "$1" == - ]]; then exec "$STUB_PYTHON" -c "$(cat)"$'\\nimport time\\ntime.sleep(1)' "${@:2}"; fi
+if [[ "$1" == - ]]; then
+  exec "$STUB_PYTHON" -c "$(cat)"$'\\nimport time\\ntime.sleep(1)' "${@:2}"
+fi
 if [[ "$1" == -c ]]; then exec "$STUB_PYTHON" "$@"; fi
 """
 
@@ -514,7 +516,7 @@ def test_the_tasks_of_one_run_do_not_refuse_each_other(tmp_path):
     assert [task.returncode for task in tasks] == [0] * 4, said
 
 
-# A launcher that ends at once when asked to, and a process below it that saves first, as DeepSpeed's.
+# A launcher that ends at once on a signal, and a child that saves first, as DeepSpeed's do.
 SAVING = """#!/usr/bin/env bash
 if [[ "$1" == - || "$1" == -c ]]; then exec "$STUB_PYTHON" "$@"; fi
 (trap 'sleep 1; echo saved; exit 0' TERM; echo begun; while :; do sleep 0.05; done) &
@@ -610,7 +612,7 @@ TINY_PPO = (
     ],
     ids=["step 1", "step 3"],
 )
-def test_the_two_command_lines_of_a_newcomer(name, words, bench, stock):
+def test_the_two_command_lines_of_the_quickstart(name, words, bench, stock):
     variables = {key: environment()[key] for key in ("OMP_NUM_THREADS", "HF_HUB_OFFLINE")}
     done = bench.run(
         name,

@@ -82,7 +82,8 @@ def quantised_case(
     checkpointing: bool = False,
     offload: bool = False,
 ):
-    more = ("-checkpointing" if checkpointing else "") + ("-offload" if offload else "")
+    more = "-checkpointing" if checkpointing else ""
+    more += "-offload" if offload else ""
     return check_case(
         f"int8-{zero}-{family}-{dtype}-x{ranks}{more}",
         "quantised_training",
@@ -140,7 +141,7 @@ IDLE = [
 
 
 @pytest.mark.parametrize("case", IDLE)
-def test_states_that_leave_the_device_come_back_the_same(case, launches):
+def test_states_moved_to_the_host_come_back_unchanged(case, launches):
     assert failing(launches, case) == []
 
 
@@ -164,7 +165,7 @@ def numbers(launches, case: Case) -> list[dict]:
     numbers = [
         {k: v for k, v in line.items() if not k.startswith(("time/", "perf/"))} for line in lines
     ]
-    # In fp32 without ZeRO DeepSpeed tells no gradient norm.
+    # In fp32 without ZeRO DeepSpeed reports no gradient norm.
     return [{k: v for k, v in line.items() if v is not None} for line in numbers]
 
 
@@ -190,7 +191,7 @@ PAIRS = [shared_pair("0", "gpt2"), shared_pair("2-offload", "llama"), shared_pai
 
 
 @pytest.mark.parametrize("shared, apart", PAIRS)
-def test_runs_with_two_models_in_one_are_runs_with_a_copy(shared, apart, launches):
+def test_shared_models_train_as_copies_do(shared, apart, launches):
     same_runs(launches, shared, apart)
 
 
@@ -229,7 +230,8 @@ def test_moving_idle_states_changes_no_metric(away, stayed, launches):
     assert all(torch.equal(tensor, ema[1][name]) for name, tensor in ema[0].items())
 
 
-# A few tokens of the two runs are drawn otherwise: among eight answers alone that could be a fifth of a mean.
+# The two runs draw a few tokens differently; with only eight answers that could be a fifth of a
+# mean.
 MANY = "--per_device_generation_batch_size 32"
 MIXED = {
     "shared": run_case(
@@ -323,12 +325,12 @@ IN_PIECES = check_case("adapter-in-pieces", "adapter_in_pieces", out="{out}")
 
 
 @pytest.mark.parametrize("case", [check_case("finite-in-pieces", "finite_in_pieces")])
-def test_padding_of_weights_in_pieces_is_not_looked_at(case, launches):
+def test_padding_of_partitioned_weights_is_ignored(case, launches):
     assert failing(launches, case) == []
 
 
 @pytest.mark.parametrize("case", [IN_PIECES])
-def test_an_adapter_is_merged_into_weights_in_pieces(case, launches):
+def test_an_adapter_is_merged_into_partitioned_weights(case, launches):
     assert failing(launches, case) == []
 
 

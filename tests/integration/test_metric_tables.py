@@ -99,6 +99,6 @@ def outputs(tmp_path_factory) -> dict[int | str, Path]:
 @pytest.mark.parametrize("step", STEPS)
 def test_the_guide_defines_every_metric_and_no_other(step, outputs):
     before, first, last = written(outputs[step])
-    # The text of the PTX loss is a flag of its own, and a CPU captures no CUDA graphs.
+    # The PTX loss needs another flag, and a CPU captures no CUDA graphs.
     assert before | first | last == documented(step) - {"ptx/loss", "time/capture_s"}
     assert before == {name for name in last if name.startswith("eval/")} and not before & first

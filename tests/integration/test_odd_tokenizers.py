@@ -52,9 +52,7 @@ def values(outcome) -> list[dict]:
 
 
 @pytest.mark.parametrize("step, without, normal", params("pad", ""))
-def test_without_a_padding_token_the_end_token_pads_and_nothing_changes(
-    step, without, normal, launches, stock
-):
+def test_without_a_padding_token_the_end_token_pads(step, without, normal, launches, stock):
     found = values(launches[without])
     assert len(found) == 4 and found == values(launches[normal])
     if step == 2:
@@ -66,7 +64,7 @@ def test_without_a_padding_token_the_end_token_pads_and_nothing_changes(
 
 
 @pytest.mark.parametrize("step, without", params("bos"))
-def test_without_a_beginning_texts_begin_with_themselves(step, without, launches, stock):
+def test_without_a_bos_token_texts_begin_with_their_first_token(step, without, launches, stock):
     outcome = launches[without]
     assert len(values(outcome)) == 4
     if step == 1:

@@ -131,7 +131,7 @@ def check_metrics(lines: list[dict], options: dict) -> None:
         assert all(
             value is None if key in untold else math.isfinite(value) for key, value in line.items()
         )
-    # Before the first update the policy is the reference, and the exact KL of equal distributions is 0.
+    # Before the first update policy and reference are equal, so the exact KL is 0.
     first = lines[1]
     assert first["objective/kl"] == pytest.approx(0, abs=1e-6) and lines[0][
         "eval/kl"
@@ -146,7 +146,7 @@ def check_metrics(lines: list[dict], options: dict) -> None:
 
 
 def without_norm(options: dict) -> list[str]:
-    """Return the models whose gradient norm DeepSpeed does not report: those in fp32 without ZeRO."""
+    """Return the models without a gradient norm of DeepSpeed: those in fp32 without ZeRO."""
     stages = ZERO[options["zero"]].split()[1:4:2]
     return [
         role

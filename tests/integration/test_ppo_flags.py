@@ -110,12 +110,12 @@ def test_rloo_takes_scores_from_a_function_and_builds_no_critic(launches, stock)
             [row["prompt"] for row in rows], [row["answer"] for row in rows], number=numbers
         )
         assert [row["score"] for row in rows] == expected and len(set(expected)) == 8
-    # The function raises where a sampled answer's prompt has another one's number.
+    # The function raises if a sampled answer's prompt has another one's number.
     assert all(line["objective/score_std"] > 1 for line in outcome.metrics()[1:])
 
 
 @pytest.mark.cases(WARMUP, WARMUP_ALONE)
-def test_the_actor_rests_while_the_critic_warms_up(launches, stock):
+def test_the_actor_is_not_updated_during_critic_warmup(launches, stock):
     lines = launches[WARMUP].metrics()[1:]
     assert [
         ("policy/loss" in line, "actor_loss" in line, "value/loss" in line) for line in lines
@@ -166,10 +166,11 @@ def test_updates_and_passes_are_counted(which, passes, launches, stock):
     """--target_kl ends the updates after the first pass: its second update is the first with a KL
     above 0.
     """
-    outcome, updates = launches[which], 2 * passes
+    outcome = launches[which]
+    updates = 2 * passes
     lines = outcome.metrics()[1:]
     for role in ("actor", "critic"):
-        # The rate falls to 0 over the 16 planned steps, and tells how many were taken before.
+        # The rate falls to 0 over the 16 planned updates, and so shows how many were taken.
         assert [line[f"lr/{role}"] for line in lines] == pytest.approx(
             [RATE, RATE * (1 - updates / 16)]
         )
@@ -213,13 +214,13 @@ def check_pipeline_tags(outcome: Outcome, lines: list[dict], updates: int) -> No
 
 
 @pytest.mark.cases(SAMPLED)
-def test_temperature_shortest_answer_and_penalties_do_what_they_say(launches):
+def test_temperature_min_answer_len_and_penalties_take_effect(launches):
     lines = launches[SAMPLED].metrics()
     first = lines[1]
     assert first["objective/kl"] == pytest.approx(0, abs=1e-6)
     # The hybrid engine's logprobs are those of the temperature that it sampled at.
     assert all(line["rollout/logprob_gap"] < 1e-5 for line in lines[1:])
-    # At least four tokens stand before an end, so that five are an answer's least and most.
+    # At least four tokens precede an end token, so every answer has five.
     assert lines[0]["eval/length"] < 5
     assert all(
         line["response/length_mean"] == line["response/length_max"] == 5 for line in lines[1:]
@@ -235,7 +236,7 @@ def test_temperature_shortest_answer_and_penalties_do_what_they_say(launches):
 
 
 @pytest.mark.cases(SAMPLED)
-def test_the_first_step_on_a_rollout_has_the_ratio_1_and_advantages_as_they_are(launches):
+def test_the_first_update_on_a_rollout_has_ratio_1_and_raw_advantages(launches):
     for line in launches[SAMPLED].metrics()[1:]:
         assert (
             line["policy/ratio_max"] == pytest.approx(1, abs=1e-5) and line["policy/clipfrac"] == 0

@@ -107,7 +107,7 @@ def test_the_gradient_is_that_of_the_equations(family, case, launches, stock):
 @pytest.mark.cases(*SPLITS[True])
 def test_the_split_changes_neither_gradient_nor_a_plain_step(launches):
     gradients, changes = (result(launches, PLAIN, name) for name in ("gradients", "changes"))
-    # The rate is 1: the step is the gradient, turned round.
+    # At rate 1 the update is the negative gradient.
     assert distance({name: -tensor for name, tensor in changes.items()}, gradients) < 1e-5
     for case in SPLITS[True]:
         for role in ("actor.", "critic."):
@@ -133,7 +133,7 @@ def test_the_split_hardly_changes_an_adam_step(launches):
 
 
 @pytest.mark.cases(*SPLITS[False])
-def test_the_moving_average_takes_its_share_of_the_step(launches):
+def test_the_moving_average_moves_by_its_share_of_the_update(launches):
     for case in SPLITS[False]:
         expected = {
             name: 0.25 * tensor for name, tensor in result(launches, case, "changes").items()
@@ -188,6 +188,6 @@ def test_advantages_are_whitened_over_all_ranks(launches):
 @pytest.mark.parametrize(
     "case", [pytest.param(case, id=case.name, marks=pytest.mark.cases(case)) for case in ROLLOUTS]
 )
-def test_a_rollout_is_what_its_masks_say(case, launches):
+def test_a_rollout_matches_its_masks(case, launches):
     for rank in launches[case].ranks:
         assert [name for name, holds in rank["value"].items() if not holds] == []

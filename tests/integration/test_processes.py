@@ -1,4 +1,4 @@
-"""Ranks find each other under torchrun and under srun; all other tests use the deepspeed launcher."""
+"""Ranks find each other under torchrun and srun; all other tests use the deepspeed launcher."""
 
 import os
 import subprocess
@@ -65,9 +65,8 @@ def _slurm(rank: int) -> dict[str, str]:
         "SLURM_JOB_ID": str(os.getpid()),
         "SLURM_STEP_ID": "0",
         "SLURM_STEP_NODELIST": "127.0.0.1",
-        "LOCAL_SIZE": str(
-            RANKS
-        ),  # as the deepspeed launcher sets it: then DeepSpeed makes its shared memory
+        # The deepspeed launcher sets it; DeepSpeed then creates its shared memory.
+        "LOCAL_SIZE": str(RANKS),
     }
 
 

@@ -46,7 +46,7 @@ def losses(launches, case: Case) -> list[float]:
 
 
 @pytest.mark.parametrize("cases", BY_LAYOUT)
-def test_processes_and_accumulation_split_a_step_without_changing_it(cases, launches):
+def test_ranks_and_accumulation_split_an_update_without_changing_it(cases, launches):
     expected = losses(launches, cases[0])
     assert len(expected) == 6 and expected[3] < expected[0]
     for case in cases[1:]:

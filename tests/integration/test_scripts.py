@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-# Says that it is Python, makes environments that hold itself, and notes what pip should install.
+# Acts as Python: creates environments that hold itself, and logs what pip should install.
 INTERPRETER = """#!/usr/bin/env bash
 case "$*" in
     --version) echo "Python ${STUB_VERSION:-3.11.0}" ;;
@@ -19,7 +19,8 @@ case "$*" in
     "- "*) echo 9.9; exit "${STUB_NO_TORCH:-0}" ;;
     "-m pip --version") ;;
     "-m pip "*) echo "$*" >>"$STUB_LOG"; echo "words of pip"; exit "${STUB_PIP:-0}" ;;
-    "-m venv "*) mkdir -p "${@: -1}/bin"; cp "$0" "${@: -1}/bin/python"; echo "venv $*" >>"$STUB_LOG" ;;
+    "-m venv "*)
+        mkdir -p "${@: -1}/bin"; cp "$0" "${@: -1}/bin/python"; echo "venv $*" >>"$STUB_LOG" ;;
     *) printf '<%s>' "$@"; printf '\\n%s\\n%s\\n' "$TORCH_EXTENSIONS_DIR" "${PATH%%:*}" ;;
 esac
 """
@@ -84,7 +85,7 @@ def log(root: Path) -> list[str]:
     return file.read_text().splitlines() if file.exists() else []
 
 
-def test_the_first_run_installs_and_the_second_only_runs(repository):
+def test_the_first_run_installs_and_the_second_does_not(repository):
     root = repository
     first = run(root, "--a", "b c", STUB_NO_TORCH="1")
     assert first.returncode == 0, first.stderr
@@ -154,7 +155,7 @@ def test_gpu_choice_and_user_overrides(repository):
     assert log(root)[4].endswith(f" {wanted}")
 
 
-def test_a_failing_installation_shows_pips_last_words_and_is_tried_again(repository):
+def test_a_failed_installation_shows_the_end_of_pips_output_and_is_retried(repository):
     root = repository
     done = run(root, STUB_PIP="1")
     assert done.returncode == 1 and "e2e" not in done.stdout
@@ -165,7 +166,7 @@ def test_a_failing_installation_shows_pips_last_words_and_is_tried_again(reposit
     assert run(root).returncode == 0 and len(log(root)) == 3
 
 
-def test_interpreters_and_environments_that_cannot_be_used(repository):
+def test_unusable_interpreters_and_environments_are_refused(repository):
     root = repository
     done = run(root, STUB_TOO_OLD="1", STUB_VERSION="3.8.1")
     assert (

@@ -64,7 +64,7 @@ def check_metrics(lines: list[dict], step: int, options: dict) -> None:
     assert set(lines[-1]) == trained | EVALUATED[step]
     norms = [line.pop("train/grad_norm") for line in lines[1:]]
     assert all(math.isfinite(value) for line in lines for value in line.values())
-    # In fp32 without ZeRO DeepSpeed does not tell it.
+    # In fp32 without ZeRO DeepSpeed reports none.
     assert norms == [None] * STEPS or all(norm > 0 for norm in norms)
     assert (None in norms) == (options["zero"] == "0" and options["dtype"] == "fp32")
 
@@ -74,9 +74,10 @@ def toy_rows(stock: Path) -> list[dict]:
 
 
 def plain_sft_loss(folder: Path, rows: list[dict]) -> float:
-    """Return nats per token over answers and their end token, by transformers, one row at a time."""
+    """Return nats per token of answers and end token, by transformers, one row at a time."""
     model, tokenizer = load_plainly(folder), AutoTokenizer.from_pretrained(folder)
-    nll, tokens = 0.0, 0
+    nll = 0.0
+    tokens = 0
     for row in rows:
         ids = tokenizer(row["prompt"] + row["chosen"])["input_ids"] + [tokenizer.eos_token_id]
         start = len(tokenizer(row["prompt"])["input_ids"])

@@ -78,11 +78,11 @@ def main() -> None:
     plan = json.loads(Path(sys.argv[-1]).read_text())
     start_processes()
     set_up_logging()
-    # DeepSpeed declines fp16 where a CPU has no instructions for it; torch computes it all the same, only slowly.
+    # DeepSpeed declines fp16 if a CPU has no instructions for it; torch computes it, only slowly.
     if on_cpu():
         get_accelerator().is_fp16_supported = lambda: True
     engines = track_engines()
-    # What the imports made stays; without this, looking through it takes longer than most cases.
+    # Objects of the imports stay; scanning them in collections takes longer than most cases.
     gc.collect()
     gc.freeze()
     for case in plan["cases"]:
@@ -94,7 +94,8 @@ def main() -> None:
         path.write_text(json.dumps(result))
         if not result["ok"] and not case["fails"]:
             print(result["traceback"], flush=True)
-            # The other ranks may wait in a collective that this one never enters; `launches.py` starts afresh.
+            # Other ranks may wait in a collective that this one never enters; `launches.py`
+            # starts a new launch.
             os._exit(3)
         for engine in engines:
             engine.destroy()

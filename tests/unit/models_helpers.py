@@ -28,7 +28,8 @@ def tiny(family: str, *, pad_is_eos: bool = False, std: float = 0.5, overrides: 
     )
 
 
-# A tiny OPT of the shape that OPT-350m alone has: a narrow embedding, projections, normalisation after each block.
+# A tiny OPT shaped like OPT-350m, unlike all others: narrow embedding, projections, post-norm
+# blocks.
 OPT_350M_LIKE = (("word_embed_proj_dim", 32), ("do_layer_norm_before", False))
 
 
@@ -44,8 +45,10 @@ def pad(texts: list[torch.Tensor], *, side: str, pad_id: int) -> tuple[torch.Ten
     ids = torch.full((len(texts), width), pad_id)
     mask = torch.zeros(len(texts), width, dtype=torch.long)
     for row, text in enumerate(texts):
-        where = slice(0, len(text)) if side == "right" else slice(width - len(text), width)
-        ids[row, where], mask[row, where] = text, 1
+        start = 0 if side == "right" else width - len(text)
+        columns = slice(start, start + len(text))
+        ids[row, columns] = text
+        mask[row, columns] = 1
     return ids, mask
 
 

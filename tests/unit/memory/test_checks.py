@@ -89,9 +89,8 @@ def test_models_that_can_be_split_are_accepted():
     ):
         check(actor, f"{SPLIT} --inference_tp_size 2 --max_prompt_seq_len 64")
     check("tiny-gpt2", f"{SPLIT} --max_prompt_seq_len 64")
-    check(
-        "tiny-gpt2", "--actor_zero_stage 3 --inference_tp_size 2 --max_prompt_seq_len 64"
-    )  # no effect, which is said
+    # Without the Hybrid Engine, --inference_tp_size has no effect; a message says so.
+    check("tiny-gpt2", "--actor_zero_stage 3 --inference_tp_size 2 --max_prompt_seq_len 64")
 
 
 def test_feed_forward_columns_are_divided_too():

@@ -60,7 +60,10 @@ def test_the_mains_accept_every_recipe(step, kind, on_gpu, single_gpu):
         CONFIGS[step], flags + (models if step == 3 else ["--model_name_or_path", "a"])
     )
     system = config.critic_system if step == 3 else config.system
-    assert system.zero_stage == (2 if step > 1 else 0 if single_gpu or kind != "real" else 3)
+    stage = 2
+    if step == 1:
+        stage = 3 if kind == "real" and not single_gpu else 0
+    assert system.zero_stage == stage
 
 
 def test_commands_of_real_sizes(e2e):
@@ -179,9 +182,8 @@ def test_a_critic_that_cannot_read_the_actors_tokens_is_refused_before_step_1(
     assert ran == []
     main(*pair, "--step", "1", "2")  # without step 3 the models need not fit
     assert ran == [str(other)] and f"--reward-model {other}" in capsys.readouterr().out
-    main(
-        "--actor-model", str(actor), "--reward-model", str(tmp_path)
-    )  # no tokenizer: step 2 reports it
+    # Without a tokenizer: step 2 reports it.
+    main("--actor-model", str(actor), "--reward-model", str(tmp_path))
     # A padding token that step 2 adds does not count as a difference.
     tokenizer = byte_tokenizer(pad_is_eos=True)
     tokenizer.add_special_tokens({"pad_token": "<|pad|>"})

@@ -14,7 +14,8 @@ class Chain:
     """e2e_rlhf.py with mains that only note their flags, and that can stop after a checkpoint."""
 
     def __init__(self, e2e, output: Path, monkeypatch):
-        self.e2e, self.output = e2e, output
+        self.e2e = e2e
+        self.output = output
         self.stopped: set[int] = set()  # steps that stop
         monkeypatch.setattr(e2e, "run_step", self._run)
 

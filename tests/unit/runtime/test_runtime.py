@@ -156,7 +156,8 @@ def test_write_json_keeps_the_old_file_until_the_new_one_is_complete(tmp_path, m
     files.write_json(path, {"a": "é"})
     assert path.read_text(encoding="utf-8") == '{\n  "a": "é"\n}\n'
     order = []
-    fsync, replace = os.fsync, os.replace
+    fsync = os.fsync
+    replace = os.replace
     monkeypatch.setattr(files.os, "fsync", lambda fd: (order.append("fsync"), fsync(fd)))
     # Until the rename a reader sees the old file, and the new one is complete beside it.
     monkeypatch.setattr(
