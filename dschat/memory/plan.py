@@ -195,21 +195,24 @@ def _plan_ppo(config: PPOConfig, *, world_size: int, dtype: str) -> StepPlan:
             config, sizes["critic"], models, tokens=tokens, width=width, there=there
         )
     if data.unsupervised_dataset_name:
-        ptx = loss_bytes(tokens * actor.vocab, width=width, sliced=False, backward=True)
-        kept = kept_bytes(
-            actor,
-            tokens=tokens,
-            width=width,
-            checkpointing=config.actor_system.gradient_checkpointing,
-        )
-        gradients = models["actor"].gradients + models["actor"].waiting
-        parts["actor PTX"] = sum_parts(there, {"gradients": gradients, "activations": kept + ptx})
+        ptx = _ptx_parts(config, actor, models["actor"], tokens=tokens, width=width)
+        parts["actor PTX"] = sum_parts(there, ptx)
     return StepPlan(
         models,
         sizes,
         {**resident, **{f"{k} (while generating)": v for k, v in passing.items()}},
         parts,
     )
+
+
+def _ptx_parts(
+    config: PPOConfig, size: ModelSize, actor: Footprint, *, tokens: int, width: int
+) -> Parts:
+    """Return what the actor's backward of the unsupervised (PTX) loss needs."""
+    checkpointing = config.actor_system.gradient_checkpointing
+    kept = kept_bytes(size, tokens=tokens, width=width, checkpointing=checkpointing)
+    loss = loss_bytes(tokens * size.vocab, width=width, sliced=False, backward=True)
+    return {"gradients": actor.gradients + actor.waiting, "activations": kept + loss}
 
 
 def _critic_phases(
