@@ -125,11 +125,10 @@ def test_fused_draws_are_those_of_torch(vocab, temperature, dtype, device):
     noise = torch.empty(16, vocab, device=device).exponential_(generator=draw)
     tokens, logprobs = fused_draw(logits, noise, temperature)
     scores = logits.float() / temperature
-    # In half precision scores tie, and the noise alone decides; its last bit may.
-    chosen, best = (
-        (scores - noise.log()).gather(-1, tokens[:, None])[:, 0],
-        (scores - noise.log()).amax(-1),
-    )
+    # In half precision scores tie, so the last bit of the noise may decide.
+    perturbed = scores - noise.log()
+    chosen = perturbed.gather(-1, tokens[:, None])[:, 0]
+    best = perturbed.amax(-1)
     assert (best - chosen).max().item() < 1e-5
     gap = (logprobs - scores.log_softmax(-1).gather(-1, tokens[:, None])[:, 0]).abs().max().item()
     assert gap < 2e-5
@@ -353,7 +352,7 @@ def test_answers_follow_the_weights(zero, lora, offload, grouped, device, tmp_pa
             hybrid.end_rollout()
         engine.train()
         logits = forward_logits(engine, engine.module, input_ids=ids, attention_mask=mask)
-        # Of the texts alone: two steps on padding, and every answer is padding.
+        # Mask padding: after two updates on padding every answer would be padding.
         labels = ids.masked_fill(mask == 0, -100)
         engine.backward(
             torch.nn.functional.cross_entropy(
