@@ -1,4 +1,4 @@
-"""Adapter folders: PEFT loads what is written, and what PEFT writes is merged."""
+"""Adapter folders: PEFT loads ours, and those that PEFT writes are merged."""
 
 import json
 
@@ -19,8 +19,8 @@ FP32 = torch.float32
 IDS = random_texts((8,))[0][None]
 
 
-def stirred(model, *, only_optimize_lora: bool = True):
-    """The model with adapters that change its output."""
+def with_random_adapters(model, *, only_optimize_lora: bool = True):
+    """Add adapters that change the output to the model, and return it."""
     add_lora(model, dim=2, alpha=3.0, only_optimize_lora=only_optimize_lora)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -38,21 +38,21 @@ def logits(model) -> torch.Tensor:
 @pytest.mark.parametrize("family", ["llama", "opt", "gpt2"])
 def test_peft_loads_the_adapter_and_finds_the_merged_model(tmp_path, family):
     base = tiny(family)
-    model = stirred(load_causal_lm(base, dtype=FP32))
+    model = with_random_adapters(load_causal_lm(base, dtype=FP32))
     save_model(model, load_tokenizer(base), tmp_path / "out")
     merged = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
     plain = AutoModelForCausalLM.from_pretrained(base)
     assert not close(logits(plain), merged, 0.1)
     adapter = tmp_path / "out" / ADAPTER_FOLDER
     assert close(logits(PeftModel.from_pretrained(plain, adapter)), merged, 1e-4)
-    # Given as a model path, the adapter is the merged model to the bit.
+    # As a model path, the adapter is the merged model bit for bit.
     again = load_causal_lm(str(adapter), dtype=FP32, tokenizer=load_tokenizer(str(adapter)))
     expected = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in again.state_dict().items())
 
 
 @pytest.mark.parametrize("start", ["reward model", "language model"])
-def test_a_reward_models_adapter_brings_its_head(tmp_path, start):
+def test_the_adapter_of_a_reward_model_includes_its_head(tmp_path, start):
     base, tokenizer = tiny("llama"), load_tokenizer(tiny("llama"))
     if start == "reward model":
         save_model(
@@ -61,7 +61,7 @@ def test_a_reward_models_adapter_brings_its_head(tmp_path, start):
             tmp_path / "base",
         )
         base = str(tmp_path / "base")
-    model = stirred(load_reward_model(base, dtype=FP32, tokenizer=tokenizer))
+    model = with_random_adapters(load_reward_model(base, dtype=FP32, tokenizer=tokenizer))
     torch.manual_seed(0)
     torch.nn.init.normal_(model.model.score.weight)
     save_model(model.model, tokenizer, tmp_path / "out")
@@ -71,7 +71,7 @@ def test_a_reward_models_adapter_brings_its_head(tmp_path, start):
         base, num_labels=1, pad_token_id=tokenizer.pad_token_id
     )
     assert close(logits(PeftModel.from_pretrained(plain, adapter)), merged, 1e-4)
-    # Where a random head would be an error, the adapter's is none.
+    # With fresh_head=False a random head is an error; the adapter's head is accepted.
     again = load_reward_model(
         str(adapter), dtype=FP32, tokenizer=load_tokenizer(str(adapter)), fresh_head=False
     )
@@ -80,7 +80,7 @@ def test_a_reward_models_adapter_brings_its_head(tmp_path, start):
 
 
 def peft_adapter(path, **options) -> tuple[str, torch.Tensor]:
-    """A folder that PEFT wrote, and the logits of the model in it."""
+    """Write an adapter folder with PEFT; return its path and the logits of its model."""
     torch.manual_seed(1)
     options = {
         "r": 4,
@@ -100,7 +100,7 @@ def peft_adapter(path, **options) -> tuple[str, torch.Tensor]:
     "options",
     [{}, {"use_rslora": True}, {"alpha_pattern": {"q_proj": 32}, "rank_pattern": {"down_proj": 2}}],
 )
-def test_what_peft_wrote_is_merged(tmp_path, options):
+def test_adapters_written_by_peft_are_merged(tmp_path, options):
     path, expected = peft_adapter(tmp_path / "peft", **options)
     model = load_causal_lm(path, dtype=FP32, tokenizer=load_tokenizer(path))
     assert close(logits(model), expected, 1e-4)
@@ -119,7 +119,7 @@ def test_what_peft_wrote_is_merged(tmp_path, options):
         ({"modules_to_save": ["lm_head"]}, "no place for lm_head"),
     ],
 )
-def test_what_cannot_be_merged_is_refused(tmp_path, options, words):
+def test_adapters_that_cannot_be_merged_are_refused(tmp_path, options, words):
     path, _ = peft_adapter(tmp_path / "peft", **options)
     with pytest.raises(ValueError, match=f"--actor .*{words}.*by PEFT first"):
         load_causal_lm(path, dtype=FP32, flag="--actor")
@@ -142,15 +142,19 @@ def test_an_adapter_of_another_model_is_refused(tmp_path):
         load_causal_lm(path, dtype=FP32)
 
 
-def test_no_adapter_is_written_where_it_would_not_be_all(tmp_path):
+def test_no_adapter_is_written_if_it_would_be_incomplete(tmp_path):
     tokenizer, out = load_tokenizer(tiny("llama")), tmp_path / "out"
-    save_model(stirred(load_causal_lm(tiny("llama"), dtype=FP32)), tokenizer, out)
+    save_model(with_random_adapters(load_causal_lm(tiny("llama"), dtype=FP32)), tokenizer, out)
     assert (out / ADAPTER_FOLDER).is_dir()
-    # An adapter of an older model does not stay.
+    # The adapter of an older model is removed.
     save_model(
-        stirred(load_causal_lm(tiny("llama"), dtype=FP32), only_optimize_lora=False), tokenizer, out
+        with_random_adapters(load_causal_lm(tiny("llama"), dtype=FP32), only_optimize_lora=False),
+        tokenizer,
+        out,
     )
     assert not (out / ADAPTER_FOLDER).exists()
     path, _ = peft_adapter(tmp_path / "peft")
-    save_model(stirred(load_causal_lm(path, dtype=FP32)), tokenizer, tmp_path / "second")
+    save_model(
+        with_random_adapters(load_causal_lm(path, dtype=FP32)), tokenizer, tmp_path / "second"
+    )
     assert not (tmp_path / "second" / ADAPTER_FOLDER).exists()

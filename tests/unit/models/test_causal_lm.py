@@ -42,7 +42,7 @@ def test_missing_files_are_named(tmp_path):
         load_causal_lm(str(tmp_path / "x"), dtype=FP32, flag="--actor_model_name_or_path")
 
 
-def test_weights_of_another_model_are_not_loaded_at_random(tmp_path):
+def test_weights_of_another_shape_are_not_initialised_at_random(tmp_path):
     folder = shutil.copytree(tiny("llama"), tmp_path / "wide")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 96}))
@@ -53,7 +53,7 @@ def test_weights_of_another_model_are_not_loaded_at_random(tmp_path):
         load_causal_lm(str(folder), dtype=FP32)
 
 
-def test_dtype_is_what_was_asked_for():
+def test_the_model_has_the_requested_dtype():
     model = load_causal_lm(tiny("opt"), dtype=torch.bfloat16)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16} and model.config.use_cache
 
@@ -80,7 +80,7 @@ def test_vocabulary_grows_by_mean_rows_and_never_shrinks(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_dropout_is_set_on_loading_and_switched_off_everywhere(family):
+def test_dropout_is_set_on_loading_and_can_be_disabled_everywhere(family):
     ids = random_texts((12,))[0][None]
     model = load(family, dropout=0.3).train()
     assert not torch.equal(model(ids).logits, model(ids).logits)
@@ -116,7 +116,7 @@ def test_frozen_layers_get_no_gradient(family):
     assert model.get_output_embeddings().weight.requires_grad == (not tied)
 
 
-def test_the_decoder_is_the_outer_list_even_where_a_layer_has_more_experts_than_the_model_layers():
+def test_the_decoder_is_the_outermost_list_even_if_a_layer_has_more_experts_than_layers():
     model = load("llama")
     model.model.layers[0].mlp.experts = torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in range(5))
     assert decoder_layers(model)[0] == "model.layers"
@@ -169,12 +169,12 @@ def test_padding_changes_no_logits(family, side):
     assert close(last, logits[:, -4:], 1e-6)
 
 
-def test_logits_are_cut_where_the_family_cannot(monkeypatch):
+def test_logits_are_cut_if_the_forward_has_no_logits_to_keep(monkeypatch):
     model = load("llama").eval()
     ids = random_texts((6,))[0][None]
     full = model(ids).logits
 
-    class Older(type(model)):  # a family of before logits_to_keep
+    class Older(type(model)):  # a family without logits_to_keep
         def forward(self, input_ids=None, attention_mask=None, position_ids=None, use_cache=None):
             return super().forward(
                 input_ids, attention_mask=attention_mask, position_ids=position_ids
@@ -189,7 +189,7 @@ def test_logits_are_cut_where_the_family_cannot(monkeypatch):
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("family", ["opt", "gpt2", "llama"])
-def test_checkpointing_gives_the_same_gradients_even_with_adapters_alone(family, use_reentrant):
+def test_checkpointing_gives_the_same_gradients_with_adapters_only(family, use_reentrant):
     ids = random_texts((8,))[0][None]
 
     def gradients(checkpointing: bool) -> dict[str, torch.Tensor]:

@@ -22,7 +22,7 @@ from tests.unit.models_helpers import FAMILIES, OPT_350M_LIKE, close, random_tex
 
 FP32 = torch.float32
 IDS = random_texts((8,))[0][None]
-# Each family as published, and with the head tied the other way round.
+# Each family as published, and two with the opposite tying of the head.
 CASES = [(family, ()) for family in FAMILIES]
 CASES += [("llama", (("tie_word_embeddings", True),)), ("opt", (("tie_word_embeddings", False),))]
 CASES += [("opt", OPT_350M_LIKE)]
@@ -34,7 +34,7 @@ def load(path: str, dtype=FP32):
 
 
 def full_copies(model) -> dict[str, torch.Tensor]:
-    """Tensors as an engine gathers them: copies, tied names in copies of their own."""
+    """Return tensors as an engine gathers them: copies, with a separate one for each tied name."""
     return {name: t.detach().clone() for name, t in model.state_dict().items()}
 
 
@@ -51,7 +51,7 @@ def test_a_saved_model_loads_with_the_same_logits(family, overrides, tmp_path):
     tensors = full_copies(model)
     names = set(tensors)
     save_pretrained_folder(model, tensors, tokenizer, tmp_path / "out")
-    assert set(tensors) == names  # the caller's dict is as it was
+    assert set(tensors) == names  # the caller's dict is unchanged
     again = reload(tmp_path / "out")
     assert torch.equal(again(IDS).logits, expected) and type(again) is type(model)
     assert (
@@ -60,14 +60,13 @@ def test_a_saved_model_loads_with_the_same_logits(family, overrides, tmp_path):
     )
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == tokenizer.chat_template
     assert [p.name for p in tmp_path.iterdir()] == ["out"]  # nothing temporary is left
-    assert (
-        not (tmp_path / "out").stat().st_mode & 0o077 & ~0o755
-        and (tmp_path / "out").stat().st_mode & 0o055
-    )
+    mode = (tmp_path / "out").stat().st_mode
+    assert not mode & 0o077 & ~0o755
+    assert mode & 0o055
 
 
 @pytest.mark.parametrize("keep", ["embedding", "head"])
-def test_either_name_of_a_tied_tensor_will_do(keep, tmp_path):
+def test_a_tied_tensor_may_be_given_under_either_name(keep, tmp_path):
     model, tokenizer = load(tiny("gpt2"))
     expected = model(IDS).logits
     tensors = full_copies(model)
@@ -76,7 +75,7 @@ def test_either_name_of_a_tied_tensor_will_do(keep, tmp_path):
     assert torch.equal(reload(tmp_path / "out")(IDS).logits, expected)
 
 
-def test_the_model_object_itself_is_not_read(tmp_path):
+def test_the_parameters_of_the_model_object_are_not_read(tmp_path):
     model, tokenizer = load(tiny("opt"))
     expected, tensors = model(IDS).logits, full_copies(model)
     for parameter in model.parameters():  # what ZeRO-3 leaves of a parameter
@@ -87,7 +86,7 @@ def test_the_model_object_itself_is_not_read(tmp_path):
 
 
 @pytest.mark.parametrize("family", ["opt", "llama", "gpt2"])
-def test_an_adapted_model_is_saved_merged_while_it_goes_on_training(family, tmp_path):
+def test_an_adapted_model_is_saved_merged_while_training_continues(family, tmp_path):
     model, tokenizer = load(tiny(family))
     add_lora(model, dim=2, alpha=2.0, only_optimize_lora=True)
     with torch.no_grad():
@@ -105,7 +104,7 @@ def test_an_adapted_model_is_saved_merged_while_it_goes_on_training(family, tmp_
 
 
 @pytest.mark.parametrize("as_wrapper", [True, False])
-def test_a_reward_model_is_saved_by_itself_or_by_its_wrapper(as_wrapper, tmp_path):
+def test_a_reward_model_is_saved_with_or_without_its_wrapper(as_wrapper, tmp_path):
     tokenizer = load_tokenizer(tiny("gpt2"))
     model = load_reward_model(tiny("gpt2"), dtype=FP32, tokenizer=tokenizer).eval()
     saved = model if as_wrapper else model.model
@@ -115,7 +114,7 @@ def test_a_reward_model_is_saved_by_itself_or_by_its_wrapper(as_wrapper, tmp_pat
     assert not (tmp_path / "out" / "generation_config.json").exists()
 
 
-def test_the_configuration_tells_the_dtype_of_the_tensors(tmp_path):
+def test_the_configuration_has_the_dtype_of_the_tensors(tmp_path):
     model, tokenizer = load(tiny("llama"))
     tensors = {name: t.bfloat16() for name, t in full_copies(model).items()}
     save_pretrained_folder(model, tensors, tokenizer, tmp_path / "out")
@@ -150,7 +149,7 @@ def test_large_models_are_sharded(tmp_path, monkeypatch):
         ),
     ],
 )
-def test_wrong_tensors_leave_the_old_folder_alone(change, message, tmp_path):
+def test_wrong_tensors_leave_the_old_folder_unchanged(change, message, tmp_path):
     model, tokenizer = load(tiny("llama"))
     save_pretrained_folder(model, full_copies(model), tokenizer, tmp_path / "out")
     tensors = full_copies(model)
@@ -175,11 +174,11 @@ def test_a_crash_while_writing_keeps_the_old_model(tmp_path, monkeypatch):
     save_pretrained_folder(model, full_copies(model), tokenizer, tmp_path / "out")
     before = (tmp_path / "out" / "model.safetensors").read_bytes()
     tensors = {name: t + 1 for name, t in full_copies(model).items()}
-    monkeypatch.setattr(
-        type(tokenizer),
-        "save_pretrained",
-        lambda *a, **k: (_ for _ in ()).throw(OSError("disk full")),
-    )
+
+    def disk_full(*args, **kwargs):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(type(tokenizer), "save_pretrained", disk_full)
     with pytest.raises(OSError, match="disk full"):
         save_pretrained_folder(model, tensors, tokenizer, tmp_path / "out")
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
@@ -199,7 +198,7 @@ def test_a_crash_while_writing_keeps_the_old_model(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-def test_metrics_and_logs_of_the_folder_stay_and_old_weights_go(tmp_path):
+def test_metrics_and_logs_stay_and_old_weights_are_removed(tmp_path):
     model, tokenizer = load(tiny("llama"))
     out = tmp_path / "out"
     (out / "runs").mkdir(parents=True)
@@ -207,15 +206,14 @@ def test_metrics_and_logs_of_the_folder_stay_and_old_weights_go(tmp_path):
     (out / "metrics.jsonl").write_text("{}\n")
     (out / "pytorch_model.bin").write_text("old")
     (out / "config.json").write_text("old")
-    with open(
-        out / "metrics.jsonl", "a"
-    ) as open_file:  # a writer that is still open keeps its file
+    # A writer that is still open keeps its file.
+    with open(out / "metrics.jsonl", "a") as open_file:
         save_pretrained_folder(model, full_copies(model), tokenizer, out)
         open_file.write("more")
-    assert (out / "metrics.jsonl").read_text() == "{}\nmore" and (
-        out / "runs" / "events"
-    ).read_text() == "e"
-    assert not (out / "pytorch_model.bin").exists() and reload(out) is not None
+    assert (out / "metrics.jsonl").read_text() == "{}\nmore"
+    assert (out / "runs" / "events").read_text() == "e"
+    assert not (out / "pytorch_model.bin").exists()
+    assert reload(out) is not None
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
@@ -225,20 +223,21 @@ def saved_generation_config(path) -> dict:
     return config
 
 
-def test_the_generation_config_is_sane(tmp_path):
+def test_the_generation_config_can_be_saved(tmp_path):
     model, tokenizer = load(tiny("llama", pad_is_eos=True))
     ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
     save_pretrained_folder(model, full_copies(model), tokenizer, tmp_path / "out")
     assert {k: v for k, v in saved_generation_config(tmp_path / "out").items() if k in ids} == ids
 
-    # Sampling numbers without sampling, as some published models have: transformers refuses to save them.
+    # Sampling values with do_sample=False, as in some published models: transformers refuses to
+    # save them.
     model.generation_config = GenerationConfig(
         do_sample=False, temperature=0.6, top_p=0.9, eos_token_id=[2, 7]
     )
     save_pretrained_folder(model, full_copies(model), tokenizer, tmp_path / "out")
     saved = saved_generation_config(tmp_path / "out")
     assert saved["eos_token_id"] == [2, 7] and "temperature" not in saved and "top_p" not in saved
-    assert model.generation_config.temperature == 0.6  # the model in use keeps its own
+    assert model.generation_config.temperature == 0.6  # the model in use is unchanged
 
     own = GenerationConfig(do_sample=True, temperature=0.6, max_new_tokens=50)
     save_pretrained_folder(
@@ -249,7 +248,7 @@ def test_the_generation_config_is_sane(tmp_path):
     assert saved["eos_token_id"] == 2 and own.eos_token_id is None
 
 
-def test_a_model_without_generation_config_stops_at_every_end_of_its_configuration(tmp_path):
+def test_without_a_generation_config_all_end_ids_of_the_configuration_are_kept(tmp_path):
     folder = shutil.copytree(tiny("llama"), tmp_path / "in")
     (folder / "generation_config.json").unlink()
     model, tokenizer = load(str(folder))

@@ -11,7 +11,7 @@ from dschat.demo.tiny_models import make_tiny_model
 from dschat.models.families import FAMILIES, SHAPES, shape_config
 from tests.unit.models_helpers import tiny
 
-# Parameters as published, without counting a tied head twice.
+# Published numbers of parameters; a tied head counts once.
 PUBLISHED = {
     "bloom-1b1": 1_065_314_304,
     "opt-125m": 125_239_296,
@@ -26,13 +26,13 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_shapes_count_the_published_parameters(name):
+def test_shapes_have_the_published_number_of_parameters(name):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(shape_config(name))
     assert sum(p.numel() for p in model.parameters()) == PUBLISHED[name]
 
 
-def test_shape_names_are_forgiving_but_not_guessed():
+def test_shape_names_may_have_an_organisation_and_case_but_must_exist():
     assert shape_config("facebook/opt-1.3b").hidden_size == 2048
     assert shape_config("meta-llama/Llama-2-7b-hf").vocab_size == 32000
     assert shape_config("HuggingFaceTB/SmolLM2-135M-Instruct").num_key_value_heads == 3
@@ -47,10 +47,9 @@ def digest(folder) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_tiny_models_are_the_same_bytes_every_time(family, tmp_path):
-    torch.manual_seed(
-        hash(family) % 1000
-    )  # the caller's random state has no say, and is left alone
+def test_tiny_models_are_reproducible_to_the_byte(family, tmp_path):
+    # The caller's random state has no effect and does not change.
+    torch.manual_seed(hash(family) % 1000)
     state = torch.get_rng_state()
     again = make_tiny_model(tmp_path / "again", family=family, std=0.5)
     assert torch.equal(torch.get_rng_state(), state)
@@ -60,7 +59,7 @@ def test_tiny_models_are_the_same_bytes_every_time(family, tmp_path):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_tiny_models_have_the_shape_and_spread_they_promise(family):
+def test_tiny_models_have_the_given_shape_and_standard_deviation(family):
     model = AutoModelForCausalLM.from_pretrained(tiny(family))
     assert model.config.vocab_size == 264 == SHAPES[f"tiny-{family}"].vocab
     assert 0.45 < model.get_input_embeddings().weight[3:].std().item() < 0.55

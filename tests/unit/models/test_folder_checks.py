@@ -1,4 +1,4 @@
-"""Damaged model folders end in one message that names the file."""
+"""Damaged model folders give one message that names the file."""
 
 import json
 import shutil
@@ -29,7 +29,7 @@ def copy(llama, tmp_path) -> Path:
 
 
 def load(folder: Path):
-    """Load as a step does, in its order."""
+    """Load the tokenizer, the sizes and the model in the order of a step."""
     tokenizer = load_tokenizer(str(folder))
     named_size(str(folder), flag=FLAG)
     return load_causal_lm(str(folder), dtype=torch.float32, tokenizer=tokenizer)
@@ -39,10 +39,8 @@ def check_refused(folder: Path, *words: str) -> None:
     with pytest.raises(ValueError) as caught:
         load(folder)
     message = str(caught.value)
-    assert (
-        message.startswith(f"{FLAG} {str(folder)!r}")
-        and [word for word in words if word not in message] == []
-    ), message
+    assert message.startswith(f"{FLAG} {str(folder)!r}"), message
+    assert [word for word in words if word not in message] == [], message
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "7", "null", "[" * 100_000, b"\xff\xfe{"])
@@ -58,16 +56,16 @@ def test_a_damaged_file_is_named(name, text, copy):
 @pytest.mark.parametrize(
     "change",
     [
-        *(
-            {"hidden_size": -4},
-            {"vocab_size": "many"},
-            {"num_attention_heads": 0},
-            {"hidden_size": None},
-        ),
-        *({"model_type": 7}, {"model_type": "no-such"}, {"num_hidden_layers": "x"}),
+        {"hidden_size": -4},
+        {"vocab_size": "many"},
+        {"num_attention_heads": 0},
+        {"hidden_size": None},
+        {"model_type": 7},
+        {"model_type": "no-such"},
+        {"num_hidden_layers": "x"},
     ],
 )
-def test_a_configuration_that_makes_no_sense_is_named(change, copy):
+def test_an_invalid_configuration_is_named(change, copy):
     known = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps({**known, **change}))
     check_refused(copy, "config.json")
@@ -84,7 +82,7 @@ def test_a_damaged_index_is_named(text, copy):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("reward", [False, True])
-def test_weights_that_are_no_numbers_are_named(reward, value, copy):
+def test_weights_that_are_not_finite_are_named(reward, value, copy):
     tensors = load_file(copy / "model.safetensors")
     tensors["model.norm.weight"][3] = value
     save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
@@ -127,21 +125,25 @@ def adapter(llama: Path, folder: Path, tensors: dict | bytes | None, **config) -
     return folder
 
 
-GOOD = {"lora_A": torch.ones(4, 64), "lora_B": torch.ones(64, 4)}
+VALID = {"lora_A": torch.ones(4, 64), "lora_B": torch.ones(64, 4)}
 ADAPTERS = {
-    "another kind": (GOOD, {"peft_type": "NOPE"}, "adapter_config.json cannot be used"),
+    "another kind": (VALID, {"peft_type": "NOPE"}, "adapter_config.json cannot be used"),
     "damaged": (b"xx", {}, "its weights cannot be read"),
     "missing": (None, {}, "adapter_model.safetensors is missing"),
-    "another width": ({**GOOD, "lora_A": torch.ones(4, 7)}, {}, "has no place for"),
-    "two ranks": ({**GOOD, "lora_A": torch.ones(3, 64)}, {}, "has no place for"),
+    "another width": ({**VALID, "lora_A": torch.ones(4, 7)}, {}, "has no place for"),
+    "two ranks": ({**VALID, "lora_A": torch.ones(3, 64)}, {}, "has no place for"),
     "no rank": ({"lora_A": torch.ones(0, 64), "lora_B": torch.ones(64, 0)}, {}, "has no place for"),
-    "half": ({"lora_A": GOOD["lora_A"]}, {}, "has no place for"),
-    "not numbers": ({**GOOD, "lora_B": torch.full((64, 4), float("nan"))}, {}, "no finite numbers"),
-    "no base": (GOOD, {"base_model_name_or_path": 7}, "has no base_model_name_or_path"),
+    "half": ({"lora_A": VALID["lora_A"]}, {}, "has no place for"),
+    "not numbers": (
+        {**VALID, "lora_B": torch.full((64, 4), float("nan"))},
+        {},
+        "no finite numbers",
+    ),
+    "no base": (VALID, {"base_model_name_or_path": 7}, "has no base_model_name_or_path"),
 }
 
 
-def test_a_bin_of_weights_that_was_cut_short_is_named(llama, copy):
+def test_a_truncated_bin_file_is_named(llama, copy):
     for file in copy.glob("*.safetensors"):
         tensors = load_file(file)
         file.unlink()
@@ -157,10 +159,10 @@ def test_an_adapter_that_does_not_fit_is_named(case, llama, tmp_path):
     check_refused(adapter(llama, tmp_path / "adapter", tensors, **config), words)
 
 
-def test_the_good_adapter_loads(llama, tmp_path):
-    assert load(adapter(llama, tmp_path / "adapter", GOOD)).merged_adapter
+def test_a_valid_adapter_loads(llama, tmp_path):
+    assert load(adapter(llama, tmp_path / "adapter", VALID)).merged_adapter
 
 
 def test_a_model_and_an_adapter_in_one_folder_are_refused(llama, copy):
-    shutil.copytree(adapter(llama, copy.parent / "adapter", GOOD), copy, dirs_exist_ok=True)
+    shutil.copytree(adapter(llama, copy.parent / "adapter", VALID), copy, dirs_exist_ok=True)
     check_refused(copy, "config.json", "adapter_config.json", "Give each a separate folder")

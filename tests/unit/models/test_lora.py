@@ -1,12 +1,12 @@
 import pytest
 import torch
-from peft.tuners.lora import LoraLayer
 
 from dschat.models.causal_lm import load_causal_lm
 from dschat.models.lora import (
     adapters_disabled,
     add_lora,
     has_lora,
+    lora_layers,
     lora_parameter_names,
     merged_state_dict,
 )
@@ -24,8 +24,8 @@ def load(family: str, dtype=FP32):
     return load_causal_lm(tiny(family), dtype=dtype, dropout=0.0).eval()
 
 
-def stir(model, *, seed: int = 0) -> None:
-    """Give B values, as training would; A and B change the output from then on."""
+def randomize_lora_b(model, *, seed: int = 0) -> None:
+    """Set B to random values, so that the adapters change the output as after training."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -47,12 +47,10 @@ def test_all_decoder_layers_are_adapted_and_nothing_else(family):
     assert number == 2 * LAYERS_PER_BLOCK[family] and has_lora(model) and type(model) is kind
     assert torch.equal(model(IDS).logits, before)  # B is zero
     names = lora_parameter_names(model)
-    assert (
-        len(names) == 2 * number
-        and names == trainable(model)
-        and all("lora_" in name for name in names)
-    )
-    adapted = {name for name, m in model.named_modules() if isinstance(m, LoraLayer)}
+    assert len(names) == 2 * number
+    assert names == trainable(model)
+    assert all("lora_" in name for name in names)
+    adapted = set(lora_layers(model))
     assert not any("head" in name or "embed" in name for name in adapted)
 
 
@@ -61,7 +59,7 @@ def test_the_scale_is_alpha_over_dim():
     layer = model.model.layers[0].self_attn.q_proj
     before = layer.weight.detach().clone()
     add_lora(model, dim=4, alpha=3.0, module_name="q_proj", only_optimize_lora=True)
-    stir(model)
+    randomize_lora_b(model)
     layer = model.model.layers[0].self_attn.q_proj
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     x = torch.randn(3, 64, generator=torch.Generator().manual_seed(1))
@@ -72,7 +70,7 @@ def test_the_scale_is_alpha_over_dim():
     "family, name, number",
     [("opt", "decoder.layers.", 12), ("llama", "layers.1.mlp", 3), ("gpt2", "c_attn", 2)],
 )
-def test_a_module_name_narrows_the_scope(family, name, number):
+def test_a_module_name_selects_the_layers(family, name, number):
     model = load(family)
     assert add_lora(model, dim=2, alpha=1.0, module_name=name, only_optimize_lora=True) == number
     assert all(name in n for n in lora_parameter_names(model))
@@ -99,9 +97,7 @@ def test_without_only_optimize_lora_all_but_the_adapted_weights_train(family):
     model = load(family)
     add_lora(model, dim=2, alpha=1.0, only_optimize_lora=False)
     frozen = {name for name, _ in model.named_parameters()} - trainable(model)
-    adapted = {
-        f"{name}.base_layer.weight" for name, m in model.named_modules() if isinstance(m, LoraLayer)
-    }
+    adapted = {f"{name}.base_layer.weight" for name in lora_layers(model)}
     assert frozen == adapted and len(frozen) == 2 * LAYERS_PER_BLOCK[family]
 
 
@@ -140,11 +136,11 @@ def test_adapters_have_the_dtype_of_their_weights(dtype):
     assert {p.dtype for p in model.parameters()} == {dtype}
 
 
-def test_disabled_adapters_are_the_first_model_and_keep_their_gradients_on():
+def test_disabling_adapters_restores_the_first_model_and_keeps_requires_grad():
     model = load("gpt2")
     before = model(IDS).logits
     add_lora(model, dim=2, alpha=1.0, only_optimize_lora=True)
-    stir(model)
+    randomize_lora_b(model)
     names = trainable(model)
     changed = model(IDS).logits
     assert not close(changed, before, 0.1)
@@ -158,31 +154,30 @@ def test_disabled_adapters_are_the_first_model_and_keep_their_gradients_on():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_merging_equals_pefts_own(family):
+def test_merging_equals_that_of_peft(family):
     model = load(family)
     plain_names = set(model.state_dict())
     add_lora(model, dim=2, alpha=3.0, only_optimize_lora=True)
-    stir(model)
+    randomize_lora_b(model)
     wrapped = {name: t.clone() for name, t in model.state_dict().items()}
     logits = model(IDS).logits
     merged = merged_state_dict(model, wrapped)
     assert set(merged) == plain_names and "lora" not in "".join(merged)
-    assert any("lora_" in name for name in wrapped)  # the caller's dict is as it was
+    assert any("lora_" in name for name in wrapped)  # the caller's dict is unchanged
     fresh = load(family)
     fresh.load_state_dict(merged)
     assert close(fresh(IDS).logits, logits, 1e-4) and not close(
         load(family)(IDS).logits, logits, 0.1
     )
-    for name, module in model.named_modules():
-        if isinstance(module, LoraLayer):
-            module.merge()
-            assert close(merged[f"{name}.weight"], module.base_layer.weight, 1e-6)
+    for name, layer in lora_layers(model).items():
+        layer.merge()
+        assert close(merged[f"{name}.weight"], layer.base_layer.weight, 1e-6)
 
 
 def test_merging_half_precision_rounds_once():
     model = load("llama", torch.bfloat16)
     add_lora(model, dim=2, alpha=1.0, module_name="q_proj", only_optimize_lora=True)
-    stir(model)
+    randomize_lora_b(model)
     state = model.state_dict()
     merged = merged_state_dict(model, state)
     name = "model.layers.1.self_attn.q_proj"
@@ -194,7 +189,7 @@ def test_merging_half_precision_rounds_once():
     assert torch.equal(model.state_dict()[f"{name}.base_layer.weight"].double(), w)
 
 
-def test_merging_needs_every_tensor_and_leaves_plain_models_alone():
+def test_merging_needs_every_tensor_and_does_not_change_plain_models():
     model = load("llama")
     assert merged_state_dict(model, {"a": torch.ones(1)}) == {"a": torch.ones(1)}
     add_lora(model, dim=2, alpha=1.0, module_name="q_proj", only_optimize_lora=True)

@@ -23,14 +23,14 @@ CASES += [("opt", False, OPT_350M_LIKE), ("llama", True, (("tie_word_embeddings"
 
 
 def load(path: str, *, seed: int = 0, **options):
-    """A reward model of the folder `path` in eval mode, and its tokenizer."""
+    """Return a reward model of the folder `path` in eval mode, and its tokenizer."""
     tokenizer = load_tokenizer(path)
     torch.manual_seed(seed)
     return load_reward_model(path, dtype=FP32, tokenizer=tokenizer, **options).eval(), tokenizer
 
 
 def score(model: RewardModel, texts, *, side: str, pad_id: int) -> torch.Tensor:
-    """[B] the value at the last attended token: an independent pooling, row by row."""
+    """Return the values [B] at the last attended token, pooled row by row."""
     ids, mask = pad(texts, side=side, pad_id=pad_id)
     values = model(ids, mask)
     assert values.shape == ids.shape and values.dtype == FP32
@@ -38,10 +38,11 @@ def score(model: RewardModel, texts, *, side: str, pad_id: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("family, pad_is_eos, overrides", CASES)
-def test_plain_transformers_gives_our_score(family, pad_is_eos, overrides, tmp_path):
+def test_transformers_gives_the_same_score(family, pad_is_eos, overrides, tmp_path):
     path = tiny(family, pad_is_eos=pad_is_eos, overrides=overrides)
     model, tokenizer = load(path)
-    # Texts that end as answers do, one with the end inside it too: a pad id that is eos would move the score.
+    # Texts that end as responses do, with the end token inside too: if padding were eos, it would
+    # move the score.
     end = torch.tensor([tokenizer.eos_token_id])
     texts = [torch.cat([text[:4], end, text[4:], end]) for text in random_texts()]
     save_pretrained_folder(model.model, model.model.state_dict(), tokenizer, tmp_path / "saved")
@@ -52,25 +53,22 @@ def test_plain_transformers_gives_our_score(family, pad_is_eos, overrides, tmp_p
     saved_tokenizer = AutoTokenizer.from_pretrained(tmp_path / "saved")
     pad_id = plain.config.pad_token_id
     assert not info["missing_keys"] and not info["unexpected_keys"] and plain.dtype == FP32
-    assert (
-        saved_tokenizer.pad_token_id
-        == pad_id
-        not in (saved_tokenizer.eos_token_id, saved_tokenizer.bos_token_id)
-    )
+    assert saved_tokenizer.pad_token_id == pad_id
+    assert pad_id not in (saved_tokenizer.eos_token_id, saved_tokenizer.bos_token_id)
     ids, mask = pad(texts, side="right", pad_id=pad_id)
     ours = score(model, texts, side="right", pad_id=pad_id)
     assert ours.std() > 0.05
     assert close(plain(input_ids=ids, attention_mask=mask).logits[:, 0], ours, 1e-5)
     alone = torch.stack([plain(input_ids=text[None]).logits[0, 0] for text in texts])
     assert close(alone, ours, 1e-5)
-    # Our own forward, loaded again: the side and the id of the padding do not matter, since the mask says it all.
+    # In our forward, loaded again, only the mask matters, not the side and the id of the padding.
     again, _ = load(str(tmp_path / "saved"), seed=1)
     for side, some_id in (("left", pad_id), ("right", 2), ("left", 7)):
         assert close(score(again, texts, side=side, pad_id=some_id), ours, 1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_ids_that_only_a_larger_padded_vocabulary_has_are_read_as_the_last(family):
+def test_ids_beyond_the_embedding_are_read_as_the_last_one(family):
     model, tokenizer = load(tiny(family))
     last = model.model.get_input_embeddings().num_embeddings - 1
     assert last >= len(tokenizer) - 1
@@ -101,15 +99,14 @@ def test_half_precision_values_are_fp32():
 @pytest.mark.parametrize(
     "family, overrides, width", [("llama", (), 64), ("opt", (), 64), ("opt", OPT_350M_LIKE, 32)]
 )
-def test_a_fresh_head_follows_the_seed_and_the_width(family, overrides, width):
+def test_a_fresh_head_depends_on_the_seed_and_the_width(family, overrides, width):
     path = tiny(family, overrides=overrides)
     heads = [load(path, seed=seed)[0].model.score.weight.detach() for seed in (0, 0, 1)]
     assert heads[0].shape == (1, width)
     assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
     expected = (width + 1) ** -0.5
-    assert (
-        abs(torch.cat(heads[1:]).std().item() / expected - 1) < 0.2
-    )  # 64 or 128 draws: 0.06 to 0.09 is one sigma
+    # With 64 or 128 draws, one sigma is 0.06 to 0.09.
+    assert abs(torch.cat(heads[1:]).std().item() / expected - 1) < 0.2
     model, _ = load(path)
     base = AutoModelForCausalLM.from_pretrained(path, dtype=FP32)
     for name, parameter in base.base_model.named_parameters():
@@ -120,7 +117,7 @@ def test_a_fresh_head_follows_the_seed_and_the_width(family, overrides, width):
     )
 
 
-def test_the_pad_that_a_generation_config_calls_an_end_is_not_used(tmp_path):
+def test_a_pad_id_among_the_end_ids_of_the_generation_config_is_not_used(tmp_path):
     folder = shutil.copytree(tiny("qwen2"), tmp_path / "chat")
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 0]}))
     model, tokenizer = load(str(folder))
@@ -128,7 +125,7 @@ def test_the_pad_that_a_generation_config_calls_an_end_is_not_used(tmp_path):
     assert model.config.vocab_size == 264 and load(tiny("qwen2"))[0].config.pad_token_id == 0
 
 
-def test_a_full_vocabulary_grows_for_the_pad():
+def test_a_full_vocabulary_grows_for_the_padding_token():
     model, tokenizer = load(str(tiny("llama", pad_is_eos=True, overrides=(("vocab_size", 259),))))
     assert len(tokenizer) == 260 and tokenizer.pad_token_id == 259 == model.config.pad_token_id
     assert model.config.vocab_size == 264 == model.model.get_input_embeddings().weight.shape[0]
@@ -136,7 +133,7 @@ def test_a_full_vocabulary_grows_for_the_pad():
 
 @pytest.fixture
 def classifier(tmp_path):
-    """Writes a public-looking reward model folder with changes to its tensors and configuration."""
+    """Return a function that writes a public reward model, with changes to it."""
 
     def write(*, drop: str = "", **changes) -> str:
         config = AutoConfig.from_pretrained(tiny("llama"), num_labels=changes.pop("num_labels", 1))
@@ -164,16 +161,15 @@ def test_public_reward_models_keep_their_head_or_are_refused(classifier):
         load(classifier(num_labels=3), flag="--critic_model_name_or_path")
 
 
-def test_a_head_that_is_no_value_head_is_refused_by_name():
+def test_a_model_without_a_value_head_is_refused_by_name():
     config = BertConfig(
         vocab_size=30, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, num_labels=1
     )
     with pytest.raises(ValueError, match="BertForSequenceClassification cannot be a reward model"):
         RewardModel(BertForSequenceClassification(config))
     model = load(tiny("llama"))[0].model
-    model.score = torch.nn.Linear(
-        64, 1
-    )  # with a bias, dividing the weight would not divide the values
+    # With a bias, dividing the weight would not divide the values.
+    model.score = torch.nn.Linear(64, 1)
     with pytest.raises(
         ValueError, match="LlamaForSequenceClassification cannot be a reward model.*bias=True"
     ):
@@ -183,7 +179,7 @@ def test_a_head_that_is_no_value_head_is_refused_by_name():
 def deepspeed_chat_checkpoint(
     folder, family: str, *, change=lambda tensors: None, overrides: tuple = ()
 ) -> str:
-    """A folder as DeepSpeed-Chat saved it: AutoModel's tensors under rwtransformer., a v_head, one .bin file."""
+    """Write a folder as DeepSpeed-Chat did: one .bin with rwtransformer.* and a v_head."""
     base = AutoModelForCausalLM.from_pretrained(
         tiny(family, overrides=overrides), dtype=FP32
     ).base_model
@@ -244,7 +240,8 @@ def rename(tensors, old: str, new: str) -> None:
                 "rwtransformer.decoder.layers.0.fc2.bias",
                 "rwtransformer.decoder.layers.0.fc3.bias",
             ),
-            r"missing: model.decoder.layers.0.fc2.bias; not part of the model: model.decoder.layers.0.fc3.bias",
+            "missing: model.decoder.layers.0.fc2.bias; "
+            "not part of the model: model.decoder.layers.0.fc3.bias",
         ),
     ],
 )
@@ -254,7 +251,7 @@ def test_deepspeed_chat_checkpoints_must_fit_to_the_last_tensor(change, message,
         load(path)
 
 
-def test_tables_that_old_transformers_saved_are_passed_over(tmp_path):
+def test_buffers_that_old_transformers_saved_are_ignored(tmp_path):
     def change(tensors):
         tensors["rwtransformer.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(8)
 

@@ -14,7 +14,7 @@ from tests.unit.models_helpers import FAMILIES, tiny
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_saved_tokenizer_gives_the_same_ids_and_the_text_back(family):
+def test_a_saved_tokenizer_gives_the_same_ids_and_decodes_to_the_text(family):
     tokenizer = load_tokenizer(tiny(family))
     for text in ("Human: 12 apples?\n\nAssistant: naïve 日本 \t ok", "  two  spaces . , don't"):
         assert tokenizer(text).input_ids[-3:] == byte_tokenizer()(text).input_ids[-3:]
@@ -24,7 +24,7 @@ def test_a_saved_tokenizer_gives_the_same_ids_and_the_text_back(family):
     assert starts_with_bos == (family in ("opt", "llama", "mistral"))
 
 
-def test_the_chat_template_survives():
+def test_the_chat_template_is_saved():
     tokenizer = load_tokenizer(tiny("llama"))
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
     assert (
@@ -77,13 +77,15 @@ def test_end_ids_are_those_of_the_configuration_and_the_tokenizer(value, expecte
     assert eos_token_ids(SimpleNamespace(eos_token_id=value), byte_tokenizer()) == expected
 
 
-def test_pad_of_a_reward_model_stands_in_no_text():
+def test_the_padding_token_of_a_reward_model_occurs_in_no_text():
     tokenizer = byte_tokenizer()
     assert ensure_unambiguous_pad(tokenizer) == 0 and len(tokenizer) == 259  # already good
-    assert ensure_unambiguous_pad(tokenizer, end_ids=[0]) == 259  # an id that ends texts is not
+    assert (
+        ensure_unambiguous_pad(tokenizer, end_ids=[0]) == 259
+    )  # an id that ends texts is not usable
     tokenizer = byte_tokenizer(pad_is_eos=True)
     assert ensure_unambiguous_pad(tokenizer) == 259 and len(tokenizer) == 260
     assert tokenizer("a<|pad|>").input_ids[-1] == 259 and ensure_unambiguous_pad(tokenizer) == 259
     tokenizer = byte_tokenizer()
-    tokenizer.pad_token = "</s>"  # the vocabulary's own padding token is taken up again
+    tokenizer.pad_token = "</s>"  # the vocabulary's own padding token is found again
     assert ensure_unambiguous_pad(tokenizer) == 0 and len(tokenizer) == 259
