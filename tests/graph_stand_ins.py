@@ -60,7 +60,8 @@ class StandInDecoder(GraphDecoder):
 
 def attend(query, key, value, new_key, new_value, bounds, scale) -> torch.Tensor:
     """Compute what decode_attention's kernel does."""
-    out, group = torch.empty_like(query), query.shape[1] // key.shape[1]
+    out = torch.empty_like(query)
+    group = query.shape[1] // key.shape[1]
     for row, (first, end) in enumerate(bounds.view(-1, 2).tolist()):
         for cache, new in ((key, new_key), (value, new_value)):
             cache[row, :, end - 1] = new[row, :, 0]

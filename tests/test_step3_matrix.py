@@ -32,10 +32,8 @@ COMMON = (
     "--dtype fp32 --seed 7 "
     f"--greedy_rollouts --no_normalize_reward --enable_test_mode --test_stop_step {ROLLOUTS}"
 )
-HYBRID, OFFLOAD = (
-    "--enable_hybrid_engine",
-    "--offload --offload_reference_model --offload_reward_model",
-)
+HYBRID = "--enable_hybrid_engine"
+OFFLOAD = "--offload --offload_reference_model --offload_reward_model"
 LORA = "--only_optimize_lora " + " ".join(
     f"--{role}_lora_dim 8 --{role}_lora_alpha 16 --{role}_lora_learning_rate 1e-3 "
     f"--{role}_gradient_checkpointing"
@@ -110,10 +108,8 @@ def test_greedy_answers_of_the_start_say_something(stock, request):
     """A model that repeats one token would hide faults of the cache."""
     if request.config.getoption("--model"):
         pytest.skip("the miniature model's answers are looked at")
-    model, tokenizer = (
-        load_plainly(stock / "matrix" / "actor"),
-        AutoTokenizer.from_pretrained(stock / "matrix" / "actor"),
-    )
+    model = load_plainly(stock / "matrix" / "actor")
+    tokenizer = AutoTokenizer.from_pretrained(stock / "matrix" / "actor")
     for row in list(read_rows(str(stock / "toy" / "train.jsonl"), flag="rows"))[:8]:
         ids = tokenizer(row.prompt, return_tensors="pt")["input_ids"]
         answer = model.generate(ids, max_new_tokens=ANSWER_TOKENS, do_sample=False)[

@@ -33,7 +33,8 @@ def nan_in_reward(rank: int) -> None:
 
 def nan_in_loss_of(objective: type, rank: int) -> None:
     log.OTHER_RANKS_WAIT_S = 0.5
-    loss_sum, calls = objective.loss_sum, []
+    loss_sum = objective.loss_sum
+    calls = []
 
     def spoiled(self, engine, batch):
         calls.append(1)
@@ -85,7 +86,8 @@ def infinite_kl(rank: int) -> None:
 
 def nothing_to_say(rank: int) -> None:
     """Let every answer be an end token alone after two rollouts."""
-    generate, calls = ppo.generate, []
+    generate = ppo.generate
+    calls = []
 
     def silent(*args, **kwargs):
         answers = generate(*args, **kwargs)
@@ -110,7 +112,8 @@ def nothing_to_say(rank: int) -> None:
 
 def deaf(rank: int) -> None:
     """Keep rank 0 in update 3 without end, as a GPU collective that waits for a dead rank would."""
-    weight, calls = SFTObjective.weight, []
+    weight = SFTObjective.weight
+    calls = []
 
     def waiting(self, batch):
         calls.append(1)

@@ -48,9 +48,11 @@ class Run:
         unbroken run.
         """
         compared = differing = 0
-        mine, theirs = self._bytes(), whole._bytes()
+        mine = self._bytes()
+        theirs = whole._bytes()
         for name in mine.keys() | theirs.keys():
-            ours, other = mine.get(name, b""), theirs.get(name, b"")
+            ours = mine.get(name, b"")
+            other = theirs.get(name, b"")
             compared += max(len(ours), len(other))
             differing += abs(len(ours) - len(other)) + sum(a != b for a, b in zip(ours, other))
         return {"bytes_compared": compared, "bytes_lost": differing}

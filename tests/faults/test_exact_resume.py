@@ -60,7 +60,9 @@ def params() -> list:
 
 @pytest.mark.parametrize("options", params())
 def test_a_killed_run_resumes_exactly(options, zygote, tmp_path, record):
-    step, ranks, argv = options["step"], options["ranks"], flags(options)
+    step = options["step"]
+    ranks = options["ranks"]
+    argv = flags(options)
     whole = zygote.run(step, tmp_path / "whole", argv.replace("--save_interval 5", ""), ranks=ranks)
     assert whole.statuses == [0] * ranks, whole.log[-3000:]
     killed = zygote.run(step, tmp_path / "killed", argv, ranks=ranks, kill_in_step=KILLED_IN)

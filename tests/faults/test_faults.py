@@ -44,11 +44,16 @@ def steps_of(run) -> list[int]:
 def test_twenty_kills_at_random_moments_lose_only_updates_after_the_last_checkpoint(
     zygote, tmp_path, record
 ):
-    draw, steps, every = random.Random(3), 240, 3
+    draw = random.Random(3)
+    steps = 240
+    every = 3
     argv = f"{SFT} --max_train_steps {steps} --save_interval {every}"
     whole = zygote.run(1, tmp_path / "whole", argv)
     assert whole.statuses == [0], whole.log[-3000:]
-    out, reached, lost, in_save = tmp_path / "killed", 0, [], 0
+    out = tmp_path / "killed"
+    reached = 0
+    lost = []
+    in_save = 0
     for number in range(KILLS):
         saves = draw.randrange(1, 3) if number % 2 else 0  # every other kill is in a save
         run = zygote.start(1, out, f"{argv} --resume latest", **hook("slow"))
@@ -88,7 +93,8 @@ def begin(run) -> int:
 
 def kill_in_save(run, out: Path, saves: int, delay_s: float) -> bool:
     """Kill a run shortly after its `saves`-th save begins; return True if it was unfinished."""
-    deadline, seen = time.monotonic() + 60, set()
+    deadline = time.monotonic() + 60
+    seen = set()
     while len(seen) < saves and time.monotonic() < deadline:
         seen |= {path.name for path in (out / "checkpoints").glob(".step_*.tmp")}
         time.sleep(0.001)
@@ -309,10 +315,8 @@ def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(
     "number, ranks, step", [(signal.SIGTERM, 1, 1), (signal.SIGINT, 2, 1), (signal.SIGTERM, 1, 3)]
 )
 def test_a_signal_to_one_rank_saves_and_ends_all(number, ranks, step, zygote, tmp_path, record):
-    main, argv = (
-        step,
-        f"{SFT} --max_train_steps 8" if step == 1 else PPO.replace("_steps 6", "_steps 8"),
-    )
+    main = step
+    argv = f"{SFT} --max_train_steps 8" if step == 1 else PPO.replace("_steps 6", "_steps 8")
     whole = zygote.run(main, tmp_path / "whole", argv, ranks=ranks)
     started = zygote.start(main, tmp_path / "out", argv, ranks=ranks, **hook("slow"))
     started.wait_for_step(3)

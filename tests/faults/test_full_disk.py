@@ -38,7 +38,8 @@ def fill(disk: Path) -> Path:
 def test_a_full_disk_costs_a_checkpoint_and_ends_the_run_at_the_model(
     ranks, disk, zygote, tmp_path, record
 ):
-    argv, out = f"{SFT} --max_train_steps 6 --save_interval 2", disk / "out"
+    argv = f"{SFT} --max_train_steps 6 --save_interval 2"
+    out = disk / "out"
     whole = zygote.run(1, tmp_path / "whole", argv, ranks=ranks)
     killed = zygote.run(1, out, argv, ranks=ranks, kill_in_step=4, log=tmp_path / "log")
     assert killed.checkpoints() == ["latest", "step_00000002"], killed.log[-3000:]

@@ -37,7 +37,8 @@ def content(path: Path) -> dict[str, str]:
 def test_a_killed_replacement_is_repaired(killed_at, tmp_path, monkeypatch):
     old = folder(tmp_path / "out", config_json="old", metrics_jsonl="lines", log_txt="log")
     new = folder(tmp_path / ".out.abcd1234.tmp", config_json="new")
-    calls, rename = itertools.count(1), Path.rename
+    calls = itertools.count(1)
+    rename = Path.rename
 
     def renaming(self, target):
         if next(calls) == killed_at:
@@ -71,7 +72,8 @@ def test_repairing_leaves_files_of_others(tmp_path):
 
 
 def test_the_second_run_in_a_folder_refuses(zygote, tmp_path):
-    out, argv = tmp_path / "out", f"{SFT} --max_train_steps 2000"
+    out = tmp_path / "out"
+    argv = f"{SFT} --max_train_steps 2000"
     first = zygote.start(1, out, argv)
     first.wait_for_step(3)
     second = zygote.run(1, out, argv, log=tmp_path / "second.log")

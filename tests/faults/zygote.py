@@ -35,7 +35,8 @@ from dschat.tracking.metrics import MetricsWriter
 
 def start(job: dict) -> list[int]:
     """Start the job's ranks and return their process ids; the first one leads their group."""
-    port, pids = free_port(), []
+    port = free_port()
+    pids = []
     for rank in range(job["ranks"]):
         pid = os.fork()
         if pid == 0:
@@ -110,7 +111,8 @@ def wait(pids: list[int], timeout_s: float) -> dict:
     """Return the ranks' exit statuses (negative: a signal) after all ended or timed out and were
     killed.
     """
-    started, statuses = time.monotonic(), {}
+    started = time.monotonic()
+    statuses = {}
     while len(statuses) < len(pids):
         for pid in set(pids) - set(statuses):
             found, status = os.waitpid(pid, os.WNOHANG)

@@ -212,7 +212,8 @@ def test_a_step_that_caches_nothing_is_noticed(device, tmp_path, monkeypatch):
 def test_copies_of_a_prompt_and_logits_processors(device, tmp_path):
     engine = stand_in(tiny(tmp_path, "llama"), device)
     ids, mask = prompts(device)
-    hybrid, plain = HybridEngine(engine, compiled=False), PlainGenerator(engine)
+    hybrid = HybridEngine(engine, compiled=False)
+    plain = PlainGenerator(engine)
     config = greedy(num_return_sequences=2, do_sample=True, top_k=1, temperature=0.7)
     assert answers(hybrid.decode(ids, mask, config).tokens) == answers(
         plain.decode(ids, mask, config).tokens

@@ -39,7 +39,8 @@ def planted(
     options = dict(zero=zero, dtype=dtype, offload=offload, accumulation=accumulation)
     actor = training_engine(f"{stock}/sft/llama", load_causal_lm, stock, **options)
     critic = training_engine(f"{stock}/reward/llama", load_reward_model, stock, **options)
-    engines, plant = (actor, critic), Plant(critic, float(value))
+    engines = (actor, critic)
+    plant = Plant(critic, float(value))
     start = snapshots(engines)
     first = [window(engines, micro) for micro in range(accumulation)]
     sound = snapshots(engines)
@@ -69,7 +70,9 @@ class Plant:
     """A hook that puts a value into the gradient of one matrix while it is armed."""
 
     def __init__(self, engine, value: float):
-        self.value, self.armed, self.done = value, False, False
+        self.value = value
+        self.armed = False
+        self.done = False
         parameter = next(p for name, p in engine.module.named_parameters() if "down_proj" in name)
         parameter.register_hook(self._spoil)
 

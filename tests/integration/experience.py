@@ -127,7 +127,8 @@ def reference_gradients(
     """
     e = experience
     live = experience["response_mask"]
-    actor, critic = plain_actor(stock, family), plain_critic(stock, family)
+    actor = plain_actor(stock, family)
+    critic = plain_critic(stock, family)
     num_answer = live.shape[1]
     logprobs, entropy = plain_logprobs_and_entropy(
         actor, e["input_ids"], e["attention_mask"], num_answer

@@ -34,10 +34,8 @@ def greedy_tokens(stock: str, *, family: str, zero: int, lora: str, offload: boo
         lora: "", or how adapters get into the replica: "merge" or "attach".
     """
     engine = steep_engine(stock, family=family, zero=zero, lora=lora, offload=offload)
-    hybrid, plain = (
-        HybridEngine(engine, lora_mode=lora or "auto", compiled=False),
-        PlainGenerator(engine),
-    )
+    hybrid = HybridEngine(engine, lora_mode=lora or "auto", compiled=False)
+    plain = PlainGenerator(engine)
     before = held(engine)
     first, again, other = (g.decode(*prompts(), greedy()).tokens for g in (hybrid, hybrid, plain))
     untouched = all(torch.equal(before[name], tensor) for name, tensor in held(engine).items())
@@ -97,7 +95,8 @@ def split_tokens(stock: str, *, family: str, lora: bool, gather_layers: int) -> 
         gather_layers: decoder layers gathered at a time.
     """
     engine = steep_engine(stock, family=family, zero=3, lora="merge" if lora else "", offload=False)
-    group, plain = tensor_group(2), PlainGenerator(engine)
+    group = tensor_group(2)
+    plain = PlainGenerator(engine)
     hybrid = HybridEngine(engine, group=group, gather_layers=gather_layers)
     reads = prompts_of_unlike_length()
     first, again, other = (g.decode(*reads, greedy()).tokens for g in (hybrid, hybrid, plain))
@@ -163,7 +162,8 @@ def split_other_families(stock: str, *, out: str) -> dict:
     )
     found = {}
     for make in (Qwen3Config, PhiConfig, Starcoder2Config):
-        config, folder = make(**sizes), f"{out}/{make.model_type}"
+        config = make(**sizes)
+        folder = f"{out}/{make.model_type}"
         torch.manual_seed(1)
         if dist.is_main():
             model = AutoModelForCausalLM.from_config(config)
@@ -206,7 +206,8 @@ def prompts_of_unlike_length() -> tuple[torch.Tensor, torch.Tensor]:
     ids, mask = prompts()
     if dist.rank() % 2 == 0:
         return ids, mask
-    ids, mask = ids[:, -30:], mask[:, -30:].clone()
+    ids = ids[:, -30:]
+    mask = mask[:, -30:].clone()
     mask[mask.all(-1), :3] = 0
     return ids * mask, mask
 
@@ -215,11 +216,10 @@ def logprob_gap(engine, ids: torch.Tensor, mask: torch.Tensor, sampled) -> float
     """Return the largest difference to the training module's logprobs, of two answers per prompt at
     temperature 2.
     """
-    ids, mask = ids.repeat_interleave(2, dim=0), mask.repeat_interleave(2, dim=0)
-    texts, masks = (
-        torch.cat([ids, sampled.tokens], -1),
-        torch.cat([mask, torch.ones_like(sampled.tokens)], -1),
-    )
+    ids = ids.repeat_interleave(2, dim=0)
+    mask = mask.repeat_interleave(2, dim=0)
+    texts = torch.cat([ids, sampled.tokens], -1)
+    masks = torch.cat([mask, torch.ones_like(sampled.tokens)], -1)
     with torch.no_grad():
         logits = forward_logits(engine, engine.module, input_ids=texts, attention_mask=masks)
     scaled = torch.log_softmax(logits[:, ids.shape[1] - 1 : -1] / 2.0, -1)
@@ -231,7 +231,9 @@ def slices_give_the_weights(hybrid: HybridEngine) -> bool:
     """Check that the ranks' slices make up the training weights, adapter merged, and most layers
     are split.
     """
-    replica, group, right = hybrid.replica, hybrid.group, True
+    replica = hybrid.replica
+    group = hybrid.group
+    right = True
     for weight in replica._copied:
         mine = group.gather(weight.module._parameters[weight.leaf].data)
         whole = mine[0] if weight.cut is None else torch.cat(list(mine), weight.cut)

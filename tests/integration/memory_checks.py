@@ -146,13 +146,12 @@ def shared_reference(
         model = load_causal_lm(
             path, dtype=TORCH_DTYPES[dtype], tokenizer=load_tokenizer(path), dropout=0.0
         )
-    separate, shared = build_inference_engine(model, ds_config=config), AdaptersOff(actor)
-    same, apart, kept, names = (
-        [],
-        [],
-        [],
-        {n for n, p in actor.module.named_parameters() if p.requires_grad},
-    )
+    separate = build_inference_engine(model, ds_config=config)
+    shared = AdaptersOff(actor)
+    same = []
+    apart = []
+    kept = []
+    names = {n for n, p in actor.module.named_parameters() if p.requires_grad}
     for step in range(3):
         same.append(torch.equal(logits_of(shared, step), logits_of(separate, step)))
         before = logits_of(actor, step)
@@ -247,7 +246,8 @@ def frozen_memory(stock: str, *, zero: int) -> dict:
     "left" is what it holds, immediately after quantisation, of parameters that the model no longer
     has.
     """
-    path, sizes = f"{stock}/sft/llama", {}
+    path = f"{stock}/sft/llama"
+    sizes = {}
     gc.disable()  # memory that only a collection frees counts during quantisation too
     for mixed in (False, True):
         earlier = {id(p) for p in parameters_alive()}
@@ -372,7 +372,8 @@ def adapter_in_pieces(stock: str, *, out: str) -> dict:
     adapter = f"{out}/adapter"
     plain = load_causal_lm(adapter, dtype=torch.float32)
     again = lora_engine(adapter, zero=3)
-    found, expected = full_tensors(again.module), plain.state_dict()
+    found = full_tensors(again.module)
+    expected = plain.state_dict()
     result = {"in pieces": all(hasattr(p, "ds_id") for p in again.module.parameters())}
     if dist.is_main():
         start = load_causal_lm(path, dtype=torch.float32).state_dict()

@@ -29,7 +29,8 @@ def check_model_folder(folder: Path, *, start: Path, reward: bool, options: dict
         start: the causal language model, or the reward model, that training began with.
         options: one value of each axis of `options.py`.
     """
-    model, tokenizer = load_plainly(folder, reward=reward), AutoTokenizer.from_pretrained(folder)
+    model = load_plainly(folder, reward=reward)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     assert model.dtype == AutoConfig.from_pretrained(folder).dtype == TORCH_DTYPES[options["dtype"]]
     check_changes(model, start, lora=options["lora"], exact=options["dtype"] == "fp32")
     assert tokenizer.eos_token == ("<|endoftext|>" if options["eot"] else "</s>")
@@ -50,7 +51,8 @@ def check_changes(model, start: Path, *, lora: str, exact: bool) -> None:
     If not `exact`, norms may be unchanged: rounding near 1 may swallow short training.
     """
     is_reward = "ForSequenceClassification" in AutoConfig.from_pretrained(start).architectures[0]
-    before, after = load_plainly(start, reward=is_reward).state_dict(), model.state_dict()
+    before = load_plainly(start, reward=is_reward).state_dict()
+    after = model.state_dict()
     common = {name for name in after if name in before} - {"score.weight"}
     assert set(after) - common <= {"score.weight"}
     changed = {name for name in common if _differs(before[name], after[name])}

@@ -284,7 +284,8 @@ def largest_ratio_error(trainer, experience: Experience) -> float:
     """Return the largest |ratio - 1| of the answer tokens in the first minibatch of the policy
     loss.
     """
-    seen, policy_loss = [], ppo.policy_loss
+    seen = []
+    policy_loss = ppo.policy_loss
 
     def noting(logprobs, old_logprobs, advantages, mask, **options):
         seen.append((logprobs - old_logprobs).detach().exp().sub(1)[mask].abs().max().item())

@@ -54,10 +54,8 @@ def with_peers(prefix: str, name: int | str) -> Case:
 
 
 def pair(name: int | str):
-    peers, alone = (
-        with_peers("peers", name),
-        Case(f"alone-{name}", step=step_of(name), argv=ARGV[name]),
-    )
+    peers = with_peers("peers", name)
+    alone = Case(f"alone-{name}", step=step_of(name), argv=ARGV[name])
     return pytest.param(peers, alone, id=str(name), marks=pytest.mark.cases(peers, alone))
 
 

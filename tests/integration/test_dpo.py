@@ -66,7 +66,8 @@ def plain_logprobs(folder: Path, tokenizer, rows: list[dict]) -> torch.Tensor:
     """Return [N, 2] float64 of chosen and rejected answers with end token, by transformers, one at
     a time.
     """
-    model, found = load_plainly(folder).double(), []
+    model = load_plainly(folder).double()
+    found = []
     for row in rows:
         start = len(tokenizer(row["prompt"])["input_ids"])
         for answer in (row["chosen"], row["rejected"]):
@@ -113,8 +114,10 @@ def test_tensorboard_has_the_metrics_and_the_engine_of_step_2(launches):
 @each(name for name in CASES if not any(word in name for word in ("int8", "bf16", "fp16")))
 def test_the_numbers_and_the_saved_model_are_those_of_a_plain_loop(name, launches, stock):
     family, flags = RUNS[name]
-    outcome, start = launches[CASES[name]], stock / "sft" / family
-    tokenizer, rows = AutoTokenizer.from_pretrained(outcome.out), toy_rows(stock)
+    outcome = launches[CASES[name]]
+    start = stock / "sft" / family
+    tokenizer = AutoTokenizer.from_pretrained(outcome.out)
+    rows = toy_rows(stock)
     logprobs = plain_logprobs(outcome.out, tokenizer, rows)
     reported = outcome.metrics()[-1]
     assert logprobs.mean(0).tolist() == pytest.approx(
@@ -125,11 +128,10 @@ def test_the_numbers_and_the_saved_model_are_those_of_a_plain_loop(name, launche
         assert rewards.mean(0).tolist() == pytest.approx(
             [reported["eval/chosen_reward"], reported["eval/rejected_reward"]], rel=1e-3, abs=1e-4
         )
-        margin, smoothing = (
-            rewards[:, 0] - rewards[:, 1],
-            0.1 if "--label_smoothing 0.1" in flags else 0.0,
-        )
-        right, wrong = torch.sigmoid(margin).log(), torch.sigmoid(-margin).log()
+        margin = rewards[:, 0] - rewards[:, 1]
+        smoothing = 0.1 if "--label_smoothing 0.1" in flags else 0.0
+        right = torch.sigmoid(margin).log()
+        wrong = torch.sigmoid(-margin).log()
         loss = -(1 - smoothing) * right - smoothing * wrong
         assert loss.mean().item() == pytest.approx(reported["eval/loss"], rel=1e-4)
         assert margin.mean().item() == pytest.approx(reported["eval/margin"], rel=1e-3)
@@ -166,7 +168,8 @@ LEARNING = Case(
 @pytest.mark.cases(LEARNING)
 def test_held_out_pairs_are_ranked_correctly(launches, stock):
     outcome = launches[LEARNING]
-    tokenizer, rows = AutoTokenizer.from_pretrained(outcome.out), toy_rows(stock)
+    tokenizer = AutoTokenizer.from_pretrained(outcome.out)
+    rows = toy_rows(stock)
     before, after = (
         plain_logprobs(path, tokenizer, rows) for path in (stock / "base" / "llama", outcome.out)
     )

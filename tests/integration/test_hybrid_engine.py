@@ -17,7 +17,8 @@ AXES = {
 
 
 def params() -> list:
-    few, found = pairwise(AXES), []
+    few = pairwise(AXES)
+    found = []
     for options in list(product(AXES)):
         kwargs = {
             "stock": "{stock}",
@@ -102,7 +103,8 @@ SPLIT = {
 
 
 def split_params() -> list:
-    few, found = pairwise(SPLIT), []
+    few = pairwise(SPLIT)
+    found = []
     for options in list(product(SPLIT)):
         case = Case(
             case_name("split", options),

@@ -287,7 +287,8 @@ def supervised_int8(step: int, ranks: int):
     "case, kind", [supervised_int8(1, 1), supervised_int8(1, 2), supervised_int8(2, 2)]
 )
 def test_steps_1_and_2_train_adapters_on_int8_weights(case, kind, launches, stock):
-    outcome, options = launches[case], {"dtype": "fp32", "lora": "only-lora", "eot": False}
+    outcome = launches[case]
+    options = {"dtype": "fp32", "lora": "only-lora", "eot": False}
     check_model_folder(
         outcome.out, start=stock / kind / "llama", reward=case.step == 2, options=options
     )

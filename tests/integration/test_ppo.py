@@ -105,7 +105,8 @@ def ppo_case(options: dict) -> Case:
     "options, case", case_params(ppo_case, AXES, turns=("family",), minor=MINOR)
 )
 def test_ppo_leaves_complete_trained_models(options, case, launches, stock):
-    outcome, (sft, reward) = launches[case], start_models(options)
+    outcome = launches[case]
+    sft, reward = start_models(options)
     folders = {"actor", "critic"} | ({"actor_ema"} if options["ema"] else set())
     assert {
         path.name for path in outcome.out.iterdir() if (path / "config.json").exists()

@@ -55,7 +55,8 @@ def test_ranks_and_accumulation_split_an_update_without_changing_it(cases, launc
 
 @pytest.mark.parametrize("cases", BY_STAGE)
 def test_every_zero_stage_takes_the_same_steps(cases, launches, request):
-    expected, tolerance = losses(launches, cases[0]), TOLERANCE[request.node.callspec.id]
+    expected = losses(launches, cases[0])
+    tolerance = TOLERANCE[request.node.callspec.id]
     for case in cases[1:]:
         assert losses(launches, case) == pytest.approx(expected, rel=tolerance), case.name
     # A gradient norm is reported wherever DeepSpeed computes one, and is the same.

@@ -75,7 +75,8 @@ def toy_rows(stock: Path) -> list[dict]:
 
 def plain_sft_loss(folder: Path, rows: list[dict]) -> float:
     """Return nats per token of answers and end token, by transformers, one row at a time."""
-    model, tokenizer = load_plainly(folder), AutoTokenizer.from_pretrained(folder)
+    model = load_plainly(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     nll = 0.0
     tokens = 0
     for row in rows:
@@ -92,7 +93,8 @@ def plain_sft_loss(folder: Path, rows: list[dict]) -> float:
 
 def plain_scores(folder: Path, rows: list[dict], answer: str) -> torch.Tensor:
     """Return [N]: the scores that AutoModelForSequenceClassification gives one padded batch."""
-    model, tokenizer = load_plainly(folder, reward=True), AutoTokenizer.from_pretrained(folder)
+    model = load_plainly(folder, reward=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     texts = [row["prompt"] + row[answer] + tokenizer.eos_token for row in rows]
     batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right")
     with torch.no_grad():
@@ -115,7 +117,8 @@ def test_reward_training_leaves_a_complete_trained_model(options, case, launches
     outcome = launches[case]
     check_outputs(outcome, 2, options, stock)
     if options["dtype"] == "fp32":
-        rows, reported = toy_rows(stock), outcome.metrics()[-1]
+        rows = toy_rows(stock)
+        reported = outcome.metrics()[-1]
         chosen, rejected = (
             plain_scores(outcome.out, rows, answer) for answer in ("chosen", "rejected")
         )

@@ -35,11 +35,10 @@ def same(found, expected) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_answers_match_plain_generation(family):
     engine = engine_of(family)
-    hybrid, plain = with_graphs(engine), PlainGenerator(engine)
-    many, few = (
-        prompts(3, 80, 20, 66, 5, 1, 33, 70, 9, 12, 40, 41),
-        prompts(7, 30, 2, 40, 11, width=40),
-    )
+    hybrid = with_graphs(engine)
+    plain = PlainGenerator(engine)
+    many = prompts(3, 80, 20, 66, 5, 1, 33, 70, 9, 12, 40, 41)
+    few = prompts(7, 30, 2, 40, 11, width=40)
     early = dict(max_new_tokens=40, eos_token_id=list(range(5, 264, 6)))
     expected = plain.decode(*many, config(**early))
     for _ in range(2):
@@ -94,7 +93,8 @@ def test_logprobs_are_those_of_the_tokens():
 
 def test_answers_that_all_begin_with_padding_keep_their_graphs():
     """The padding token's embedding is zeros, and so are the first layer's keys and values."""
-    engine, (ids, mask) = engine_of("llama"), prompts(80, 80, 80)
+    engine = engine_of("llama")
+    ids, mask = prompts(80, 80, 80)
     model = engine.module
     with torch.no_grad():
         ends = model.model(input_ids=ids, attention_mask=mask).last_hidden_state[:, -1]
@@ -109,7 +109,8 @@ def test_answers_that_all_begin_with_padding_keep_their_graphs():
 
 @pytest.mark.parametrize("fault", ["nothing is cached", "other attention"])
 def test_a_wrong_captured_step_is_noticed(fault, monkeypatch):
-    engine, reads = engine_of("llama"), prompts(3, 80, 20, 66)
+    engine = engine_of("llama")
+    reads = prompts(3, 80, 20, 66)
 
     def wrong(query, key, value, new_key, new_value, bounds, scale):
         if fault == "nothing is cached":
@@ -142,7 +143,8 @@ def made(kind: str, **more):
 
 
 def test_a_model_whose_steps_fail_answers_without_graphs():
-    engine, reads = made("falcon"), prompts(3, 80, 20, 66)
+    engine = made("falcon")
+    reads = prompts(3, 80, 20, 66)
     expected = PlainGenerator(engine).decode(*reads, config())
     hybrid = with_graphs(engine)
     same(hybrid.decode(*reads, config()), expected)
@@ -162,7 +164,9 @@ def test_dropping_the_graphs_restores_the_layers():
 
 
 def test_captures_draw_no_random_numbers():
-    hybrid, reads, found = with_graphs(engine_of("llama")), prompts(3, 80, 20, 66), []
+    hybrid = with_graphs(engine_of("llama"))
+    reads = prompts(3, 80, 20, 66)
+    found = []
     for _ in range(3):
         torch.manual_seed(5)
         found.append(hybrid.decode(*reads, config(do_sample=True, top_k=0, eos_token_id=[])).tokens)
@@ -195,16 +199,12 @@ def test_embeddings_that_depend_on_the_longest_text_take_no_graphs(rope, monkeyp
 
 
 def test_prompts_of_different_lengths_are_embedded_as_in_training():
-    engine, (ids, mask) = (
-        made("llama", rope_parameters=dict(rope_theta=10000.0, **ROPES["longrope"])),
-        prompts(9, 80, 20),
-    )
+    engine = made("llama", rope_parameters=dict(rope_theta=10000.0, **ROPES["longrope"]))
+    ids, mask = prompts(9, 80, 20)
     found = HybridEngine(engine).decode(ids, mask, config(eos_token_id=[]))
     same(found, PlainGenerator(engine).decode(ids, mask, config(eos_token_id=[])))
-    texts, masks = (
-        torch.cat([ids, found.tokens], -1),
-        torch.cat([mask, torch.ones_like(found.tokens)], -1),
-    )
+    texts = torch.cat([ids, found.tokens], -1)
+    masks = torch.cat([mask, torch.ones_like(found.tokens)], -1)
     with torch.no_grad():
         positions = (masks.cumsum(-1) - 1).clamp(min=0)
         logits = engine.module(

@@ -97,7 +97,8 @@ def test_tokens_are_drawn_with_their_probability():
     torch.manual_seed(2)
     tokens, logprobs = sampler(logits.expand(40_000, -1), None, 0)
     p = (logits[0].double() / 0.7).softmax(-1)
-    counts, expected = torch.bincount(tokens, minlength=51), 40_000 * p
+    counts = torch.bincount(tokens, minlength=51)
+    expected = 40_000 * p
     chi2 = ((counts - expected) ** 2 / expected).sum().item()
     assert abs(chi2 - 50) < 4 * 100**0.5
     wrong = 40_000 * logits[0].double().softmax(-1)
@@ -106,7 +107,8 @@ def test_tokens_are_drawn_with_their_probability():
 
 
 def test_each_prompt_is_prefilled_once_with_prompts_of_like_length(engine):
-    hybrid, read = HybridEngine(engine), []
+    hybrid = HybridEngine(engine)
+    read = []
     forward = hybrid.replica.model.model.forward
 
     def noting(**inputs):
@@ -124,7 +126,8 @@ def test_each_prompt_is_prefilled_once_with_prompts_of_like_length(engine):
 
 
 def test_finished_rows_leave_the_batch(engine):
-    hybrid, rows = HybridEngine(engine), []
+    hybrid = HybridEngine(engine)
+    rows = []
     forward = hybrid.replica.model.model.forward
 
     def noting(**inputs):
@@ -145,7 +148,8 @@ def test_finished_rows_leave_the_batch(engine):
 
 def test_cache_gap_shows_what_is_not_cached_but_accepts_zeros():
     """A padding token embedded as zeros has zeros as its first layer's keys and values."""
-    zeros, some = torch.zeros(3, 2, 4), torch.ones(3, 2, 4)
+    zeros = torch.zeros(3, 2, 4)
+    some = torch.ones(3, 2, 4)
     assert cache_gap([zeros, some], [zeros, some]) == 0
     assert cache_gap([zeros, some], [zeros, 1.01 * some]) < MISSING
     assert cache_gap([some, zeros], [some, some]) == 1 > MISSING

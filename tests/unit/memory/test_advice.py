@@ -86,7 +86,8 @@ FEW = [
     "step, model, flags, sizes", FEW, ids=[" ".join(map(str, case)) for case in FEW]
 )
 def test_advice_names_the_fewest_flags_that_make_a_run_fit(step, model, flags, sizes):
-    config, on = configured(step, model, flags), machine(*sizes)
+    config = configured(step, model, flags)
+    on = machine(*sizes)
     told = refusal(config, on).partition("It fits with ")[2].partition(" (")[0]
     count = told.count("--")
     assert 1 <= count <= 3, told
@@ -109,7 +110,8 @@ MANY = [
 def test_advice_says_if_three_flags_are_not_enough_and_needs_each_flag_it_names(
     step, model, flags, sizes
 ):
-    config, on = configured(step, model, flags), machine(*sizes)
+    config = configured(step, model, flags)
+    on = machine(*sizes)
     message = refusal(config, on)
     told = message.partition("No 3 flags are enough. It fits with ")[2].partition(" (")[0]
     assert told, message
@@ -166,7 +168,8 @@ def test_advice_finds_ordinary_host_memory_if_page_locked_does_not_fit():
 
 def test_advice_names_the_nearest_miss_and_enough_gpus_if_no_flags_help():
     models, flags = "llama-2-70b opt-350m", "--enable_hybrid_engine --critic_gradient_checkpointing"
-    config, on = configured("3", models, flags), machine(48, 1000)
+    config = configured("3", models, flags)
+    on = machine(48, 1000)
     message = refusal(config, on)
     nearest = find_remedy(config, on, dtype="bf16")
     assert nearest.missing and f"{' '.join(nearest.flags)} (" in message

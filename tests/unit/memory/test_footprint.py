@@ -187,7 +187,8 @@ def test_activations_of_an_opt_layer():
 
 def test_logits_are_chunked_as_in_the_loss():
     assert activations.CHUNK_ELEMENTS == logprobs.CHUNK_ELEMENTS
-    few, many = 1000, 10 * activations.CHUNK_ELEMENTS
+    few = 1000
+    many = 10 * activations.CHUNK_ELEMENTS
     assert activations.loss_bytes(few, width=2, sliced=False, backward=True) == 2000 + 25 * 1000
     chunk = activations.CHUNK_ELEMENTS
     assert (
@@ -332,10 +333,8 @@ def test_shared_reference_and_reward_take_no_memory():
     assert set(ppo(f"{ADAPTERS} --no_share_reward").models) == {"actor", "reward", "critic"}
     other = ppo(f"{ADAPTERS} --reward_model_name_or_path opt-350m")
     assert set(other.models) == {"actor", "reward", "critic"}
-    apart, both = (
-        ppo(f"{ADAPTERS} --no_share_reference --no_share_reward"),
-        2 * (2 * 6_738_415_616 - 32000 * 4096 + 4096),
-    )
+    apart = ppo(f"{ADAPTERS} --no_share_reference --no_share_reward")
+    both = 2 * (2 * 6_738_415_616 - 32000 * 4096 + 4096)
     assert apart.phases["actor step"] - ppo(ADAPTERS).phases["actor step"] == both
 
 
@@ -419,7 +418,8 @@ def test_each_phase_is_divided_into_kinds_of_tensors():
     flags = "--model_name_or_path llama-2-7b --zero_stage 2 --gradient_checkpointing"
     flags += " --per_device_train_batch_size 4 --per_device_eval_batch_size 2"
     config = parse_config(SFTConfig, flags.split())
-    plan, n = plan_step(config, world_size=8, dtype="bf16"), 6_738_415_616
+    plan = plan_step(config, world_size=8, dtype="bf16")
+    n = 6_738_415_616
     matrices = n - 65 * 4096  # the largest group of the optimizer; the norms' weights are the other
     lying = {"weights": 2 * n, "optimizer": 12 * n / 8}
     tokens, logits = 4 * 512, 4 * 512 * 32000  # fewer logits than a chunk of the loss
