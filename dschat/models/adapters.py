@@ -19,8 +19,7 @@ ADAPTER_FOLDER = "adapter"  # inside the folder of the merged model
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of every name in PEFT's files
 HEAD_WEIGHT = f"{SCORE_HEAD}.weight"
-# Initialisations that change the base weights, so that the base as published is not the base
-# anymore.
+# Initialisations that change the base weights; such an adapter does not fit the published base.
 BASE_CHANGING_STARTS = ("pissa", "olora", "corda", "loftq")
 
 

@@ -78,8 +78,7 @@ def save_pretrained_folder(
         temporary.chmod(0o777 & ~_umask())  # mkdtemp's folders are private to their owner
         dtype = next(t.dtype for t in weights.values() if t.is_floating_point())
         shell.save_pretrained(temporary, state_dict=weights, max_shard_size=MAX_SHARD_SIZE)
-        # save_pretrained writes the dtype of the module in training, which may differ from the
-        # tensors'.
+        # save_pretrained writes the dtype of the module, which may differ from that of the tensors.
         shell.config.dtype = dtype
         shell.config.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)

@@ -146,8 +146,7 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
     before = [layer._disable_adapters for layer in layers]
     try:
         for layer in layers:
-            # PEFT's enable_adapters() would also change requires_grad while an optimizer relies on
-            # it.
+            # PEFT's enable_adapters() would also change requires_grad, which optimizers rely on.
             layer._disable_adapters = True
         yield
     finally:

@@ -85,6 +85,5 @@ def enable_checkpointing(model: nn.Module, *, use_reentrant: bool = False) -> No
     enable({"use_reentrant": use_reentrant})
     if not use_reentrant:
         # transformers makes the embedding's output require a gradient. Only reentrant checkpoints
-        # need that, if the embedding is frozen. Others would pay for a backward pass through frozen
-        # layers.
+        # need that, if the embedding is frozen. Others would pay for a backward of frozen layers.
         inner.disable_input_require_grads()

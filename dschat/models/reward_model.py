@@ -181,8 +181,7 @@ def load_reward_model(
     end_ids = as_ids(config.eos_token_id) | _generation_end_ids(source)
     pad_token_id = ensure_unambiguous_pad(tokenizer, end_ids=end_ids)
     grow_vocabulary(model, len(tokenizer))
-    # Set last: an embedding takes the id as padding_idx when it is built, and may be too small
-    # then.
+    # Set last: an embedding takes the id as its padding_idx when built, and may be too small then.
     model.config.pad_token_id = pad_token_id
     return RewardModel(model)
 
@@ -221,8 +220,7 @@ def _load_classifier(
                 **loading,
             )
         except ValueError as error:
-            # transformers has no such class for this configuration; its message lists all that
-            # exist.
+            # transformers has no such class for this configuration; its message lists all.
             reason = str(error).split("\n")[0]
             raise ValueError(
                 f"{flag} {path!r} cannot be loaded as a reward model: {reason}"
