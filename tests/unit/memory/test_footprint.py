@@ -485,8 +485,8 @@ def test_the_plan_has_rows_of_a_gpu_and_of_a_host():
     assert cells["actor backward"][-3:-1] == ["1.0", "0.0"]
     for cell in cells.values():
         assert float(cell[-1]) == pytest.approx(sum(map(float, cell[:-1])), abs=0.3)
-    # Actor and critic in bf16: 1.57 GiB of each model per rank, 2 if page-locked. Each rank also has
-    # fp32 weights, gradients, moments and a bf16 copy of an eighth.
+    # Actor and critic in bf16: 1.57 GiB of each model per rank, 2 if page-locked. Each rank also
+    # has fp32 weights, gradients, moments and a bf16 copy of an eighth.
     trained = 2 * 6_738_415_616 - 32000 * 4096 + 4096
     assert cells["a host of 8"][:2] == [f"{8 * 2 * 2:.1f}", f"{18 * trained / GIB:.1f}"]
     assert set(plan.phases) | {"a host of 8"} == set(cells)
