@@ -6,6 +6,7 @@ training; the dataset then reads them from the prepared table.
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
@@ -199,6 +200,10 @@ class SFTDataset(TextDataset):
             raise ValueError(
                 f"{row.place or 'a row'}: no answer to learn from; give chosen or response."
             )
+
+    def render(self, row: Row) -> Rendered:
+        """Render prompt and chosen answer: the rejected one is not read."""
+        return super().render(replace(row, rejected=None))
 
     def fit(self, row: Row, encoded: Encoded) -> dict:
         """Return input_ids and labels."""
