@@ -1,11 +1,9 @@
-import json
 import logging
 from functools import partial
 
 import pytest
 
 from dschat.config.sft import SFTData
-from dschat.data import inspect
 from dschat.data.collate import collate_prompts
 from dschat.data.loaders import (
     ShardedSampler,
@@ -16,7 +14,6 @@ from dschat.data.loaders import (
     make_loader,
 )
 from tests.unit.data_helpers import (
-    CHAT_TEMPLATE,
     EOS,
     PAD,
     ids_of,
@@ -245,43 +242,3 @@ def test_loader_gives_each_rank_its_batches(tmp_path):
         seen += [int(i) for batch in batches for i in batch.index]
     assert set(seen) == set(range(20))
     assert len(seen) == 24
-
-
-def test_inspect_shows_every_step(tmp_path, capsys):
-    make_tokenizer(chat_template=CHAT_TEMPLATE).save_pretrained(tmp_path / "model")
-    words = [
-        "--data_path",
-        str(folder(tmp_path)),
-        "--model",
-        str(tmp_path / "model"),
-        "--num_shown",
-        "1",
-    ]
-    inspect.main([*words, "--prompt_format", "chat"])
-    shown = capsys.readouterr().out
-    assert "step 1, supervised fine-tuning: 4 rows to train on, 2 held out" in shown
-    assert "step 2, reward model: 8" in shown
-    assert "step 3, PPO: 8" in shown
-    for words_shown in ("train.jsonl, line ", "<user>p", "tokens: "):
-        assert words_shown in shown
-    inspect.main([*words, "--data_split", "1,0,0"])
-    assert "step 3, PPO: nothing to read: --data_split 1,0,0" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="--data_path /no/file.jsonl"):
-        inspect.main(["--data_path", "/no/file.jsonl", *words[2:]])
-
-
-def test_inspect_loads_the_same_tokenizers_as_the_steps(tmp_path, capsys):
-    words = ["--data_path", str(folder(tmp_path)), "--model"]
-    make_tokenizer().save_pretrained(tmp_path / "base")
-    (tmp_path / "adapter").mkdir()
-    config = {"peft_type": "LORA", "base_model_name_or_path": str(tmp_path / "base")}
-    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
-    inspect.main([*words, str(tmp_path / "adapter")])
-    assert "step 3, PPO: 8" in capsys.readouterr().out
-    inspect.main([*words, str(tmp_path / "base"), "--add_eot_token", "--eot_token", "<end>"])
-    assert "<end>" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="^--model '/nonexistent' does not exist"):
-        inspect.main([*words, "/nonexistent"])
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="^--model '.*empty' holds no tokenizer"):
-        inspect.main([*words, str(tmp_path / "empty")])
