@@ -266,9 +266,7 @@ def _dialogue_pair(raw: dict, reading: Reading) -> list[Row]:
 def _transcript_pair(raw: dict, reading: Reading) -> list[Row]:
     chosen = validate_text(raw["chosen"], "chosen")
     rejected = validate_text(raw["rejected"], "rejected")
-    shorter = min(len(chosen), len(rejected))
-    common = next((i for i in range(shorter) if chosen[i] != rejected[i]), shorter)
-    end = chosen.rfind(ASSISTANT_MARK, 0, common)
+    end = chosen.rfind(ASSISTANT_MARK, 0, _common_length(chosen, rejected))
     if end < 0:
         raise ValueError(
             'fields "chosen" and "rejected" without a prompt: give a field "prompt", or whole '
@@ -277,6 +275,18 @@ def _transcript_pair(raw: dict, reading: Reading) -> list[Row]:
     end += len(ASSISTANT_MARK)
     answers = (validate_text(chosen[end:], "chosen"), validate_text(rejected[end:], "rejected"))
     return [_build(raw, ("chosen", "rejected"), chosen[:end], *answers)]
+
+
+def _common_length(one: str, other: str) -> int:
+    """Return the length of the common beginning of two texts, by bisection."""
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if one[low:middle] == other[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 def _messages(raw: dict, reading: Reading) -> list[Row]:

@@ -27,6 +27,11 @@ class HubSet:
     repository: str | None = None  # if it differs from the name
     config: str | None = None
 
+    @property
+    def name_of_function(self) -> str:
+        """Name of the row function, the same in every process."""
+        return getattr(self.row_function, "__qualname__", "")
+
     def read(self, raw: dict, reading: Reading) -> list[Row]:
         """Read a raw row as one or more rows."""
         if self.row_function is None:

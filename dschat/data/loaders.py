@@ -12,12 +12,12 @@ from transformers import PreTrainedTokenizerBase
 from dschat.config.options import DataOptions, TextOptions
 from dschat.config.sft import SFTData
 from dschat.data.blends import epoch_draws, open_blends
+from dschat.data.cache import prepared_folder
 from dschat.data.datasets import PairDataset, PromptDataset, SFTDataset, TextDataset
 from dschat.data.preparation import prepare
 from dschat.data.splits import Blend, first_indices_per_source
 from dschat.data.templates import HUMAN_ASSISTANT_TEMPLATE
 from dschat.runtime import dist
-from dschat.runtime.paths import cache_dir, user_path
 
 logger = logging.getLogger(__name__)
 
@@ -239,7 +239,7 @@ def _prepare_both(train: TextDataset, held_out: TextDataset, data: DataOptions) 
     Raises:
         ValueError: rows that cannot be shown, or a part of which no row is left.
     """
-    folder = user_path(data.data_output_path) if data.data_output_path else cache_dir()
+    folder = prepared_folder(data.data_output_path)
     for name, dataset in (("training", train), ("evaluation", held_out)):
         report = prepare(
             dataset, cache_dir=folder, skip_bad_rows=data.skip_bad_rows, name=f"{name} data"

@@ -21,9 +21,9 @@ import numpy as np
 import pyarrow
 from transformers import PreTrainedTokenizerBase
 
+from dschat.data.cache import code_digest, digest_of, table_digest
 from dschat.data.datasets import LeftOut, TextDataset
 from dschat.data.splits import Blend
-from dschat.data.tables import Table
 from dschat.runtime.files import write_json
 
 logger = logging.getLogger(__name__)
@@ -86,7 +86,7 @@ def prepare(
 
     Args:
         dataset: its rows are a `Blend` or a list.
-        cache_dir: folder for the result; None: keep it in memory.
+        cache_dir: folder for the result, see `cache.prepared_folder`; None: keep it in memory.
         skip_bad_rows: leave out rows that cannot be encoded, instead of raising.
         name: what the rows are, for messages.
 
@@ -97,7 +97,7 @@ def prepare(
     if key is None:
         report, table = _in_memory(dataset, name)
     else:
-        report, table = _in_cache(dataset, cache_dir / "prepared", key, name)
+        report, table = _in_cache(dataset, cache_dir, key, name)
     if report.num_faults:
         _raise_or_warn(report, skip=skip_bad_rows and bool(report.kept), name=name)
     rows = dataset.rows
@@ -242,37 +242,14 @@ def _key(dataset: TextDataset) -> str | None:
         "format": dataset.encoder.format.prompt_format,
         "end": dataset.encoder.end_token_id,
     }
-    digest = hashlib.sha256(json.dumps(options, sort_keys=True).encode())
-    digest.update(_code_digest())
-    digest.update(_tokenizer_digest(dataset.tokenizer))
+    parts = [json.dumps(options, sort_keys=True).encode(), code_digest()]
+    parts.append(_tokenizer_digest(dataset.tokenizer))
     for source, part in dataset.rows.pieces:
-        digest.update(_table_digest(part.table))
-        digest.update(repr(source.reading).encode())
-        digest.update(np.ascontiguousarray(part.index).tobytes())
-        digest.update(np.ascontiguousarray(part.pick).tobytes())
-    return digest.hexdigest()[:32]
-
-
-def _table_digest(table: Table) -> bytes:
-    """Return a hash of a table's content."""
-    if isinstance(table.rows, datasets.Dataset):
-        return table.rows._fingerprint.encode()
-    digest = hashlib.sha256()
-    for chunk in table.chunks:
-        content = hashlib.sha256()  # hashlib.file_digest needs Python 3.11
-        with open(chunk.title, "rb") as file:
-            while block := file.read(2**20):
-                content.update(block)
-        digest.update(content.digest())
-    return digest.digest()
-
-
-def _code_digest() -> bytes:
-    """Return a hash of this package's code: a change of it makes the rows again."""
-    digest = hashlib.sha256()
-    for file in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(file.read_bytes())
-    return digest.digest()
+        parts.append(table_digest(part.table))
+        parts.append(f"{source.hub_set.name_of_function} {source.reading}".encode())
+        parts.append(np.ascontiguousarray(part.index).tobytes())
+        parts.append(np.ascontiguousarray(part.pick).tobytes())
+    return digest_of(*parts)
 
 
 def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> bytes:

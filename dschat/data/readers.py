@@ -8,10 +8,16 @@ import csv
 import gzip
 import io
 import json
+import os
 import re
 import zlib
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
+
+BOM = b"\xef\xbb\xbf"
 
 SPACE = re.compile(r"[ \t\r\n]*")
 JSON_LINES = (".jsonl", ".ndjson")
@@ -23,12 +29,46 @@ COMPRESSED_SUFFIXES = tuple(
 WRAPPERS = ("data", "rows", "records", "examples", "instances", "items", "train")
 
 
+class LineRows(Sequence):
+    """The rows of a file with one JSON object a line, read when they are asked for.
+
+    Only the place of each line is in memory: a million rows take 16 MB.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._begins = array("q")
+        self._lengths = array("q")
+        self._file: BinaryIO | None = None
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self._begins)
+
+    def __getitem__(self, index: int) -> dict:
+        """Read a row."""
+        if self._file is None:
+            self._file = self.path.open("rb")
+        # Without a shared position, so that forked workers may read too.
+        line = os.pread(self._file.fileno(), self._lengths[index], self._begins[index])
+        return json.loads(line)
+
+    def __getstate__(self) -> dict:
+        """Leave the open file out of copies for other processes."""
+        return {**self.__dict__, "_file": None}
+
+    def add(self, begin: int, length: int) -> None:
+        """Add the row in the bytes [begin, begin + length)."""
+        self._begins.append(begin)
+        self._lengths.append(length)
+
+
 @dataclass
 class Records:
     """The objects of a file, the line where each begins, and what could not be read."""
 
-    rows: list[dict] = field(default_factory=list)
-    lines: list[int] = field(default_factory=list)
+    rows: Sequence[dict] = field(default_factory=list)
+    lines: Sequence[int] = field(default_factory=list)
     faults: list[tuple[int, str]] = field(default_factory=list)  # (line, message)
     lost_after: int | None = None  # the line after which rows cannot be told from one another
 
@@ -38,8 +78,7 @@ class Records:
             self.rows.append(value)
             self.lines.append(line)
         else:
-            shown = json.dumps(value)[:60]
-            self.faults.append((line, f"an object with named fields is expected, not {shown}"))
+            self.faults.append((line, _describe_other(value)))
 
     def stop(self, line: int, message: str) -> "Records":
         """Add a fault after which no row can be found, and return these records."""
@@ -70,7 +109,9 @@ def read_records(path: Path) -> Records:
             f"{path}: files of type {suffix or 'no suffix'} cannot be read; give "
             f"{', '.join(RECORD_SUFFIXES)}, or one of them with .gz or .zst"
         )
-    data = _read_bytes(path).removeprefix(b"\xef\xbb\xbf")
+    if suffix in JSON_LINES:
+        return _read_line_file(path)
+    data = _read_bytes(path).removeprefix(BOM)
     kind = suffix.removesuffix(".gz").removesuffix(".zst")
     if kind in (".csv", ".tsv"):
         return _read_csv(data, delimiter="\t" if kind == ".tsv" else ",")
@@ -170,15 +211,47 @@ def _read_json_lines(data: bytes) -> Records:
     # Only \n ends a line: str.splitlines also breaks at U+2028 and others, which JSON strings may
     # contain.
     for number, line in enumerate(data.split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            records.add(number, json.loads(line.decode("utf-8")))
-        except UnicodeDecodeError as error:
-            records.faults.append((number, _describe_decode_error(error)))
-        except (ValueError, RecursionError) as error:  # ValueError: also for thousands of digits
-            records.faults.append((number, _describe_json_error(error, line)))
+        if line.strip():
+            value = _parse_line(records, number, line)
+            if value is not None:
+                records.rows.append(value)
+                records.lines.append(number)
     return records
+
+
+def _read_line_file(path: Path) -> Records:
+    """Find the rows of a file with one object a line. Each line is parsed once, for its faults."""
+    rows = LineRows(path)
+    records = Records(rows=rows, lines=array("q"))
+    begin = 0
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                skipped = len(BOM) if number == 1 and line.startswith(BOM) else 0
+                text = line[skipped:]
+                if text.strip() and _parse_line(records, number, text) is not None:
+                    rows.add(begin + skipped, len(text))
+                    records.lines.append(number)
+                begin += len(line)
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from error
+    return records
+
+
+def _parse_line(records: Records, number: int, line: bytes) -> dict | None:
+    """Return the object in a line; None, after adding a fault to `records`, if there is none."""
+    try:
+        value = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        records.faults.append((number, _describe_decode_error(error)))
+        return None
+    except (ValueError, RecursionError) as error:  # ValueError: also for thousands of digits
+        records.faults.append((number, _describe_json_error(error, line)))
+        return None
+    if not isinstance(value, dict):
+        records.faults.append((number, _describe_other(value)))
+        return None
+    return value
 
 
 def _read_json_list(data: bytes) -> Records:
@@ -277,6 +350,10 @@ def _read_cells(reader) -> tuple[list[str] | None, str]:
         return next(reader, None), ""
     except csv.Error as error:
         return None, f"not readable as CSV: {error}"
+
+
+def _describe_other(value: object) -> str:
+    return f"an object with named fields is expected, not {json.dumps(value)[:60]}"
 
 
 def _describe_decode_error(error: UnicodeDecodeError) -> str:

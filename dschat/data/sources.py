@@ -5,7 +5,9 @@ loads, and the rows left out do not depend on the step: all steps split the same
 """
 
 import hashlib
+import json
 import logging
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,6 +16,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 
+from dschat.data.cache import code_digest, digest_of, prepared_folder, table_digest
 from dschat.data.forms import ROW_FAULTS, Reading, describe_fault, find_form
 from dschat.data.hub_sets import HUB_SETS, HubSet, local_json_row
 from dschat.data.messages import plain_text
@@ -25,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 FAULTS_SHOWN = 5
 FORM_SAMPLE = 200  # rows whose forms are counted for the log
+CACHED_ROWS = 5000  # of fewer rows, checking them again is faster than a cache is worth
 
 
 @dataclass(frozen=True)
@@ -132,7 +136,8 @@ def load_source(
     # Users cannot fix a published set, and the known ones have a few rows without a usable answer.
     skip = skip_bad_rows or known_set is not None
     parts = {
-        name: _check_table(table, hub_set, reading, skip=skip) for name, table in tables.items()
+        name: _check_or_load(table, hub_set, reading, skip=skip, cache_dir=cache_dir)
+        for name, table in tables.items()
     }
     return Source(
         name=path,
@@ -181,6 +186,48 @@ def _find_hub_set(path: str) -> HubSet | None:
     parts = Path(path).parts
     names = (path, "/".join(parts[-2:]), "".join(parts[-1:]))
     return next((HUB_SETS[name] for name in names if name in HUB_SETS), None)
+
+
+def _check_or_load(
+    table: Table, hub_set: HubSet, reading: Reading, *, skip: bool, cache_dir: str | None
+) -> Part:
+    """Check a table, or take what an earlier check of the same rows found from the cache."""
+    if len(table.rows) < CACHED_ROWS:
+        return _check_table(table, hub_set, reading, skip=skip)
+    how = f"{hub_set.name_of_function} {reading} {skip}"
+    name = digest_of(table_digest(table), how.encode(), code_digest())
+    file = prepared_folder(cache_dir) / f"{name}.npz"
+    if file.is_file():
+        return _load_part(table, file)
+    part = _check_table(table, hub_set, reading, skip=skip)
+    if len(part) == len(table.rows) and not table.faults:  # what is left out is said every time
+        _save_part(part, file)
+    return part
+
+
+def _save_part(part: Part, file: Path) -> None:
+    arrays = {f"has_{name}": flags for name, flags in part.has.items()}
+    arrays |= {"index": part.index, "pick": part.pick, "group": part.group}
+    arrays["columns"] = np.array(json.dumps(part.columns))
+    temporary = file.with_suffix(f".{os.getpid()}.npz")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(temporary, **arrays)
+        os.replace(temporary, file)
+    except OSError as error:
+        logger.warning("%s: the cache cannot be written (%s)", file, error)
+
+
+def _load_part(table: Table, file: Path) -> Part:
+    with np.load(file, allow_pickle=False) as arrays:
+        return Part(
+            table=table,
+            index=arrays["index"],
+            pick=arrays["pick"],
+            group=arrays["group"],
+            has={name: arrays[f"has_{name}"] for name in ("prompt", "chosen", "rejected")},
+            columns=json.loads(str(arrays["columns"])),
+        )
 
 
 def _check_table(table: Table, hub_set: HubSet, reading: Reading, *, skip: bool) -> Part:

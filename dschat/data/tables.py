@@ -119,6 +119,25 @@ class Table:
         return list(itertools.accumulate(chunk.num_rows for chunk in self.chunks))
 
 
+class ChainedRows(Sequence):
+    """The rows of several files, one after the other."""
+
+    def __init__(self, parts: Sequence[Sequence]):
+        self.parts = list(parts)
+        self._ends = list(itertools.accumulate(len(part) for part in self.parts))
+
+    def __len__(self) -> int:
+        """Return the number of rows of all files."""
+        return self._ends[-1] if self._ends else 0
+
+    def __getitem__(self, index: int) -> dict:
+        """Read a row."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        part = bisect.bisect_right(self._ends, index)
+        return self.parts[part][index - (self._ends[part - 1] if part else 0)]
+
+
 @dataclass(frozen=True)
 class Entry:
     """An entry of --data_path: a path or hub name, and what its suffix ":config@split" says."""
@@ -434,7 +453,7 @@ def _open_files(paths: list[Path], title: str, cache_dir: str | None) -> Table:
     full = [table for table in tables if len(table.rows)]
     arrow = [table.rows for table in full if isinstance(table.rows, datasets.Dataset)]
     if not arrow:
-        return Table([row for table in full for row in table.rows], title, chunks)
+        return Table(ChainedRows([table.rows for table in full]), title, chunks)
     if len(arrow) < len(full):
         raise ValueError(
             f"{title}: its {len(paths)} files are of different kinds, some Parquet or Arrow and "

@@ -1,11 +1,22 @@
 import pytest
 
+from dschat.config.sft import SFTData
+from dschat.data.blends import open_blends
 from dschat.data.collate import collate_pairs, collate_prompts, collate_text
 from dschat.data.datasets import LeftOut, PairDataset, PromptDataset, SFTDataset
 from dschat.data.encoding import leading_ids
 from dschat.data.preparation import prepare
 from dschat.data.row import Row
-from tests.unit.data_helpers import BOS, CHAT_TEMPLATE, EOS, PAD, ids_of, make_tokenizer
+from tests.unit.data_helpers import (
+    BOS,
+    CHAT_TEMPLATE,
+    EOS,
+    PAD,
+    ids_of,
+    make_tokenizer,
+    pairs,
+    write_lines,
+)
 
 SPACE_A = 259  # the one token of two bytes, " a"
 
@@ -299,3 +310,32 @@ def test_collate_prompts_pads_left():
     assert batch.input_ids.tolist() == [[PAD, 3], [4, 5]]
     assert batch.attention_mask.tolist() == [[0, 1], [1, 1]]
     assert batch.index.tolist() == [7, 2]
+
+
+def test_the_cache_holds_the_same_items_and_follows_what_decides_them(tmp_path, monkeypatch):
+    path = write_lines(tmp_path / "rows.jsonl", pairs(30))
+    data = SFTData(data_path=[path], data_split="0,1,0", eval_fraction=0.2)
+    cache = tmp_path / "cache"
+
+    def prepared(limit=50, tokenizer=None, **options):
+        rows, _ = open_blends(data, step=2, needs="rejected")
+        dataset = PairDataset(
+            rows, tokenizer or make_tokenizer(), max_seq_len=limit, prompt_format="plain", **options
+        )
+        plain = [dataset[i] for i in range(len(dataset))] if limit == 50 else None
+        prepare(dataset, cache_dir=cache, skip_bad_rows=False, name="rows")
+        return dataset, plain
+
+    dataset, plain = prepared()
+    assert [dataset[i] for i in range(len(dataset))] == plain
+    files = sorted(cache.glob("*.arrow"))
+    again, _ = prepared()
+    assert sorted(cache.glob("*.arrow")) == files and len(files) == 1
+    assert [again[i] for i in range(len(again))] == plain
+    prepared(limit=9)
+    prepared(tokenizer=make_tokenizer(bos=True))
+    prepared(truncation="drop")
+    write_lines(tmp_path / "rows.jsonl", pairs(30, begin=100))
+    prepared()
+    assert len(list(cache.glob("*.arrow"))) == 5
+    assert not list(cache.glob("*.tmp"))

@@ -4,6 +4,7 @@ import logging
 import datasets
 import pytest
 
+from dschat.data import sources
 from dschat.data.blends import hold_out
 from dschat.data.forms import Reading
 from dschat.data.hub_sets import HUB_SETS
@@ -126,7 +127,7 @@ def test_json_list_remembers_lines(tmp_path):
     text = '\ufeff[\n {"prompt": "a",\n  "chosen": "b"},\n\n {"prompt": "c", "chosen": "d"}\n]\n'
     path.write_text(text, encoding="utf-8")
     records = read_records(path)
-    assert records.lines == [2, 5]
+    assert list(records.lines) == [2, 5]
     assert [row["prompt"] for row in records.rows] == ["a", "c"]
     assert records.faults == []
 
@@ -151,7 +152,7 @@ def test_broken_json_list(tmp_path, text, line):
 
 def test_unicode_line_separators_inside_json_do_not_end_a_line(tmp_path):
     path = write_lines(tmp_path / "rows.jsonl", ['{"prompt": "a\u2028b", "chosen": "c\x85"}', GOOD])
-    assert read_records(tmp_path / "rows.jsonl").lines == [1, 2]
+    assert list(read_records(tmp_path / "rows.jsonl").lines) == [1, 2]
     assert {row.prompt for row in all_rows_of(load(path))} == {"a\u2028b", "p"}
 
 
@@ -163,7 +164,7 @@ def test_csv_with_quoted_newlines_and_faults(tmp_path):
         {"prompt": "two\nlines", "chosen": "c1"},
         {"prompt": "p2", "chosen": "a,b"},
     ]
-    assert records.lines == [2, 4, 6]
+    assert list(records.lines) == [2, 4, 6]
     assert [line for line, _ in records.faults] == [5]
     with pytest.raises(ValueError) as caught:
         load(path)
@@ -494,3 +495,21 @@ def test_local_jsonfile(tmp_path, monkeypatch):
         )
     row = rows_of(load("local/jsonfile"))[0]
     assert (row.prompt, row.chosen, row.rejected) == ("p", " c", " r")
+
+
+def test_what_a_check_found_is_taken_from_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "CACHED_ROWS", 10)
+    path = write_lines(tmp_path / "rows.jsonl", [{**row, "more": 1} for row in pairs(20)])
+    cache = str(tmp_path / "cache")
+    first = load(path, cache_dir=cache)
+    with monkeypatch.context() as patch:
+        patch.setattr(sources, "_check_table", None)  # a call would fail
+        second = load(path, cache_dir=cache)
+    assert rows_of(first) == rows_of(second)
+    assert first.train.columns == second.train.columns == {"more": 20}
+    for name in ("index", "pick", "group"):
+        assert (getattr(first.train, name) == getattr(second.train, name)).all()
+    # Other rows, or another reading, are checked again.
+    assert load(path, cache_dir=cache, reading=Reading(columns={"chosen": "rejected"}))
+    write_lines(tmp_path / "rows.jsonl", pairs(19))
+    assert len(load(path, cache_dir=cache).train) == 19

@@ -81,7 +81,7 @@ def test_every_text_format_and_its_compressed_form(tmp_path, kind, compression):
     path = tmp_path / f"rows{kind}{compression}"
     write_file(path, pairs(3))
     table = open_entry(path)["train"]
-    assert table.rows == pairs(3)
+    assert list(table.rows) == pairs(3)
     line = 4 if kind in (".csv", ".tsv") else 3
     assert table.place(2) == f"{path}, line {line}"
 
