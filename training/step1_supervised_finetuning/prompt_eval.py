@@ -98,7 +98,11 @@ def answer(
     # transformers fills what these leave open from the model's own settings, which may ban or force tokens.
     model.generation_config = GenerationConfig()
     prompts = PromptDataset(
-        rows, tokenizer, max_prompt_len=room, prompt_format=config.prompts.prompt_format
+        rows,
+        tokenizer,
+        max_prompt_len=room,
+        prompt_format=config.prompts.prompt_format,
+        truncation="share",
     )
     pad = partial(collate_prompts, pad_id=tokenizer.pad_token_id)
     answers: list[dict[str, list[str]]] = []

@@ -9,7 +9,8 @@ from dschat.algorithms.masks import pool_last
 from dschat.config.eval_tools import RewardEvalConfig
 from dschat.config.parse import parse_config
 from dschat.data.collate import collate_pairs
-from dschat.data.datasets import PairDataset, truncation_report
+from dschat.data.datasets import PairDataset
+from dschat.data.preparation import prepare
 from dschat.data.prompt_files import read_rows
 from dschat.data.row import Row
 from dschat.memory.checks import check_length
@@ -82,6 +83,7 @@ def main() -> None:
         max_seq_len=pairs.max_seq_len,
         prompt_format=pairs.prompt_format,
         end_token_id=end_token_id(tokenizer, **ending),
+        truncation="share",
     )
     examples = [
         Row(f"\n\nHuman: {prompt}\n\nAssistant:", f" {good}", f" {bad}")
@@ -94,11 +96,19 @@ def main() -> None:
         )
     if rows:
         dataset = encode(rows)
-        print(f"\n{pairs.pairs_file}: {truncation_report(dataset, len(dataset))}")
+        report = prepare(dataset, cache_dir=None, skip_bad_rows=False, name=pairs.pairs_file)
+        described = report.describe(f"--max_seq_len {pairs.max_seq_len}")
+        if not report.kept:
+            raise ValueError(
+                f"--pairs_file {pairs.pairs_file}: no pair is left: {described}. Give a larger "
+                "--max_seq_len, or other pairs."
+            )
+        print(f"\n{pairs.pairs_file}: {described}")
         chosen, rejected = scores(dataset, model, batch_size=pairs.batch_size).double().unbind(-1)
         right = int((chosen > rejected).sum())
+        num_pairs = len(dataset)
         print(
-            f"accuracy {right / len(rows):.4f} ({right} of {len(rows)} pairs; a tie counts as wrong)"
+            f"accuracy {right / num_pairs:.4f} ({right} of {num_pairs} pairs; a tie counts as wrong)"
         )
         print(f"mean score: chosen {chosen.mean():.3f}, rejected {rejected.mean():.3f}")
 
