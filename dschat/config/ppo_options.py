@@ -32,9 +32,7 @@ class PPOData(DataOptions):
     preprocessing_num_workers: Optional[int] = flag(
         None, "Accepted for compatibility, no effect: rows are tokenized as they are read."
     )
-    max_prompt_seq_len: int = flag(
-        256, "Longest prompt in tokens; longer prompts lose their beginning."
-    )
+    max_prompt_seq_len: int = flag(256, "Longest prompt in tokens; see --truncation.")
     max_answer_seq_len: int = flag(256, "Most tokens generated per answer.")
 
 
