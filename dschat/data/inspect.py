@@ -246,9 +246,9 @@ class _Inspection:
 
     def _show_columns(self, step: int, source: Source) -> None:
         columns = survey_columns(source, step=step)
-        forms = ", ".join(f"{name} ({count} rows)" for name, count in columns.forms.most_common())
         first = f" of the first {SAMPLE_ROWS}" if len(source.train) > SAMPLE_ROWS else ""
-        _print_line("form", forms + first)
+        forms = [f"{name} ({count}{first} rows)" for name, count in columns.forms.most_common()]
+        _print_line("form", ", ".join(forms))
         _print_line("columns", f"used: {_list_counts(columns.used)}")
         rewards: Counter = Counter()
         if step == 3:

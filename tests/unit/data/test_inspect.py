@@ -2,8 +2,11 @@
 
 import json
 import logging
+from unittest import mock
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dschat.config.parse import parse_config
 from dschat.data import inspect
@@ -13,6 +16,7 @@ from dschat.data.preparation import prepare
 from dschat.data.row import Row
 from dschat.data.sources import load_source
 from dschat.data.survey import survey_columns, survey_rows
+from tests.unit.data.test_bad_input_properties import FIELDS
 from tests.unit.data_helpers import CHAT_TEMPLATE, make_tokenizer, pairs, write_lines
 
 LEARNED = "\033[32m"
@@ -270,7 +274,7 @@ def test_a_survey_reports_what_the_preparation_does(kind, truncation, tmp_path):
     survey = survey_rows(dataset, num_examples=3, name="rows")
     report = prepare(dataset, cache_dir=None, skip_bad_rows=True, name="rows")
     survey.report.faults = survey.report.faults[: len(report.faults)]
-    assert vars(survey.report) == vars(report)
+    assert survey.report == report
     assert len(survey.examples) == 3
 
 
@@ -331,3 +335,24 @@ def test_used_columns(tmp_path, reading, raw, used):
     source = load_source(write_lines(tmp_path / "rows.jsonl", [raw]), reading=reading)
     for step, names in used.items():
         assert set(survey_columns(source, step=step).used) == names
+
+
+@given(rows=st.lists(FIELDS, max_size=4), step=st.sampled_from([0, 1, 2, 3]), skip=st.booleans())
+@settings(max_examples=30, deadline=None, derandomize=True, database=None)
+def test_any_rows_are_shown_or_named_in_an_error(tmp_path_factory, rows, step, skip):
+    path = write_lines(tmp_path_factory.mktemp("any") / "rows.jsonl", [*rows, *pairs(20)])
+    words = ["--data_path", path, "--model", "m", "--step", str(step), "--max_seq_len", "20"]
+    if skip:
+        words.append("--skip_bad_rows")
+    tokenizer = make_tokenizer(chat_template=CHAT_TEMPLATE)
+    with mock.patch.object(inspect, "load_tokenizer", lambda *_, **__: tokenizer):
+        try:
+            inspect.main(words)
+        except ValueError as error:
+            assert str(error)
+
+
+def test_forms_and_columns_are_those_of_the_first_rows(show):
+    rows = [*pairs(1000), *({"text": f"t{i}"} for i in range(200))]
+    shown = show(rows, "--step", "1", "--num_shown", "0")
+    assert "prompt (1000 of the first 1000 rows)" in shown
