@@ -255,6 +255,7 @@ class RunState:
             "step": self.step,
             "processes": dist.world_size(),
             "rows": len(self.loader.dataset),
+            "data": getattr(self.loader.dataset, "items_digest", None),
             "window_rows": self._window_rows,
             "config": config_dict(self.config),
             **self.facts,
@@ -293,6 +294,13 @@ class RunState:
             raise ValueError(
                 f"--resume {self.config.run.resume}: the run had {facts['rows']} training rows, and --data_path and "
                 f"--data_split now give {len(self.loader.dataset)}. Give the data of that run."
+            )
+        before = facts.get("data")  # not in checkpoints of earlier versions
+        now = getattr(self.loader.dataset, "items_digest", None)
+        if before is not None and now is not None and before != now:
+            raise ValueError(
+                f"--resume {self.config.run.resume}: the run had as many training rows, but their content or order has "
+                "changed since, in the files of --data_path or in the tokenizer. Give the data and the tokenizer of that run."
             )
         if facts["window_rows"] != self._window_rows:
             raise ValueError(

@@ -64,6 +64,7 @@ class TextDataset(Dataset):
         self.truncation = truncation
         self.encoder = Encoder(tokenizer, prompt_format=prompt_format, end_token_id=end_token_id)
         self.prepared: Sequence[dict] | None = None  # items, one for each of `rows`
+        self.items_digest: str | None = None  # a hash of all prepared items, in their order
         # Of a weighted blend: see `loaders.ShardedSampler`.
         self.draws: Sequence[tuple[int, int]] | None = None
 
@@ -91,6 +92,7 @@ class TextDataset(Dataset):
         self.rows = rows
         if self.prepared is not None:
             self.prepared = _select(self.prepared, indices)
+            self.items_digest = None
 
     @property
     def with_turns(self) -> bool:

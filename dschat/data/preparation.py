@@ -56,6 +56,7 @@ class Report:
     left_out: Counter = field(default_factory=Counter)  # rows by reason
     num_faults: int = 0
     faults: list[str] = field(default_factory=list)  # the first of each kind
+    items_digest: str = field(default="", compare=False)  # a hash of all kept items
 
     def describe(self, limit: str) -> str:
         """Describe the rows in one line.
@@ -82,7 +83,8 @@ def prepare(
 ) -> Report:
     """Encode all rows of `dataset` and let it read them from the result, in place.
 
-    Rows that are left out are removed from the dataset.
+    Rows that are left out are removed from the dataset. Its `items_digest` is set, which does not
+    depend on where the result is kept.
 
     Args:
         dataset: its rows are a `Blend` or a list.
@@ -108,6 +110,7 @@ def prepare(
             rows = [rows[position] for position in report.kept]
     dataset.rows = rows
     dataset.prepared = table
+    dataset.items_digest = report.items_digest
     return report
 
 
@@ -177,14 +180,22 @@ def _encode(dataset: TextDataset, report: Report, name: str) -> Iterator[list[di
     """Encode all rows, a chunk at a time, and count what becomes of them in `report`."""
     report.num_rows = len(dataset)
     begun = shown = time.monotonic()
+    digest = hashlib.sha256()
     for begin in range(0, len(dataset), CHUNK_ROWS):
-        yield _encode_chunk(dataset, range(begin, min(begin + CHUNK_ROWS, len(dataset))), report)
+        items = _encode_chunk(dataset, range(begin, min(begin + CHUNK_ROWS, len(dataset))), report)
+        for item in items:
+            for name in sorted(item):
+                values = np.asarray(item[name], dtype=np.float64)
+                digest.update(f"{name} {values.size} ".encode())
+                digest.update(values.tobytes())
+        yield items
         now = time.monotonic()
         if now - shown > PROGRESS_S:
             shown = now
             done = begin + CHUNK_ROWS
             rest = (now - begun) * (len(dataset) - done) / done
             logger.info("%s: tokenized %d of %d rows, %.0f s left", name, done, len(dataset), rest)
+    report.items_digest = digest.hexdigest()
 
 
 def _encode_chunk(dataset: TextDataset, positions: range, report: Report) -> list[dict]:

@@ -1,5 +1,8 @@
 """A run resumes with another number of processes if an update keeps its number of rows."""
 
+import json
+import shutil
+
 import pytest
 from test_exact_resume import PPO, SUPERVISED
 
@@ -113,3 +116,19 @@ def test_other_flags_are_refused_all_at_once(zygote, tmp_path):
         argv.replace("{stock}/toy", "{stock}/toy {stock}/toy") + " --resume latest",
     )
     assert "--data_path was" in less.log
+
+
+def test_other_rows_under_the_same_path_are_refused(stock, zygote, tmp_path):
+    data = shutil.copytree(stock / "toy", tmp_path / "toy")
+    argv = flags(1, 0, 1, False).replace("{stock}/toy", str(data))
+    zygote.run(1, tmp_path / "out", argv, kill_in_step=7)
+    lines = (data / "train.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    rows[0]["chosen"], rows[1]["chosen"] = rows[1]["chosen"], rows[0]["chosen"]
+    (data / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = zygote.run(1, tmp_path / "out", f"{argv} --resume latest")
+    assert run.statuses == [1]
+    assert "--resume latest: the run had as many training rows, but their content" in run.log
+    (data / "train.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    again = zygote.run(1, tmp_path / "out", f"{argv} --resume latest")
+    assert again.statuses == [0], again.log[-3000:]

@@ -253,6 +253,22 @@ def test_prepared_rows_are_counted_and_read_as_before(tmp_path):
     assert report.num_tokens == 3 + 4 + 4
 
 
+def test_the_digest_of_items_follows_content_and_order_and_not_the_cache(tmp_path):
+    data = SFTData(data_path=[write_lines(tmp_path / "rows.jsonl", pairs(9))], eval_fraction=0.2)
+
+    def digest(cache=None, picked=None):
+        rows, _ = open_blends(data, step=2, needs="rejected")
+        rows = rows if picked is None else [rows[i] for i in picked]
+        dataset = PairDataset(rows, make_tokenizer(), max_seq_len=50, prompt_format="plain")
+        assert dataset.items_digest is None
+        prepare(dataset, cache_dir=cache, skip_bad_rows=False, name="rows")
+        return dataset.items_digest
+
+    in_order = digest(picked=[0, 1])
+    assert in_order == digest(picked=[0, 1]) != digest(picked=[1, 0])
+    assert digest(tmp_path / "cache") == digest(tmp_path / "cache") == digest()
+
+
 def test_rows_that_cannot_be_shown_are_named_or_left_out(caplog):
     messages = [{"role": "user", "content": "x"}, {"role": "user", "content": "y"}]
     refusing = "{% if messages | length > 1 %}{{ raise_exception('twice') }}{% endif %}a"
@@ -332,10 +348,12 @@ def test_the_cache_holds_the_same_items_and_follows_what_decides_them(tmp_path, 
     again, _ = prepared()
     assert sorted(cache.glob("*.arrow")) == files and len(files) == 1
     assert [again[i] for i in range(len(again))] == plain
+    assert again.items_digest == dataset.items_digest
     prepared(limit=9)
     prepared(tokenizer=make_tokenizer(bos=True))
     prepared(truncation="drop")
     write_lines(tmp_path / "rows.jsonl", pairs(30, begin=100))
-    prepared()
+    changed, _ = prepared()
+    assert len(changed) == len(dataset) and changed.items_digest != dataset.items_digest
     assert len(list(cache.glob("*.arrow"))) == 5
     assert not list(cache.glob("*.tmp"))
