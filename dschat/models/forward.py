@@ -27,7 +27,7 @@ def forward_logits(
     model: nn.Module,
     *,
     input_ids: torch.Tensor,
-    attention_mask: torch.Tensor,
+    attention_mask: torch.Tensor | None,
     logits_to_keep: int = 0,
 ) -> torch.Tensor:
     """Return the logits [B, K, V] of the last K positions.
@@ -38,11 +38,14 @@ def forward_logits(
         model: the transformers model, whose forward tells which arguments exist.
         input_ids: [B, T] int64.
         attention_mask: [B, T], 1 where a token counts. Positions follow from it, so padding may be
-            on either side.
+            on either side. None: padding is on the right, where no token sees it; attention without
+            a mask takes the fastest kernel.
         logits_to_keep: K; 0 for all T positions.
     """
-    inputs = dict(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-    if takes_position_ids(model):
+    inputs = dict(input_ids=input_ids, use_cache=False)
+    if attention_mask is not None:
+        inputs["attention_mask"] = attention_mask
+    if attention_mask is not None and takes_position_ids(model):
         inputs["position_ids"] = position_ids_from_mask(attention_mask)
     if logits_to_keep and forward_takes(pretrained(model), "logits_to_keep"):
         inputs["logits_to_keep"] = logits_to_keep

@@ -83,7 +83,7 @@ class RewardModel(nn.Module):
     def forward(
         self,
         input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
+        attention_mask: Optional[torch.Tensor],
         position_ids: Optional[torch.Tensor] = None,
     ) -> torch.Tensor:
         """Return the values [B, T] in fp32; those at padding are meaningless.
@@ -92,12 +92,15 @@ class RewardModel(nn.Module):
             input_ids: [B, T] int64, padded on either side. An id beyond the embedding is read as
                 the last one: an actor's vocabulary may be padded to more rows than this one's, and
                 it may sample ids of padding rows.
-            attention_mask: [B, T], 1 where a token counts.
+            attention_mask: [B, T], 1 where a token counts. None: padding is on the right, where no
+                token sees it.
             position_ids: [B, T] int64; by default they count the attended tokens.
         """
         known = input_ids.clamp(max=self.model.get_input_embeddings().num_embeddings - 1)
-        inputs = dict(input_ids=known, attention_mask=attention_mask, use_cache=False)
-        if self._takes_position_ids:
+        inputs = dict(input_ids=known, use_cache=False)
+        if attention_mask is not None:
+            inputs["attention_mask"] = attention_mask
+        if attention_mask is not None and self._takes_position_ids:
             inputs["position_ids"] = (
                 position_ids_from_mask(attention_mask) if position_ids is None else position_ids
             )

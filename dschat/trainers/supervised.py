@@ -15,7 +15,7 @@ from dschat.algorithms.losses import lm_loss_rows, pairwise_loss
 from dschat.algorithms.masks import pool_last
 from dschat.algorithms.types import PairBatch, TextBatch
 from dschat.checkpoint.run_state import RunState
-from dschat.engine.optim import gradient_norm, step_together
+from dschat.engine.optim import GradientCheck, gradient_norm
 from dschat.models.forward import forward_logits
 from dschat.runtime import dist
 from dschat.runtime.log import logger
@@ -94,7 +94,8 @@ class RewardObjective:
         }
 
     def _scores(self, engine, batch: PairBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        values = engine(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+        # Pairs are padded on the right, so attention needs no mask.
+        values = engine(input_ids=batch.input_ids, attention_mask=None)
         return pool_last(values, batch.attention_mask).chunk(2)
 
 
@@ -132,7 +133,7 @@ def train_supervised(
     with run:
         while run.step < total_steps:
             window, step, epoch = next(windows), run.step + 1, run.step // run.steps_per_epoch + 1
-            values = _optimizer_step(engine, objective, window, step)
+            values = run_update(engine, objective, window, step)
             if step == total_steps or step % evaluate_every == 0:
                 values |= objective.evaluate(engine, eval_loader, num_eval_rows)
                 _report_evaluation(objective, f"step {step}", values)
@@ -143,48 +144,58 @@ def train_supervised(
             run.end_step(last=step == total_steps)
 
 
-def _optimizer_step(engine, objective: Objective, window: list, step: int) -> dict[str, float]:
+def run_update(engine, objective: Objective, window: list, step: int) -> dict[str, float]:
+    """Run one update and return its metrics.
+
+    Args:
+        engine: the DeepSpeed engine.
+        objective: the loss.
+        window: the micro-batches of this rank.
+        step: number of the update, for messages.
+
+    Raises:
+        ValueError: the loss is not finite; the weights are as before.
+    """
     started = time.monotonic()
     engine.train()
-    rate = engine.get_lr()[0]  # of this step: engine.step() moves the schedule on
+    rate = engine.get_lr()[0]  # of this update: engine.step() advances the schedule
     window = [batch.to(engine.device) for batch in window]
-    weight = dist.all_reduce(torch.stack([objective.weight(batch) for batch in window]).sum())
-    # DeepSpeed averages gradients over processes and divides by the accumulation steps; undo both.
+    own_weight = torch.stack([objective.weight(batch) for batch in window]).sum()
+    weight = dist.all_reduce(own_weight)
+    # DeepSpeed averages gradients over ranks and divides by the accumulation steps; undo both.
     scale = dist.world_size() * len(window) / weight.clamp(min=1)
     sums: dict[str, torch.Tensor] = {}
-    for batch in window:
+    for number, batch in enumerate(window, 1):
         loss, extra = objective.loss_sum(engine, batch)
         for key, value in {"train/loss": loss.detach(), **extra}.items():
             sums[key] = sums.get(key, 0) + value
-        # All processes see the same sum, so that all stop together.
-        total = dist.all_reduce(loss)
-        if not torch.isfinite(total):
-            raise ValueError(
-                f"The loss of step {step}, summed over processes, is {total.item()}. Lower --learning_rate, or take "
-                "--dtype bf16 or fp32 instead of fp16."
-            )
         engine.backward(loss * scale)
-        step_together(engine)
-    totals = dist.all_reduce(torch.stack([value.double() for value in sums.values()])) / weight
-    tokens = dist.all_reduce(
-        torch.stack([batch.attention_mask.sum() for batch in window]).sum()
-    ).item()
+        if number < len(window):
+            engine.step()
+    tokens = torch.stack([batch.attention_mask.sum() for batch in window]).sum()
+    measured = torch.stack([value.double() for value in (*sums.values(), own_weight, tokens)])
+    check = GradientCheck(engine, measured=measured)
+    *totals, all_weight, all_tokens = check.measured
+    if not math.isfinite(totals[0]):
+        raise ValueError(
+            f"The loss of update {step}, summed over ranks, is {totals[0]}. Lower --learning_rate, "
+            "or take --dtype bf16 or fp32 instead of fp16."
+        )
+    check.step()
     seconds = time.monotonic() - started
     return {
-        **dict(zip(sums, totals.tolist())),
+        **{key: total / all_weight for key, total in zip(sums, totals, strict=True)},
         "train/lr": rate,
         "train/grad_norm": gradient_norm(engine),
         "time/step_s": seconds,
-        "perf/tokens_per_s": tokens / seconds,
+        "perf/tokens_per_s": all_tokens / seconds,
         "perf/mem_gib": memory_gib()[0],
     }
 
 
 def answer_nll(engine, batch: TextBatch | PairBatch) -> tuple[torch.Tensor, torch.Tensor]:
     """The negative log-likelihood of each row's labels [B], fp32, and their number [B]; see ``lm_loss_rows``."""
-    logits = forward_logits(
-        engine, engine.module, input_ids=batch.input_ids, attention_mask=batch.attention_mask
-    )
+    logits = forward_logits(engine, engine.module, input_ids=batch.input_ids, attention_mask=None)
     return lm_loss_rows(logits, batch.labels)
 
 
