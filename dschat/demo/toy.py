@@ -15,15 +15,18 @@ def write_toy_data(
 ) -> Path:
     """Write train.jsonl and eval.jsonl with prompt, chosen and rejected, and return `folder`.
 
-    The same arguments give the same files. A good word is preferred to a bad one.
+    The same arguments give the same files. A good word is preferred to a bad one. No prompt is in
+    both files, so that no training row is left out for an evaluation row that begins like it.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     draw = random.Random(seed)
-    for name, count in (("train", num_train), ("eval", num_eval)):
+    train_prompts, eval_prompts = _split_prompts()
+    parts = (("train", num_train, train_prompts), ("eval", num_eval, eval_prompts))
+    for name, count, prompts in parts:
         rows = (
             {
-                "prompt": f"{draw.choice(SUBJECTS)} {draw.choice(VERBS)}",
+                "prompt": draw.choice(prompts),
                 "chosen": f" {draw.choice(GOOD)}",
                 "rejected": f" {draw.choice(BAD)}",
             }
@@ -33,3 +36,13 @@ def write_toy_data(
             "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
         )
     return folder
+
+
+def _split_prompts() -> tuple[list[str], list[str]]:
+    """Return prompts for training and evaluation; each word is in both."""
+    train, evaluation = [], []
+    for i, subject in enumerate(SUBJECTS):
+        for j, verb in enumerate(VERBS):
+            part = evaluation if j == i % len(VERBS) else train
+            part.append(f"{subject} {verb}")
+    return train, evaluation
