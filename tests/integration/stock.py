@@ -179,8 +179,8 @@ def _write_faulty(folder: Path) -> None:
     good = '{"prompt": "a", "chosen": " b", "rejected": " c"}'
     many = [
         good,
-        '{"question": "a"}',
-        '{"prompt": 7, "chosen": " b"}',
+        '{"remark": "a"}',
+        '{"prompt": {"a": 7}, "chosen": " b"}',
         '{"prompt": "a", "chosen": " \\u200b\\n"}',
     ]
     many += [
@@ -194,7 +194,9 @@ def _write_faulty(folder: Path) -> None:
         good.encode() + b"\n" + '{"prompt": "café", "chosen": " b"}'.encode("latin-1")
     )
     for name, prompt in (("unseen", " \u200b\ufeff\u2060"), ("huge", "word " * 2**19)):
-        rows = [good, json.dumps({**json.loads(good), "prompt": prompt}), good, good]
+        # Four prompts, so that one can be held out.
+        rows = [json.loads(good) | {"prompt": text} for text in ("a", prompt, "c", "d")]
+        rows = [json.dumps(row) for row in rows]
         (faulty / f"{name}.jsonl").write_text("\n".join(rows) + "\n")
     (faulty / "rewards.py").write_text(
         "def constant(prompts, answers, **columns):\n    return [0.0] * len(answers)\n"

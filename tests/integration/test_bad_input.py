@@ -72,7 +72,7 @@ MISTAKES = {
         2,
         f"{REWARD} --data_path {{stock}}/faulty/many.jsonl",
         [
-            *("many.jsonl, line 2: no field", 'line 3: field "prompt" is 7, not a string'),
+            *("many.jsonl, line 2: no field", 'line 3: field "prompt" is {"a": 7}, not a string'),
             *(
                 'line 4: field "chosen" is empty',
                 'line 5: fields "chosen" and "rejected" are equal',
