@@ -130,11 +130,6 @@ def measure_dschat(name: str, args: argparse.Namespace) -> None:
 
     run = SupervisedRun(1, config, device, config.model.dtype, None, 2, None)
     engine = build_engine(run, load, total_steps=args.updates + 4)
-    if os.environ.get("BENCH_COMPILE"):
-        from dschat.models.structure import decoder_layers
-
-        for layer in decoder_layers(getattr(engine.module, "model", engine.module) if case.step == 2 else engine.module)[1]:
-            layer.compile()
     if case.step == "dpo":
         from dschat.trainers import dpo
 

@@ -4,6 +4,7 @@ A [B, T, V] tensor of fp32 logits is the largest of the whole step (1.5 GiB for 
 one: rows are cast chunk by chunk, and in training each chunk is recomputed in backward.
 """
 
+import functools
 import itertools
 
 import torch
@@ -32,6 +33,9 @@ def token_logprobs(
     """
     batch, length, vocab = logits.shape
     flat_logits, flat_tokens = logits.reshape(-1, vocab), tokens.reshape(-1)
+    if logits.is_cuda:
+        logprobs, entropy = FusedLogprobs.apply(flat_logits, flat_tokens, temperature)
+        return logprobs.view(batch, length), entropy.view(batch, length)
     rows = max(1, chunk_elements // vocab)
     pieces = []
     # split, not slices: the gradient of each slice would be a tensor as large as all logits.
@@ -46,6 +50,61 @@ def token_logprobs(
             pieces.append(_chunk_logprobs(*chunk))
     logprobs, entropy = (torch.cat(parts).view(batch, length) for parts in zip(*pieces))
     return logprobs, entropy
+
+
+class FusedLogprobs(torch.autograd.Function):
+    """Token logprobs and entropy in one pass over the logits forward, and one backward.
+
+    On a GPU both passes are compiled, so that no fp32 logits are ever written. The gradient is
+    written in the logits' own type.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, tokens, temperature):
+        """Return logprobs [N] and entropy [N] of logits [N, V] and tokens [N]."""
+        compute = _compiled(_fused_forward) if logits.is_cuda else _fused_forward
+        logprobs, entropy, normalizer = compute(logits, tokens, temperature)
+        ctx.save_for_backward(logits, tokens, entropy, normalizer)
+        ctx.temperature = temperature
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx, logprob_grad, entropy_grad):
+        """Return the gradient of the logits, given those of both results."""
+        logits, tokens, entropy, normalizer = ctx.saved_tensors
+        compute = _compiled(_fused_backward) if logits.is_cuda else _fused_backward
+        grad = compute(
+            logits, tokens, entropy, normalizer, logprob_grad, entropy_grad, ctx.temperature
+        )
+        return grad, None, None
+
+
+@functools.cache
+def _compiled(function):
+    return torch.compile(function)
+
+
+def _fused_forward(logits, tokens, temperature):
+    scaled = logits.float() / temperature
+    highest = scaled.amax(-1, keepdim=True)
+    normalizer = (scaled - highest).exp().sum(-1, keepdim=True).log() + highest
+    all_logprobs = scaled - normalizer
+    # A masked token has probability 0 and logprob -inf: its product counts as 0.
+    terms = torch.where(scaled > float("-inf"), all_logprobs.exp() * all_logprobs, 0.0)
+    logprobs = logits.gather(-1, tokens[:, None]).float() / temperature - normalizer
+    return logprobs.squeeze(-1), -terms.sum(-1), normalizer.squeeze(-1)
+
+
+def _fused_backward(logits, tokens, entropy, normalizer, logprob_grad, entropy_grad, temperature):
+    scaled = logits.float() / temperature
+    all_logprobs = scaled - normalizer[:, None]
+    probs = all_logprobs.exp()
+    # d logprob / d x = [token] - p, and d H / d x = -p (log p + H).
+    is_token = torch.arange(logits.shape[-1], device=logits.device) == tokens[:, None]
+    grad = (is_token.float() - probs) * logprob_grad[:, None]
+    spread = torch.where(probs > 0, all_logprobs + entropy[:, None], 0.0)
+    grad = grad - probs * spread * entropy_grad[:, None]
+    return (grad / temperature).to(logits.dtype)
 
 
 def full_kl(

@@ -217,6 +217,11 @@ class PPOSystem:
     critic_gradient_checkpointing: bool = flag(
         False, "Recompute the critic's activations in backward."
     )
+    compile_layers: bool = flag(
+        True,
+        "On a GPU, train with compiled decoder layers: the first updates take about half a minute "
+        "longer. Without effect under ZeRO-3 and with int8 weights.",
+    )
     actor_dropout: Optional[float] = flag(
         None, "Accepted for compatibility, no effect: dropout is off in all four models."
     )
@@ -275,6 +280,7 @@ class PPOSystem:
             offload=self.offload,
             pin_memory=self.pin_memory,
             gradient_checkpointing=self.actor_gradient_checkpointing,
+            compile_layers=self.compile_layers,
             dropout=0.0,
             freeze_layers=self.actor_freeze_layers,
             enable_mixed_precision_lora=self.enable_mixed_precision_lora and lora.lora_dim > 0,
@@ -287,6 +293,7 @@ class PPOSystem:
             offload=self.offload,
             pin_memory=self.pin_memory,
             gradient_checkpointing=self.critic_gradient_checkpointing,
+            compile_layers=self.compile_layers,
             dropout=0.0,
             freeze_layers=self.critic_freeze_layers,
             enable_mixed_precision_lora=self.enable_mixed_precision_lora and lora.lora_dim > 0,

@@ -19,6 +19,7 @@ from dschat.engine.compiled_ops import needed_ops
 from dschat.engine.device import on_cpu
 from dschat.engine.launch_env import process_variables, shared_buffers
 from dschat.engine.optim import adamw
+from dschat.models.structure import decoder_layers
 from dschat.runtime import dist
 from dschat.runtime.log import logger
 
@@ -137,12 +138,14 @@ def build_training_engine(
     weight_decay: float,
     lora_names: Container[str] = frozenset(),
     lora_learning_rate: float = 0.0,
+    compile_layers: bool = False,
 ):
     """A DeepSpeed engine around `model`, with AdamW and a schedule of transformers.
 
     Args:
         total_steps: optimizer steps of the whole run, the schedule's length.
-        lora_names: names of LoRA parameters, which get a learning rate of their own.
+        lora_names: names of LoRA parameters, which get `lora_learning_rate`.
+        compile_layers: train with compiled decoder layers, on a GPU and below ZeRO-3.
     """
     optimizer = adamw(
         model,
@@ -163,11 +166,23 @@ def build_training_engine(
     )
     trained = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
     total = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+    if compile_layers and engine.zero_optimization_stage() < 3 and not on_cpu():
+        _compile_layers(model)
     logger.info(
         f"{type(model).__name__}: {total / 1e6:,.1f}M parameters, {trained / 1e6:,.1f}M trained "
         f"({100 * trained / total:.1f}%), ZeRO-{engine.zero_optimization_stage()}, {dist.world_size()} process(es)"
     )
     return engine
+
+
+def _compile_layers(model: torch.nn.Module) -> None:
+    """Compile each decoder layer in place; equal layers share one compilation.
+
+    Under ZeRO-3 it would not pay: DeepSpeed's hooks fetch weights inside the layer, and each hook
+    would break the graph.
+    """
+    for layer in decoder_layers(model)[1]:
+        layer.compile()
 
 
 def build_inference_engine(model: torch.nn.Module, *, ds_config: dict):

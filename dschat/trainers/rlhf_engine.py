@@ -178,6 +178,7 @@ class DeepSpeedRLHFEngine:
             weight_decay=getattr(config.optim, f"{role}_weight_decay"),
             lora_names=lora_names,
             lora_learning_rate=lora.lora_learning_rate,
+            compile_layers=system.compile_layers and not system.enable_mixed_precision_lora,
         )
 
     def _reference_engine(self, source: tuple):

@@ -163,6 +163,8 @@ def build_engine(
         weight_decay=config.optim.weight_decay,
         lora_names=lora_names,
         lora_learning_rate=config.lora.lora_learning_rate,
+        compile_layers=config.system.compile_layers
+        and not config.system.enable_mixed_precision_lora,
     )
 
 

@@ -29,7 +29,7 @@ REWARDS = """
 def number(prompts, answers, *, number, **columns):
     # The function raises if a prompt comes with another row's number.
     assert [f"item {n}" for n in number] == prompts
-    return [n + 0.25 * len(answer) for n, answer in zip(number, answers)]
+    return [100 * n + 0.25 * len(answer) for n, answer in zip(number, answers)]
 
 def vowels(prompts, answers, **columns):
     return [0.5 * sum(letter in "aeiou" for letter in answer) - 1 for answer in answers]

@@ -7,7 +7,7 @@ import torch
 
 from dschat.algorithms.advantages import gae, group_advantages, shape_rewards
 from dschat.algorithms.kl import KLController, kl_estimate
-from dschat.algorithms.logprobs import full_kl, token_logprobs
+from dschat.algorithms.logprobs import FusedLogprobs, full_kl, token_logprobs
 from dschat.algorithms.losses import (
     explained_variance,
     lm_loss_rows,
@@ -370,3 +370,28 @@ def test_rloo_equals_leaving_one_out_in_a_loop(num_samples):
         start = i - i % num_samples
         others = [totals[j] for j in range(start, start + num_samples) if j != i]
         assert found[i, 0].item() == pytest.approx(total - sum(others) / len(others), abs=1e-12)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_fused_logprobs_are_those_of_the_plain_path(temperature):
+    """The passes that a GPU compiles give the results and gradients of the chunked path."""
+    draw = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(2, 5, 11, generator=draw, dtype=torch.float64)
+    logits[0, 0, 3] = float("-inf")
+    tokens = torch.randint(4, 11, (2, 5), generator=draw)
+    weights = torch.randn(2, 2, 5, generator=draw)
+
+    def run(function):
+        leaf = logits.float().requires_grad_()
+        logprobs, entropy = function(leaf)
+        (logprobs * weights[0] + entropy * weights[1]).sum().backward()
+        return logprobs, entropy, leaf.grad
+
+    def fused(leaf):
+        flat = FusedLogprobs.apply(leaf.view(-1, 11), tokens.view(-1), temperature)
+        return tuple(values.view(2, 5) for values in flat)
+
+    plain = run(lambda leaf: token_logprobs(leaf, tokens, temperature=temperature))
+    for found, expected in zip(run(fused), plain, strict=True):
+        assert torch.isfinite(found).all()
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
