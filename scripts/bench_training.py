@@ -8,6 +8,7 @@ the same shape, rows and lengths. MFU counts 6 (frozen weights: 4) FLOP a parame
 """
 
 import argparse
+import copy
 import json
 import os
 import subprocess
@@ -129,6 +130,17 @@ def measure_dschat(name: str, args: argparse.Namespace) -> None:
         return random_model(path, dtype=dtype, head=case.step == 2)
 
     run = SupervisedRun(1, config, device, config.model.dtype, None, 2, None)
+    if os.environ.get("BENCH_LEAF"):
+        import deepspeed
+        import dschat.engine.build as build
+        from dschat.models.structure import decoder_layers
+        real = deepspeed.initialize
+
+        def initialize(*, model, **more):
+            deepspeed.utils.set_z3_leaf_modules(model, [type(decoder_layers(model)[1][0])])
+            return real(model=model, **more)
+
+        build.deepspeed.initialize = initialize
     engine = build_engine(run, load, total_steps=args.updates + 4)
     if case.step == "dpo":
         from dschat.trainers import dpo
@@ -219,12 +231,14 @@ def make_trl_trainer(case: Case, model, dataset_class, callbacks: list, *, updat
         return SFTTrainer(args=args, train_dataset=data, peft_config=peft, **options)
     words = lambda count: " ".join(f"w{i}" for i in ids(count))  # noqa: E731
     columns = {
-        name: [words(half - 1) for _ in range(num)] for name in ("prompt", "chosen", "rejected")
+        name: [words(half - 2) for _ in range(num)] for name in ("prompt", "chosen", "rejected")
     }
     data = dataset_class.from_dict(columns)
     if case.step == 2:
         return RewardTrainer(args=RewardConfig(**common), train_dataset=data, **options)
-    return DPOTrainer(args=DPOConfig(**common), train_dataset=data, **options)
+    reference = copy.deepcopy(model)
+    args = DPOConfig(**common)
+    return DPOTrainer(ref_model=reference, args=args, train_dataset=data, **options)
 
 
 def random_model(shape: str, *, dtype, head: bool):

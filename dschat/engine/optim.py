@@ -1,9 +1,8 @@
 """AdamW in parameter groups, and gradients that are not finite."""
 
+import math
 from collections.abc import Container
 from typing import Any
-
-import math
 
 import torch
 

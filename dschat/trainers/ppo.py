@@ -4,6 +4,7 @@ PromptBatch -> generate -> SampledAnswers -> rewards -> make_experience -> Exper
     -> ppo_epochs x shuffled minibatches of policy_loss and value_loss (and, if asked, a PTX loss).
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator
 
@@ -17,7 +18,7 @@ from dschat.algorithms.types import Experience, PromptBatch, TextBatch
 from dschat.checkpoint.run_state import Saved
 from dschat.config.ppo import PPOConfig
 from dschat.engine.ema import MovingAverage
-from dschat.engine.optim import gradient_norm, step_together
+from dschat.engine.optim import GradientCheck, gradient_norm
 from dschat.models.forward import forward_logits
 from dschat.runtime import dist
 from dschat.runtime.log import logger
@@ -193,28 +194,37 @@ class DeepSpeedPPOTrainer:
         warming_up = self.config.has_critic and self.rollouts < self.config.ppo.critic_warmup_steps
         learning = [critic] if warming_up else self.engines.trained
         approx_kl = torch.zeros((), device=tokens.device)
-        for batch in window:
+        losses: dict[str, torch.Tensor] = {}  # sums of this rank, by name
+        for number, batch in enumerate(window, 1):
             if actor in learning:
                 loss, sums, ratio_max = self._actor_loss(batch)
-                self._check_loss("policy", loss)
-                self._backward_actor(loss * undo / tokens, totals, undo)
+                _add(losses, "policy", loss)
+                self._backward_actor(loss * undo / tokens, totals, losses, undo)
                 totals.add(sums, batch.response_mask.sum(), ratio_max)
                 approx_kl += sums["policy/approx_kl"]
             if critic is not None:
                 loss, sums = self._critic_loss(batch)
-                self._check_loss("value", loss)
+                _add(losses, "value", loss)
                 critic.backward(loss * undo / tokens)
                 totals.add(sums, batch.response_mask.sum())
-            boundary = actor.is_gradient_accumulation_boundary()
-            if not step_together(*learning):
-                logger.info(
-                    f"rollout {self.rollouts + 1}: gradients are not finite, so no engine stepped"
-                )
-                totals.skipped += 1
-            elif self.ema is not None and boundary and actor in learning:
-                self.ema.update()
+            if number < len(window):
+                for engine in learning:
+                    engine.step()
+        # The one transfer of an update: gradient norms, losses and KL together.
+        measured = torch.stack([*losses.values(), approx_kl.double() / tokens])
+        check = GradientCheck(*learning, measured=measured)
+        *sums, mean_kl = check.measured
+        self._check_losses(dict(zip(losses, sums, strict=True)))
+        check.step()
+        if not check.finite:
+            logger.info(
+                f"rollout {self.rollouts + 1}: gradients are not finite, so no engine stepped"
+            )
+            totals.skipped += 1
+        elif self.ema is not None and actor in learning:
+            self.ema.update()
         target = self.config.ppo.target_kl
-        return target is not None and (dist.all_reduce(approx_kl) / tokens).item() > target
+        return target is not None and mean_kl > target
 
     def _windows(self, experience: Experience):
         """The micro-batches of each optimizer step; sizes divide, which the configuration has checked."""
@@ -227,7 +237,9 @@ class DeepSpeedPPOTrainer:
             for index in order.view(-1, steps, rows):
                 yield [trim(experience.rows(micro)) for micro in index]
 
-    def _backward_actor(self, loss: torch.Tensor, totals: UpdateTotals, undo: int) -> None:
+    def _backward_actor(
+        self, loss: torch.Tensor, totals: UpdateTotals, losses: dict[str, torch.Tensor], undo: int
+    ) -> None:
         """Backward of the policy loss and, if asked, of the PTX loss after it, as one micro-step of the engine."""
         actor = self.engines.actor
         if self.ptx is None:
@@ -243,7 +255,7 @@ class DeepSpeedPPOTrainer:
             actor, actor.module, input_ids=batch.input_ids, attention_mask=batch.attention_mask
         )
         nll, tokens = (rows.sum() for rows in lm_loss_rows(logits, batch.labels))
-        self._check_loss("PTX", nll)
+        _add(losses, "PTX", nll)
         # A mean over this micro-batch of all processes, and over the micro-batches of the step.
         share = undo / self.config.schedule.gradient_accumulation_steps / dist.all_reduce(tokens)
         actor.backward(self.config.data.unsup_coef * nll * share)
@@ -306,11 +318,16 @@ class DeepSpeedPPOTrainer:
                 "--kl_coef; with --dtype fp16 take bf16 or fp32."
             )
 
-    def _check_loss(self, name: str, loss: torch.Tensor) -> None:
-        # All processes see the same sum, so that all stop together.
-        total = dist.all_reduce(loss)
-        if not torch.isfinite(total):
-            raise ValueError(
-                f"rollout {self.rollouts + 1}: the {name} loss, summed over processes, is {total.item()}; the weights "
-                "are as before. Lower --actor_learning_rate or --critic_learning_rate; with --dtype fp16 take bf16 or fp32."
-            )
+    def _check_losses(self, sums: dict[str, float]) -> None:
+        for name, total in sums.items():
+            if not math.isfinite(total):
+                raise ValueError(
+                    f"rollout {self.rollouts + 1}: the {name} loss, summed over ranks, is {total}; "
+                    "the weights are as before. Lower --actor_learning_rate or "
+                    "--critic_learning_rate; with --dtype fp16 take bf16 or fp32."
+                )
+
+
+def _add(losses: dict[str, torch.Tensor], name: str, loss: torch.Tensor) -> None:
+    """Add a micro-batch's loss to the sum of its name."""
+    losses[name] = losses.get(name, 0.0) + loss.detach().double()

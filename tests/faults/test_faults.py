@@ -186,7 +186,7 @@ def test_a_nan_on_one_rank_ends_all_with_one_message(step, argv, name, zygote, t
         (
             "nan_in_value",
             [
-                "the value loss, summed over processes, is nan",
+                "the value loss, summed over ranks, is nan",
                 "the weights are as before",
                 "--critic_learning_rate",
             ],

@@ -99,17 +99,16 @@ def update(
         else None
     )
     adamw = build.adamw
-    step_together = ppo.step_together
+    check_gradients = ppo.GradientCheck
     gradients = {}
 
-    def noting_gradients(*engines):
-        if engines[0].is_gradient_accumulation_boundary():
-            gradients.update(zip(("actor", "critic"), map(full_gradients, engines)))
-        return step_together(*engines)
+    def noting_gradients(*engines, measured):
+        gradients.update(zip(("actor", "critic"), map(full_gradients, engines)))
+        return check_gradients(*engines, measured=measured)
 
     try:
         build.adamw = gradient_descent if sgd else adamw
-        ppo.step_together = noting_gradients
+        ppo.GradientCheck = noting_gradients
         trainer = make_trainer(stock, flags, ptx=ptx, family=family)
         before = both_weights(trainer)
         whole = fixed_rollout(stock, family=family, fill=fill, wider=wider)
@@ -122,7 +121,7 @@ def update(
         )
     finally:
         build.adamw = adamw
-        ppo.step_together = step_together
+        ppo.GradientCheck = check_gradients
     after = both_weights(trainer)
     average = trainer.ema.full_tensors()
     if dist.is_main():
