@@ -18,62 +18,76 @@ from dschat.runtime.log import run_main
 from dschat.serving.chat_model import Answer, ChatModel
 from dschat.serving.conversation import chat_format, fit_conversation, stop_text
 from dschat.serving.requests import read_request
-from dschat.serving.server import ChatServer, Limits, opened_warning
+from dschat.serving.server import ChatServer, Limits, open_host_warning
 
 PAGE = Path(__file__).with_name("page.html")
 HELP = "clear: begin a new conversation; quit: end; Ctrl-C: stop an answer"
 
 
 class Chat:
-    """The model of a configuration, and how it is talked to."""
+    """The model of a configuration with its prompt format and limits.
+
+    Raises:
+        ValueError: there is no such model, or it leaves no room for a conversation.
+    """
 
     def __init__(self, config: ChatConfig):
-        """
-        Raises:
-            ValueError: there is no such model, or it leaves no room for a conversation.
-        """
         device, dtype = inference_placement(config.model.dtype)
-        path, options = (
-            config.model.path,
-            dict(trust_remote_code=config.model.trust_remote_code, flag="--path"),
+        path = config.model.path
+        trust = config.model.trust_remote_code
+        self.tokenizer = load_tokenizer(
+            path,
+            add_eot_token=config.model.add_eot_token,
+            eot_token=config.model.eot_token,
+            trust_remote_code=trust,
+            flag="--path",
         )
-        added = dict(add_eot_token=config.model.add_eot_token, eot_token=config.model.eot_token)
-        self.tokenizer = load_tokenizer(path, **added, **options)
-        model = load_causal_lm(path, dtype=dtype, tokenizer=self.tokenizer, **options).to(device)
-        names = ("temperature", "top_k", "top_p", "repetition_penalty")
+        model = load_causal_lm(
+            path, dtype=dtype, tokenizer=self.tokenizer, trust_remote_code=trust, flag="--path"
+        )
+        answers = config.answers
         self.model = ChatModel(
-            model, self.tokenizer, **{name: getattr(config.answers, name) for name in names}
+            model.to(device),
+            self.tokenizer,
+            temperature=answers.temperature,
+            top_k=answers.top_k,
+            top_p=answers.top_p,
+            repetition_penalty=answers.repetition_penalty,
         )
-        self.format = chat_format(config.answers.prompt_format, self.tokenizer)
+        self.format = chat_format(answers.prompt_format, self.tokenizer)
         if self.format == "chat" and not self.tokenizer.chat_template:
             raise ValueError(
-                f"--prompt_format chat: the tokenizer of --path {path} has no chat template; give auto."
+                f"--prompt_format chat: the tokenizer of --path {path} has no chat template. "
+                "Give auto."
             )
-        self.max_new_tokens = config.answers.max_new_tokens
-        self.room = self.model.room(
-            config.answers.max_prompt_seq_len, max_new_tokens=self.max_new_tokens
+        self.max_new_tokens = answers.max_new_tokens
+        self.max_conversation_tokens = self.model.max_conversation_tokens(
+            answers.max_prompt_seq_len, max_new_tokens=self.max_new_tokens
         )
-        torch.manual_seed(config.answers.seed)
+        torch.manual_seed(answers.seed)
 
     def fit(self, messages: list[dict]) -> tuple[list[int], int]:
-        """See ``fit_conversation``."""
+        """Encode a conversation; see ``fit_conversation``."""
         return fit_conversation(
-            messages, self.tokenizer, prompt_format=self.format, max_tokens=self.room
+            messages,
+            self.tokenizer,
+            prompt_format=self.format,
+            max_tokens=self.max_conversation_tokens,
         )
 
     def answer(self, ids: list[int], *, max_new_tokens: int, **callbacks) -> Answer:
-        """See ``ChatModel.answer``."""
+        """Generate an answer; see ``ChatModel.answer``."""
         return self.model.answer(
             ids, max_new_tokens=max_new_tokens, stop_text=stop_text(self.format), **callbacks
         )
 
     def as_turn(self, text: str) -> str:
-        """An answer as it stands in the continued conversation: as the steps read answers."""
+        """Return an answer as the training steps read it in a conversation."""
         return text if self.format == "plain" else text.strip()
 
 
 def printable(text: str) -> str:
-    """`text` without characters that steer a terminal."""
+    """Replace the characters of `text` that control a terminal."""
     return "".join(
         "\ufffd" if unicodedata.category(char) == "Cc" and char not in "\n\t" else char
         for char in text
@@ -81,7 +95,7 @@ def printable(text: str) -> str:
 
 
 def talk(chat: Chat, *, max_turns: int) -> None:
-    """The conversation in the terminal, until quit or the end of the input."""
+    """Hold a conversation in the terminal, until quit or the end of the input."""
     messages: list[dict] = []
     print(HELP)
     while True:
@@ -97,12 +111,14 @@ def talk(chat: Chat, *, max_turns: int) -> None:
             messages = []
             print("(a new conversation)")
         elif text.strip():
-            messages = reply(chat, [*messages, {"role": "user", "content": text}])[-2 * max_turns :]
+            messages = reply(chat, [*messages, {"role": "user", "content": text}])
+            messages = messages[-2 * max_turns :]
 
 
 def reply(chat: Chat, messages: list[dict]) -> list[dict]:
-    """Print the answer to `messages`, and return the conversation after it: without the last message where it cannot
-    be answered.
+    """Print the answer to `messages` and return the conversation with it.
+
+    If the last message cannot be answered, return the conversation without it.
     """
     try:
         ids, left_out = chat.fit(messages)
@@ -127,46 +143,54 @@ def reply(chat: Chat, messages: list[dict]) -> list[dict]:
 
 
 def make_server(chat: Chat, config: ChatConfig) -> ChatServer:
-    """The server, listening but not yet answering."""
-    limits = {name: getattr(config.serving, name) for name in Limits.__dataclass_fields__}
+    """Return a server that listens but does not answer yet."""
 
     def read(body: bytes) -> tuple[list[int], int, int]:
-        messages, number = read_request(
+        messages, max_new_tokens = read_request(
             body, max_turns=config.answers.max_turns, max_new_tokens=chat.max_new_tokens
         )
-        return *chat.fit(messages), number
+        ids, left_out = chat.fit(messages)
+        return ids, left_out, max_new_tokens
 
     def answer(request: tuple[list[int], int, int], stop: Callable[[], bool]) -> dict:
-        ids, left_out, number = request
-        found = chat.answer(ids, max_new_tokens=number, stop=stop)
+        ids, left_out, max_new_tokens = request
+        found = chat.answer(ids, max_new_tokens=max_new_tokens, stop=stop)
         return {**asdict(found), "text": chat.as_turn(found.text), "left_out": left_out}
 
-    page = PAGE.read_text(encoding="utf-8")
+    limits = Limits(
+        max_request_bytes=config.serving.max_request_bytes,
+        requests_per_minute=config.serving.requests_per_minute,
+        max_wait_s=config.serving.max_wait_s,
+    )
     return ChatServer(
         config.serving.host,
         config.serving.port,
-        page=page,
+        page=PAGE.read_text(encoding="utf-8"),
         read=read,
         answer=answer,
-        limits=Limits(**limits),
+        limits=limits,
     )
 
 
 def main() -> None:
+    """Run the chat in the terminal, or serve it."""
     config = parse_config(ChatConfig)
     for line in config.without_effect():
         print(line)
     chat = Chat(config)
     if not config.serving.serve:
         if hasattr(sys.stdin, "reconfigure"):
-            sys.stdin.reconfigure(errors="replace")  # bytes that are no text would end the program
+            sys.stdin.reconfigure(errors="replace")  # else invalid UTF-8 would end the program
         talk(chat, max_turns=config.answers.max_turns)
         return
     server = make_server(chat, config)
-    if warning := opened_warning(config.serving.host):
+    warning = open_host_warning(config.serving.host)
+    if warning:
         logging.getLogger("dschat").warning(warning)
     host, port = server.server_address[:2]
-    print(f"http://{f'[{host}]' if ':' in host else host}:{port}/ (Ctrl-C ends)", flush=True)
+    if ":" in host:  # IPv6
+        host = f"[{host}]"
+    print(f"http://{host}:{port}/ (Ctrl-C ends)", flush=True)
     try:
         server.serve_forever()
     except KeyboardInterrupt:

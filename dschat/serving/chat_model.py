@@ -1,4 +1,4 @@
-"""A model that answers one conversation at a time, and shows its answer as it comes."""
+"""Generation for a chat: one conversation at a time, with the answer streamed as it is made."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,14 +20,24 @@ from dschat.models.tokenizer import eos_token_ids
 class Answer:
     """An answer of a model."""
 
-    text: str  # without the end token, and without what it was stopped by
-    num_tokens: int  # the end token counts
+    text: str  # without the end token and without the stop text
+    num_tokens: int  # includes the end token
     ended: bool  # False: cut at max_new_tokens
 
 
 class ChatModel:
-    """A causal language model with the settings by which it answers; none of its own generation settings counts but
-    the ids that end an answer.
+    """A causal language model and the settings by which it answers.
+
+    Of the model's generation config only the end token ids are used.
+
+    Args:
+        model: the language model; it is put into evaluation mode, and its generation config is
+            replaced.
+        tokenizer: the model's tokenizer.
+        temperature: sampling temperature; 0 takes the likeliest token.
+        top_k: sample from this many likeliest tokens; 0: from all.
+        top_p: sample from the likeliest tokens that have this probability together.
+        repetition_penalty: above 1, tokens that already occurred become less likely.
     """
 
     def __init__(
@@ -40,14 +50,11 @@ class ChatModel:
         top_p: float = 1.0,
         repetition_penalty: float = 1.0,
     ):
-        """
-        Args:
-            temperature: of the draws; 0: the likeliest token.
-        """
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.end_ids = eos_token_ids(model.generation_config, tokenizer)
-        # transformers fills what a call leaves open from the model's own settings, which may ban or force tokens.
+        # generate() takes what a call leaves open from the model's generation config, which may ban
+        # or force tokens.
         model.generation_config = GenerationConfig()
         self.settings = dict(
             do_sample=temperature > 0,
@@ -60,19 +67,21 @@ class ChatModel:
             pad_token_id=tokenizer.pad_token_id,
         )
 
-    def room(self, limit: int, *, max_new_tokens: int) -> int:
-        """The most tokens of a conversation: `limit`, or what the model's positions leave beside an answer.
+    def max_conversation_tokens(self, limit: int, *, max_new_tokens: int) -> int:
+        """Return the largest number of tokens that a conversation may have.
+
+        This is `limit`, or less if the model's positions do not hold `limit` tokens and an answer.
 
         Raises:
-            ValueError: they leave none.
+            ValueError: the model has no positions beside those of an answer.
         """
         positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         if positions is None:
             return limit
         if positions <= max_new_tokens:
             raise ValueError(
-                f"--max_new_tokens {max_new_tokens}: the model has {positions} positions for conversation and answer; "
-                "give less."
+                f"--max_new_tokens {max_new_tokens}: the model has {positions} positions for "
+                "conversation and answer together. Give a lower number."
             )
         return min(limit, positions - max_new_tokens)
 
@@ -85,33 +94,38 @@ class ChatModel:
         show: Callable[[str], None] = lambda text: None,
         stop: Callable[[], bool] = lambda: False,
     ) -> Answer:
-        """The answer to a conversation.
+        """Generate the answer to a conversation.
 
         Args:
-            ids: of the conversation, from its beginning to where the answer begins.
-            stop_text: a text that ends the answer as an end token does, and is no part of it.
-            show: gets the pieces of the answer's text, as they come.
-            stop: asked at each token whether the answer is to be cut short there.
+            ids: token ids of the conversation up to where the answer begins.
+            max_new_tokens: cut the answer after this many tokens.
+            stop_text: text that ends the answer as an end token does; it is not part of the answer.
+            show: called with each piece of the answer's text as it is made.
+            stop: called after each token; returning True cuts the answer.
         """
-        shown = ShownText(self.tokenizer, stop_text=stop_text, show=show)
+        streamer = AnswerStreamer(self.tokenizer, stop_text=stop_text, show=show)
+        criterion = _CallbackCriterion(lambda: streamer.stopped or stop())
         input_ids = torch.tensor([ids], device=self.model.device)
         with torch.no_grad():
-            sequence = self.model.generate(
+            sequences = self.model.generate(
                 input_ids=input_ids,
                 attention_mask=torch.ones_like(input_ids),
                 generation_config=GenerationConfig(max_new_tokens=max_new_tokens, **self.settings),
-                streamer=shown,
-                stopping_criteria=StoppingCriteriaList([_Stopped(lambda: shown.stopped or stop())]),
-            )[0]
-        new = sequence[len(ids) :].tolist()
+                streamer=streamer,
+                stopping_criteria=StoppingCriteriaList([criterion]),
+            )
+        new_ids = sequences[0, len(ids) :].tolist()
+        at_end_token = bool(new_ids) and new_ids[-1] in self.end_ids
         return Answer(
-            shown.text, len(new), shown.stopped or (bool(new) and new[-1] in self.end_ids)
+            text=streamer.text, num_tokens=len(new_ids), ended=streamer.stopped or at_end_token
         )
 
 
-class ShownText(BaseStreamer):
-    """Tokens to pieces of text. Held back is what may still change: the bytes of half a character, and what might be the
-    beginning of `stop_text`.
+class AnswerStreamer(BaseStreamer):
+    """A streamer that shows text which can no longer change.
+
+    It holds back the bytes of an incomplete character, and text that may be the beginning of
+    `stop_text`.
     """
 
     def __init__(
@@ -124,51 +138,55 @@ class ShownText(BaseStreamer):
         self.tokenizer = tokenizer
         self.stop_text = stop_text
         self.show = show
-        self.text = ""  # all that was shown
+        self.text = ""  # everything shown so far
         self.stopped = False
-        self._tokens: list[int] | None = None  # None until the prompt went by
-        self._decoded = 0  # characters
+        self._tokens: list[int] | None = None  # None until generate() has passed the prompt
+        self._num_decoded = 0  # characters
         self._held = ""
 
     def put(self, value: torch.Tensor) -> None:
-        """The prompt, and then the next token each time, from generate."""
+        """Receive the prompt in the first call, and the next token in each later one."""
         if self._tokens is None:
             self._tokens = []
             return
         self._tokens += value.flatten().tolist()
         text = self.tokenizer.decode(self._tokens, skip_special_tokens=True)
-        if not text.endswith("\ufffd"):
-            self.take(text[self._decoded :])
-            self._decoded = len(text)
+        if not text.endswith("\ufffd"):  # else the last character is incomplete
+            self.add(text[self._num_decoded :])
+            self._num_decoded = len(text)
 
     def end(self) -> None:
-        """No more tokens."""
-        self.take(
-            self.tokenizer.decode(self._tokens or [], skip_special_tokens=True)[self._decoded :],
-            last=True,
-        )
+        """Show the text that is still held back, after the last token."""
+        text = self.tokenizer.decode(self._tokens or [], skip_special_tokens=True)
+        self.add(text[self._num_decoded :], last=True)
 
-    def take(self, text: str, *, last: bool = False) -> None:
-        """The next piece of the text."""
+    def add(self, text: str, *, last: bool = False) -> None:
+        """Append a piece of the answer and show what is certain; `last` holds nothing back."""
         if self.stopped:
             return
-        ready, self._held = self._held + text, ""
+        ready = self._held + text
+        self._held = ""
         if self.stop_text:
-            ready, mark, _ = ready.partition(self.stop_text)
-            self.stopped = bool(mark)
-            if not mark and not last:
-                held = next(
-                    n
-                    for n in range(len(self.stop_text), -1, -1)
-                    if ready.endswith(self.stop_text[:n])
-                )
-                ready, self._held = ready[: len(ready) - held], ready[len(ready) - held :]
+            ready, found, _ = ready.partition(self.stop_text)
+            self.stopped = bool(found)
+            if not found and not last:
+                num_shown = len(ready) - _overlap(ready, self.stop_text)
+                self._held = ready[num_shown:]
+                ready = ready[:num_shown]
         if ready:
             self.text += ready
             self.show(ready)
 
 
-class _Stopped(StoppingCriteria):
+def _overlap(text: str, stop_text: str) -> int:
+    """Return the length of the longest end of `text` that is a beginning of `stop_text`."""
+    for length in range(len(stop_text), 0, -1):
+        if text.endswith(stop_text[:length]):
+            return length
+    return 0
+
+
+class _CallbackCriterion(StoppingCriteria):
     """Ends generation at the first token after which `stopped` returns True."""
 
     def __init__(self, stopped: Callable[[], bool]):

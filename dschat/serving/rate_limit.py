@@ -1,16 +1,16 @@
-"""A limit of events a minute for each sender."""
+"""A limit on the events per minute of each sender."""
 
 import threading
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable
 
-MAX_ADDRESSES = 1024  # whose events are counted
+MAX_ADDRESSES = 1024  # senders whose events are counted at the same time
 WINDOW_S = 60.0
 
 
 class RateLimit:
-    """At most `number` events of a key within WINDOW_S seconds."""
+    """A limit of `number` events of a key within WINDOW_S seconds."""
 
     def __init__(self, number: int, *, clock: Callable[[], float] = time.monotonic):
         self.number = number
@@ -19,11 +19,14 @@ class RateLimit:
         self._lock = threading.Lock()
 
     def wait_s(self, key: str) -> float:
-        """0 where an event of `key` is allowed, which then counts; else the seconds until one is."""
+        """Count an event of `key` and return 0 if it is allowed; else return the seconds to wait.
+
+        If too many keys are counted already, an event of a new key is not allowed.
+        """
         with self._lock:
             now = self.clock()
             if key not in self._times and len(self._times) >= MAX_ADDRESSES:
-                self._forget(now)
+                self._drop_old_keys(now)
                 if len(self._times) >= MAX_ADDRESSES:
                     return WINDOW_S
             times = self._times[key]
@@ -34,6 +37,8 @@ class RateLimit:
             times.append(now)
             return 0.0
 
-    def _forget(self, now: float) -> None:
-        for key in [key for key, times in self._times.items() if times[-1] <= now - WINDOW_S]:
+    def _drop_old_keys(self, now: float) -> None:
+        """Remove the keys that have no event within the window."""
+        old = [key for key, times in self._times.items() if times[-1] <= now - WINDOW_S]
+        for key in old:
             del self._times[key]

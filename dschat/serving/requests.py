@@ -8,16 +8,19 @@ REQUEST_FIELDS = ("messages", "max_new_tokens")
 
 
 def read_request(body: bytes, *, max_turns: int, max_new_tokens: int) -> tuple[list[dict], int]:
-    """The messages of a request, and the most tokens of its answer.
+    """Parse and check the body of a request.
 
     Args:
-        body: JSON, {"messages": [{"role": "user", "content": "..."}, ...], "max_new_tokens": 64}; the number may be
-            missing, and is then `max_new_tokens`.
-        max_turns: pairs of messages that a request may hold, a system message apart.
+        body: JSON, {"messages": [{"role": "user", "content": "..."}, ...], "max_new_tokens": 64};
+            the number is optional and defaults to `max_new_tokens`.
+        max_turns: pairs of messages that a request may hold, not counting a system message.
         max_new_tokens: the highest number that a request may ask for.
 
+    Returns:
+        The messages, and the largest number of tokens of the answer.
+
     Raises:
-        ValueError: what is wrong with it.
+        ValueError: the request is not valid; the message says why.
     """
     try:
         request = json.loads(body)
@@ -27,20 +30,24 @@ def read_request(body: bytes, *, max_turns: int, max_new_tokens: int) -> tuple[l
         raise ValueError(
             f"the body is a JSON {type(request).__name__}, not an object with messages"
         )
-    if unknown := sorted(set(request) - set(REQUEST_FIELDS)):
+    unknown = sorted(set(request) - set(REQUEST_FIELDS))
+    if unknown:
         raise ValueError(f"unknown field {unknown[0][:80]!r}; known: {', '.join(REQUEST_FIELDS)}")
     if "messages" not in request:
         raise ValueError('no field "messages"')
     messages = validate_messages(request["messages"], "messages")
-    turns = [message for message in messages if message["role"] != "system"]
-    if len(turns) > 2 * max_turns or len(messages) > len(turns) + 1:
+    num_system = sum(message["role"] == "system" for message in messages)
+    if len(messages) - num_system > 2 * max_turns or num_system > 1:
         raise ValueError(
-            f"messages: {len(messages)}, of which {len(messages) - len(turns)} of the system; at most {2 * max_turns} "
-            f"(--max_turns {max_turns}) and 1 of the system are allowed. Begin a new conversation."
+            f"{len(messages)} messages, {num_system} of them from the system: at most "
+            f"{2 * max_turns} (--max_turns {max_turns}) and 1 from the system are allowed. "
+            "Begin a new conversation."
         )
     number = request.get("max_new_tokens", max_new_tokens)
+    # bool is a subclass of int, and true is no number of tokens.
     if type(number) is not int or not 1 <= number <= max_new_tokens:
         raise ValueError(
-            f"max_new_tokens is {json.dumps(number)[:40]}; give a whole number from 1 to {max_new_tokens}"
+            f"max_new_tokens is {json.dumps(number)[:40]}; give a whole number from 1 to "
+            f"{max_new_tokens}"
         )
     return messages, number

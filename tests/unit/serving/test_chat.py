@@ -1,4 +1,4 @@
-"""The chat program on miniature models: what the model reads, where answers end, and the loop in the terminal."""
+"""The chat program on miniature models: encoding, ends of answers, the terminal, the server."""
 
 import http.client
 import importlib.util
@@ -23,7 +23,7 @@ from dschat.data.row import Row
 from dschat.demo.tiny_models import byte_tokenizer, make_tiny_model
 from dschat.models.causal_lm import load_causal_lm
 from dschat.models.tokenizer import load_tokenizer
-from dschat.serving.chat_model import ChatModel, ShownText
+from dschat.serving.chat_model import AnswerStreamer, ChatModel
 from dschat.serving.conversation import chat_format, fit_conversation, stop_text
 from tests.unit.data_helpers import CHAT_TEMPLATE, make_tokenizer
 
@@ -75,7 +75,7 @@ def test_the_ids_are_those_that_step_3_reads(template):
     assert fit(MESSAGES, tokenizer, prompt_format=form)[0] == rows[0]["input_ids"]
 
 
-def test_plain_texts_are_joined_as_they_stand():
+def test_plain_contents_are_joined_unchanged():
     tokenizer = make_tokenizer()
     ids, _ = fit(
         [{"role": "user", "content": "ab "}, {"role": "user", "content": "c"}],
@@ -86,7 +86,7 @@ def test_plain_texts_are_joined_as_they_stand():
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_the_oldest_turns_go_first_and_the_system_stays(form):
+def test_the_oldest_turns_are_left_out_first_and_the_system_stays(form):
     tokenizer = byte_tokenizer()
     sizes = [
         len(fit([MESSAGES[0], *MESSAGES[begin:]], tokenizer, prompt_format=form)[0])
@@ -97,7 +97,7 @@ def test_the_oldest_turns_go_first_and_the_system_stays(form):
             if left_out > 4:
                 with pytest.raises(
                     ValueError,
-                    match=f"makes {size} tokens, and there is room for {room}: shorten it",
+                    match=f"has {size} tokens, and there is room for {room}: shorten it",
                 ):
                     fit(MESSAGES, tokenizer, room, form)
                 continue
@@ -109,7 +109,7 @@ def test_the_oldest_turns_go_first_and_the_system_stays(form):
 
 
 def greedy(model, ids: list[int], number: int) -> list[int]:
-    """The likeliest tokens, one by one."""
+    """Generate the likeliest tokens one by one, without generate()."""
     new: list[int] = []
     for _ in range(number):
         with torch.no_grad():
@@ -135,14 +135,14 @@ def test_an_answer_ends_at_each_end_token_and_at_the_limit(family, tmp_path):
     letters = [i for i, token in enumerate(new) if i > 2 and new.index(token) == i]
     for place in letters[:2]:
         model = load_causal_lm(path, dtype=torch.float32)
-        # Its other settings would change the answer, if they counted.
+        # The other settings would change the answer if they were used.
         model.generation_config.update(
             eos_token_id=[2, new[place]], do_sample=True, top_k=7, suppress_tokens=[new[0]]
         )
         shown: list[str] = []
         answer = ChatModel(model, tokenizer).answer(ids, max_new_tokens=15, show=shown.append)
         assert (answer.num_tokens, answer.ended) == (place + 1, True)
-        # This end token has a text, and is no special token of the tokenizer.
+        # This end token has text: it is not a special token of the tokenizer.
         assert (
             answer.text
             == "".join(shown)
@@ -156,7 +156,7 @@ def test_the_end_token_is_not_shown(tmp_path):
     ids, _ = fit(MESSAGES, tokenizer)
     new = greedy(model, ids, 4)
     head = model.get_output_embeddings().weight
-    with torch.no_grad():  # the end token takes the place of the fourth
+    with torch.no_grad():  # swap the end token with the fourth
         head[[2, new[3]]] = head[[new[3], 2]]
     assert new[3] not in new[:3]
     answer = ChatModel(model, tokenizer).answer(ids, max_new_tokens=16)
@@ -178,27 +178,26 @@ def test_draws_follow_the_seed_and_the_settings(model_folder):
     assert drawn(0, repetition_penalty=1e6) != likeliest
 
 
-def test_the_next_turn_of_the_user_ends_an_answer_and_is_never_shown():
+def test_the_beginning_of_a_user_turn_ends_an_answer_and_is_never_shown():
     text, mark = "yes\n\nno\n\nHuman\n\nHuman: more", "\n\nHuman:"
     for cut in range(len(text)):
         for other in range(cut, len(text)):
             shown: list[str] = []
-            pieces = ShownText(byte_tokenizer(), stop_text=mark, show=shown.append)
+            pieces = AnswerStreamer(byte_tokenizer(), stop_text=mark, show=shown.append)
             for piece in (text[:cut], text[cut:other], text[other:]):
-                pieces.take(piece)
+                pieces.add(piece)
             assert "".join(shown) == pieces.text == "yes\n\nno\n\nHuman" and pieces.stopped
-    pieces = ShownText(byte_tokenizer(), stop_text=mark, show=lambda piece: None)
-    pieces.take("yes\n\nHum")
+    pieces = AnswerStreamer(byte_tokenizer(), stop_text=mark, show=lambda piece: None)
+    pieces.add("yes\n\nHum")
     assert pieces.text == "yes"
-    pieces.take("", last=True)
+    pieces.add("", last=True)
     assert pieces.text == "yes\n\nHum" and not pieces.stopped
     assert [stop_text(form) for form in FORMS] == [None, mark, None]
 
 
 def test_a_stop_text_ends_generation(model_folder):
-    model = ChatModel(
-        load_causal_lm(model_folder, dtype=torch.float32), tokenizer := load_tokenizer(model_folder)
-    )
+    tokenizer = load_tokenizer(model_folder)
+    model = ChatModel(load_causal_lm(model_folder, dtype=torch.float32), tokenizer)
     ids, _ = fit(MESSAGES, tokenizer)
     whole = model.answer(ids, max_new_tokens=300)
     place = next(
@@ -211,11 +210,11 @@ def test_a_stop_text_ends_generation(model_folder):
     assert whole.text.startswith(answer.text + whole.text[place : place + 2])
 
 
-def config_of(model_folder: str, *words: str) -> ChatConfig:
+def chat_config(model_folder: str, *words: str) -> ChatConfig:
     return parse_config(ChatConfig, ["--path", model_folder, "--max_new_tokens", "12", *words])
 
 
-def test_the_terminal_by_its_input(model_folder):
+def test_the_terminal_answers_its_input(model_folder):
     argv = [sys.executable, str(CHAT), "--path", model_folder, "--max_new_tokens", "12"]
     lines = b"hello\n\nhello\n/clear\nhello\n\xff\nQUIT\nnever\n"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -235,8 +234,8 @@ def test_the_terminal_by_its_input(model_folder):
     assert first == re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)
 
 
-class Scripted:
-    """Stands for a Chat: answers with the number of messages it was given."""
+class FakeChat:
+    """A Chat that answers with the number of messages it was given."""
 
     max_new_tokens = 4
 
@@ -261,10 +260,11 @@ class Scripted:
         return text.strip()
 
 
-def typed(
+def run_terminal(
     program, monkeypatch, capsys, lines: list[str], max_turns: int = 32
-) -> tuple[Scripted, str]:
-    chat, left = Scripted(), iter(lines)
+) -> tuple[FakeChat, str]:
+    chat = FakeChat()
+    left = iter(lines)
 
     def read(prompt: str) -> str:
         line = next(left, None)
@@ -278,7 +278,9 @@ def typed(
 
 
 def test_the_terminal_keeps_the_conversation(program, monkeypatch, capsys):
-    chat, out = typed(program, monkeypatch, capsys, ["a", "  ", "long", "b", "c", "clear", "d"])
+    chat, out = run_terminal(
+        program, monkeypatch, capsys, ["a", "  ", "long", "b", "c", "clear", "d"]
+    )
     one, three = "1\x1b[2J", "3\x1b[2J"
     assert chat.seen == [
         ["a"],
@@ -291,14 +293,14 @@ def test_the_terminal_keeps_the_conversation(program, monkeypatch, capsys):
     assert "\x1b" not in out and "1\ufffd[2J" in out
 
 
-def test_the_terminal_forgets_turns_and_goes_on_behind_an_interrupt(program, monkeypatch, capsys):
-    chat, out = typed(program, monkeypatch, capsys, ["stop", "b", "c"], max_turns=1)
+def test_the_terminal_forgets_turns_and_continues_after_an_interrupt(program, monkeypatch, capsys):
+    chat, out = run_terminal(program, monkeypatch, capsys, ["stop", "b", "c"], max_turns=1)
     assert chat.seen == [["stop"], ["stop", "1\x1b[2J", "b"], ["b", "3\x1b[2J", "c"]]
     assert out.count("[stopped]") == 1
 
 
 def test_the_server_answers_as_the_terminal_does(program, model_folder):
-    config = config_of(model_folder, "--serve", "--port", "0", "--max_turns", "3")
+    config = chat_config(model_folder, "--serve", "--port", "0", "--max_turns", "3")
     chat = program.Chat(config)
     server = program.make_server(chat, config)
     assert server.server_address[0] == "127.0.0.1"
@@ -327,9 +329,8 @@ def test_the_server_answers_as_the_terminal_does(program, model_folder):
         and "textContent" in page
         and not re.search(r"innerHTML|outerHTML|document\.write|https?:", page)
     )
-    assert (
-        long[0] == 400 and "there is room for 500" in long[1]["error"]
-    )  # 512 positions, 12 of them the answer's
+    # Of the 512 positions 12 are the answer's.
+    assert long[0] == 400 and "there is room for 500" in long[1]["error"]
 
 
 def ask(address: tuple[str, int], body: dict | None) -> tuple[int, dict | str]:
@@ -344,7 +345,7 @@ def ask(address: tuple[str, int], body: dict | None) -> tuple[int, dict | str]:
     return response.status, text if body is None else json.loads(text)
 
 
-def test_the_served_program_says_where_it_is_and_ends_by_a_signal(model_folder):
+def test_the_served_program_prints_its_address_and_ends_by_a_signal(model_folder):
     argv = [sys.executable, str(CHAT), "--path", model_folder, "--serve", "--port", "0"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(
@@ -357,7 +358,7 @@ def test_the_served_program_says_where_it_is_and_ends_by_a_signal(model_folder):
             status, answer = ask(address, {**request, "max_new_tokens": 2})
             assert (status, answer["num_tokens"]) == (200, 2)
             with ThreadPoolExecutor(5) as pool:
-                # One is answered, the next is being answered, and the others wait for their turn.
+                # One has its answer, the next is in progress, and the others wait for their turn.
                 asked = [pool.submit(ask, address, request) for _ in range(5)]
                 wait(asked, return_when=FIRST_COMPLETED)
                 process.send_signal(signal.SIGINT)
@@ -369,7 +370,7 @@ def test_the_served_program_says_where_it_is_and_ends_by_a_signal(model_folder):
 
 
 @pytest.mark.parametrize("host, warned", [("0.0.0.0", True), ("127.0.0.1", False)])
-def test_an_open_address_is_warned_of_at_the_start(
+def test_an_address_open_to_others_is_warned_of_at_the_start(
     host, warned, program, model_folder, monkeypatch, caplog
 ):
     argv = ["chat.py", "--path", model_folder, "--serve", "--host", host, "--port", "0"]
@@ -377,12 +378,11 @@ def test_an_open_address_is_warned_of_at_the_start(
     monkeypatch.setattr(program.ChatServer, "serve_forever", lambda self: None)
     monkeypatch.setattr(logging.getLogger("dschat"), "propagate", True)
     program.main()
-    assert [f"--host {host} is not this machine alone" in line for line in caplog.messages] == [
-        True
-    ] * warned
+    warning = f"warning: other machines can reach --host {host}"
+    assert [line.startswith(warning) for line in caplog.messages] == [True] * warned
 
 
-# Words, and what the message must hold.
+# Arguments, and what the message must contain.
 BAD_FLAGS = {
     "no model": ([], ["--path is required"]),
     "numbers": (
@@ -404,30 +404,30 @@ BAD_FLAGS = {
 
 
 @pytest.mark.parametrize("case", BAD_FLAGS)
-def test_a_mistake_is_named(case, program):
+def test_a_wrong_flag_is_named(case, program):
     argv, words = BAD_FLAGS[case]
     with pytest.raises(ValueError) as error:
         program.Chat(parse_config(ChatConfig, argv))
     assert [word for word in words if word not in str(error.value)] == []
 
 
-def test_mistakes_that_the_model_shows(program, model_folder):
+def test_an_answer_longer_than_the_positions_is_refused(program, model_folder):
     with pytest.raises(ValueError, match="--max_new_tokens 512: the model has 512 positions"):
-        program.Chat(config_of(model_folder, "--max_new_tokens", "512"))
+        program.Chat(chat_config(model_folder, "--max_new_tokens", "512"))
 
 
 def test_flags_without_effect_say_so(model_folder):
-    assert config_of(model_folder).without_effect() == []
+    assert chat_config(model_folder).without_effect() == []
     words = "--top_k 5 --top_p 0.5 --host 0.0.0.0".split()
-    assert config_of(model_folder, *words).without_effect() == [
+    assert chat_config(model_folder, *words).without_effect() == [
         "--top_k 5 has no effect at --temperature 0",
         "--top_p 0.5 has no effect at --temperature 0",
         "--host 0.0.0.0 has no effect without --serve",
     ]
-    assert config_of(model_folder, *words, "--temperature", "1", "--serve").without_effect() == []
+    assert chat_config(model_folder, *words, "--temperature", "1", "--serve").without_effect() == []
 
 
-def test_the_guide_names_every_flag():
+def test_the_readme_names_every_flag():
     text = (ROOT / "inference" / "README.md").read_text(encoding="utf-8")
     options = parse_config(ChatConfig, ["--path", "m"])
     names = [name for group in vars(options).values() for name in vars(group)]

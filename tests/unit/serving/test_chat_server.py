@@ -1,4 +1,4 @@
-"""The limits of the chat server, each by a real request to a port of this machine."""
+"""The limits of the chat server, tested by real requests to a port of this machine."""
 
 import http.client
 import json
@@ -14,7 +14,7 @@ from dschat.serving import rate_limit
 from dschat.serving import server as chat_server
 from dschat.serving.rate_limit import RateLimit
 from dschat.serving.requests import read_request
-from dschat.serving.server import ChatServer, Limits, host_allowed, opened_warning
+from dschat.serving.server import ChatServer, Limits, host_allowed, open_host_warning
 
 LIMITS = dict(max_request_bytes=2000, requests_per_minute=1000, max_wait_s=0.2)
 PAGE = "<style>p {}</style><script>ask()</script>"
@@ -28,7 +28,7 @@ def serving(
     answer=lambda request, stop: {"text": request[0][-1]["content"][::-1]},
     **limits,
 ):
-    """A server that answers with the message backwards, on a free port."""
+    """Run a server on a free port; it answers with the message backwards."""
     server = ChatServer(
         host,
         0,
@@ -48,7 +48,7 @@ def serving(
 
 
 def request(server, *, method: str = "POST", path: str = "/chat", body=HELLO, **headers):
-    """Status, headers and body of a request; headers that are None are left out."""
+    """Send a request; return status, headers and body. Headers that are None are left out."""
     data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
     host, port = server.server_address[:2]
     sent = {
@@ -104,7 +104,7 @@ def test_no_path_of_a_request_is_a_file(method, path):
         assert request(server, method=method, path=path)[0] == 404
 
 
-# The body of a request, and what the message must hold.
+# The body of a request, and what the message must contain.
 WRONG = {
     "no JSON": (b"{", "the body is not JSON: Expecting property name"),
     "nothing": (b"", "the body is not JSON"),
@@ -130,11 +130,11 @@ WRONG = {
     ),
     "too many turns": (
         {"messages": HELLO["messages"] * 5},
-        "messages: 5, of which 0 of the system; at most 4",
+        "5 messages, 0 of them from the system: at most 4",
     ),
     "systems": (
         {"messages": [{"role": "system", "content": "a"}] * 2 + HELLO["messages"]},
-        "2 of the system",
+        "3 messages, 2 of them from the system",
     ),
     "too many tokens": (
         {**HELLO, "max_new_tokens": 17},
@@ -154,7 +154,7 @@ def test_a_wrong_body_is_named():
         assert request(server)[0] == 200
 
 
-def test_the_most_that_is_allowed_is_answered():
+def test_the_largest_allowed_request_is_answered():
     turns = [
         {"role": role, "content": role}
         for role in ("system", "user", "assistant", "assistant", "user")
@@ -179,12 +179,12 @@ def test_a_large_request_is_refused_unread():
                 b"POST /chat HTTP/1.0\r\nHost: localhost\r\nContent-Type: application/json\r\n"
             )
             client.sendall(b"Content-Length: 200000\r\n\r\n")
-            time.sleep(0.05)  # the answer is there, and the client still sends
+            time.sleep(0.05)  # the response is there while the client still sends
             for _ in range(2):
                 client.sendall(b" " * 100_000)
                 time.sleep(0.05)
             assert client.makefile("rb").readline().split()[1] == b"413"
-        # Announced, never sent: the answer comes all the same.
+        # A body that is announced but never sent is refused all the same.
         assert request(server, body=None, Content_Length=str(10**12))[0] == 413
 
 
@@ -207,7 +207,7 @@ def test_a_body_that_ends_early_and_one_that_never_comes(monkeypatch):
             assert client.makefile("rb").readline().split()[1] == b"400"
 
 
-def test_many_requests_have_to_wait():
+def test_requests_above_the_rate_have_to_wait():
     with serving(requests_per_minute=3) as server:
         assert [request(server)[0] for _ in range(3)] == [200] * 3
         found = request(server)
@@ -216,7 +216,7 @@ def test_many_requests_have_to_wait():
         assert request(server, method="GET", path="/", body=None)[0] == 200
 
 
-def test_the_rate_is_that_of_a_minute_and_an_address(monkeypatch):
+def test_the_rate_is_per_minute_and_address(monkeypatch):
     now = [0.0]
     rate = RateLimit(2, clock=lambda: now[0])
     assert [rate.wait_s("a"), rate.wait_s("a")] == [0, 0]
@@ -225,21 +225,23 @@ def test_the_rate_is_that_of_a_minute_and_an_address(monkeypatch):
     now[0] = 60.0
     assert rate.wait_s("a") == 0
     monkeypatch.setattr(rate_limit, "MAX_ADDRESSES", 2)
-    assert rate.wait_s("c") == 60  # both are still counted
+    assert rate.wait_s("c") == 60  # a and b are still counted
     now[0] = 71.0
-    assert rate.wait_s("c") == 0  # b is not any more
+    assert rate.wait_s("c") == 0  # b is no longer counted
     assert set(rate._times) == {"a", "c"}
 
 
 def test_one_answer_at_a_time_and_a_bounded_wait():
-    begun, go_on, together = threading.Event(), threading.Event(), []
+    begun = threading.Event()
+    may_end = threading.Event()
+    calls = []
 
     def slow(request, stop) -> dict:
-        together.append("in")
-        assert together.count("in") - together.count("out") == 1
+        calls.append("in")
+        assert calls.count("in") - calls.count("out") == 1
         begun.set()
-        assert go_on.wait(10)
-        together.append("out")
+        assert may_end.wait(10)
+        calls.append("out")
         return {}
 
     with serving(answer=slow, max_wait_s=1) as server:
@@ -251,14 +253,14 @@ def test_one_answer_at_a_time_and_a_bounded_wait():
         found = request(server)
         assert found[0] == 503 and "the model was busy for 1 s (--max_wait_s)" in error(found)
         assert 1 <= time.monotonic() - started < 5 and found[1]["Retry-After"] == "1"
-        assert request(server, body={})[0] == 400  # which needs no turn
-        threading.Timer(0.05, go_on.set).start()
+        assert request(server, body={})[0] == 400  # does not wait for the model
+        threading.Timer(0.05, may_end.set).start()
         assert request(server)[0] == 200  # it waited for the first to end
         thread.join()
         assert first[0][0] == 200
 
 
-def test_the_end_cuts_an_answer_short_refuses_who_waits_and_ends_all_threads():
+def test_closing_cuts_the_answer_refuses_waiting_requests_and_ends_all_threads():
     begun = threading.Event()
 
     def answer(request, stop) -> dict:
@@ -272,7 +274,7 @@ def test_the_end_cuts_an_answer_short_refuses_who_waits_and_ends_all_threads():
     started = time.monotonic()
     with ThreadPoolExecutor(2) as pool, socket.socket() as silent:
         with serving(answer=answer, max_wait_s=20) as server:
-            silent.connect(server.server_address)  # and it sends nothing
+            silent.connect(server.server_address)  # sends nothing
             asked = [pool.submit(request, server) for _ in range(2)]
             assert begun.wait(10)
             while len(server._open) < 3:
@@ -284,10 +286,10 @@ def test_the_end_cuts_an_answer_short_refuses_who_waits_and_ends_all_threads():
         assert time.monotonic() - started < min(chat_server.SOCKET_TIMEOUT_S, 20)
         for future in asked:
             found = future.result()
-            assert found[0] == 503 and "ending" in error(found)
+            assert found[0] == 503 and "shutting down" in error(found)
 
 
-def test_a_model_that_fails_tells_nothing_and_the_next_is_answered():
+def test_a_failed_answer_reveals_nothing_and_the_next_request_is_answered():
     answers = iter([RuntimeError("a secret"), {}])
 
     def answer(request, stop) -> dict:
@@ -306,13 +308,13 @@ def test_a_model_that_fails_tells_nothing_and_the_next_is_answered():
     "host", ["evil.example", "evil.example:80", "localhost.evil.example", "", "a@localhost", None]
 )
 @pytest.mark.parametrize("method, path", [("POST", "/chat"), ("GET", "/")])
-def test_names_that_are_not_this_server_are_refused(host, method, path):
+def test_hosts_other_than_this_server_are_refused(host, method, path):
     with serving() as server:
         found = request(server, method=method, path=path, Host=host)
     assert found[0] == 403 and "Host" in error(found)
 
 
-def test_names_of_this_server():
+def test_hosts_of_this_server():
     for header in (
         "localhost",
         "LOCALHOST:8000",
@@ -336,29 +338,28 @@ def test_pages_of_other_sites_are_refused():
             assert request(server, Content_Type=kind)[0] == 415
 
 
-def test_it_listens_where_it_was_told_and_nowhere_else():
+def test_it_listens_on_the_given_address_only():
     with serving() as server:
         host, port = server.server_address
         assert host == "127.0.0.1"
         with pytest.raises(ConnectionRefusedError):
-            socket.create_connection(
-                ("127.0.0.2", port), timeout=5
-            )  # the same machine, another address
+            # The same machine by another address.
+            socket.create_connection(("127.0.0.2", port), timeout=5)
         with pytest.raises(
             ValueError,
-            match=f"--host 127.0.0.1 --port {port}: cannot be listened on .*give another",
+            match=f"--host 127.0.0.1 --port {port}: cannot listen on this address .*Give another",
         ):
             ChatServer(host, port, page="", read=None, answer=None, limits=Limits(**LIMITS))
 
 
-def test_a_system_without_threads_costs_a_connection_and_no_more(monkeypatch):
-    def none_left(self):
+def test_a_thread_that_cannot_start_costs_one_connection(monkeypatch):
+    def fail_to_start(self):
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr(chat_server, "MAX_CONNECTIONS", 1)
     with serving() as server:
         with monkeypatch.context() as patch:
-            patch.setattr(threading.Thread, "start", none_left)
+            patch.setattr(threading.Thread, "start", fail_to_start)
             with socket.create_connection(server.server_address, timeout=10) as client:
                 assert client.recv(100) == b""
         assert request(server)[0] == 200
@@ -381,8 +382,9 @@ def test_too_many_connections_are_closed(monkeypatch):
                 assert time.monotonic() < deadline
 
 
-def test_an_open_address_is_warned_of():
+def test_an_address_open_to_others_is_warned_of():
     for host in ("0.0.0.0", "::", "192.168.0.3", "box"):
-        assert f"--host {host} " in opened_warning(host) and "no password" in opened_warning(host)
+        warning = open_host_warning(host)
+        assert f"--host {host}. " in warning and "no password" in warning
     for host in ("127.0.0.1", "::1", "localhost"):
-        assert opened_warning(host) is None
+        assert open_host_warning(host) is None
