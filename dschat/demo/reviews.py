@@ -1,7 +1,7 @@
-"""The data of the embedded default: sentences of film reviews with people's ratings, and a judge of sentiment.
+"""The default data of the demo: sentences of film reviews with people's ratings, and a judge.
 
-Both come with vaderSentiment 3.3.2 (MIT; C.J. Hutto and E. Gilbert, ICWSM 2014), fetched from PyPI on first use. The
-sentences are excerpts of reviews that Pang and Lee collected.
+Both come with vaderSentiment 3.3.2 (MIT; C.J. Hutto and E. Gilbert, ICWSM 2014), fetched from PyPI
+on first use. The sentences are excerpts of reviews that Pang and Lee collected.
 """
 
 import hashlib
@@ -33,15 +33,18 @@ RATINGS = (
     "movieReviewSnippets_GroundTruth.txt",
 )
 PROMPT = "Movie review:"
-MIN_WORDS, MAX_WORDS = 6, 22
-LIKED, DISLIKED = 1.0, -1.0  # mean rating of a clear opinion, on a scale from -4 to 4
+MIN_WORDS = 6
+MAX_WORDS = 22
+LIKED = 1.0  # mean rating of a clear opinion, on a scale from -4 to 4
+DISLIKED = -1.0
 PROMPT_WORDS = (2, 3, 4)
-RESERVED = 6
+RESERVED = 6  # one in so many sentences is in no split
 
-# Beginnings of words whose sentences a demonstration does without; the coarse words by the sum of the whole word.
+# Sentences with these words are not used in a demo. The first list has the beginnings of words, the
+# second the sha256 of coarse words.
 RUDE_BEGINNINGS = re.compile(
-    r"\b(bisexual|breast|damn|erotic|genital|homosexual|hooker|kinky|masturbat|molest|naked|nazi|nude|oversexed|orgas"
-    r"|orgy|pimp|porn|prostitut|sex)",
+    r"\b(bisexual|breast|damn|erotic|genital|homosexual|hooker|kinky|masturbat|molest|naked|nazi"
+    r"|nude|oversexed|orgas|orgy|pimp|porn|prostitut|sex)",
     re.IGNORECASE,
 )
 RUDE_WORDS = frozenset(
@@ -64,15 +67,15 @@ class Sentence:
 
     @property
     def num_words(self) -> int:
+        """The number of words of the text."""
         return len(self.text.split())
 
 
 def usable_sentences(lines: Iterable[str]) -> list[Sentence]:
-    """The sentences of lines "id<tab>rating<tab>text" that may be used, in their order.
+    """Parse lines "id<tab>rating<tab>text" and return the usable sentences in their order.
 
-    Used are ASCII sentences of 6 to 22 words without rude words, each once. A sentence whose sha256 (UTF-8), read as
-    a whole number, is divisible by 6 is kept for independent checks: it is in no split, nor is one that differs from
-    it in capitals alone.
+    Usable are ASCII sentences of 6 to 22 words without rude words, each once. Reserved sentences
+    (see ``is_reserved``) are left out, as are sentences that differ from one only in case.
     """
     sentences: dict[str, Sentence] = {}
     reserved = set()
@@ -89,16 +92,19 @@ def usable_sentences(lines: Iterable[str]) -> list[Sentence]:
 
 
 def is_reserved(text: str) -> bool:
-    """True for the sixth of all sentences that no split holds."""
-    return int(_sum(text.strip()), 16) % RESERVED == 0
+    """Return whether a sentence is reserved for independent checks, and so in no split.
+
+    Reserved are sentences whose sha256 (UTF-8), read as a whole number, is divisible by 6.
+    """
+    return int(_sha256(text.strip()), 16) % RESERVED == 0
 
 
 def is_rude(text: str) -> bool:
-    """True if a word of `text` is on the lists above."""
+    """Return whether a word of `text` is on one of the lists above."""
+    if RUDE_BEGINNINGS.search(text):
+        return True
     words = re.findall(r"[a-z]+", text.lower())
-    return bool(RUDE_BEGINNINGS.search(text)) or any(
-        _sum(word)[:10] in RUDE_WORDS for word in words
-    )
+    return any(_sha256(word)[:10] in RUDE_WORDS for word in words)
 
 
 def divide(
@@ -112,18 +118,19 @@ def divide(
     num_prompts_eval: int,
     seed: int,
 ) -> dict[str, list[dict]]:
-    """The rows of "sft/train", "sft/eval", "pairs/train" and so on; no sentence is in two rows.
+    """Divide sentences into the rows of "sft/train", "sft/eval", "pairs/train" and so on.
 
-    The evaluation rows are chosen first, so that they stay the same whatever is asked for training. The choice
-    depends on the sentences and `seed` alone, not on their order.
+    No sentence is in two rows. The evaluation rows are chosen first, so that they stay the same
+    whatever is asked for training. The choice depends on the sentences and `seed` alone, not on
+    the order of the sentences.
 
     Raises:
-        ValueError: if there are too few sentences; says how many there are.
+        ValueError: there are too few sentences; the message says how many there are.
     """
-    pool = sorted(sentences, key=lambda sentence: _sum(f"{seed} {sentence.text}"))
-    # Pairs are drawn in an order of their own: drawn from the front of the pool they would leave only sentences
-    # without a clear opinion there for the other rows.
-    pair_pool = sorted(sentences, key=lambda sentence: _sum(f"{seed} pairs {sentence.text}"))
+    pool = sorted(sentences, key=lambda sentence: _sha256(f"{seed} {sentence.text}"))
+    # Pairs are drawn in a separate order. Drawn from the front of the pool, they would leave only
+    # sentences without a clear opinion there for the other rows.
+    pair_pool = sorted(sentences, key=lambda sentence: _sha256(f"{seed} pairs {sentence.text}"))
     rows = {}
     for part, pairs, sft, prompts in (
         ("eval", num_pairs_eval, num_sft_eval, num_prompts_eval),
@@ -136,9 +143,11 @@ def divide(
             liked = sum(sentence.rating >= LIKED for sentence in sentences)
             disliked = sum(sentence.rating <= DISLIKED for sentence in sentences)
             raise ValueError(
-                f"too few sentences for {num_pairs_eval} + {num_pairs} pairs, {num_sft_eval} + {num_sft} SFT rows and "
-                f"{num_prompts_eval} + {num_prompts} prompts: there are {len(sentences)}, {liked} liked and {disliked} "
-                f"disliked; the {part} part found {len(matched)} of its {pairs} pairs and {len(pool)} "
+                f"too few sentences for {num_pairs_eval} + {num_pairs} pairs, "
+                f"{num_sft_eval} + {num_sft} SFT rows and "
+                f"{num_prompts_eval} + {num_prompts} prompts: "
+                f"there are {len(sentences)}, {liked} liked and {disliked} disliked; "
+                f"the {part} part found {len(matched)} of its {pairs} pairs and {len(pool)} "
                 f"sentences for its other {sft + prompts} rows. Ask for fewer."
             )
         rows[f"pairs/{part}"] = [_pair_row(liked, disliked) for liked, disliked in matched]
@@ -164,22 +173,30 @@ def build_reviews(
     num_prompts_eval: int = 128,
     seed: int = 1234,
 ) -> Path:
-    """The folder that holds sft/, pairs/ and prompts/, each with train.jsonl and eval.jsonl; built on first use.
+    """Return the folder of the data; the first call builds it.
 
-    SFT rows: "Movie review:" and a sentence. Pairs: the same prompt with a liked (mean rating of 1 or more) and a
-    disliked (-1 or less) sentence of as many words, so that length tells nothing. Prompts: "Movie review:" and the
-    first 2 to 4 words of a sentence; its rest is the answer, its rating a further column.
+    It holds sft/, pairs/ and prompts/, each with train.jsonl and eval.jsonl:
+
+    - An SFT row is "Movie review:" and a sentence.
+    - A pair is the same prompt with a liked (mean rating of 1 or more) and a disliked (-1 or less)
+      sentence. Both have the same number of words, so that length tells nothing.
+    - A prompt is "Movie review:" and the first 2 to 4 words of a sentence. The rest is the answer,
+      and the rating is a further column.
 
     Raises:
-        ValueError: if the sentences do not suffice, or PyPI cannot be reached.
+        ValueError: there are too few sentences, or PyPI cannot be reached.
     """
-    sizes = dict(num_sft=num_sft, num_pairs=num_pairs, num_prompts=num_prompts)
-    sizes |= dict(
-        num_sft_eval=num_sft_eval, num_pairs_eval=num_pairs_eval, num_prompts_eval=num_prompts_eval
+    sizes = dict(
+        num_sft=num_sft,
+        num_pairs=num_pairs,
+        num_prompts=num_prompts,
+        num_sft_eval=num_sft_eval,
+        num_pairs_eval=num_pairs_eval,
+        num_prompts_eval=num_prompts_eval,
     )
-    # This file's text stands for the version of the rules, so that no edit of them meets rows of the old ones.
+    # This file's text is the version of the rules: after an edit, rows of the old ones are not used.
     version = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-    key = _sum(json.dumps([sizes, seed, version, ARCHIVE["sha256"]], sort_keys=True))[:16]
+    key = _sha256(json.dumps([sizes, seed, version, ARCHIVE["sha256"]], sort_keys=True))[:16]
     folder = cache_dir() / f"reviews-{key}"
     if folder.is_dir():
         return folder
@@ -189,21 +206,19 @@ def build_reviews(
         text = archive.extractfile(f"hutto_ICWSM_2014/{RATINGS[1]}").read().decode("utf-8")
     rows = divide(usable_sentences(text.split("\n")), **sizes, seed=seed)
     _write(folder, rows)
-    logger.info(
-        "wrote %s: %s",
-        folder,
-        ", ".join(f"{len(part)} {name}" for name, part in sorted(rows.items())),
-    )
+    counts = ", ".join(f"{len(part)} {name}" for name, part in sorted(rows.items()))
+    logger.info("wrote %s: %s", folder, counts)
     return folder
 
 
 def sentiment_judge() -> Callable[[str], float]:
-    """The compound score (-1 to 1) of vaderSentiment's lexicon for a text: a judge that no model here was trained on.
+    """Return a function that scores a text by vaderSentiment's lexicon, from -1 to 1.
 
-    The code is taken from the checksummed archive each time, so that no loose copy of it is ever run.
+    It is a judge that no model here was trained on. Its code is read from the checksummed archive
+    each time, so that no unchecked copy is run.
 
     Raises:
-        ValueError: if PyPI cannot be reached and the archive is not in the cache.
+        ValueError: PyPI cannot be reached and the archive is not in the cache.
     """
     archive = fetch_from_pypi(**ARCHIVE, source=True)
     with tempfile.TemporaryDirectory(prefix="dschat-judge-") as temporary:
@@ -214,22 +229,25 @@ def sentiment_judge() -> Callable[[str], float]:
         spec = importlib.util.spec_from_file_location("dschat_vader_sentiment", path)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        analyser = (
-            module.SentimentIntensityAnalyzer()
-        )  # reads its lexicon here, beside its own file
+        # Reads the lexicon next to its file, which is deleted below.
+        analyser = module.SentimentIntensityAnalyzer()
     return lambda text: analyser.polarity_scores(text)["compound"]
 
 
 def _match(pool: Sequence[Sentence], num_pairs: int) -> list[tuple[Sentence, Sentence]]:
-    """Up to `num_pairs` pairs (liked, disliked) of as many words, each sentence once, in the pool's order."""
+    """Return up to `num_pairs` pairs (liked, disliked) in the pool's order.
+
+    Both sentences of a pair have the same number of words, and no sentence is in two pairs.
+    """
     disliked: dict[int, list[Sentence]] = {}
     for sentence in reversed(pool):
         if sentence.rating <= DISLIKED:
             disliked.setdefault(sentence.num_words, []).append(sentence)
     pairs: list[tuple[Sentence, Sentence]] = []
     for sentence in pool:
-        if len(pairs) < num_pairs and sentence.rating >= LIKED and disliked.get(sentence.num_words):
-            pairs.append((sentence, disliked[sentence.num_words].pop()))
+        partners = disliked.get(sentence.num_words)
+        if len(pairs) < num_pairs and sentence.rating >= LIKED and partners:
+            pairs.append((sentence, partners.pop()))
     return pairs
 
 
@@ -238,7 +256,7 @@ def _pair_row(liked: Sentence, disliked: Sentence) -> dict:
 
 
 def _prompt_row(sentence: Sentence, seed: int) -> dict:
-    num_words = PROMPT_WORDS[int(_sum(f"{seed} words {sentence.text}"), 16) % len(PROMPT_WORDS)]
+    num_words = PROMPT_WORDS[int(_sha256(f"{seed} words {sentence.text}"), 16) % len(PROMPT_WORDS)]
     begin = re.match(rf"\S+(\s+\S+){{{num_words - 1}}}", sentence.text).end()
     return {
         "prompt": f"{PROMPT} {sentence.text[:begin]}",
@@ -248,7 +266,10 @@ def _prompt_row(sentence: Sentence, seed: int) -> dict:
 
 
 def _write(folder: Path, rows: dict[str, list[dict]]) -> None:
-    """All parts under `folder`, by one rename; another process's folder is as good, since the content is the same."""
+    """Write all parts under `folder`, which takes its name by one rename.
+
+    If another process was faster, its folder is kept: the content is the same.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
@@ -269,5 +290,5 @@ def _write(folder: Path, rows: dict[str, list[dict]]) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _sum(text: str) -> str:
+def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8")).hexdigest()

@@ -1,4 +1,4 @@
-"""Greedy answers of a model folder, for the eye."""
+"""Greedy answers of a saved model, to be read by people."""
 
 import torch
 from transformers import GenerationConfig
@@ -8,19 +8,19 @@ from dschat.models.tokenizer import eos_token_ids, load_tokenizer
 
 
 def greedy_answers(path: str, prompts: list[str], *, max_new_tokens: int) -> list[str]:
-    """One greedy answer to each prompt, as text, on the GPU where there is one."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    """Return a greedy answer to each prompt, as text.
+
+    The model runs on the GPU in bf16 if there is one, else on the CPU in fp32.
+    """
+    on_gpu = torch.cuda.is_available()
+    device = "cuda" if on_gpu else "cpu"
     tokenizer = load_tokenizer(path)
-    model = (
-        load_causal_lm(path, dtype=torch.bfloat16 if device == "cuda" else torch.float32)
-        .to(device)
-        .eval()
-    )
+    model = load_causal_lm(path, dtype=torch.bfloat16 if on_gpu else torch.float32)
+    model = model.to(device).eval()
     batch = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left").to(device)
     end_ids = list(eos_token_ids(model.generation_config, tokenizer))
-    model.generation_config = (
-        GenerationConfig()
-    )  # or what it holds would fill in what is not given here
+    # Else the model's generation config fills in what the call below leaves open.
+    model.generation_config = GenerationConfig()
     with torch.no_grad():
         sequences = model.generate(
             input_ids=batch["input_ids"],
@@ -30,6 +30,5 @@ def greedy_answers(path: str, prompts: list[str], *, max_new_tokens: int) -> lis
             eos_token_id=end_ids,
             pad_token_id=tokenizer.pad_token_id,
         )
-    return tokenizer.batch_decode(
-        sequences[:, batch["input_ids"].shape[1] :], skip_special_tokens=True
-    )
+    answer_ids = sequences[:, batch["input_ids"].shape[1] :]
+    return tokenizer.batch_decode(answer_ids, skip_special_tokens=True)

