@@ -1,7 +1,8 @@
-"""Checkpoints of a whole run: folders step_N that hold engines, each process's own state and facts, or do not exist.
+"""Checkpoints of a whole run: folders step_N with the engines, the state of each rank, and facts.
 
-A checkpoint is written under another name, brought to disk, closed by its manifest and only then renamed; the oldest
-goes when the newest is whole. `latest` names the newest.
+A checkpoint is complete or does not exist. It is written under a temporary name, flushed to disk,
+closed by its manifest and only then renamed. The oldest checkpoint is deleted after the newest is
+complete. The file `latest` names the newest.
 """
 
 import json
@@ -30,25 +31,29 @@ LATEST = "latest"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole checkpoint: every file is there, with the size and sum that its manifest says."""
+    """A whole checkpoint: every file has the size and the checksum that the manifest gives."""
 
     path: Path
-    step: int
-    facts: dict  # what is the same for all processes; "processes" is how many there were
+    step: int  # N of step_N: updates that were done; rollouts in step 3
+    facts: dict  # JSON that is the same for all ranks; "processes" is the world size
 
     @property
     def processes(self) -> int:
+        """World size of the run that saved it."""
         return self.facts["processes"]
 
     def load_engines(self, engines: dict[str, Any]) -> None:
-        """Take the state of each engine, by the name it was saved under. Every process must call it.
+        """Load the state of each engine. Every rank must call it.
+
+        Args:
+            engines: by the name under which each was saved.
 
         Raises:
-            ValueError: another number of processes saved it, and it cannot be converted.
+            ValueError: another number of ranks saved it, and it cannot be converted.
         """
         scratch = self.path.parent / f".{self.path.name}.universal"
         for name, engine in engines.items():
-            # Without ZeRO every process has all.
+            # Without ZeRO, every rank has the whole state.
             if self.processes == dist.world_size() or engine.zero_optimization_stage() == 0:
                 load_engine(engine, self.path, name)
             else:
@@ -57,13 +62,11 @@ class Checkpoint:
             shutil.rmtree(scratch, ignore_errors=True)
 
     def rank_state(self, rank: int | None = None) -> tuple[dict[str, torch.Tensor], dict]:
-        """The tensors and the JSON that the process `rank` (default: this one) gave to ``save_checkpoint``."""
-        with safe_open(
-            self.path / _rank_file(dist.rank() if rank is None else rank), framework="pt"
-        ) as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, json.loads(
-                file.metadata()["state"]
-            )
+        """Return the tensors and the JSON that `rank` (default: this one) saved."""
+        rank = dist.rank() if rank is None else rank
+        with safe_open(self.path / _rank_file(rank), framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+            return tensors, json.loads(file.metadata()["state"])
 
 
 def save_checkpoint(
@@ -76,20 +79,24 @@ def save_checkpoint(
     state: dict,
     keep: int,
 ) -> bool:
-    """Write root/step_N. Every process must call it.
+    """Write root/step_N. Every rank must call it.
 
     Args:
-        facts: JSON, the same for all processes.
-        tensors, state: what this process alone has, the latter as JSON.
-        keep: delete older checkpoints but for so many in all; 0: keep all.
+        root: the folder of all checkpoints of the run.
+        step: N: the updates that are done, or the rollouts in step 3.
+        engines: DeepSpeed engines to save, by name.
+        facts: JSON, the same for all ranks.
+        tensors: state of this rank.
+        state: further state of this rank, as JSON.
+        keep: number of checkpoints to keep, this one included; older ones are deleted. 0: keep all.
 
     Returns:
-        Whether it was written. It was not where the disk is full or the like; a warning then says so, and the
-        checkpoints from before are as they were.
+        True if the checkpoint was written. False if that failed, for example because the disk is
+        full: a warning is logged, and earlier checkpoints are untouched.
     """
     path = root / f"step_{step:08d}"
     temporary = root / f".{path.name}.tmp"
-    fault = dist.first_fault(_tried(_emptied, temporary) if dist.is_main() else "")
+    fault = dist.first_fault(_failure(_make_empty, temporary) if dist.is_main() else "")
     entries: dict[str, dict] = {}
     for name, engine in engines.items() if not fault else ():
         written, fault = save_engine(engine, temporary, name)
@@ -100,79 +107,83 @@ def save_checkpoint(
         if fault:
             break
     if not fault:
-        fault = dist.first_fault(_tried(_write_own, temporary, facts, tensors, state, entries))
+        failure = _failure(_write_rank_files, temporary, facts, tensors, state, entries)
+        fault = dist.first_fault(failure)
     gathered = dist.gather_texts(json.dumps(entries))
     if not fault and dist.is_main():
-        fault = _tried(
-            _finish,
-            temporary,
-            path,
-            {k: v for text in gathered for k, v in json.loads(text).items()},
-        )
+        all_entries: dict[str, dict] = {}
+        for text in gathered:
+            all_entries |= json.loads(text)
+        fault = _failure(_finish, temporary, path, all_entries)
     fault = dist.first_fault(fault)
     if fault:
-        # By everyone: where hosts share no folder, each has its own half.
+        # On every rank: if hosts share no folder, each has its own part.
         shutil.rmtree(temporary, ignore_errors=True)
     if fault and dist.is_main():
         logger.warning(
-            f"no checkpoint of step {step}: {fault}. Earlier checkpoints are untouched; the run continues."
+            f"Could not save checkpoint {path.name}: {fault}. "
+            "Earlier checkpoints are untouched; the run continues."
         )
     elif keep and dist.is_main():
-        # Newer folders are damaged ones, which this run started without; they are no reason to delete what it saves.
+        # Newer folders are damaged checkpoints that this run did not resume from. They do not
+        # count, or they would push out the checkpoints of this run.
         for old in [folder for folder in _folders(root) if _step(folder) <= step][:-keep]:
-            if problem := _tried(_delete, old):
-                logger.warning(f"{old} could not be deleted: {problem}")
+            problem = _failure(_delete, old)
+            if problem:
+                logger.warning(f"Could not delete {old}: {problem}")
     dist.barrier()
     return not fault
 
 
 def newest_checkpoint(root: Path) -> Checkpoint | None:
-    """The newest whole checkpoint in `root`, with a warning for each newer one that is not; None where there is none.
+    """Return the newest whole checkpoint in `root`; None if there is none. Every rank must call it.
 
-    Every process must call it.
+    Logs a warning for each newer checkpoint that is damaged.
     """
-    for name in json.loads(
-        dist.gather_texts(json.dumps([path.name for path in _folders(root)]))[0]
-    )[::-1]:
+    own_names = json.dumps([path.name for path in _folders(root)])
+    names = json.loads(dist.gather_texts(own_names)[0])  # rank 0's, so that all ranks agree
+    for name in reversed(names):
         try:
             return open_checkpoint(root / name)
         except ValueError as error:
             if dist.is_main():
-                logger.warning(f"{error} Trying the one before.")
+                logger.warning(f"{error} Trying the one before it.")
     return None
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint in the folder `path`, after each of its files was compared with the manifest.
+    """Open the checkpoint in the folder `path`, after comparing each file with the manifest.
 
-    Every process must call it: they share the work.
+    Every rank must call it: ranks share the work.
 
     Raises:
-        ValueError: it is not whole; on every process.
+        ValueError: it is not whole; on every rank.
     """
-    entries, facts, fault = {}, {}, ""
+    facts: dict = {}
+    fault = ""
     try:
-        if not (name := NAME.fullmatch(path.name)):
-            raise ValueError("a checkpoint's folder is called step_ and eight digits")
+        name = NAME.fullmatch(path.name)
+        if not name:
+            raise ValueError("the folder of a checkpoint is named step_ and eight digits")
         entries = read_manifest(path)
         fault = content_fault(path, entries, sorted(entries)[dist.rank() :: dist.world_size()])
         facts = json.loads((path / FACTS).read_text(encoding="utf-8"))
         if facts["step"] != int(name[1]):
-            raise ValueError(f"{FACTS} is of step {facts['step']}")
+            raise ValueError(f"{FACTS} belongs to another checkpoint, of step {facts['step']}")
         if type(facts["processes"]) is not int:
-            raise ValueError(f"{FACTS} has no number of processes")
+            raise ValueError(f"{FACTS} does not give the number of processes")
     except KeyError as error:
         fault = fault or f"{FACTS} lacks {error}"
     except (OSError, ValueError, TypeError) as error:
         fault = fault or str(error)
     fault = dist.first_fault(fault)
     if fault:
-        raise ValueError(f"{path} is no whole checkpoint: {fault}.")
+        raise ValueError(f"{path} is not a whole checkpoint: {fault}.")
     return Checkpoint(path, facts["step"], facts)
 
 
 def delete_newer(root: Path, step: int) -> None:
-    """Delete the checkpoints in `root` after `step` and the unfinished ones: a run resumes from there."""
+    """Delete unfinished checkpoints in `root`, and those after `step`, where a run resumes."""
     if not dist.is_main() or not root.is_dir():
         return
     for path in root.glob(".step_*"):
@@ -183,9 +194,9 @@ def delete_newer(root: Path, step: int) -> None:
 
 
 def is_shared(folder: Path) -> bool:
-    """Return whether the existing `folder` is the same one on all ranks. Every rank must call it."""
+    """Return whether the existing `folder` is the same on all ranks. Every rank must call it."""
     mark = folder / dist.gather_texts(f".shared.{uuid.uuid4().hex}")[0]
-    fault = dist.first_fault(_tried(mark.touch) if dist.is_main() else "")
+    fault = dist.first_fault(_failure(mark.touch) if dist.is_main() else "")
     hidden = dist.first_fault("" if fault or mark.exists() else "not there")
     if dist.is_main():
         mark.unlink(missing_ok=True)
@@ -193,8 +204,9 @@ def is_shared(folder: Path) -> bool:
 
 
 def last_step(root: Path) -> int | None:
-    """The step of the newest folder in `root`, whole or not; None where there is none. Every process must call it: what
-    the first one sees counts.
+    """Return N of the newest folder step_N in `root`, whole or not; None if there is none.
+
+    Every rank must call it; all get what rank 0 sees.
     """
     folders = _folders(root)
     found = dist.gather_texts(str(_step(folders[-1])) if folders else "")[0]
@@ -202,12 +214,10 @@ def last_step(root: Path) -> int | None:
 
 
 def _folders(root: Path) -> list[Path]:
-    """The checkpoints in `root`, the oldest first."""
-    return (
-        sorted(path for path in root.glob("step_*") if NAME.fullmatch(path.name))
-        if root.is_dir()
-        else []
-    )
+    """Return the checkpoints in `root`, the oldest first."""
+    if not root.is_dir():
+        return []
+    return sorted(path for path in root.glob("step_*") if NAME.fullmatch(path.name))
 
 
 def _step(folder: Path) -> int:
@@ -218,14 +228,15 @@ def _rank_file(rank: int) -> str:
     return f"rank_{rank:05d}.safetensors"
 
 
-def _emptied(temporary: Path) -> None:
+def _make_empty(temporary: Path) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
 
 
-def _write_own(
+def _write_rank_files(
     temporary: Path, facts: dict, tensors: dict, state: dict, entries: dict[str, dict]
 ) -> None:
+    """Write the state of this rank, and on rank 0 the facts; add the files to `entries`."""
     names = [_rank_file(dist.rank())]
     tensors = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
     save_file(tensors, temporary / names[0], metadata={"state": json.dumps(state)})
@@ -237,12 +248,13 @@ def _write_own(
 
 
 def _finish(temporary: Path, path: Path, entries: dict[str, dict]) -> None:
+    """Write the manifest and rename the folder to its final name."""
     write_manifest(temporary, entries)
     try:
         read_manifest(temporary)
     except ValueError as error:
         raise OSError(
-            f"{error}. All processes must see the same folder {path.parent}: is it shared by all hosts?"
+            f"{error}. All ranks must see the same folder {path.parent}: is it shared by all hosts?"
         ) from error
     _delete(path)
     temporary.rename(path)
@@ -252,7 +264,7 @@ def _finish(temporary: Path, path: Path, entries: dict[str, dict]) -> None:
 
 
 def _delete(path: Path) -> None:
-    """Delete a checkpoint such that no half of it is ever taken for one."""
+    """Delete a checkpoint. It is renamed first, so that no half of it passes for a whole one."""
     doomed = path.with_name(f".{path.name}.old")
     shutil.rmtree(doomed, ignore_errors=True)
     if path.exists():
@@ -260,12 +272,11 @@ def _delete(path: Path) -> None:
         shutil.rmtree(doomed, ignore_errors=True)
 
 
-def _tried(action, *args) -> str:
-    """Do it, and return what went wrong, or ""."""
+def _failure(action, *args) -> str:
+    """Call `action` and return its error as text; "" if it succeeded."""
     try:
         action(*args)
-    except (
-        Exception
-    ) as error:  # safetensors raises errors of its own; the others wait for this process's word
+    except Exception as error:
+        # Any exception, since safetensors has its own, and the other ranks wait for this result.
         return f"{type(error).__name__}: {error}"
     return ""

@@ -1,7 +1,8 @@
-"""The state that a run needs to continue as if it had never stopped, saved and restored between updates.
+"""The state that a run needs to continue as if it had never stopped.
 
-The main finds the checkpoint before any model loads (``find_checkpoint``), builds everything as at the start, and
-hands it to ``RunState``; the loop takes its batches from there and reports every step.
+The main looks for a checkpoint before any model loads (``find_checkpoint``), builds everything as
+at the start and hands it to ``RunState``. The training loop takes its batches from there and
+reports every update (steps 1, 2 and DPO) or rollout (step 3).
 """
 
 import signal
@@ -21,6 +22,7 @@ from dschat.checkpoint.run_checkpoint import (
     save_checkpoint,
 )
 from dschat.config.parse import config_dict
+from dschat.config.ppo import PPOConfig
 from dschat.runtime import dist
 from dschat.runtime.interrupt import Interruption, PeerWatch
 from dschat.runtime.log import Stopped, logger
@@ -28,52 +30,58 @@ from dschat.runtime.paths import user_path
 from dschat.runtime.seeds import random_state, seed_everything, set_random_state
 from dschat.tracking.metrics import MetricsWriter
 
-# Flags that may differ between a run and its resumption: they change neither the numbers nor the model.
-FREE = {
-    *(
-        "output_dir",
-        "resume",
-        "save_interval",
-        "save_total_limit",
-        "log_interval_s",
-        "local_rank",
-        "data_output_path",
-    ),
-    *(
-        "print_loss",
-        "print_answers",
-        "print_answers_interval",
-        "enable_tensorboard",
-        "tensorboard_path",
-    ),
-    *("deepspeed", "deepscale", "trust_remote_code", "ignore_memory_plan"),
+# Flags that may differ when a run is resumed: they change neither the numbers nor the model.
+CHANGEABLE_FLAGS = {
+    "data_output_path",
+    "deepscale",
+    "deepspeed",
+    "enable_tensorboard",
+    "ignore_memory_plan",
+    "local_rank",
+    "log_interval_s",
+    "output_dir",
+    "print_answers",
+    "print_answers_interval",
+    "print_loss",
+    "resume",
+    "save_interval",
+    "save_total_limit",
+    "tensorboard_path",
+    "trust_remote_code",
 }
-# With another number of processes these have to change, such that a step's rows stay as many; see ``_check_rows``.
-FREE_WITH_PROCESSES = {
-    *("per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size"),
-    *("per_device_generation_batch_size", "per_device_training_batch_size", "generation_batches"),
+# Flags that have to change with the number of ranks, to keep the rows of an update or rollout the
+# same; see ``RunState._check_rows``.
+BATCH_SIZE_FLAGS = {
+    "generation_batches",
+    "gradient_accumulation_steps",
+    "per_device_eval_batch_size",
+    "per_device_generation_batch_size",
+    "per_device_train_batch_size",
+    "per_device_training_batch_size",
 }
 
 
 class Stateful(Protocol):
-    """A part of a run that changes as it goes."""
+    """A part of a run whose state changes during training."""
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict]:
-        """Its tensors, and the rest as JSON; of this process alone."""
+        """Return the state of this rank: tensors, and the rest as JSON."""
 
-    def restore(self, saved: "Saved") -> None:
+    def restore(self, saved: "SavedState") -> None:
         """Restore the state that ``state`` returned."""
 
 
-class Saved:
-    """One part's state in a checkpoint."""
+class SavedState:
+    """The state of one part of a run in a checkpoint."""
 
     def __init__(self, checkpoint: Checkpoint, name: str):
-        self.checkpoint, self.name = checkpoint, name
+        """Select the part `name` of `checkpoint`."""
+        self.checkpoint = checkpoint
+        self.name = name
 
     @property
     def same_processes(self) -> bool:
-        """Whether as many ranks wrote it; otherwise no rank's state belongs to one of today's."""
+        """True if as many ranks saved it as there are now; otherwise ranks do not correspond."""
         return self.checkpoint.processes == dist.world_size()
 
     def of_rank(self, rank: int | None = None) -> tuple[dict[str, torch.Tensor], dict]:
@@ -89,42 +97,45 @@ class Saved:
 
 
 def checkpoint_root(output_dir: str) -> Path:
-    """The folder of a run's checkpoints."""
+    """Return the folder of a run's checkpoints."""
     return Path(output_dir) / "checkpoints"
 
 
 def find_checkpoint(config) -> Checkpoint | None:
-    """The checkpoint that --resume asks for, or None where the run starts from the beginning.
+    """Return the checkpoint that --resume names, or None if the run starts from the beginning.
 
-    Every process must call it, before any model loads.
+    Every rank must call it, before any model loads.
 
     Raises:
-        ValueError: --resume names no whole checkpoint, or one of a run with other flags; or --output_dir holds
-            checkpoints, and --resume is not given or names one from elsewhere; or processes see different folders.
+        ValueError: --resume names no whole checkpoint, or one of a run with other flags; or
+            --output_dir holds checkpoints, and --resume is missing or names one from elsewhere; or
+            ranks see different folders.
     """
     run = config.run
     if run.output_dir is None:
         return None
     if (run.save_interval or run.resume) and not is_shared(Path(run.output_dir)):
         raise ValueError(
-            f"--output_dir {run.output_dir} is not the same folder for all processes, and a checkpoint is written by all of "
-            "them. Give one on a file system that all hosts share, or leave --save_interval and --resume out: the finished "
-            "model is written by the first process alone."
+            f"--output_dir {run.output_dir} is not the same folder on all ranks, and all of them "
+            "write to a checkpoint. Give a folder on a file system that all hosts share, or leave "
+            "out --save_interval and --resume: rank 0 alone writes the finished model."
         )
     root = checkpoint_root(run.output_dir)
     if run.resume is None:
         step = last_step(root)
         if step is not None:
             raise ValueError(
-                f"--output_dir {run.output_dir} holds checkpoints up to step {step}. Give --resume latest to continue from "
-                f"there, another --output_dir, or delete {root} to start again."
+                f"--output_dir {run.output_dir} holds checkpoints up to "
+                f"{unit_name(config)} {step}. Give --resume latest to continue from there, give "
+                f"another --output_dir, or delete {root} to start again."
             )
         return None
     if run.resume == "latest":
         checkpoint = newest_checkpoint(root)
         if checkpoint is None:
             logger.warning(
-                f"--resume latest: no whole checkpoint in {root}, so the run starts from the beginning"
+                f"--resume latest: {root} holds no whole checkpoint, "
+                "so the run starts from the beginning"
             )
             return None
     else:
@@ -132,71 +143,91 @@ def find_checkpoint(config) -> Checkpoint | None:
             checkpoint = open_checkpoint(user_path(run.resume))
         except ValueError as error:
             raise ValueError(
-                f"--resume {run.resume}: {error} Give latest, or the folder of a whole one."
+                f"--resume {run.resume}: {error} Give latest, or the folder of a whole checkpoint."
             ) from error
         step = last_step(root)
         if step is not None and checkpoint.path.resolve().parent != root.resolve():
             raise ValueError(
-                f"--resume {run.resume} is of another folder, and --output_dir {run.output_dir} holds checkpoints of its own, "
-                f"up to step {step}, which would be lost. Give another --output_dir, or --resume latest."
+                f"--resume {run.resume} is in another folder, and --output_dir {run.output_dir} "
+                f"holds other checkpoints, up to {unit_name(config)} {step}, which would be lost. "
+                "Give another --output_dir, or --resume latest."
             )
     _check_flags(config, checkpoint)
     return checkpoint
 
 
+def unit_name(config) -> str:
+    """Return what a run counts, as a word: "rollout" for step 3, "update" for the others."""
+    return "rollout" if isinstance(config, PPOConfig) else "update"
+
+
 class RunState:
-    """Saves a run between two steps, and restores it."""
+    """Saves a run between two updates (steps 1, 2 and DPO) or rollouts (step 3), and restores it.
+
+    ``step`` counts them; see ``unit_name``.
+    """
 
     def __init__(
         self, config, *, loader, window: int, engines: dict[str, object], metrics: MetricsWriter
     ):
-        """
+        """Start before the first update or rollout.
+
         Args:
+            config: of the run.
             loader: of training rows; its sampler has ``set_epoch(epoch, start=)``.
-            window: its batches in a step.
+            window: batches of the loader in an update or rollout.
             engines: those that train, by name.
+            metrics: written to disk before a checkpoint is saved.
         """
-        self.config, self.engines, self.metrics = config, engines, metrics
-        self.loader, self.window = loader, window
+        self.config = config
+        self.engines = engines
+        self.metrics = metrics
+        self.loader = loader
+        self.window = window
+        self.unit = unit_name(config)
         self.parts: dict[str, Stateful] = {}
         self.facts: dict = {}
-        self.step = 0  # steps that are done
-        self._saved_step = 0  # of them, how many a checkpoint holds
+        self.step = 0  # updates or rollouts that are done
+        self._saved_step = 0  # `step` of the newest checkpoint
         self._restored: Checkpoint | None = None
         self._interruption = Interruption()
         self._peers = PeerWatch()
 
     @property
     def steps_per_epoch(self) -> int:
+        """Updates or rollouts in an epoch; a rest of batches that fills no window is dropped."""
         return len(self.loader) // self.window
 
     @property
     def _window_rows(self) -> int:
-        """Rows of a step, of all processes."""
+        """Rows of an update or rollout, over all ranks."""
         return self.loader.batch_size * self.window * dist.world_size()
 
     def restore(self, checkpoint: Checkpoint | None) -> None:
-        """Take the state of `checkpoint`, where there is one; its random numbers wait for the first batch."""
+        """Restore the state of `checkpoint`; None: do nothing.
+
+        Random number generators are restored later, with the first batch.
+        """
         if checkpoint is None:
             return
         self._check_rows(checkpoint)
         checkpoint.load_engines(self.engines)
         for name, part in self.parts.items():
-            part.restore(Saved(checkpoint, name))
+            part.restore(SavedState(checkpoint, name))
         self.step = self._saved_step = checkpoint.step
         self._restored = checkpoint
         if self.config.run.output_dir is not None:
             delete_newer(checkpoint_root(self.config.run.output_dir), checkpoint.step)
         dist.barrier()
-        logger.info(f"resuming after step {checkpoint.step}, from {checkpoint.path}")
+        logger.info(f"resuming after {self.unit} {checkpoint.step}, from {checkpoint.path}")
 
     def windows(self) -> Iterator[list]:
-        """The batches of each further step, epoch after epoch without end."""
+        """Yield the batches of each further update or rollout, epoch after epoch without end."""
         while True:
             epoch, done = divmod(self.step, self.steps_per_epoch)
             self.loader.sampler.set_epoch(epoch, start=done * self.window * self.loader.batch_size)
-            # A loader's iterator draws a random number when it is made. At the beginning of an epoch that is still to
-            # come; in the middle of one the checkpoint already has it.
+            # Creating the iterator of a loader draws a random number. A checkpoint between two
+            # epochs was saved before that draw, one within an epoch after it.
             if done == 0:
                 self._restore_random()
             batches = iter(self.loader)
@@ -214,13 +245,13 @@ class RunState:
         self._interruption.__exit__(*error)
 
     def end_step(self, *, last: bool) -> None:
-        """A step is done and its metrics are written: save if it is time to, and stop if that was asked for.
+        """Count an update or rollout whose metrics are written; save if due, and stop if signalled.
 
         Args:
-            last: the run is over, so that it no longer stops for a signal.
+            last: the run is over and no longer stops for a signal.
 
         Raises:
-            Stopped: a signal came; the state is saved.
+            Stopped: a signal was received; the state has been saved if possible.
         """
         self.step += 1
         run = self.config.run
@@ -228,21 +259,29 @@ class RunState:
         is_due = run.save_interval and self.step % run.save_interval == 0
         saved = run.output_dir is not None and (is_due or received) and self._save()
         if received:
+            if saved:
+                outcome = (
+                    "Checkpoint saved; rerun the same command with --resume latest to continue."
+                )
+            elif run.output_dir is None:
+                outcome = "No checkpoint saved; that needs --output_dir."
+            else:
+                outcome = "The checkpoint could not be saved (see above)."
             name = signal.Signals(received).name
-            what = (
-                "checkpoint saved; rerun the same command with --resume latest to continue"
-                if saved
-                else "nothing is saved without --output_dir"
-                if run.output_dir is None
-                else "it could not be saved (see above)"
+            raise Stopped(
+                f"Received {name} after {self.unit} {self.step}. {outcome}", status=128 + received
             )
-            raise Stopped(f"{name} after step {self.step}: {what}.", status=128 + received)
 
     def save_unfinished(self) -> bool:
-        """Save the whole steps of a run that cannot continue; every process must call it. False where it was not possible."""
+        """Save the finished rollouts of a run that cannot continue. Every rank must call it.
+
+        Returns:
+            True if a checkpoint holds them; False if it could not be saved.
+        """
         if self.config.run.output_dir is None:
             return False
-        return 0 < self._saved_step == self.step or self._save()
+        already_saved = self._saved_step == self.step and self.step > 0
+        return already_saved or self._save()
 
     def _save(self) -> bool:
         tensors, state = random_state()
@@ -270,57 +309,67 @@ class RunState:
             state=values,
             keep=self.config.run.save_total_limit,
         )
-        self._saved_step = self.step if saved else self._saved_step
+        if saved:
+            self._saved_step = self.step
         return saved
 
     def _restore_random(self) -> None:
         if self._restored is None:
             return
-        saved = Saved(self._restored, "random")
+        saved = SavedState(self._restored, "random")
         self._restored = None
         if saved.same_processes:
             set_random_state(*saved.of_rank())
         else:
-            # No rank's numbers to continue with: others than at the start, and others on each process.
+            # Ranks do not correspond to those that saved. The seed differs from that of the start,
+            # and between ranks.
             seed_everything(self.config.run.seed + 1_000_003 * self.step + dist.rank())
 
     def _check_rows(self, checkpoint: Checkpoint) -> None:
-        """
+        """Check that the training data and the rows of an update or rollout are as before.
+
         Raises:
-            ValueError: the training data or a step's number of rows is another.
+            ValueError: they have changed.
         """
         facts = checkpoint.facts
         if facts["rows"] != len(self.loader.dataset):
             raise ValueError(
-                f"--resume {self.config.run.resume}: the run had {facts['rows']} training rows, and --data_path and "
-                f"--data_split now give {len(self.loader.dataset)}. Give the data of that run."
+                f"--resume {self.config.run.resume}: the run had {facts['rows']} training rows, "
+                f"and --data_path and --data_split now give {len(self.loader.dataset)}. Give the "
+                "data of that run."
             )
-        before = facts.get("data")  # not in checkpoints of earlier versions
+        before = facts.get("data")  # missing in checkpoints of earlier versions
         now = getattr(self.loader.dataset, "items_digest", None)
         if before is not None and now is not None and before != now:
             raise ValueError(
-                f"--resume {self.config.run.resume}: the run had as many training rows, but their content or order has "
-                "changed since, in the files of --data_path or in the tokenizer. Give the data and the tokenizer of that run."
+                f"--resume {self.config.run.resume}: the run had as many training rows, but their "
+                "content or order has changed since, in the files of --data_path or in the "
+                "tokenizer. Give the data and the tokenizer of that run."
             )
         if facts["window_rows"] != self._window_rows:
             raise ValueError(
-                f"--resume {self.config.run.resume}: a step of that run had {facts['window_rows']} rows "
-                f"({facts['processes']} processes), and now has {self._window_rows} ({dist.world_size()} processes x "
-                f"{self.loader.batch_size} rows x {self.window} batches). Change batch size or number of batches, such "
-                "that the product is the same."
+                f"--resume {self.config.run.resume}: each {self.unit} of that run had "
+                f"{facts['window_rows']} rows (world size {facts['processes']}), and now has "
+                f"{self._window_rows} (world size {dist.world_size()} x {self.loader.batch_size} "
+                f"rows x {self.window} batches). Change the batch size or the number of batches "
+                f"to get {facts['window_rows']} again."
             )
 
 
 def _check_flags(config, checkpoint: Checkpoint) -> None:
-    before, now = checkpoint.facts["config"], config_dict(config)
-    free = FREE | (FREE_WITH_PROCESSES if checkpoint.processes != dist.world_size() else set())
+    before = checkpoint.facts["config"]
+    now = config_dict(config)
+    changeable = set(CHANGEABLE_FLAGS)
+    if checkpoint.processes != dist.world_size():
+        changeable |= BATCH_SIZE_FLAGS
     changed = [
         f"--{name} was {before.get(name)} and is {value}"
         for name, value in now.items()
-        if name not in free and before.get(name) != value
+        if name not in changeable and before.get(name) != value
     ]
     if changed:
         raise ValueError(
-            f"--resume {config.run.resume}: {checkpoint.path} is of a run with other flags: {'; '.join(changed)}. "
-            "Give the flags of that run (its run.json holds them), or start a new one in another --output_dir."
+            f"--resume {config.run.resume}: {checkpoint.path} is of a run with other flags: "
+            f"{'; '.join(changed)}. Give the flags of that run (its run.json holds them), or start "
+            "a new run in another --output_dir."
         )

@@ -20,17 +20,20 @@ def save_model(
     *,
     tensors: dict[str, torch.Tensor] | None = None,
 ) -> None:
-    """Write a complete Hugging Face folder: weights (adapters merged), configuration, tokenizer, chat template.
+    """Write a complete Hugging Face folder: weights, configuration, tokenizer and chat template.
 
-    Where adapters are all that training changes, they are written as well, to adapter/ in it, as PEFT loads them. Int8
-    weights are saved, and merged, in the precision of training.
+    Adapters are merged into the weights. If adapters are all that was trained, they are also
+    written to the folder adapter/ inside it, in the format of PEFT. Int8 weights are merged and
+    saved in the precision of training.
 
-    Works under every ZeRO stage: parameters are gathered one at a time. The folder appears whole or not at all.
-    Every process must call it.
+    Works under every ZeRO stage: parameters are gathered one at a time. The folder appears whole
+    or not at all. Every rank must call it.
 
     Args:
         model: a transformers model, not its engine nor a wrapper.
-        tensors: what ``full_tensors`` gave, to be saved instead of the model's weights as they are.
+        tokenizer: saved with the model.
+        path: the folder.
+        tensors: a result of ``full_tensors``, saved instead of the current weights.
     """
     tensors = full_tensors(model) if tensors is None else tensors
     if dist.is_main():
@@ -50,12 +53,14 @@ def _adapter_writer(model: torch.nn.Module, tensors: dict[str, torch.Tensor]):
     merged = getattr(model, "merged_adapter", None)
     if merged is not None:
         logger.info(
-            f"no adapter folder: training began from {merged} and its base, which no one folder holds together"
+            f"no adapter folder is written: training began from {merged} merged into its base, "
+            "and no single folder holds this starting point"
         )
         return None
     if not trains_only_adapters(model):
         logger.info(
-            "no adapter folder: without --only_optimize_lora other weights than the adapters have trained too"
+            "no adapter folder is written: without --only_optimize_lora, weights other than the "
+            "adapters were trained too"
         )
         return None
     return lambda folder: write_adapter(model, tensors, folder / ADAPTER_FOLDER)

@@ -15,7 +15,7 @@ from dschat.algorithms.logprobs import token_logprobs
 from dschat.algorithms.losses import lm_loss_rows, policy_loss, value_loss
 from dschat.algorithms.masks import masked_sum
 from dschat.algorithms.types import Experience, PromptBatch, TextBatch
-from dschat.checkpoint.run_state import Saved
+from dschat.checkpoint.run_state import SavedState
 from dschat.config.ppo import PPOConfig
 from dschat.engine.ema import MovingAverage
 from dschat.engine.optim import GradientCheck, gradient_norm
@@ -95,7 +95,7 @@ class DeepSpeedPPOTrainer:
             "kl_coef": self.kl.coef,
         }
 
-    def restore(self, saved: Saved) -> None:
+    def restore(self, saved: SavedState) -> None:
         """Restore the state that ``state`` returned."""
         tensors, values = saved.of_rank(None if saved.same_processes else 0)
         self.rollouts, self.kl.coef = values["rollouts"], values["kl_coef"]

@@ -1,4 +1,4 @@
-"""The run of step 3: rollout after rollout, with reports."""
+"""The training loop of step 3: rollouts, updates, evaluations and reports."""
 
 from typing import Any
 
@@ -14,7 +14,13 @@ from dschat.trainers.rollout import print_answers
 
 
 def run_state(trainer: DeepSpeedPPOTrainer, loader, metrics: MetricsWriter) -> RunState:
-    """All of the run that changes from rollout to rollout; `loader` gives the training prompts."""
+    """Return the state of a PPO run: everything that changes from rollout to rollout.
+
+    Args:
+        trainer: holds the engines, the moving average and the PTX batches.
+        loader: of training prompts.
+        metrics: the metrics file.
+    """
     engines = {"actor": trainer.engines.actor, "critic": trainer.engines.critic}
     state = RunState(
         trainer.config,
@@ -38,59 +44,71 @@ def train_ppo(
     metrics: MetricsWriter,
     tokenizer,
 ) -> None:
-    """Up to `rollouts`: generate experience, learn from it, report.
+    """Generate experience, learn from it and report, until `rollouts` are done.
 
     Args:
+        trainer: the PPO trainer.
         state: gives the prompts, and after each rollout may save the run or stop it.
         evaluator: has ``evaluate(rollout) -> metrics``.
+        rollouts: number of rollouts of the whole run.
+        metrics: gets the metrics of each rollout.
+        tokenizer: the actor's, to print answers.
+
+    Raises:
+        RewardFailure: a reward failed; the rollouts before it have been saved if possible.
+        Stopped: a signal was received; the state has been saved if possible.
     """
     run = trainer.config.run
     progress = Progress("PPO", rollouts, interval_s=run.log_interval_s, done=state.step)
     with state:
-        for step, batches in zip(range(state.step + 1, rollouts + 1), state.windows()):
+        for rollout, batches in zip(range(state.step + 1, rollouts + 1), state.windows()):
             try:
                 experience, answers, values = trainer.generate_experience(batches)
             except RewardFailure as error:
-                raise stopped_by_reward(error, trainer, state) from error
-            if run.print_answers and (step - 1) % run.print_answers_interval == 0:
+                raise saved_failure(error, trainer, state) from error
+            if run.print_answers and (rollout - 1) % run.print_answers_interval == 0:
                 print_answers(answers, experience.scores, tokenizer)
             values |= trainer.train_rlhf(experience)
             values |= _speed(experience, values, trainer)
             failure = None
-            if step == rollouts or (run.eval_interval and step % run.eval_interval == 0):
+            is_due = run.eval_interval and rollout % run.eval_interval == 0
+            if is_due or rollout == rollouts:
                 try:
-                    values |= evaluator.evaluate(step)
+                    values |= evaluator.evaluate(rollout)
                 except RewardFailure as error:
-                    failure = error  # the rollout itself is done, and is to be kept
-            metrics.write(step, values | _pipeline_tags(values))
-            progress.update(step, _shown(values))
+                    failure = error  # raised below: this rollout is done and must be kept
+            metrics.write(rollout, values | _pipeline_tags(values))
+            progress.update(rollout, _progress_fields(values))
             if failure is not None:
-                state.step = step
-                raise stopped_by_reward(failure, trainer, state) from failure
+                state.step = rollout
+                raise saved_failure(failure, trainer, state) from failure
             trainer.engines.train()  # a checkpoint needs idle states back from host memory
-            state.end_step(last=step == rollouts)
+            state.end_step(last=rollout == rollouts)
 
 
-def stopped_by_reward(
+def saved_failure(
     failure: RewardFailure, trainer: DeepSpeedPPOTrainer, state: RunState
 ) -> RewardFailure:
-    """`failure` with what is left of the run, which is saved first: no more is lost than the rollout that failed."""
+    """Save the rollouts before `failure`, and return the failure with how to resume after them."""
     trainer.engines.train()  # a checkpoint needs idle states back from host memory
     if not state.save_unfinished():
         return failure
     return RewardFailure(
-        f"{failure}\nA checkpoint holds the rollouts before it, step {state.step}: fix the reward, and continue with "
-        "--resume latest."
+        f"{failure}\nCheckpoint saved after rollout {state.step}. Fix the reward, then rerun the "
+        "same command with --resume latest to continue."
     )
 
 
 def _speed(
     experience: Experience, values: dict[str, float], trainer: DeepSpeedPPOTrainer
 ) -> dict[str, float]:
+    """Return the speed of a rollout and its updates, over all ranks."""
     tokens = dist.all_reduce(experience.attention_mask.sum()).item()
     seconds = values["time/generate_s"] + values["time/score_s"] + values["time/train_s"]
-    engines, config = trainer.engines, trainer.config
-    # A model's updates may make less than all passes: in the critic's warm-up, and where --target_kl ends them.
+    engines = trainer.engines
+    config = trainer.config
+    # A model may learn from less than all passes: during the critic's warm-up, and after
+    # --target_kl has ended the updates.
     one_pass = config.rollout_rows // config.batch.per_device_training_batch_size
     roles = (("policy", engines.actor), ("value", engines.critic))
     flops = rollout_flops(
@@ -109,7 +127,10 @@ def _speed(
 
 
 def _pipeline_tags(values: dict[str, float]) -> dict[str, float]:
-    """DeepSpeed-Chat's tags: means, and sums over a process's micro-batches; none of a model that did not learn."""
+    """Return metrics under DeepSpeed-Chat's names: means, and sums over a rank's micro-batches.
+
+    A model that did not learn in this rollout has none.
+    """
     tags = {"reward": values["objective/score"]}
     for tag, name in (("actor", "policy"), ("critic", "value")):
         if f"{name}/loss" in values:
@@ -118,19 +139,17 @@ def _pipeline_tags(values: dict[str, float]) -> dict[str, float]:
     return tags
 
 
-def _shown(values: dict[str, float]) -> dict[str, str]:
-    critic = (
-        {"ev": f"{values['value/explained_variance']:.2f}"}
-        if "value/explained_variance" in values
-        else {}
-    )
+def _progress_fields(values: dict[str, float]) -> dict[str, str]:
+    """Return the fields of the progress line."""
+    critic = {}
+    if "value/explained_variance" in values:
+        critic["ev"] = f"{values['value/explained_variance']:.2f}"
+    seconds = [f"{values[f'time/{phase}_s']:.1f}" for phase in ("generate", "score", "train")]
     return {
         "score": f"{values['objective/score']:.3f}",
         "KL": f"{values['objective/kl']:.2f}",
         "len": f"{values['response/length_mean']:.1f}",
         **critic,
-        "s gen/score/train": "/".join(
-            f"{values[f'time/{phase}_s']:.1f}" for phase in ("generate", "score", "train")
-        ),
+        "s gen/score/train": "/".join(seconds),
         "tok/s": f"{values['perf/tokens_per_s']:,.0f}",
     }

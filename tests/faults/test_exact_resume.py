@@ -70,7 +70,8 @@ def test_a_killed_run_resumes_exactly(options, zygote, tmp_path, record):
     assert killed.metrics()[-1]["step"] == KILLED_IN - 1 and not killed.weights()
     resumed = zygote.run(step, tmp_path / "killed", f"{argv} --resume latest", ranks=ranks)
     assert resumed.statuses == [0] * ranks, resumed.log[-3000:]
-    assert f"resuming after step {SAVED_EVERY}" in resumed.log
+    unit = "rollout" if step == 3 else "update"
+    assert f"resuming after {unit} {SAVED_EVERY}" in resumed.log
     assert [line["step"] for line in whole.metrics()] == list(range(STEPS + 1))
     assert resumed.metrics() == whole.metrics()
     assert resumed.weights() == whole.weights() and len(whole.weights()) > 10

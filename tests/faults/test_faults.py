@@ -67,7 +67,7 @@ def test_twenty_kills_at_random_moments_lose_only_updates_after_the_last_checkpo
         if begun := begin(ended):
             lost.append(reached - begun)
         reached = last_step(out) if begun or not number else max(reached, last_step(out))
-        assert "is no whole checkpoint" not in ended.log
+        assert "is not a whole checkpoint" not in ended.log
     resumed = zygote.run(1, out, f"{argv} --resume latest")
     assert resumed.statuses == [0], resumed.log[-3000:]
     lost.append(reached - begin(resumed))
@@ -86,8 +86,8 @@ def test_twenty_kills_at_random_moments_lose_only_updates_after_the_last_checkpo
 
 
 def begin(run) -> int:
-    """Return the step that a run resumed after; 0 if it was killed earlier or started over."""
-    found = re.search(r"resuming after step (\d+)", run.log)
+    """Return the update that a run resumed after; 0 if it was killed earlier or started over."""
+    found = re.search(r"resuming after update (\d+)", run.log)
     return int(found[1]) if found else 0
 
 
@@ -121,7 +121,7 @@ def test_a_full_disk_costs_only_a_checkpoint(ranks, full_on, zygote, tmp_path, r
         1, tmp_path / "out", f"{argv} --resume latest", ranks=ranks, file_bytes={full_on: 100_000}
     )
     assert (
-        "no checkpoint of step 4" in full.log
+        "Could not save checkpoint step_00000004" in full.log
         and "File too large" in full.log
         and "the run continues" in full.log
     )
@@ -259,8 +259,9 @@ def test_a_damaged_checkpoint_is_skipped_with_a_warning(
     monkeypatch.setattr("dschat.checkpoint.run_checkpoint.logger.propagate", True)
     assert newest_checkpoint(root).step == 2
     warning = caplog.records[-1].getMessage()
-    assert "step_00000004 is no whole checkpoint" in warning and "Trying the one before" in warning
-    with pytest.raises(ValueError, match="step_00000004 is no whole checkpoint"):
+    assert "step_00000004 is not a whole checkpoint" in warning
+    assert "Trying the one before" in warning
+    with pytest.raises(ValueError, match="step_00000004 is not a whole checkpoint"):
         open_checkpoint(root / "step_00000004")
     record(injected=1, survived=1)
 
@@ -270,7 +271,8 @@ def test_a_checkpoint_under_the_name_of_another_update_is_ignored(two_checkpoint
     shutil.copytree(two_checkpoints / "checkpoints", root)
     (root / "step_00000004").rename(root / "step_00000009")
     with pytest.raises(
-        ValueError, match="step_00000009 is no whole checkpoint: facts.json is of step 4"
+        ValueError,
+        match="step_00000009 is not a whole checkpoint: facts.json belongs to another checkpoint",
     ):
         open_checkpoint(root / "step_00000009")
     assert newest_checkpoint(root).step == 2
@@ -286,8 +288,8 @@ def test_resuming_from_another_folder_keeps_existing_checkpoints(zygote, two_che
     )
     assert run.statuses == [1]
     assert (
-        f"--resume {theirs} is of another folder, and --output_dir {tmp_path}/mine holds "
-        "checkpoints" in run.log
+        f"--resume {theirs} is in another folder, and --output_dir {tmp_path}/mine holds "
+        "other checkpoints, up to update 4" in run.log
     )
     assert run.checkpoints() == ["latest", "step_00000002", "step_00000004"]
     assert (tmp_path / "mine" / "metrics.jsonl").read_bytes() == before
@@ -301,12 +303,11 @@ def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(
     shutil.copytree(two_checkpoints, tmp_path / "out")
     flip(next((tmp_path / "out" / "checkpoints" / "step_00000004").glob("model/*optim_states.pt")))
     named = zygote.run(1, tmp_path / "out", f"{argv} --resume {{out}}/checkpoints/step_00000004")
-    assert (
-        named.statuses == [1] and "is no whole checkpoint" in named.log and "--resume" in named.log
-    )
+    assert named.statuses == [1]
+    assert "is not a whole checkpoint" in named.log and "--resume" in named.log
     resumed = zygote.run(1, tmp_path / "out", f"{argv} --resume latest")
     assert resumed.statuses == [0], resumed.log[-3000:]
-    assert "is no whole checkpoint" in resumed.log and "resuming after step 2" in resumed.log
+    assert "is not a whole checkpoint" in resumed.log and "resuming after update 2" in resumed.log
     assert resumed.metrics() == whole.metrics() and resumed.weights() == whole.weights()
     record(injected=2, survived=2, **resumed.lost(whole))  # the kill and the flipped bit
 
@@ -324,7 +325,9 @@ def test_a_signal_to_one_rank_saves_and_ends_all(number, ranks, step, zygote, tm
     stopped = zygote.wait(started)
     assert stopped.statuses == [128 + number] * ranks, stopped.log[-3000:]
     step = steps_of(stopped)[-1]
-    assert f"stopped (rank 0): {number.name} after step {step}: checkpoint saved" in stopped.log
+    unit = "rollout" if main == 3 else "update"
+    message = f"stopped (rank 0): Received {number.name} after {unit} {step}. Checkpoint saved"
+    assert message in stopped.log
     assert 3 <= step < 8 and stopped.checkpoints() == ["latest", f"step_{step:08d}"]
     resumed = zygote.run(main, tmp_path / "out", f"{argv} --resume latest", ranks=ranks)
     assert resumed.statuses == [0] * ranks, resumed.log[-3000:]
@@ -360,12 +363,12 @@ def test_a_reward_that_fails_ends_the_run_after_a_checkpoint(fatal, done, zygote
     failed = zygote.run(3, tmp_path / "out", argv)
     assert failed.statuses == [1], failed.log[-3000:]
     assert "the judge does not answer" in failed.log and "the prompt" in failed.log
-    assert f"A checkpoint holds the rollouts before it, step {done}" in failed.log
+    assert f"Checkpoint saved after rollout {done}" in failed.log
     assert failed.checkpoints() == ["latest", f"step_{done:08d}"] and steps_of(failed)[-1] == done
     function.write_text(FAILING.replace("FATAL", "0"))
     resumed = zygote.run(3, tmp_path / "out", f"{argv} --resume latest")
     assert resumed.statuses == [0], resumed.log[-3000:]
-    assert f"resuming after step {done}" in resumed.log and steps_of(resumed) == list(range(7))
+    assert f"resuming after rollout {done}" in resumed.log and steps_of(resumed) == list(range(7))
     record(injected=1, survived=1)
 
 

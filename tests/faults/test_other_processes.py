@@ -87,8 +87,8 @@ def test_a_step_of_another_size_is_refused(zygote, tmp_path):
     run = zygote.run(1, tmp_path / "out", f"{argv} --resume latest", ranks=2)
     assert run.statuses == [1, 1]
     message = (
-        "a step of that run had 16 rows (1 processes), and now has 32 (2 processes x 8 rows x 2 "
-        "batches)"
+        "each update of that run had 16 rows (world size 1), and now has 32 (world size 2 x 8 "
+        "rows x 2 batches)"
     )
     assert "--resume latest" in run.log and message in run.log, run.log[-3000:]
 
@@ -108,7 +108,7 @@ def test_other_flags_are_refused_all_at_once(zygote, tmp_path):
     again = zygote.run(1, tmp_path / "out", argv)
     assert (
         again.statuses == [1]
-        and f"--output_dir {tmp_path}/out holds checkpoints up to step 5" in again.log
+        and f"--output_dir {tmp_path}/out holds checkpoints up to update 5" in again.log
     )
     less = zygote.run(
         1,

@@ -286,7 +286,7 @@ MISTAKES = {
     "no-checkpoint": (
         1,
         f"{SFT} --resume {{stock}}/none",
-        ["--resume", "none", "no whole checkpoint", "latest"],
+        ["--resume", "none", "not a whole checkpoint", "latest"],
     ),
     "save-nowhere": (1, f"{SFT} --save_interval -1", ["--save_interval -1", "at least 0"]),
     "no-share": (1, f"{SFT} --data_split 0,1,1", ["--data_split 0,1,1", "step 1"]),

@@ -137,15 +137,16 @@ def test_an_interrupted_step_resumes_from_its_checkpoint(finished, tmp_path):
         process.send_signal(signal.SIGINT)
         assert process.wait(120) == 1
     screen = (tmp_path / "log").read_text()
-    assert "SIGTERM after step" in screen and "checkpoint saved" in screen, screen[-3000:]
+    assert "Received SIGTERM after rollout" in screen, screen[-3000:]
+    assert "Checkpoint saved" in screen, screen[-3000:]
     assert screen.rstrip().endswith(
         "Interrupted. Run the same command again to continue with the step that was running."
     )
     done = tiny("llama", output, tmp_path)
-    assert done.returncode == 0 and "resuming after step" in done.stdout, done.stdout[-3000:]
+    assert done.returncode == 0 and "resuming after rollout" in done.stdout, done.stdout[-3000:]
     assert done.stdout.count("finished before") == 2
     log = (ppo / "training.log").read_text()
-    assert 0 < log.find("checkpoint saved") < log.find("resuming after step")
+    assert 0 < log.find("Checkpoint saved") < log.find("resuming after rollout")
     check_summary(output)
     before, after = (
         [

@@ -564,14 +564,14 @@ def test_ctrl_c_at_a_script_saves_a_run_that_resumes(stock, tmp_path):
             time.sleep(0.05)
         os.killpg(script.pid, signal.SIGINT)
         said = script.communicate(timeout=60)[0]
-    assert "checkpoint saved" in said and script.returncode == 143, said[-3000:]
+    assert "Checkpoint saved" in said and script.returncode == 143, said[-3000:]
     (step,) = (int(path.name[5:]) for path in (tmp_path / "out" / "checkpoints").glob("step_*"))
     done = subprocess.run([*command, "--resume", "latest"], timeout=200, **options)
-    assert done.returncode == 0 and f"resuming after step {step}" in done.stdout, done.stdout[
+    assert done.returncode == 0 and f"resuming after update {step}" in done.stdout, done.stdout[
         -3000:
     ]
     log = (tmp_path / "out" / "training.log").read_text()
-    assert "checkpoint saved" in log and f"resuming after step {step}" in log
+    assert "Checkpoint saved" in log and f"resuming after update {step}" in log
 
 
 @pytest.mark.parametrize("name, runs", list(zip(SWEEPS, (8, 4, 4, 18))))

@@ -1,4 +1,4 @@
-"""Checkpoints of a run in one process: which are kept, and that a folder that not all processes share is noticed."""
+"""Checkpoints in one process: which are kept, and that hosts must share the folder."""
 
 import signal
 
@@ -39,14 +39,14 @@ def warnings(monkeypatch, caplog):
     return caplog
 
 
-def test_the_oldest_goes_when_the_newest_is_whole(tmp_path):
+def test_the_oldest_checkpoint_is_deleted_after_the_newest_is_saved(tmp_path):
     for step in (2, 4, 10, 100):
         assert save(tmp_path, step, keep=2)
     assert folders(tmp_path) == ["latest", "step_00000010", "step_00000100"]
     assert newest_checkpoint(tmp_path).step == 100
 
 
-def test_a_run_that_began_anew_keeps_its_checkpoints_before_damaged_ones(tmp_path):
+def test_damaged_newer_checkpoints_do_not_push_out_those_of_this_run(tmp_path):
     for step in (900, 1000):
         assert save(tmp_path, step)
         (tmp_path / f"step_{step:08d}" / "facts.json").unlink()
@@ -57,9 +57,7 @@ def test_a_run_that_began_anew_keeps_its_checkpoints_before_damaged_ones(tmp_pat
     assert folders(tmp_path)[1:3] == ["step_00000200", "step_00000300"]
 
 
-def test_a_file_that_another_host_keeps_to_itself_makes_no_checkpoint(
-    tmp_path, monkeypatch, warnings
-):
+def test_files_missing_from_the_shared_folder_fail_the_checkpoint(tmp_path, monkeypatch, warnings):
     assert save(tmp_path, 1)
 
     def elsewhere(engine, folder, name):
@@ -76,15 +74,14 @@ def test_a_file_that_another_host_keeps_to_itself_makes_no_checkpoint(
     )
 
 
-def test_a_folder_that_not_all_see_is_told_from_one_that_they_share(tmp_path, monkeypatch):
+def test_a_folder_is_shared_only_if_all_ranks_see_the_same_one(tmp_path, monkeypatch):
     assert is_shared(tmp_path) and not list(tmp_path.iterdir())
-    monkeypatch.setattr(
-        dist, "is_main", lambda: False
-    )  # the first process makes its mark on another host
+    # Rank 0 writes its mark on another host.
+    monkeypatch.setattr(dist, "is_main", lambda: False)
     assert not is_shared(tmp_path)
 
 
-def test_only_what_checkpoints_need_asks_for_a_shared_folder(tmp_path, monkeypatch):
+def test_a_shared_folder_is_needed_only_with_checkpoints(tmp_path, monkeypatch):
     class Config:
         class run:
             output_dir, resume, save_interval = str(tmp_path), None, 0
@@ -94,33 +91,34 @@ def test_only_what_checkpoints_need_asks_for_a_shared_folder(tmp_path, monkeypat
     Config.run.save_interval = 5
     with pytest.raises(
         ValueError,
-        match="--output_dir .* is not the same folder for all processes.*--save_interval",
+        match="--output_dir .* is not the same folder on all ranks.*--save_interval",
     ):
         run_state.find_checkpoint(Config)
 
 
-def test_a_plan_may_be_ignored_on_going_on(monkeypatch, tmp_path):
+def test_ignore_memory_plan_may_be_given_when_resuming(monkeypatch, tmp_path):
     monkeypatch.setattr(run_state, "config_dict", lambda config: config)
     config = {"ignore_memory_plan": True, "seed": 1}
     before = Checkpoint(
         tmp_path, 1, {"processes": 1, "config": {"ignore_memory_plan": False, "seed": 1}}
     )
     run_state._check_flags(config, before)
-    with pytest.raises(AttributeError):  # it has no run.resume to tell of
+    with pytest.raises(AttributeError):  # the message needs run.resume
         run_state._check_flags(config | {"seed": 2}, before)
 
 
 @pytest.mark.parametrize(
     "stage, processes, read", [(0, 4, [0]), (2, 2, [1]), (3, 2, [1]), (2, 3, [0, 1, 2])]
 )
-def test_an_average_reads_the_files_that_hold_its_pieces(stage, processes, read, monkeypatch):
+def test_a_moving_average_reads_only_the_files_with_its_pieces(stage, processes, read, monkeypatch):
     average = MovingAverage.__new__(MovingAverage)
     average.engine = type(
         "Engine",
         (),
         {"module": torch.nn.Linear(1, 1), "zero_optimization_stage": lambda self: stage},
     )()
-    average._pieces, asked = {}, []
+    average._pieces = {}
+    asked = []
 
     class Saved:
         checkpoint = Checkpoint(None, 1, {"processes": processes})
@@ -135,13 +133,14 @@ def test_an_average_reads_the_files_that_hold_its_pieces(stage, processes, read,
     assert asked == read
 
 
-def test_a_signal_waits_for_the_model_to_be_saved(monkeypatch, request):
-    said, original = [], signal.getsignal(signal.SIGTERM)
+def test_a_signal_during_the_final_save_waits_for_it(monkeypatch, request):
+    said = []
+    original = signal.getsignal(signal.SIGTERM)
 
     def before(number, frame):
         said.append("the run has ended")
 
-    signal.signal(signal.SIGTERM, before)  # the default would end the tests where this one fails
+    signal.signal(signal.SIGTERM, before)  # a failure must not end pytest
     request.addfinalizer(lambda: signal.signal(signal.SIGTERM, original))
     monkeypatch.setattr(interrupt, "_write_stderr", said.append)
     interruption = Interruption()

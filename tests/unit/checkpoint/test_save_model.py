@@ -1,4 +1,4 @@
-"""Saving from a training run's folder, in one process without a group."""
+"""Saving models into the output folder, in one process without a process group."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def files(folder) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-def test_metrics_stay_beside_the_model_saved_twice(tmp_path, model_and_tokenizer):
+def test_saving_twice_keeps_other_files_of_the_folder(tmp_path, model_and_tokenizer):
     out = tmp_path / "out"
     out.mkdir()
     (out / "metrics.jsonl").write_text('{"step": 1}\n')
@@ -58,7 +58,7 @@ def test_a_failed_save_leaves_the_old_folder_whole(tmp_path, model_and_tokenizer
     assert files(tmp_path) == {"out"}
 
 
-def test_adapters_are_merged_and_given_tensors_take_the_models_place(tmp_path, model_and_tokenizer):
+def test_adapters_are_merged_and_given_tensors_replace_the_weights(tmp_path, model_and_tokenizer):
     model, tokenizer = model_and_tokenizer
     whole = {name: 2 * tensor for name, tensor in full_tensors(model).items()}
     save_model(model, tokenizer, tmp_path / "doubled", tensors=whole)
@@ -80,7 +80,7 @@ def test_adapters_are_merged_and_given_tensors_take_the_models_place(tmp_path, m
         )
 
 
-def test_full_tensors_are_copies_and_tied_ones_share(model_and_tokenizer):
+def test_full_tensors_are_copies_and_keep_ties(model_and_tokenizer):
     tied = load_causal_lm(tiny("opt"), dtype=torch.bfloat16)
     found = full_tensors(tied)
     assert set(found) == set(tied.state_dict()) and found["lm_head.weight"].dtype == torch.bfloat16
