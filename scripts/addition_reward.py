@@ -1,4 +1,4 @@
-"""A verifiable task: sums in words of digits, after four solved ones. Data, and the reward that checks an answer."""
+"""A verifiable task: sums after four solved ones. Holds the data and the reward function."""
 
 import json
 import random
@@ -9,30 +9,41 @@ LARGEST = 20
 
 
 def reward(prompts: list[str], answers: list[str], *, target: list[int], **columns) -> list[float]:
-    """1 for each answer whose first number is `target`, else 0: step 3's --reward_fn."""
-    return [float(first_number(answer) == wanted) for answer, wanted in zip(answers, target)]
+    """Return 1 for each answer whose first number is `target`, else 0; for step 3's --reward_fn."""
+    return [
+        float(first_number(answer) == wanted)
+        for answer, wanted in zip(answers, target, strict=True)
+    ]
 
 
 def first_number(text: str) -> int | None:
-    """The first whole number of the first line, with a sign and thousands' commas, or None."""
+    """Return the first whole number of the first line, or None.
+
+    The number may have a sign and thousands separators.
+    """
     lines = text.strip().splitlines()
-    found = re.search(r"-?\d[\d,]*", lines[0]) if lines else None
+    if not lines:
+        return None
+    found = re.search(r"-?\d[\d,]*", lines[0])
     return int(found.group().replace(",", "")) if found else None
 
 
 def write_data(
     folder: str | Path, *, num_train: int = 4000, num_eval: int = 256, seed: int = 1234
 ) -> Path:
-    """Write train.jsonl and eval.jsonl with prompt and target, and return `folder`; no held-out sum is trained.
+    """Write train.jsonl and eval.jsonl with prompt and target, and return `folder`.
 
-    A sum is an ordered pair (a, b) of 1 to 20: a fifth of the 400 is held out.
+    A sum is an ordered pair (a, b) of numbers from 1 to 20. A fifth of the 400 sums is held out:
+    these occur in the evaluation alone.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     draw = random.Random(seed)
     sums = [(a, b) for a in range(1, LARGEST + 1) for b in range(1, LARGEST + 1)]
     draw.shuffle(sums)
-    held_out, trained = sums[: len(sums) // 5], sums[len(sums) // 5 :]
+    num_held_out = len(sums) // 5
+    held_out = sums[:num_held_out]
+    trained = sums[num_held_out:]
     for name, pool, count in (("train", trained, num_train), ("eval", held_out, num_eval)):
         rows = []
         for _ in range(count):

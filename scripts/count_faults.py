@@ -1,13 +1,14 @@
-"""Inject the faults of tests/faults and count: how many, how many were survived, and how many bytes of the results were lost.
+"""Run the fault tests and count the faults, the survived ones, and the bytes of results lost.
 
     python scripts/count_faults.py --output docs/results/faults.json
-    python scripts/count_faults.py --slow    # the whole product of exact resume too
+    python scripts/count_faults.py --slow    # with all combinations of exact resume
 
 It needs what the tests need: bash scripts/test.sh once, or pip install -e .[test].
 
-A fault is survived if the run continues, or the same command with --resume latest does, and ends with the weights and
-metrics of an unbroken run. Bytes are compared one by one, of the saved models and of metrics.jsonl without its times. A
-test that fails records nothing, so that its faults are missing from the first two numbers, and the exit status is 1.
+A fault is survived if the run, or the same command with --resume latest, continues and ends with
+the weights and metrics of an uninterrupted run. Bytes of the saved models and of metrics.jsonl,
+without its times, are compared one by one. A test that fails records nothing: its faults are
+missing from the first two numbers, and the exit status is 1.
 """
 
 import argparse
@@ -23,21 +24,27 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from dschat.runtime.files import write_json  # noqa: E402
-from dschat.runtime.hardware import hardware, versions
+from dschat.runtime.hardware import hardware, versions  # noqa: E402
 
-SUMS = ("injected", "survived", "bytes_compared", "bytes_lost")
+COUNTS = ("injected", "survived", "bytes_compared", "bytes_lost")
 
 
 def total(figures: dict[str, dict]) -> dict[str, int]:
-    """The sums over all tests."""
-    return {name: sum(figure.get(name, 0) for figure in figures.values()) for name in SUMS}
+    """Return each count summed over all tests."""
+    return {name: sum(figure.get(name, 0) for figure in figures.values()) for name in COUNTS}
+
+
+def parse_args() -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", help="JSON file to write; default: only print")
+    parser.add_argument("--slow", action="store_true", help="add the tests marked slow")
+    return parser.parse_args()
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", help="JSON file to write; default: print alone")
-    parser.add_argument("--slow", action="store_true", help="add the tests marked slow")
-    args = parser.parse_args()
+    """Run the tests, print the counts, and return pytest's exit status."""
+    args = parse_args()
     marks = "slow or not slow" if args.slow else "not slow"
     command = [sys.executable, "-m", "pytest", "-q", "-m", marks, "tests/faults/test_faults.py"]
     command += ["tests/faults/test_full_disk.py", "tests/faults/test_exact_resume.py"]
@@ -54,20 +61,18 @@ def main() -> int:
         seconds = time.monotonic() - started
         figures = json.loads(path.read_text()) if path.exists() else {}
     print(done.stdout)
-    found = total(figures)
+    counts = total(figures)
     print(
-        "faults {injected}, survived {survived}, bytes compared {bytes_compared}, lost {bytes_lost}".format(
-            **found
-        )
+        f"faults {counts['injected']}, survived {counts['survived']}, "
+        f"bytes compared {counts['bytes_compared']}, lost {counts['bytes_lost']}"
     )
     if args.output:
+        flags = ["--slow"] if args.slow else []
         record = {
-            "command": " ".join(
-                ["python", "scripts/count_faults.py", *(["--slow"] if args.slow else [])]
-            ),
+            "command": " ".join(["python", "scripts/count_faults.py", *flags]),
             "pytest": done.stdout.strip().splitlines()[-1],
             "seconds": round(seconds, 1),
-            **found,
+            **counts,
             "hardware": hardware(),
             "versions": versions(),
             "tests": figures,

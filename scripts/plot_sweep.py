@@ -1,9 +1,10 @@
-"""The reward curves of a sweep over ZeRO stage, Hybrid Engine, offload and LoRA in one figure, and a table of the runs.
+"""Draw the reward curves of a sweep over ZeRO stage, Hybrid Engine, offload and LoRA.
 
     python scripts/plot_sweep.py OUTPUT [--figure sweep.png] [--metric objective/score] [--smooth 10]
 
-OUTPUT holds the runs' output folders, as the sweep of step 3 names them: z2_he_true_offload_false_lora_true and so on.
-Each has a metrics.jsonl. Of sixteen runs those that are missing or empty are named, and the others are drawn.
+OUTPUT holds the output folders of the runs, with the names that the sweep of step 3 gives them:
+z2_he_true_offload_false_lora_true and so on. Each has a metrics.jsonl. Of the sixteen runs those
+that are missing or empty are named, and the others are drawn in one figure and listed in a table.
 """
 
 import argparse
@@ -18,10 +19,18 @@ from dschat.pipeline.summary import read_jsonl  # noqa: E402
 from dschat.tracking.table import table  # noqa: E402
 
 NAME = "z{}_he_{}_offload_{}_lora_{}"
-STAGES, SWITCH = ("2", "3"), ("false", "true")
+STAGES = ("2", "3")
+SWITCH = ("false", "true")
+COLORS = {  # by ZeRO stage and Hybrid Engine
+    ("2", "false"): "tab:blue",
+    ("2", "true"): "tab:cyan",
+    ("3", "false"): "tab:red",
+    ("3", "true"): "tab:orange",
+}
 
 
 def main() -> int:
+    """Print the table and draw the figure; return 1 if there are no runs."""
     args = parse_args()
     curves, missing = read_curves(args.output, args.metric)
     for name in missing:
@@ -39,6 +48,7 @@ def main() -> int:
 
 
 def parse_args() -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -49,14 +59,21 @@ def parse_args() -> argparse.Namespace:
         help="file of the figure; default: sweep.png in the folder of the runs",
     )
     parser.add_argument(
-        "--metric", default="objective/score", help="what is drawn, by its name in metrics.jsonl"
+        "--metric", default="objective/score", help="the metric to draw, a name in metrics.jsonl"
     )
-    parser.add_argument("--smooth", type=int, default=1, help="rollouts of the moving average")
+    parser.add_argument(
+        "--smooth", type=int, default=1, help="length of the moving average, in rollouts"
+    )
     return parser.parse_args()
 
 
 def read_curves(output: Path, metric: str) -> tuple[dict[str, list[tuple[int, float]]], list[str]]:
-    """(step, value) of each of the sixteen runs that have any, by folder name, and the names of the others."""
+    """Read the curves of the sixteen runs.
+
+    Returns:
+        The (step, value) pairs of each run that has any, by folder name, and the names of the
+        other runs.
+    """
     curves, missing = {}, []
     for values in itertools.product(STAGES, SWITCH, SWITCH, SWITCH):
         name = NAME.format(*values)
@@ -76,24 +93,28 @@ def read_curves(output: Path, metric: str) -> tuple[dict[str, list[tuple[int, fl
 
 
 def summary(curve: list[tuple[int, float]]) -> list[str]:
-    """Rollouts, first, last and highest value."""
+    """Return the number of rollouts and the first, last and highest value, as text."""
     values = [value for _, value in curve]
     highest = max((value for value in values if not math.isnan(value)), default=math.nan)
     return [str(curve[-1][0]), *(f"{value:.3f}" for value in (values[0], values[-1], highest))]
 
 
 def moving_average(values: list[float], window: int) -> list[float]:
-    """At each place the mean of it and up to `window` - 1 places before."""
-    return [
-        sum(values[max(0, i - window + 1) : i + 1]) / (i + 1 - max(0, i - window + 1))
-        for i in range(len(values))
-    ]
+    """Return the mean of each value and up to `window` - 1 values before it."""
+    averages = []
+    for end in range(1, len(values) + 1):
+        begin = max(0, end - window)
+        averages.append(sum(values[begin:end]) / (end - begin))
+    return averages
 
 
 def draw(
     panels: dict[str, dict[str, list[tuple[int, float]]]], figure: Path, *, metric: str, window: int
 ) -> None:
-    """Panels of curves by title and folder name; colour tells stage and Hybrid Engine, a dashed line offload."""
+    """Draw panels of curves, by title and folder name, into one figure.
+
+    The color shows ZeRO stage and Hybrid Engine; a dashed line shows offload.
+    """
     try:
         import matplotlib
 
@@ -102,29 +123,29 @@ def draw(
     except ImportError:
         print("matplotlib is not installed: no figure (pip install matplotlib)")
         return
-    colors = dict(
-        zip(itertools.product(STAGES, SWITCH), ("tab:blue", "tab:cyan", "tab:red", "tab:orange"))
-    )
     size = (2 + 6 * len(panels), 5.5)
     canvas, grid = plt.subplots(
         1, len(panels), figsize=size, sharey=True, squeeze=False, layout="constrained"
     )
     axes = grid[0]
-    for axis, (title, curves) in zip(axes, panels.items()):
+    for axis, (title, curves) in zip(axes, panels.items(), strict=True):
         for name, curve in curves.items():
             stage, hybrid, offload, _ = name[1:].split("_")[::2]
-            steps, values = zip(*curve)
+            steps, values = zip(*curve, strict=True)
             axis.plot(
                 steps,
                 moving_average(list(values), window),
-                color=colors[stage, hybrid],
+                color=COLORS[stage, hybrid],
                 linestyle="--" if offload == "true" else "-",
-                label=f"ZeRO-{stage}{', Hybrid Engine' * (hybrid == 'true')}{', offload' * (offload == 'true')}",
+                label=curve_label(stage, hybrid, offload),
             )
         axis.set(xlabel="rollouts", title=title)
     axes[0].set_ylabel(metric)
-    # One legend below the panels, where it hides no curve.
-    entries = {name: line for axis in axes for line, name in zip(*axis.get_legend_handles_labels())}
+    # One legend below the panels, so that it hides no curve.
+    entries = {}
+    for axis in axes:
+        lines, labels = axis.get_legend_handles_labels()
+        entries.update(zip(labels, lines, strict=True))
     if entries:
         canvas.legend(
             entries.values(),
@@ -135,6 +156,16 @@ def draw(
     figure.parent.mkdir(parents=True, exist_ok=True)
     canvas.savefig(figure, dpi=120)
     print(f"wrote {figure}")
+
+
+def curve_label(stage: str, hybrid: str, offload: str) -> str:
+    """Return a run's text in the legend."""
+    label = f"ZeRO-{stage}"
+    if hybrid == "true":
+        label += ", Hybrid Engine"
+    if offload == "true":
+        label += ", offload"
+    return label
 
 
 if __name__ == "__main__":
