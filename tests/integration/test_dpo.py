@@ -30,7 +30,12 @@ RUNS = {
     "lora": ("gpt_neox", f"--zero_stage 2 {LORA}"),
     "only-lora": ("llama", f"--zero_stage 0 {ONLY_LORA} --offload_reference_model"),
     "only-lora-apart": ("llama", f"--zero_stage 0 {ONLY_LORA} --no_share_reference"),
-    "only-lora-zero3": ("gpt2", f"{PIECES} {ONLY_LORA} --gradient_checkpointing"),
+    # GPT-2's adapters learn little from small batches in so few updates.
+    "only-lora-zero3": (
+        "gpt2",
+        f"{PIECES} {ONLY_LORA} --lora_learning_rate 5e-3 --gradient_checkpointing "
+        "--per_device_train_batch_size 16",
+    ),
     "only-lora-int8-apart": (
         "llama",
         f"{PIECES} {ONLY_LORA} --no_share_reference --enable_mixed_precision_lora",
@@ -161,7 +166,7 @@ LEARNING = Case(
     step="dpo",
     argv="--model_name_or_path {stock}/base/llama --data_path {stock}/toy --data_split 0,1,0 "
     "--max_seq_len 48 --dtype fp32 "
-    "--per_device_train_batch_size 8 --num_train_epochs 6 --learning_rate 1e-3 --zero_stage 2",
+    "--per_device_train_batch_size 8 --num_train_epochs 6 --learning_rate 2e-3 --zero_stage 2",
 )
 
 
@@ -175,9 +180,10 @@ def test_held_out_pairs_are_ranked_correctly(launches, stock):
     )
     # A random model prefers either answer. The log-probabilities themselves change sides, not only
     # those relative to the reference.
-    assert (before[:, 0] > before[:, 1]).double().mean() < 0.5 and (
-        after[:, 0] > after[:, 1]
-    ).double().mean() > 0.75
+    wrong = before[:, 0] < before[:, 1]
+    assert 4 <= wrong.sum() <= 12
+    right = after[:, 0] > after[:, 1]
+    assert right[wrong].double().mean() >= 0.75 and right[~wrong].all()
     accuracy, loss = outcome.per_step("eval/accuracy"), outcome.per_step("eval/loss")
     assert len(accuracy) == 7 and accuracy[-1] == 1.0 and min(accuracy[1:]) > 0.85
     assert loss == sorted(loss, reverse=True) and loss[-1] < 0.35
