@@ -176,9 +176,9 @@ def check_pair(args: argparse.Namespace, plan: Plan) -> None:
     """
     if plan.kind != "real":
         return
-    from dschat.trainers.reward_plan import unlike_tokens
+    from dschat.trainers.reward_plan import tokenizer_mismatch
 
-    fault = unlike_tokens(plan.actor, plan.reward)
+    fault = tokenizer_mismatch(plan.actor, plan.reward)
     if fault and 3 in (args.step or MAINS):
         raise ValueError(fault)
     if fault:

@@ -16,8 +16,10 @@ from dschat.trainers.supervised_run import SupervisedRun, load_start
 
 
 def build_reference(run: SupervisedRun):
-    """A frozen copy of the model that the step starts from, inside a separate engine; None where the trained model
-    with its adapters off is the reference.
+    """Build a frozen copy of the initial model, inside a separate engine.
+
+    Returns:
+        The engine; None if the trained model with its adapters off is the reference.
     """
     config = run.config
     if config.shares_reference:
@@ -36,21 +38,31 @@ def build_reference(run: SupervisedRun):
 
 
 class DPOObjective:
-    """-log sigmoid of the margin between the implicit rewards of a pair's answers; its terms are pairs."""
+    """The DPO loss: -log sigmoid of the margin between the implicit rewards of a pair's answers.
+
+    Losses are averaged over pairs.
+    """
 
     name = "DPO"
 
     def __init__(self, reference, *, beta: float, label_smoothing: float):
-        """
+        """Set the reference and the loss.
+
         Args:
             reference: an engine that never changes; None: the trained one with its adapters off.
+            beta: factor of the log ratios in the implicit rewards.
+            label_smoothing: assumed probability that a pair's preference is wrong.
         """
-        self.reference, self.beta, self.label_smoothing = reference, beta, label_smoothing
+        self.reference = reference
+        self.beta = beta
+        self.label_smoothing = label_smoothing
 
     def weight(self, batch: PairBatch) -> torch.Tensor:
+        """Return the number of pairs."""
         return torch.tensor(batch.input_ids.shape[0] // 2, device=batch.input_ids.device)
 
-    def loss_sum(self, engine, batch: PairBatch):
+    def loss_sum(self, engine, batch: PairBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Return the loss summed over pairs, and sums of rewards and log-probabilities to log."""
         logprobs, ref_logprobs = self._logprobs(engine, batch)
         chosen, rejected = implicit_rewards(logprobs, ref_logprobs, beta=self.beta).chunk(2)
         loss = dpo_loss(chosen, rejected, label_smoothing=self.label_smoothing)
@@ -66,16 +78,18 @@ class DPOObjective:
         return loss.sum(), {key: value.detach().sum() for key, value in logged.items()}
 
     def evaluate(self, engine, loader, num_rows: int) -> dict[str, float]:
-        """Means over the pairs: ``eval/loss``, ``eval/accuracy`` (a tie is an error), ``eval/margin``, and of the chosen
-        and the rejected answers ``_reward`` and ``_logprob``.
+        """Return means over held-out pairs.
+
+        Returns:
+            ``eval/loss``, ``eval/accuracy`` (a tie counts as wrong), ``eval/margin``, and for the
+            chosen and the rejected answers ``_reward`` and ``_logprob``.
         """
 
-        def rows_of(batch: PairBatch) -> torch.Tensor:  # [B, 4]
-            return torch.stack(
-                [half for values in self._logprobs(engine, batch) for half in values.chunk(2)], -1
-            )
+        def logprob_columns(batch: PairBatch) -> torch.Tensor:  # [B, 4]
+            logprobs, ref_logprobs = self._logprobs(engine, batch)
+            return torch.stack([*logprobs.chunk(2), *ref_logprobs.chunk(2)], -1)
 
-        rows = evaluate_rows(engine, loader, num_rows, rows_of)
+        rows = evaluate_rows(engine, loader, num_rows, logprob_columns)
         chosen_logprobs, rejected_logprobs, *ref_logprobs = rows.unbind(-1)
         chosen = implicit_rewards(chosen_logprobs, ref_logprobs[0], beta=self.beta)
         rejected = implicit_rewards(rejected_logprobs, ref_logprobs[1], beta=self.beta)
@@ -91,12 +105,15 @@ class DPOObjective:
         return {key: value.double().mean().item() for key, value in columns.items()}
 
     def _logprobs(self, engine, batch: PairBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """[2B] under the policy and under the reference: each answer's tokens, the end token included, summed."""
-        # The reference first: the logits of both together would be the step's memory peak.
-        reference, training = self.reference, engine.module.training
-        if reference is None:
-            reference = AdaptersOff(engine)
-        # What is shared with the policy must not drop out either.
+        """Return log-probabilities of the answers, summed over tokens with the end token.
+
+        Returns:
+            [2B] of the policy, and [2B] of the reference.
+        """
+        training = engine.module.training
+        reference = AdaptersOff(engine) if self.reference is None else self.reference
+        # The reference goes first: the logits of both at once would be the memory peak.
+        # Dropout is off, also if the weights are shared with the policy.
         reference.eval()
         with torch.no_grad():
             ref_nll, _ = answer_nll(reference, batch)

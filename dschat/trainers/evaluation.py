@@ -16,14 +16,14 @@ from dschat.trainers.rollout import exact_kl, generate, sampling_config
 class PolicyEvaluation:
     """One sampled answer to each of N held-out prompts."""
 
-    scores: torch.Tensor  # [N] the reward model's, in its own units
+    scores: torch.Tensor  # [N] of the reward, before division by its spread
     kl: torch.Tensor  # [N] exact KL(policy || reference) summed over the answer, nats
     lengths: torch.Tensor  # [N] int64, tokens with the closing EOS
     ended: torch.Tensor  # [N] bool
     tokens: torch.Tensor  # [N, R] int64; arbitrary after lengths
 
     def summary(self) -> dict[str, float]:
-        """Means, the scores' standard deviation, and the share of answers that ended by themselves."""
+        """Return means, the scores' standard deviation, and the share of answers with an EOS."""
         return {
             "eval/score": self.scores.mean().item(),
             "eval/score_sd": self.scores.std().item(),
@@ -34,7 +34,7 @@ class PolicyEvaluation:
 
 
 class PolicyEvaluator:
-    """Samples one answer to each held-out prompt, always from the same seed, scores it and writes it down."""
+    """Samples, scores and saves one answer to each held-out prompt, always with the same seed."""
 
     def __init__(
         self,
@@ -48,19 +48,24 @@ class PolicyEvaluator:
         seed: int,
         output_dir: str | None,
     ):
-        """
+        """Set the models, the prompts and the sampling.
+
         Args:
+            engines: actor and reference engines, and the generator (``DeepSpeedRLHFEngine``).
             rewards: SampledAnswers to scores [B].
             loader: PromptBatches in the data set's order.
-            output_dir: answers go to evaluation/rollout_N.jsonl below it; None: nowhere.
+            tokenizer: the actor's.
+            max_new_tokens: length limit of an answer, in tokens.
+            eos_token_ids: the ids that end an answer.
+            seed: of the samples; rank r draws from seed + r.
+            output_dir: answers are written to evaluation/rollout_N.jsonl in it; None: not written.
         """
-        self.engines, self.rewards, self.loader, self.tokenizer = (
-            engines,
-            rewards,
-            loader,
-            tokenizer,
-        )
-        self.seed, self.output_dir = seed, output_dir
+        self.engines = engines
+        self.rewards = rewards
+        self.loader = loader
+        self.tokenizer = tokenizer
+        self.seed = seed
+        self.output_dir = output_dir
         self.generation = sampling_config(
             max_new_tokens=max_new_tokens,
             eos_token_ids=eos_token_ids,
@@ -68,28 +73,28 @@ class PolicyEvaluator:
         )
 
     def evaluate(self, rollout: int) -> dict[str, float]:
-        """Metrics after `rollout` rollouts (0: before training), over all processes."""
+        """Return metrics after `rollout` rollouts (0: before training), over all ranks."""
         if rollout == 0:
-            self.forget_behind(-1)
-        result = self._answer()
+            self.delete_answers_after(-1)
+        result = self._sample_and_score()
         values = result.summary()
         shown = "  ".join(f"{key[5:]} {value:.4g}" for key, value in values.items())
         logger.info(f"PPO  evaluation, rollout {rollout}: {shown}")
         if self.output_dir is not None and dist.is_main():
-            self._write(
-                result, Path(self.output_dir) / "evaluation" / f"rollout_{rollout:06d}.jsonl"
-            )
+            folder = Path(self.output_dir) / "evaluation"
+            self._write(result, folder / f"rollout_{rollout:06d}.jsonl")
         return values
 
-    def forget_behind(self, rollout: int) -> None:
-        """Delete the answers of later rollouts: an earlier run's would pass for those of this one."""
+    def delete_answers_after(self, rollout: int) -> None:
+        """Delete the files of later rollouts, which an earlier run in this folder has written."""
         if self.output_dir is not None and dist.is_main():
             for file in (Path(self.output_dir) / "evaluation").glob("rollout_*.jsonl"):
                 if int(file.stem.removeprefix("rollout_")) > rollout:
                     file.unlink()
 
-    def _answer(self) -> PolicyEvaluation:
-        engines, device = self.engines, self.engines.actor.device
+    def _sample_and_score(self) -> PolicyEvaluation:
+        engines = self.engines
+        device = engines.actor.device
         engines.eval()
         parts = []
         with _seeded(self.seed + dist.rank(), device):
@@ -108,8 +113,10 @@ class PolicyEvaluator:
                 parts.append(columns)
         engines.generator.end_rollout()
         num_rows = len(self.loader.dataset)
-        whole = [dist.gather_rows(torch.cat(column), num_rows).cpu() for column in zip(*parts)]
-        return PolicyEvaluation(whole[0], whole[1], whole[2], whole[3].bool(), whole[4])
+        scores, kl, lengths, ended, tokens = (
+            dist.gather_rows(torch.cat(column), num_rows).cpu() for column in zip(*parts)
+        )
+        return PolicyEvaluation(scores, kl, lengths, ended.bool(), tokens)
 
     def _write(self, result: PolicyEvaluation, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -131,7 +138,7 @@ class PolicyEvaluator:
 
 @contextlib.contextmanager
 def _seeded(seed: int, device: torch.device):
-    """Inside, torch draws from `seed`; afterwards, as if nothing had been drawn."""
+    """Seed torch within the block, and restore its random state afterwards."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)

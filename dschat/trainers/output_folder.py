@@ -14,44 +14,45 @@ from dschat.runtime.files import write_json
 from dschat.runtime.hardware import hardware, versions
 from dschat.runtime.lock import lock_folder
 
-RECORD = "run.json"  # in every output folder, from the moment that a run has loaded its models
+RECORD = "run.json"  # written to the output folder after the models are loaded
 
 
 def prepare_output_dir(output_dir: str | None, *, step: str, below: Iterable[str] = ()) -> None:
-    """Make the output folder, see that it can be written, and keep other runs from it until this process ends.
+    """Create the output folder, check that it is writable, and lock it until this process ends.
 
-    What a run that was killed left half done beside it is put in order. Every process must call it.
+    A save that a killed run left unfinished is completed or undone. Every rank must call it.
 
     Args:
+        output_dir: the value of --output_dir; None: do nothing.
         step: the title of this step.
-        below: folders in it that models will be saved to; none: it is itself the model's.
+        below: folders in it that models are saved to; empty: models are saved to it directly.
 
     Raises:
-        ValueError: it cannot be written, holds a model that no run of this step wrote, or another run writes to it; names
-            --output_dir.
+        ValueError: it is not writable, it holds a model that no run of this step wrote, or another
+            run uses it; names --output_dir.
     """
     if output_dir is None:
         return
     path = Path(output_dir).resolve()
     if path == Path.cwd():
         raise ValueError(
-            f"--output_dir {output_dir}: this is the folder you are in, and a finished model takes the place of its folder. "
-            "Give one below it."
+            f"--output_dir {output_dir}: this is the current folder, and a finished model replaces "
+            "its folder. Give a folder below it."
         )
     try:
         os.stat(path)
     except FileNotFoundError:
         pass
-    except OSError as error:  # a name that is too long, say
+    except OSError as error:  # for example, the name is too long
         raise ValueError(
             f"--output_dir {output_dir}: not writable ({error.strerror}). Give another folder."
         ) from error
     if path.is_mount() or (path.exists() and not os.access(path.parent, os.W_OK)):
         raise ValueError(
-            f"--output_dir {output_dir}: a finished model takes its name by a rename, which a mount point or a folder "
-            "above that is not writable forbids. Give a folder below it."
+            f"--output_dir {output_dir}: a finished model is moved here by a rename, which fails "
+            "for a mount point or if the folder above is not writable. Give a folder below it."
         )
-    fault = dist.first_fault(_taken(path, step, below) if dist.is_main() else "")
+    fault = dist.first_fault(_lock_and_repair(path, step, below) if dist.is_main() else "")
     if fault:
         raise ValueError(f"--output_dir {output_dir}: {fault}. Give another folder.")
     try:
@@ -66,38 +67,47 @@ def prepare_output_dir(output_dir: str | None, *, step: str, below: Iterable[str
 
 
 def _other_model(path: Path, step: str, below: Iterable[str]) -> str:
-    """Return why no model may be saved there, or "": one is there already that no run of this step wrote."""
-    if _asides(path):  # an output folder that was being replaced, and is put in order later
+    """Return a message if the folder holds a model that no run of this step wrote; else ""."""
+    if _former_folders(path):  # a killed run was replacing this folder; it is repaired later
         return ""
     if not (path / RECORD).exists():
         for folder in (path, *(path / name for name in below)):
             names = model_files(folder)
             if names:
                 shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-                return f"{folder} holds a model that no run here has written ({shown}), and this run would replace it or its files"
+                return (
+                    f"{folder} holds a model that no training run wrote ({shown}), and this run "
+                    "would replace it or some of its files"
+                )
     elif model_files(path):
         try:
             other = json.loads((path / RECORD).read_text(encoding="utf-8")).get("step", step)
         except (ValueError, AttributeError):  # no JSON, or no object
-            return f"{RECORD} in it is damaged, and tells no longer whose model it holds"
+            return f"its {RECORD} is damaged and does not show which step wrote its model"
         if other != step:
-            return f'it holds the model of "{other}", and a run of "{step}" would replace it or its {RECORD}'
+            return (
+                f'it holds the model of "{other}", and a run of "{step}" would replace it or its '
+                f"{RECORD}"
+            )
     return ""
 
 
-def _asides(path: Path) -> list[Path]:
-    """Return the former folder that a run left when it was killed while replacing it."""
+def _former_folders(path: Path) -> list[Path]:
+    """Return the previous version of a folder, if a run was killed while replacing it."""
     return list(path.parent.glob(f".{glob.escape(path.name)}.*.old/{glob.escape(path.name)}"))
 
 
-def _taken(path: Path, step: str, below: Iterable[str]) -> str:
-    """Take the folder for this run and put it in order; returns why that cannot be, or ""."""
+def _lock_and_repair(path: Path, step: str, below: Iterable[str]) -> str:
+    """Lock the folder for this run and repair it; return what prevents that, or ""."""
     try:
         fault = _other_model(path, step, below)
         if fault:
             return fault
-        # A run that is alive holds the folder, or what was it a moment ago.
-        for folder in [*([path] if path.is_dir() else []), *_asides(path)]:
+        # A running process may hold the lock of the folder, or of its previous version while
+        # replacing it.
+        held = [path] if path.is_dir() else []
+        held += _former_folders(path)
+        for folder in held:
             lock_folder(folder)
         for folder in (path, *(path / name for name in MODEL_FOLDERS)):
             repair_folder(folder)
@@ -111,7 +121,14 @@ def _taken(path: Path, step: str, below: Iterable[str]) -> str:
 
 
 def record_run(config, output_dir: str | None, *, dtype: str, **facts) -> None:
-    """Write run.json: the configuration, precision, processes, hardware and versions of this run."""
+    """Write run.json: configuration, precision, world size, hardware and versions of this run.
+
+    Args:
+        config: of the run.
+        output_dir: where to; None: do nothing.
+        dtype: "fp16", "bf16" or "fp32".
+        facts: further entries.
+    """
     if output_dir is None or not dist.is_main():
         return
     record = {

@@ -1,7 +1,7 @@
 """PPO on DeepSpeed engines: generate experience, then learn from it.
 
 PromptBatch -> generate -> SampledAnswers -> rewards -> make_experience -> Experience
-    -> ppo_epochs x shuffled minibatches of policy_loss and value_loss (and, if asked, a PTX loss).
+    -> ppo_epochs x shuffled minibatches of policy_loss and value_loss (optionally a PTX loss).
 """
 
 import math
@@ -37,7 +37,7 @@ from dschat.trainers.rollout import (
     whiten,
 )
 
-WHITENED = ("gae", "reinforce_baseline")
+WHITENED_ESTIMATORS = ("gae", "reinforce_baseline")
 
 
 class DeepSpeedPPOTrainer:
@@ -57,20 +57,23 @@ class DeepSpeedPPOTrainer:
         score_std: float = 1.0,
         ptx: Iterator[TextBatch] | None = None,
     ):
-        """
+        """Set up training from the first rollout.
+
         Args:
+            engines: actor, critic and reference engines, and the generator.
+            config: of the run.
             rewards: SampledAnswers to scores [B].
             eos_token_ids: the ids that end an answer.
+            pad_token_id: the actor's.
             score_std: scores are divided by it; one constant for the whole run.
-            ptx: endless batches of general text for the PTX loss.
+            ptx: endless batches of general text for the PTX loss; None: no PTX loss.
         """
-        self.engines, self.config, self.rewards, self.score_std = (
-            engines,
-            config,
-            rewards,
-            score_std,
-        )
-        self.pad_token_id, self.ptx = pad_token_id, ptx
+        self.engines = engines
+        self.config = config
+        self.rewards = rewards
+        self.score_std = score_std
+        self.pad_token_id = pad_token_id
+        self.ptx = ptx
         self.generation = sampling_config(
             max_new_tokens=config.data.max_answer_seq_len,
             eos_token_ids=eos_token_ids,
@@ -79,39 +82,46 @@ class DeepSpeedPPOTrainer:
             num_samples=config.batch.num_samples_per_prompt,
         )
         self.kl = KLController(config.ppo.kl_coef, config.ppo.kl_target, config.ppo.kl_horizon)
-        engines.train()  # after an evaluation the master weights, where an average begins, may be in host memory
-        self.ema = (
-            MovingAverage(engines.actor, decay=config.model.ema_decay)
-            if config.model.enable_ema
-            else None
-        )
+        # The average starts from the master weights, which an evaluation may have left in host
+        # memory.
+        engines.train()
+        self.ema = None
+        if config.model.enable_ema:
+            self.ema = MovingAverage(engines.actor, decay=config.model.ema_decay)
         self.rollouts = 0
         self._order = torch.Generator().manual_seed(config.run.seed + 7919 * dist.rank())
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict]:
-        """Return the state that changes from rollout to rollout, besides the engines; see ``RunState``."""
-        return {"order": self._order.get_state()}, {
-            "rollouts": self.rollouts,
-            "kl_coef": self.kl.coef,
-        }
+        """Return the state that changes from rollout to rollout, engines excepted.
+
+        See ``RunState``.
+        """
+        values = {"rollouts": self.rollouts, "kl_coef": self.kl.coef}
+        return {"order": self._order.get_state()}, values
 
     def restore(self, saved: SavedState) -> None:
         """Restore the state that ``state`` returned."""
         tensors, values = saved.of_rank(None if saved.same_processes else 0)
-        self.rollouts, self.kl.coef = values["rollouts"], values["kl_coef"]
+        self.rollouts = values["rollouts"]
+        self.kl.coef = values["kl_coef"]
         if saved.same_processes:
             self._order.set_state(tensors["order"])
 
     def generate_experience(
         self, batches: list[PromptBatch]
     ) -> tuple[Experience, list[SampledAnswers], dict[str, float]]:
-        """One rollout: answers to all prompt batches, scored, with whitened advantages.
+        """Generate and score answers to all prompt batches: one rollout.
+
+        Args:
+            batches: the prompts of this rank.
 
         Returns:
-            The Experience of all rows of this process, the answers batch by batch, and metrics over all processes.
+            The Experience of all rows of this rank, with whitened advantages; the answers, batch
+            by batch; and metrics over all ranks.
 
         Raises:
-            ValueError: every answer is empty, or the KL is not finite. RewardFailure: a reward failed.
+            ValueError: every answer is empty, or the KL is not finite.
+            RewardFailure: a reward failed.
         """
         started = time.monotonic()
         self.engines.eval()
@@ -133,8 +143,11 @@ class DeepSpeedPPOTrainer:
             )
             for batch in answers
         ]
-        told = logprob_gap(
-            [(p.logprobs, a.sampled_logprobs, p.response_mask) for p, a in zip(pieces, answers)]
+        gap = logprob_gap(
+            [
+                (piece.logprobs, batch.sampled_logprobs, piece.response_mask)
+                for piece, batch in zip(pieces, answers, strict=True)
+            ]
         )
         experience = concatenate(pieces, pad_token_id=self.pad_token_id)
         ended = torch.cat([batch.ended for batch in answers])
@@ -146,21 +159,26 @@ class DeepSpeedPPOTrainer:
             has_critic=self.config.has_critic,
         )
         metrics["kl_coef"] = self.kl.coef
-        self._check(metrics)
+        self._check_rollout(metrics)
         self.kl.update(metrics["objective/kl"], len(ended) * dist.world_size())
-        if self.config.ppo.whiten_advantages and self.config.ppo.advantage_estimator in WHITENED:
+        is_whitened = self.config.ppo.advantage_estimator in WHITENED_ESTIMATORS
+        if is_whitened and self.config.ppo.whiten_advantages:
             experience = whiten(experience)
         metrics["time/generate_s"] = generated - started
         metrics["time/score_s"] = time.monotonic() - generated
-        metrics |= told | generator.metrics()
+        metrics |= gap | generator.metrics()
         return experience, answers, metrics
 
     def train_rlhf(self, experience: Experience) -> dict[str, float]:
-        """`ppo_epochs` passes over the rollout in shuffled minibatches; returns metrics over all processes."""
+        """Train on a rollout: `ppo_epochs` passes in shuffled minibatches.
+
+        Returns:
+            Metrics over all ranks.
+        """
         started = time.monotonic()
         self.engines.train()
         roles = {"actor": self.engines.actor, "critic": self.engines.critic}
-        # Before the first update: the schedule moves on with every step.
+        # Read before the first update: each update advances the schedule.
         rates = {role: engine.get_lr()[0] for role, engine in roles.items() if engine is not None}
         totals = UpdateTotals()
         for window in self._windows(experience):
@@ -179,16 +197,16 @@ class DeepSpeedPPOTrainer:
         }
 
     def optimizer_step(self, window: list[Experience], totals: UpdateTotals) -> bool:
-        """One optimizer step of actor and critic on the micro-batches of `window`.
+        """Run one update of actor and critic on the micro-batches of `window`.
 
         Returns:
-            True where --target_kl ends the updates on this rollout.
+            True if --target_kl ends the updates on this rollout.
 
         Raises:
-            ValueError: a loss is not finite; no engine has stepped.
+            ValueError: a loss is not finite; the weights are as before.
         """
         tokens = dist.all_reduce(torch.stack([batch.response_mask.sum() for batch in window]).sum())
-        # DeepSpeed averages gradients over processes and divides by the accumulation steps; undo both.
+        # DeepSpeed averages gradients over ranks and divides by the accumulation steps; undo both.
         undo = dist.world_size() * len(window)
         actor, critic = self.engines.actor, self.engines.critic
         warming_up = self.config.has_critic and self.rollouts < self.config.ppo.critic_warmup_steps
@@ -227,7 +245,7 @@ class DeepSpeedPPOTrainer:
         return target is not None and mean_kl > target
 
     def _windows(self, experience: Experience):
-        """The micro-batches of each optimizer step; sizes divide, which the configuration has checked."""
+        """Yield the micro-batches of each update; the configuration ensures that sizes divide."""
         rows = self.config.batch.per_device_training_batch_size
         steps = self.config.schedule.gradient_accumulation_steps
         for _ in range(self.config.batch.ppo_epochs):
@@ -240,23 +258,25 @@ class DeepSpeedPPOTrainer:
     def _backward_actor(
         self, loss: torch.Tensor, totals: UpdateTotals, losses: dict[str, torch.Tensor], undo: int
     ) -> None:
-        """Backward of the policy loss and, if asked, of the PTX loss after it, as one micro-step of the engine."""
+        """Run backward of the policy loss, and of the PTX loss if there is one.
+
+        Both count as one micro-step of the engine.
+        """
         actor = self.engines.actor
         if self.ptx is None:
             actor.backward(loss)
             return
         actor.set_gradient_accumulation_boundary(False)
         actor.backward(loss)
-        actor.set_gradient_accumulation_boundary(
-            None
-        )  # what was set would stay: let the engine count again
+        # A boundary that is set stays: let the engine count micro-steps again.
+        actor.set_gradient_accumulation_boundary(None)
         batch = next(self.ptx).to(actor.device)
         logits = forward_logits(
             actor, actor.module, input_ids=batch.input_ids, attention_mask=batch.attention_mask
         )
         nll, tokens = (rows.sum() for rows in lm_loss_rows(logits, batch.labels))
         _add(losses, "PTX", nll)
-        # A mean over this micro-batch of all processes, and over the micro-batches of the step.
+        # A mean over this micro-batch of all ranks, and over the micro-batches of the update.
         share = undo / self.config.schedule.gradient_accumulation_steps / dist.all_reduce(tokens)
         actor.backward(self.config.data.unsup_coef * nll * share)
         totals.add({"ptx/loss": nll}, tokens)
@@ -264,7 +284,7 @@ class DeepSpeedPPOTrainer:
     def _actor_loss(
         self, batch: Experience
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
-        """The loss sum, sums to log, and the largest ratio."""
+        """Return the loss summed over tokens, sums to log, and the largest probability ratio."""
         num_tokens = batch.response_mask.shape[1]
         logits = answer_logits(
             self.engines.actor, batch.input_ids, batch.attention_mask, num_tokens
@@ -305,29 +325,31 @@ class DeepSpeedPPOTrainer:
         )
         return loss, {"value/loss": loss, "value/clipfrac": stats["clipped"]}
 
-    def _check(self, metrics: dict[str, float]) -> None:
-        where = f"rollout {self.rollouts + 1}"
+    def _check_rollout(self, metrics: dict[str, float]) -> None:
+        number = self.rollouts + 1
         if metrics["response/length_max"] <= 1 and metrics["response/eos_rate"] == 1:
             raise ValueError(
-                f"{where}: every answer is empty (its first token ends it). Give --min_answer_len, or look at what "
-                "--actor_model_name_or_path was trained to answer to such prompts."
+                f"Rollout {number}: every answer is empty (its first token ends it). Give "
+                "--min_answer_len, or check what --actor_model_name_or_path was trained to answer "
+                "to such prompts."
             )
         if not abs(metrics["objective/kl"]) < float("inf"):
             raise ValueError(
-                f"{where}: the KL to the reference is {metrics['objective/kl']}. Lower --actor_learning_rate or raise "
-                "--kl_coef; with --dtype fp16 take bf16 or fp32."
+                f"Rollout {number}: the KL to the reference is {metrics['objective/kl']}. Lower "
+                "--actor_learning_rate or raise --kl_coef; instead of --dtype fp16, take bf16 or "
+                "fp32."
             )
 
     def _check_losses(self, sums: dict[str, float]) -> None:
         for name, total in sums.items():
             if not math.isfinite(total):
                 raise ValueError(
-                    f"rollout {self.rollouts + 1}: the {name} loss, summed over ranks, is {total}; "
-                    "the weights are as before. Lower --actor_learning_rate or "
-                    "--critic_learning_rate; with --dtype fp16 take bf16 or fp32."
+                    f"Rollout {self.rollouts + 1}: the {name} loss, summed over ranks, is {total}. "
+                    "The weights were not updated. Lower --actor_learning_rate or "
+                    "--critic_learning_rate; instead of --dtype fp16, take bf16 or fp32."
                 )
 
 
 def _add(losses: dict[str, torch.Tensor], name: str, loss: torch.Tensor) -> None:
-    """Add a micro-batch's loss to the sum of its name."""
+    """Add the loss of a micro-batch to the sum called `name`."""
     losses[name] = losses.get(name, 0.0) + loss.detach().double()

@@ -1,4 +1,4 @@
-"""Metrics to debug PPO with: statistics of a rollout and of the updates on it, over all processes."""
+"""Metrics of PPO: statistics of a rollout and of the updates on it, over all ranks."""
 
 import torch
 
@@ -16,18 +16,20 @@ def rollout_metrics(
     reward_clip: float,
     has_critic: bool,
 ) -> dict[str, float]:
-    """Statistics of one rollout, before advantages are whitened.
+    """Return statistics of one rollout. Advantages must not be whitened yet.
 
     Args:
-        ended: [B] bool, True where the answer ended by itself.
-        score_std: what scores were divided by before the clip.
+        experience: of this rank.
+        ended: [B] bool; True: the answer ended with an EOS.
+        score_std: divisor of the scores before the clip.
+        reward_clip: the clip.
+        has_critic: whether to add statistics of the values.
     """
     mask = experience.response_mask
     lengths = mask.sum(-1).double()
+    clipped = (experience.scores / score_std).abs() > reward_clip
     per_row = {
-        "objective/score_clipped_frac": ((experience.scores / score_std).abs() > reward_clip)
-        .double()
-        .sum(),
+        "objective/score_clipped_frac": clipped.double().sum(),
         "objective/kl": masked_sum(experience.logprobs - experience.ref_logprobs, mask).double(),
         "objective/reward": masked_sum(experience.rewards, mask).double(),
         "response/length_mean": lengths.sum(),
@@ -61,14 +63,16 @@ def rollout_metrics(
 def rollout_flops(
     *, generated: list, scored: list, trained: list[tuple[torch.nn.Module, float]]
 ) -> float:
-    """Floating-point operations that a rollout and its updates take for each token of its texts.
+    """Return the floating-point operations of a rollout and its updates, per token of its texts.
 
-    By the usual count (Kaplan et al. 2020, table 1, without attention): 2 a parameter in a forward, 2 more for the
-    gradient of its input and 2 for its own where it is trained. Recomputed activations and PTX texts do not count.
+    The count is that of Kaplan et al. 2020, table 1, without attention. Each parameter takes 2
+    operations in a forward pass, 2 for the gradient of the input and, if trained, 2 for its own
+    gradient. Recomputed activations and PTX texts are not counted.
 
     Args:
-        generated, scored: the models of each phase; one may be in several.
-        trained: models with the passes over the rollout that their updates made.
+        generated: models that generate.
+        scored: models that score; a model may be in several lists.
+        trained: models that are updated, with their number of passes over the rollout.
     """
     forward = 2.0 * sum(_parameters(model) for model in (*generated, *scored))
     passes = (
@@ -79,7 +83,7 @@ def rollout_flops(
 
 
 def _parameters(model: torch.nn.Module, *, trained: bool = False) -> int:
-    """Parameters of a model, whole under ZeRO-3; with `trained` those with a gradient."""
+    """Count the parameters of a model, also under ZeRO-3; with `trained` only trainable ones."""
     found = [p for p in model.parameters() if p.requires_grad or not trained]
     return sum(getattr(p, "ds_numel", p.numel()) for p in found)
 
@@ -87,10 +91,13 @@ def _parameters(model: torch.nn.Module, *, trained: bool = False) -> int:
 def logprob_gap(
     batches: list[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]],
 ) -> dict[str, float]:
-    """Return the mean absolute difference of the generator's logprobs of the sampled tokens from the training engine's.
+    """Return the mean absolute difference between generator and training engine in log-probability.
+
+    It is taken over sampled tokens, as "rollout/logprob_gap".
 
     Args:
-        batches: the engine's logprobs, the generator's or None, and the response mask, all [B, R].
+        batches: log-probabilities of the engine and of the generator, and the response mask, all
+            [B, R]. If a generator's are None, the result is empty.
     """
     if any(sampled is None for _, sampled, _ in batches):
         return {}
@@ -103,9 +110,13 @@ def logprob_gap(
 
 
 class UpdateTotals:
-    """Sums over the micro-batches of a rollout's updates, reduced over processes once."""
+    """Sums over the micro-batches of a rollout's updates, reduced over ranks once.
+
+    ``skipped`` counts updates that were skipped because of non-finite gradients.
+    """
 
     def __init__(self):
+        """Start from zero."""
         self._sums: dict[str, torch.Tensor] = {}
         self._tokens: dict[str, torch.Tensor] = {}
         self._micro_batches: dict[str, int] = {}
@@ -118,17 +129,18 @@ class UpdateTotals:
         tokens: torch.Tensor,
         ratio_max: torch.Tensor | None = None,
     ) -> None:
-        """Take in the sums of a micro-batch of `tokens` answer tokens."""
+        """Add the sums of a micro-batch of `tokens` answer tokens."""
         for key, value in sums.items():
             self._sums[key] = self._sums.get(key, 0) + value.detach().double()
             self._tokens[key] = self._tokens.get(key, 0) + tokens.double()
             self._micro_batches[key] = self._micro_batches.get(key, 0) + 1
         if ratio_max is not None:
-            before = ratio_max if self._ratio_max is None else self._ratio_max
-            self._ratio_max = torch.maximum(before, ratio_max)
+            if self._ratio_max is not None:
+                ratio_max = torch.maximum(self._ratio_max, ratio_max)
+            self._ratio_max = ratio_max
 
     def means(self) -> dict[str, float]:
-        """Per-token means over all processes, and the micro-batches of a rank in each model's loss."""
+        """Return per-token means over all ranks, and a rank's number of micro-batches per model."""
         reduced = dist.all_reduce(torch.stack([*self._sums.values(), *self._tokens.values()]))
         sums, tokens = reduced.chunk(2)
         means = dict(zip(self._sums, (sums / tokens).tolist()))

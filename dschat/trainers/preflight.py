@@ -1,4 +1,4 @@
-"""Before anything loads: what the run needs, and --dry_run, which stops there."""
+"""The memory plan of a run, before models load, and --dry_run."""
 
 import contextlib
 import json
@@ -21,18 +21,20 @@ from dschat.models.tokenizer import model_source
 from dschat.runtime import dist
 from dschat.runtime.log import logger
 
-NAMES = ("facebook/opt-1.3b", "meta-llama/Llama-2-7b-hf")
+EXAMPLE_NAMES = ("facebook/opt-1.3b", "meta-llama/Llama-2-7b-hf")
 
 
 def show_plan(config, *, dtype: str, rewards: Iterable[str] = ()) -> None:
-    """Log the memory plan of a run whose processes have started.
+    """Log the memory plan of a run. The process group must have been initialized.
 
     Args:
+        config: of the run.
+        dtype: "fp16", "bf16" or "fp32".
         rewards: step 3's reward models that read the actor's tokens.
 
     Raises:
-        ValueError: on a GPU, where it cannot fit, unless --ignore_memory_plan is given; names flags that help. In step 3,
-            models whose shapes do not go with the options.
+        ValueError: the run does not fit the GPU, and --ignore_memory_plan is not given; names flags
+            that help. In step 3 also if shapes of models do not fit the options.
     """
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", dist.world_size()))
     gpu_bytes = (
@@ -53,13 +55,15 @@ def show_plan(config, *, dtype: str, rewards: Iterable[str] = ()) -> None:
 
 
 def dry_run(config) -> None:
-    """Print the memory plan and the DeepSpeed configurations, for $WORLD_SIZE GPUs. Loads, fetches and starts nothing.
+    """Print the memory plan and the DeepSpeed configurations for $WORLD_SIZE GPUs.
+
+    Loads no model, downloads nothing and starts no process group.
 
     Raises:
-        ValueError: a model whose shape is not known here, or what ``checked_plan`` refuses.
+        ValueError: the shape of a model is not known, or ``checked_plan`` refuses the options.
     """
-    refuse_unknown_shapes(config.model.by_flag)
-    with _without_hub():
+    check_shapes_known(config.model.by_flag)
+    with _hub_offline():
         _show_dry_run(config)
 
 
@@ -78,18 +82,19 @@ def _show_dry_run(config) -> None:
         print(f"DeepSpeed configuration of the {name}:\n{json.dumps(found, indent=2)}")
 
 
-def refuse_unknown_shapes(models: dict[str, list[str]]) -> None:
-    """Check that the shape of every model is found without asking the hub.
+def check_shapes_known(models: dict[str, list[str]]) -> None:
+    """Check that the shape of every model can be found without the hub.
 
     Args:
-        models: flags, and the folders or hub ids that they name.
+        models: folders or hub ids by flag.
 
     Raises:
-        ValueError: names those that are not.
+        ValueError: a shape is not known; names every such model.
     """
     found = [
-        f"{flag} {name}: --dry_run asks no hub, and this is no folder, no published size and not in the hub's cache. "
-        f"Give its folder, or a name such as {', '.join(NAMES)}."
+        f"{flag} {name}: --dry_run does not access the hub, and this is not a folder, not a "
+        "published size and not in the hub's cache. Give its folder, or a name such as "
+        f"{', '.join(EXAMPLE_NAMES)}."
         for flag, names in models.items()
         for name in names
         if name and not (model_source(name, flag=flag)[1] or has_shape(name) or _is_cached(name))
@@ -99,9 +104,10 @@ def refuse_unknown_shapes(models: dict[str, list[str]]) -> None:
 
 
 @contextlib.contextmanager
-def _without_hub():
-    """Inside, what is in the hub's cache is read without asking whether it is the newest, and nothing is fetched."""
-    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+def _hub_offline():
+    """Within the block, read from the hub's cache without contacting the hub."""
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = True
     try:
         yield
     finally:
@@ -116,7 +122,11 @@ def _is_cached(name: str) -> bool:
 
 
 def ds_configs(config, *, dtype: str, world_size: int) -> dict[str, dict]:
-    """The DeepSpeed configuration of each model that a step trains on GPUs: "model", or "actor" and "critic"."""
+    """Return the DeepSpeed configuration of each model that a step trains on GPUs.
+
+    Returns:
+        By name: "model", or "actor" and "critic" in step 3.
+    """
     shared = dict(
         dtype=dtype,
         gradient_accumulation_steps=config.schedule.gradient_accumulation_steps,
@@ -126,20 +136,24 @@ def ds_configs(config, *, dtype: str, world_size: int) -> dict[str, dict]:
     )
     file = config.run.deepspeed_config or config.run.deepscale_config
     if not isinstance(config, PPOConfig):
-        rows, step = (
-            config.batch.per_device_train_batch_size,
-            1 if isinstance(config, SFTConfig) else 2,
-        )
+        step = 1 if isinstance(config, SFTConfig) else 2
         found = training_config(
-            config.system, micro_batch_size=rows, tensorboard_name=f"step{step}_model", **shared
+            config.system,
+            micro_batch_size=config.batch.per_device_train_batch_size,
+            tensorboard_name=f"step{step}_model",
+            **shared,
         )
         return {"model": override(found, file)}
-    rows = config.batch.per_device_training_batch_size
+    systems = {"actor": config.actor_system}
+    if config.has_critic:
+        systems["critic"] = config.critic_system
     configs = {}
-    for role in ("actor", "critic") if config.has_critic else ("actor",):
-        system = getattr(config, f"{role}_system")
+    for role, system in systems.items():
         found = training_config(
-            system, micro_batch_size=rows, tensorboard_name=f"step3_{role}", **shared
+            system,
+            micro_batch_size=config.batch.per_device_training_batch_size,
+            tensorboard_name=f"step3_{role}",
+            **shared,
         )
         configs[role] = override(found, file)
     return configs

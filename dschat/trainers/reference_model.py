@@ -1,4 +1,4 @@
-"""The reference policy: the model that training starts from, as the trained one computes it before the first update."""
+"""The reference policy: the model before training, computed as the trained model computes it."""
 
 from collections.abc import Callable
 
@@ -13,11 +13,15 @@ from dschat.models.lora import target_names
 def reference_loader(
     system: SystemOptions, lora: LoraOptions, *, flag: str
 ) -> Callable[..., torch.nn.Module]:
-    """``load_causal_lm``; with MixZ++ what follows it by rounding the weights that the trained model has in int8.
+    """Return the function that loads the reference.
+
+    With MixZ++ it also rounds the weights that the trained model holds in int8; otherwise it is
+    ``load_causal_lm``.
 
     Args:
-        system, lora: the trained model's.
-        flag: that of `lora`'s module name, for messages.
+        system: options of the trained model.
+        lora: LoRA options of the trained model.
+        flag: the flag that gives the module name of `lora`, for messages.
     """
     if not system.enable_mixed_precision_lora:
         return load_causal_lm

@@ -1,4 +1,4 @@
-"""From the options to rewards: everything that can be checked is checked before a model loads."""
+"""From options to rewards. Everything that can be checked is checked before a model loads."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,39 +14,41 @@ from dschat.trainers.rewards import (
     WeightedRewards,
     check_critic_tokenizer,
     load_function,
-    reads_alike,
+    reads_actor_tokens,
     same_tokens,
 )
 
 
 @dataclass
 class RewardPlan:
-    """The rewards, and the tokens that the critic reads. The models load at the first ``build``."""
+    """The rewards of a run, and the tokenizers. Models load at the first ``build``."""
 
     config: PPOConfig
     tokenizer: object  # the actor's
     critic_tokenizer: object | None  # None without a critic
-    model_tokenizers: dict[str, object]  # path of each reward model -> its tokenizer
-    functions: dict[str, Callable]
+    model_tokenizers: dict[str, object]  # by path of the reward model
+    functions: dict[str, Callable]  # by the value of --reward_fn
     _rewards: list[Reward] | None = None
 
-    def token_readers(self) -> list[str]:
-        """The reward models that read the actor's tokens as they are."""
-        return [path for path in self.model_tokenizers if self._reads_tokens(path)]
+    def models_reading_actor_tokens(self) -> list[str]:
+        """Return the reward models that read the actor's token ids, without tokenizing again."""
+        return [path for path in self.model_tokenizers if self._reads_actor_tokens(path)]
 
-    def _reads_tokens(self, path: str) -> bool:
-        other, model = self.model_tokenizers[path], self.config.model
+    def _reads_actor_tokens(self, path: str) -> bool:
+        other = self.model_tokenizers[path]
+        model = self.config.model
         if not model.reward_model_name_or_path:
-            # The critic's start is not asked for its template: it has to read the actor's tokens anyway.
+            # The critic's initial model: it must read the actor's tokens whatever its template.
             return same_tokens(self.tokenizer, other)
-        formats = dict(
+        return reads_actor_tokens(
+            self.tokenizer,
+            other,
             prompt_format=self.config.data.prompt_format,
             reward_prompt_format=model.reward_prompt_format,
         )
-        return reads_alike(self.tokenizer, other, **formats)
 
     def build(self, engines, dataset) -> WeightedRewards:
-        """The rewards for answers to the prompts of `dataset`. Every process must call it."""
+        """Return the rewards for answers to the prompts of `dataset`. Every rank must call it."""
         if self._rewards is None:
             self._rewards = [self._model_reward(engines, path) for path in self.model_tokenizers]
             self._rewards += [
@@ -63,10 +65,11 @@ class RewardPlan:
         named = bool(self.config.model.reward_model_name_or_path)
         flag = "--reward_model_name_or_path" if named else "--critic_model_name_or_path"
         engine = engines.add_reward(path, flag=flag, tokenizer=tokenizer)
-        if self._reads_tokens(path):
+        if self._reads_actor_tokens(path):
             return ModelReward(engine, path)
         logger.info(
-            f"{path} has a tokenizer, template or format of its own: answers are decoded and tokenised again"
+            f"{path} has another tokenizer, chat template or prompt format than the actor: "
+            "answers are decoded and tokenized again"
         )
         return RetokenisedReward(
             engine,
@@ -78,13 +81,15 @@ class RewardPlan:
 
 
 def plan_rewards(config: PPOConfig, tokenizer) -> RewardPlan:
-    """Load the tokenizers and functions of the rewards, and see that critic and actor fit together.
+    """Load the tokenizers and functions of the rewards, and check that the critic fits the actor.
 
     Args:
+        config: of the run.
         tokenizer: the actor's.
 
     Raises:
-        ValueError: a tokenizer or function that cannot be loaded, or a critic that cannot read the actor's tokens.
+        ValueError: a tokenizer or function cannot be loaded, or the critic cannot read the actor's
+            tokens.
     """
     options = config.model
 
@@ -106,10 +111,12 @@ def plan_rewards(config: PPOConfig, tokenizer) -> RewardPlan:
     return RewardPlan(config, tokenizer, critic_tokenizer, models, functions)
 
 
-def unlike_tokens(actor: str, reward: str) -> str:
-    """Return why step 3 will refuse a critic trained from the model `reward` for an actor from `actor`.
+def tokenizer_mismatch(actor: str, reward: str) -> str:
+    """Return why step 3 will refuse a critic trained from model `reward` beside an actor `actor`.
 
-    "" where it will not, or where a tokenizer cannot be loaded: the steps say why.
+    Returns:
+        A message; "" if step 3 will accept it, or if a tokenizer cannot be loaded, which the step
+        that needs it reports.
     """
     if actor == reward:
         return ""
@@ -121,7 +128,8 @@ def unlike_tokens(actor: str, reward: str) -> str:
     if same_tokens(tokenizer, other):
         return ""
     return (
-        f"--reward-model {reward}: its tokenizer ({len(other)} tokens) is not that of --actor-model {actor} ({len(tokenizer)} "
-        "tokens), and in step 3 the critic starts from the reward model and reads the actor's tokens. Give a reward model of "
-        "the actor's family, or the actor's own model."
+        f"--reward-model {reward}: its tokenizer ({len(other)} tokens) is not that of "
+        f"--actor-model {actor} ({len(tokenizer)} tokens), and in step 3 the critic starts from "
+        "the reward model and reads the actor's tokens. Give a reward model of the actor's family, "
+        "or the actor's own model."
     )

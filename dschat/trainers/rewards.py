@@ -292,7 +292,7 @@ def same_tokens(tokenizer, other) -> bool:
     return all(known.get(token) == index for token, index in tokenizer.get_vocab().items())
 
 
-def reads_alike(tokenizer, other, *, prompt_format: str, reward_prompt_format: str) -> bool:
+def reads_actor_tokens(tokenizer, other, *, prompt_format: str, reward_prompt_format: str) -> bool:
     """Return whether a reward model with the tokenizer `other` reads the very tokens that the actor, with `tokenizer`, has
     read and written: the same ids, ends and chat template, and no prompt format of its own.
     """

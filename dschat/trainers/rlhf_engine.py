@@ -1,10 +1,13 @@
 """The four models of step 3, each inside its DeepSpeed engine."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 
-from dschat.config.options import SystemOptions
+from dschat.config.options import LoraOptions, SystemOptions
 from dschat.config.ppo import PPOConfig
 from dschat.engine.build import (
     build_inference_engine,
@@ -30,91 +33,132 @@ from dschat.runtime.log import logger
 from dschat.trainers.reference_model import reference_loader
 
 
+class ModelSource(NamedTuple):
+    """How to load a model."""
+
+    load: Callable[..., torch.nn.Module]
+    path: str
+    flag: str  # the flag that names `path`, for messages
+    tokenizer: object
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """The options of a model that is trained."""
+
+    role: str  # "actor" or "critic"
+    system: SystemOptions
+    lora: LoraOptions
+    learning_rate: float
+    weight_decay: float
+
+
 class DeepSpeedRLHFEngine:
     """Actor, reference, reward and critic engines.
 
-    Actor and reference start from the SFT model; the critic from --critic_model_name_or_path, which is also the
-    reward unless others are named. The critic comes last, by ``build_critic``, since its head is scaled by what the
-    first three say of the rewards' spread; critic-free estimators build none.
+    Actor and reference start from the SFT model. The critic starts from
+    --critic_model_name_or_path, which is also the reward model unless others are named. The critic
+    is built last, by ``build_critic``: its head is scaled by the spread of the rewards, which the
+    other models give. Critic-free estimators build none.
     """
 
     def __init__(self, config: PPOConfig, *, tokenizer, dtype: str, total_steps: int):
-        """
+        """Load actor and reference, and build the generator.
+
         Args:
+            config: of the run.
             tokenizer: the actor's.
             dtype: "fp16", "bf16" or "fp32".
-            total_steps: optimizer steps of the run; the schedules' length, less what a model sits out.
+            total_steps: updates of the run. A learning-rate schedule has as many steps, less the
+                updates that its model does not take part in.
         """
-        self._config, self._dtype, self._total_steps = config, dtype, total_steps
+        self._config = config
+        self._dtype = dtype
+        self._total_steps = total_steps
         path = config.model.actor_model_name_or_path
-        source = (load_causal_lm, path, "--actor_model_name_or_path", tokenizer)
-        self.actor = self._training_engine("actor", source)
-        self.ref = (
-            AdaptersOff(self.actor) if config.shares_reference else self._reference_engine(source)
-        )
+        source = ModelSource(load_causal_lm, path, "--actor_model_name_or_path", tokenizer)
+        self.actor = self._build_actor(source)
+        if config.shares_reference:
+            self.ref = AdaptersOff(self.actor)
+        else:
+            self.ref = self._build_reference(source)
         self.rewards: list = []
         self.critic = None
-        self._to_be_shared: Replaceable | None = (
-            None  # the reward engine that the critic will stand in for
-        )
-        self._without_states: list = []  # engines whose idle states are in host memory
+        # The reward engine that the critic with its adapters off will replace.
+        self._shared_reward: Replaceable | None = None
+        self._offloaded: list = []  # engines whose idle states are in host memory
         if config.system.offload_idle_states and on_cpu():
             logger.info("--offload_idle_states has no effect on a CPU")
-        # Last, since the Hybrid Engine looks at the memory that is left.
-        self.generator = self._generator()
+        # Last, since the Hybrid Engine measures the memory that is left.
+        self.generator = self._build_generator()
 
     def add_reward(self, path: str, *, flag: str, tokenizer):
         """Load a reward model inside an engine, and return the engine."""
         system = self._config.system
-        engine = self._inference_engine(
-            (partial(load_reward_model, fresh_head=False), path, flag, tokenizer),
+        load = partial(load_reward_model, fresh_head=False)
+        engine = self._build_inference_engine(
+            ModelSource(load, path, flag, tokenizer),
             stage=system.critic_zero_stage,
             offload=system.offload_reward_model,
         )
         if self._config.shares_reward and path == self._config.model.critic_model_name_or_path:
-            engine = self._to_be_shared = Replaceable(engine)
+            engine = Replaceable(engine)
+            self._shared_reward = engine
         self.rewards.append(engine)
         return engine
 
     def build_critic(self, *, tokenizer, score_std: float) -> None:
-        """Build the critic, its values divided by `score_std`: exact, since the head has no bias."""
+        """Build the critic, with values divided by `score_std`.
+
+        The division scales the weights of the head, which is exact since it has no bias.
+        """
         path = self._config.model.critic_model_name_or_path
-        source = (load_reward_model, path, "--critic_model_name_or_path", tokenizer)
-        if self._to_be_shared is not None:
+        source = ModelSource(load_reward_model, path, "--critic_model_name_or_path", tokenizer)
+        if self._shared_reward is not None:
             logger.info(
-                "the reward model is loaded again, as the critic with its adapters off and a head of its own"
+                "the reward model is discarded: from now on it is the critic with its adapters "
+                "off, with a separate head"
             )
-            self._to_be_shared.discard()
-        self.critic = self._training_engine("critic", source, score_std=score_std)
-        if self._to_be_shared is not None:
-            self._to_be_shared.engine = AdaptersOff(self.critic)
+            self._shared_reward.discard()
+        self.critic = self._build_critic(source, score_std=score_std)
+        if self._shared_reward is not None:
+            self._shared_reward.engine = AdaptersOff(self.critic)
 
     @property
     def trained(self) -> list:
-        """The engines that learn."""
+        """The engines that are trained."""
         return [engine for engine in (self.actor, self.critic) if engine is not None]
 
     def eval(self) -> None:
-        """Switch all engines to evaluation; with --offload_idle_states, what only updates need leaves the device."""
+        """Switch all engines to evaluation.
+
+        With --offload_idle_states, move to host memory what only updates need.
+        """
         if self._config.system.offload_idle_states and not on_cpu():
-            for engine in [engine for engine in self.trained if engine not in self._without_states]:
-                offload_idle_states(engine, pin_memory=self._config.system.pin_memory)
-                self._without_states.append(engine)
+            for engine in self.trained:
+                if engine not in self._offloaded:
+                    offload_idle_states(engine, pin_memory=self._config.system.pin_memory)
+                    self._offloaded.append(engine)
         for engine in (*self.trained, self.ref, *self.rewards):
             engine.eval()
 
     def train(self) -> None:
-        """Switch the engines that learn to training (dropout stays off; checkpointing needs it)."""
-        while self._without_states:
-            reload_idle_states(self._without_states.pop())
+        """Switch the trained engines to training mode, which gradient checkpointing needs.
+
+        Dropout stays off.
+        """
+        while self._offloaded:
+            reload_idle_states(self._offloaded.pop())
         for engine in self.trained:
             engine.train()
 
-    def _generator(self) -> Generator:
-        config, system = self._config, self._config.system
+    def _build_generator(self) -> Generator:
+        config = self._config
+        system = config.system
         if not system.enable_hybrid_engine:
             return PlainGenerator(self.actor)
-        batch, data = config.batch, config.data
+        batch = config.batch
+        data = config.data
         rollout_rows = batch.per_device_generation_batch_size * batch.num_samples_per_prompt
         return HybridEngine(
             self.actor,
@@ -129,69 +173,100 @@ class DeepSpeedRLHFEngine:
             gather_layers=system.tp_gather_partition_size if system.inference_tp_size > 1 else 1,
         )
 
-    def _load(self, source: tuple, ds_config: dict) -> torch.nn.Module:
-        load, path, flag, tokenizer = source
-        logger.info(f"loading {path} ({flag})")
+    def _load(self, source: ModelSource, ds_config: dict) -> torch.nn.Module:
+        logger.info(f"loading {source.path} ({source.flag})")
         with partitioned_loading(ds_config):
-            model = load(
-                path,
+            model = source.load(
+                source.path,
                 dtype=TORCH_DTYPES[self._dtype],
-                tokenizer=tokenizer,
+                tokenizer=source.tokenizer,
                 dropout=0.0,
                 trust_remote_code=self._config.model.trust_remote_code,
-                flag=flag,
+                flag=source.flag,
             )
         disable_dropout(model)
         return model
 
-    def _training_engine(self, role: str, source: tuple, *, score_std: float = 1.0):
+    def _build_actor(self, source: ModelSource):
         config = self._config
-        system: SystemOptions = getattr(config, f"{role}_system")
-        lora = getattr(config, f"{role}_lora")
+        options = TrainingOptions(
+            role="actor",
+            system=config.actor_system,
+            lora=config.actor_lora,
+            learning_rate=config.optim.actor_learning_rate,
+            weight_decay=config.optim.actor_weight_decay,
+        )
+        ds_config = self._training_config(options)
+        return self._build_training_engine(options, ds_config, self._load(source, ds_config))
+
+    def _build_critic(self, source: ModelSource, *, score_std: float):
+        config = self._config
+        options = TrainingOptions(
+            role="critic",
+            system=config.critic_system,
+            lora=config.critic_lora,
+            learning_rate=config.optim.critic_learning_rate,
+            weight_decay=config.optim.critic_weight_decay,
+        )
+        ds_config = self._training_config(options)
+        model = self._load(source, ds_config)
+        head = model.model.score.weight
+        if self._shared_reward is not None:
+            with gathered([head]):
+                model.keep_reward_head(head)
+        scale_parameter(head, 1.0 / score_std)
+        return self._build_training_engine(options, ds_config, model)
+
+    def _training_config(self, options: TrainingOptions) -> dict:
+        config = self._config
         ds_config = training_config(
-            system,
+            options.system,
             dtype=self._dtype,
             micro_batch_size=config.batch.per_device_training_batch_size,
             gradient_accumulation_steps=config.schedule.gradient_accumulation_steps,
             world_size=dist.world_size(),
             on_cpu=on_cpu(),
             tensorboard_path=config.run.tensorboard_path if config.run.enable_tensorboard else None,
-            tensorboard_name=f"step3_{role}",
+            tensorboard_name=f"step3_{options.role}",
             ranks_per_node=dist.ranks_per_node(),
         )
-        ds_config = override(ds_config, config.run.deepspeed_config or config.run.deepscale_config)
-        model = self._load(source, ds_config)
-        if role == "critic":
-            if self._to_be_shared is not None:
-                with gathered([model.model.score.weight]):
-                    model.keep_reward_head(model.model.score.weight)
-            scale_parameter(model.model.score.weight, 1.0 / score_std)
-        lora_names = prepare_for_training(model, lora=lora, system=system, role=role)
+        return override(ds_config, config.run.deepspeed_config or config.run.deepscale_config)
+
+    def _build_training_engine(
+        self, options: TrainingOptions, ds_config: dict, model: torch.nn.Module
+    ):
+        config = self._config
+        system = options.system
+        lora_names = prepare_for_training(
+            model, lora=options.lora, system=system, role=options.role
+        )
         if system.enable_mixed_precision_lora:
             quantize_linears(model, adapted_layer_names(model))
         return build_training_engine(
             model,
             ds_config=ds_config,
             schedule=config.schedule,
-            total_steps=max(self._total_steps - config.updates_left_out(role), 1),
-            learning_rate=getattr(config.optim, f"{role}_learning_rate"),
-            weight_decay=getattr(config.optim, f"{role}_weight_decay"),
+            total_steps=max(self._total_steps - config.updates_left_out(options.role), 1),
+            learning_rate=options.learning_rate,
+            weight_decay=options.weight_decay,
             lora_names=lora_names,
-            lora_learning_rate=lora.lora_learning_rate,
+            lora_learning_rate=options.lora.lora_learning_rate,
             compile_layers=system.compile_layers and not system.enable_mixed_precision_lora,
         )
 
-    def _reference_engine(self, source: tuple):
-        system, lora = self._config.system, self._config.actor_lora
-
-        load = reference_loader(self._config.actor_system, lora, flag="--actor_lora_module_name")
-        return self._inference_engine(
-            (load, *source[1:]),
+    def _build_reference(self, source: ModelSource):
+        config = self._config
+        system = config.system
+        load = reference_loader(
+            config.actor_system, config.actor_lora, flag="--actor_lora_module_name"
+        )
+        return self._build_inference_engine(
+            source._replace(load=load),
             stage=system.actor_zero_stage,
             offload=system.offload_reference_model,
         )
 
-    def _inference_engine(self, source: tuple, *, stage: int, offload: bool):
+    def _build_inference_engine(self, source: ModelSource, *, stage: int, offload: bool):
         config = self._config
         ds_config = inference_config(
             SystemOptions(zero_stage=stage, offload=offload, pin_memory=config.system.pin_memory),

@@ -128,11 +128,11 @@ def test_a_model_not_written_by_a_run_is_kept(place, below, held, tmp_path):
         (tmp_path / place / name).write_text("mine")
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(
-        ValueError, match="--output_dir .*/out: .* holds a model that no run here has written"
+        ValueError, match="--output_dir .*/out: .* holds a model that no training run wrote"
     ) as refused:
         prepare_output_dir(str(tmp_path / "out"), step="Step", below=below)
     assert (
-        f"{tmp_path / place} holds a model that no run here has written "
+        f"{tmp_path / place} holds a model that no training run wrote "
         f"({', '.join(sorted(held)[:3])}" in str(refused.value)
     )
     assert sorted(tmp_path.rglob("*")) == before
@@ -180,7 +180,7 @@ def test_the_working_directory_is_refused_as_output(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text("{}")
     for name in (".", str(tmp_path)):
         with pytest.raises(
-            ValueError, match="--output_dir .*: this is the folder you are in.*Give one below it"
+            ValueError, match="--output_dir .*: this is the current folder.*Give a folder below it"
         ):
             prepare_output_dir(name, step="Step")
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]

@@ -44,7 +44,7 @@ def main() -> None:
     dtype = resolve_dtype(config.model.dtype)
     tokenizer = actor_tokenizer(config)
     plan = plan_rewards(config, tokenizer)
-    show_plan(config, dtype=dtype, rewards=plan.token_readers())
+    show_plan(config, dtype=dtype, rewards=plan.models_reading_actor_tokens())
     train_loader, eval_loader, ptx = load_data(config, tokenizer)
     rollouts = config.num_rollouts(len(train_loader) // config.batch.generation_batches)
 
@@ -114,7 +114,7 @@ def train(
         metrics.write(0, before)
     state = run_state(trainer, loader, metrics)
     state.restore(checkpoint)
-    evaluator.forget_behind(state.step)
+    evaluator.delete_answers_after(state.step)
     train_ppo(
         trainer, state, evaluator, rollouts=rollouts, metrics=metrics, tokenizer=plan.tokenizer
     )

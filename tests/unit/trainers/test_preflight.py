@@ -93,7 +93,7 @@ def test_a_dry_run_asks_no_hub(monkeypatch, tmp_path):
         preflight.dry_run(parse_config(PPOConfig, flags.split()))
     first, second = str(refused.value).splitlines()
     assert (
-        first.startswith("--actor_model_name_or_path some/actor: --dry_run asks no hub")
+        first.startswith("--actor_model_name_or_path some/actor: --dry_run does not access the hub")
         and "facebook/opt-1.3b" in first
     )
     assert second.startswith("--critic_model_name_or_path opt-9b: ")

@@ -18,7 +18,7 @@ from dschat.trainers.rewards import (
     WeightedRewards,
     check_critic_tokenizer,
     load_function,
-    reads_alike,
+    reads_actor_tokens,
     same_tokens,
 )
 from dschat.trainers.rollout import SampledAnswers
@@ -220,7 +220,7 @@ def test_a_reward_model_reads_the_actors_tokens_only_where_nothing_of_its_own_di
     elif change == "template":
         other.chat_template = TEMPLATE
     own = "human_assistant" if change == "format" else "auto"
-    assert reads_alike(tokenizer, other, prompt_format="auto", reward_prompt_format=own) == (
+    assert reads_actor_tokens(tokenizer, other, prompt_format="auto", reward_prompt_format=own) == (
         change == "nothing"
     )
 
