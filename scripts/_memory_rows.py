@@ -1,4 +1,4 @@
-"""The rows of bench_training_memory.py, and how each is measured in a process of its own."""
+"""The rows of bench_training_memory.py and their measurement, in a separate process for each."""
 
 import contextlib
 import resource
@@ -14,13 +14,13 @@ ZERO3 = "--actor_zero_stage 3 --critic_zero_stage 3"
 
 @dataclass(frozen=True)
 class MemoryRow:
-    """One measurement: a step, its shapes, its flags, and how much memory it may take."""
+    """A measurement: a step, its models and sizes, its flags, and the memory that it may take."""
 
     step: int
     model: str  # step 3: the actor
     flags: str
     critic: str = ""
-    rows: int = 4  # texts, pairs or prompts a step
+    rows: int = 4  # texts, pairs or prompts per update
     prompt: int = 256  # tokens; steps 1 and 2 train on prompt + answer
     answer: int = 256
     cap_gb: float | None = None  # 10^9 bytes
@@ -79,16 +79,19 @@ ROWS = {
         critic="opt-13b",
         answer=128,
     ),
-    # In host memory, by the plan: 143 GiB of master weights and moments, 72 of gradients and of weights in bf16.
+    # In host memory, by the plan: 143 GiB of master weights and moments, 72 GiB of gradients and
+    # of weights in bf16.
     "ppo-13b-full-offload": MemoryRow(
         3,
         "opt-13b",
-        f"{ZERO2} --offload --no_pin_memory --actor_gradient_checkpointing --critic_gradient_checkpointing",
+        f"{ZERO2} --offload --no_pin_memory "
+        "--actor_gradient_checkpointing --critic_gradient_checkpointing",
         critic="opt-350m",
         answer=128,
         min_host_gib=240,
     ),
-    # All weights train, which takes one GPU of 141 GB or two of 80; how it scales is told by running it on more.
+    # All weights train. This needs one GPU of 141 GB or two of 80; run it on more to see how it
+    # scales.
     "sft-7b-zero3-full": MemoryRow(
         1, "llama-2-7b", "--zero_stage 3 --gradient_checkpointing", min_gpus_gib=110
     ),
@@ -105,16 +108,20 @@ ROWS = {
 
 
 class Meter:
-    """Peaks of the allocator (on a CPU: of the process) and seconds, phase by phase."""
+    """Peaks of the allocator (on a CPU: of the process) and seconds, for each phase."""
 
     def __init__(self, torch):
-        self.torch, self.on_gpu = torch, torch.cuda.is_available()
+        self.torch = torch
+        self.on_gpu = torch.cuda.is_available()
         self.peak_gib: dict[str, float] = {}
         self.seconds: dict[str, float] = {}
 
     @contextlib.contextmanager
     def phase(self, name: str):
-        """A later phase of the same name takes the seconds of an earlier one's place, and the larger peak stays."""
+        """Measure the block as a phase.
+
+        If the phase was measured before, the seconds are replaced, and the larger peak is kept.
+        """
         if self.on_gpu:
             self.torch.cuda.synchronize()
             self.torch.cuda.reset_peak_memory_stats()
@@ -126,7 +133,7 @@ class Meter:
         peak = self.torch.cuda.max_memory_allocated() / 2**30 if self.on_gpu else host_gib()
         self.peak_gib[name] = max(peak, self.peak_gib.get(name, 0))
         self.peak_gib["all"] = max(self.peak_gib.values())
-        # For the log of a row that ends later: what it had by then.
+        # If the row fails later, its log shows what it needed until then.
         print(
             f"{name}: {self.seconds[name]:.1f} s, {peak:.1f} GiB; host {host_gib():.1f} GiB",
             flush=True,
@@ -134,7 +141,7 @@ class Meter:
 
 
 def host_gib() -> float:
-    """The most host memory that this process has had, GiB."""
+    """Return the peak of this process's host memory, in GiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
@@ -142,7 +149,13 @@ def run_row(name: str, *, tiny: bool, rollouts: int, ppo_flags: str = "") -> dic
     """Measure one row in this process.
 
     Args:
-        ppo_flags: more flags of step 3.
+        name: a key of ROWS.
+        tiny: use miniature models and sizes.
+        rollouts: number of updates (step 3: of rollouts); the last one is timed.
+        ppo_flags: further flags of step 3.
+
+    Returns:
+        The row's sizes and flags, its peaks in GiB, seconds and tokens per second.
     """
     import torch
 
@@ -159,9 +172,8 @@ def run_row(name: str, *, tiny: bool, rollouts: int, ppo_flags: str = "") -> dic
     if row.cap_gb and torch.cuda.is_available():
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, row.cap_gb * GB / total))
-    meter, sizes = Meter(torch), (row.rows, row.prompt, row.answer)
-    if tiny:
-        sizes = (2, 8, 4)
+    meter = Meter(torch)
+    sizes = (2, 8, 4) if tiny else (row.rows, row.prompt, row.answer)
     measure = measure_ppo if row.step == 3 else measure_supervised
     facts = measure(row, meter, sizes=sizes, tiny=tiny, rollouts=rollouts)
     return {
@@ -185,7 +197,14 @@ def run_row(name: str, *, tiny: bool, rollouts: int, ppo_flags: str = "") -> dic
 
 
 def random_model(shape: str, *, dtype, tiny: bool, head: bool):
-    """A model of `shape` with random weights, made where it will stay, and the critic's head on it if asked."""
+    """Return a model of `shape` with random weights, made on the device that it will stay on.
+
+    Args:
+        shape: a shape of ``dschat.models.families``.
+        dtype: the torch dtype of the weights.
+        tiny: use the miniature shape of the family instead.
+        head: return a reward model.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
     from transformers.integrations import is_deepspeed_zero3_enabled
@@ -193,12 +212,12 @@ def random_model(shape: str, *, dtype, tiny: bool, head: bool):
     from dschat.models.families import shape_config
     from dschat.models.reward_model import RewardModel
 
-    config = shape_config(
-        "tiny-llama" if tiny and "llama" in shape else "tiny-opt" if tiny else shape
-    )
+    if tiny:
+        shape = "tiny-llama" if "llama" in shape else "tiny-opt"
+    config = shape_config(shape)
     config.pad_token_id = 1
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    # Under ZeRO-3 transformers makes the model in pieces, wherever those belong.
+    # Under ZeRO-3 transformers makes the model in partitions, on their own devices.
     with contextlib.nullcontext() if is_deepspeed_zero3_enabled() else torch.device(device):
         if not head:
             return AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -207,7 +226,7 @@ def random_model(shape: str, *, dtype, tiny: bool, head: bool):
 
 
 def random_ids(rows: int, length: int, seed: int):
-    """[rows, length] token ids that every shape knows."""
+    """Return random token ids [rows, length] that are in every shape's vocabulary."""
     import torch
 
     return torch.randint(3, 256, (rows, length), generator=torch.Generator().manual_seed(seed))
@@ -216,7 +235,7 @@ def random_ids(rows: int, length: int, seed: int):
 def measure_supervised(
     row: MemoryRow, meter: Meter, *, sizes: tuple[int, int, int], tiny: bool, rollouts: int
 ) -> dict:
-    """Optimizer steps of step 1 or 2."""
+    """Measure updates of step 1 or 2; see ``run_row``."""
     import torch
 
     from dschat.algorithms.types import PairBatch, TextBatch
@@ -241,13 +260,15 @@ def measure_supervised(
     with meter.phase("load"):
         run = SupervisedRun(row.step, config, device, config.model.dtype, None, 2, None)
         engine = build_engine(run, load, total_steps=rollouts)
-    objective, losses = (SFTObjective if row.step == 1 else RewardObjective)(), []
+    objective = SFTObjective() if row.step == 1 else RewardObjective()
+    losses = []
     for step in range(rollouts):
         ids = random_ids(texts, prompt + answer, step)
         mask = torch.ones_like(ids)
-        batch = (TextBatch(ids, mask, ids) if row.step == 1 else PairBatch(ids, mask, ids, torch.zeros(len(ids)))).to(
-            device
-        )
+        if row.step == 1:
+            batch = TextBatch(ids, mask, ids).to(device)
+        else:
+            batch = PairBatch(ids, mask, ids, torch.zeros(len(ids))).to(device)
         with meter.phase("update"):
             engine.train()
             loss, _ = objective.loss_sum(engine, batch)
@@ -265,7 +286,7 @@ def measure_supervised(
 def measure_ppo(
     row: MemoryRow, meter: Meter, *, sizes: tuple[int, int, int], tiny: bool, rollouts: int
 ) -> dict:
-    """Rollouts of step 3 and the updates on them."""
+    """Measure rollouts of step 3 and the updates on them; see ``run_row``."""
     import torch
 
     from dschat.algorithms.types import PromptBatch
@@ -280,9 +301,9 @@ def measure_ppo(
     from dschat.trainers.rlhf_engine import DeepSpeedRLHFEngine
 
     rows, prompt, answer = sizes
-    flags = f"--actor_model_name_or_path {row.model} --critic_model_name_or_path {row.critic} {row.flags}"
-    flags += f" --dtype {'fp32' if tiny else 'bf16'} --max_prompt_seq_len {prompt} --max_answer_seq_len {answer}"
-    flags += f" --min_answer_len {answer} --num_warmup_steps 0"
+    flags = f"--actor_model_name_or_path {row.model} --critic_model_name_or_path {row.critic}"
+    flags += f" {row.flags} --dtype {'fp32' if tiny else 'bf16'} --max_prompt_seq_len {prompt}"
+    flags += f" --max_answer_seq_len {answer} --min_answer_len {answer} --num_warmup_steps 0"
     flags += "".join(
         f" --per_device_{kind}_batch_size {rows}" for kind in ("generation", "training", "eval")
     )
@@ -321,27 +342,21 @@ def measure_ppo(
             trainer.train_rlhf(experience)
         assert experience.response_mask.shape[1] == answer
         kl.append(metrics["objective/kl"])
-    meter.seconds["generate"], meter.seconds["score"] = (
-        metrics["time/generate_s"],
-        metrics["time/score_s"],
-    )
+    meter.seconds["generate"] = metrics["time/generate_s"]
+    meter.seconds["score"] = metrics["time/score_s"]
+    tokens = dist.world_size() * rows * (prompt + answer)
+    seconds = meter.seconds["rollout"] + meter.seconds["update"]
     return {
         "kl": kl,
         "shares_reference": config.shares_reference,
         "shares_reward": config.shares_reward,
         "weights_gib": weights_gib(engines.actor) + weights_gib(engines.critic),
-        "tokens_per_s": round(
-            dist.world_size()
-            * rows
-            * (prompt + answer)
-            / (meter.seconds["rollout"] + meter.seconds["update"]),
-            1,
-        ),
+        "tokens_per_s": round(tokens / seconds, 1),
     }
 
 
 def weights_gib(engine) -> float:
-    """GiB of an engine's weights in the types that they are kept in."""
+    """Return the GiB of an engine's weights in the types that they are stored in."""
     from dschat.engine.quantized import weight_bytes
 
     return round(weight_bytes(engine.module) / 2**30, 2)
