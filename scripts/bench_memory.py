@@ -1,12 +1,13 @@
-"""Predicted against measured peak memory of real training steps, on one GPU.
+"""Compare predicted and measured peak memory of training runs on one GPU.
 
-    python scripts/bench_memory.py --output memory.json            # every case that fits 80 GB
+    python scripts/bench_memory.py --output memory.json            # all cases; they fit 80 GB
     python scripts/bench_memory.py --only sft-opt-1.3b-z2 ppo-opt-1.3b-z2
     python scripts/bench_memory.py --tiny                          # miniature shapes, on a CPU too
 
-Each case runs the main of its step in a process of its own, on random weights of a published shape and on texts that
-fill every row, for two optimizer steps (step 3: two rollouts). The prediction is that of dschat/memory/plan.py
-for the same flags. A case that fails is reported, and the others continue.
+Each case runs the main of its step in a separate process, on random weights of a published shape
+and on texts that fill every row, for two updates (step 3: two rollouts). The prediction is the
+memory plan of dschat/memory/plan.py for the same flags. A case that fails is reported, and the
+others continue.
 """
 
 import argparse
@@ -24,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 from bench_memory_case import measure  # noqa: E402
 
 from dschat.runtime.files import write_json  # noqa: E402
-from dschat.runtime.hardware import hardware, versions
+from dschat.runtime.hardware import hardware, versions  # noqa: E402
 
 GIB = 2**30
 TAIL_LINES = 40
@@ -47,8 +48,8 @@ CASES = {
     "ppo-opt-1.3b-z2": Case(
         3,
         ("opt-1.3b", "opt-350m"),
-        "--actor_zero_stage 2 --critic_zero_stage 2 --max_answer_seq_len 256 --per_device_generation_batch_size 16 "
-        "--per_device_training_batch_size 16",
+        "--actor_zero_stage 2 --critic_zero_stage 2 --max_answer_seq_len 256 "
+        "--per_device_generation_batch_size 16 --per_device_training_batch_size 16",
     ),
     "sft-opt-2.7b-z0-checkpointing": Case(
         1, ("opt-2.7b",), "--zero_stage 0 --gradient_checkpointing --per_device_train_batch_size 8"
@@ -60,14 +61,16 @@ CASES = {
     "ppo-opt-1.3b-z3": Case(
         3,
         ("opt-1.3b", "opt-350m"),
-        "--actor_zero_stage 3 --critic_zero_stage 3 --max_answer_seq_len 32 --per_device_generation_batch_size 16 "
-        "--per_device_training_batch_size 16 --actor_gradient_checkpointing --critic_gradient_checkpointing",
+        "--actor_zero_stage 3 --critic_zero_stage 3 --max_answer_seq_len 32 "
+        "--per_device_generation_batch_size 16 --per_device_training_batch_size 16 "
+        "--actor_gradient_checkpointing --critic_gradient_checkpointing",
     ),
     "ppo-llama-2-7b-lora": Case(
         3,
         ("llama-2-7b", "opt-1.3b"),
-        "--actor_lora_dim 64 --critic_lora_dim 64 --only_optimize_lora --actor_gradient_checkpointing "
-        "--max_answer_seq_len 128 --per_device_generation_batch_size 8 --per_device_training_batch_size 8",
+        "--actor_lora_dim 64 --critic_lora_dim 64 --only_optimize_lora "
+        "--actor_gradient_checkpointing --max_answer_seq_len 128 "
+        "--per_device_generation_batch_size 8 --per_device_training_batch_size 8",
     ),
     "sft-opt-1.3b-z2-offload": Case(
         1, ("opt-1.3b",), "--zero_stage 2 --offload --no_pin_memory --per_device_train_batch_size 8"
@@ -75,20 +78,22 @@ CASES = {
     "sft-llama-2-7b-lora-z3-offload": Case(
         1,
         ("llama-2-7b",),
-        "--zero_stage 3 --offload --no_pin_memory --lora_dim 64 --only_optimize_lora --gradient_checkpointing "
-        "--per_device_train_batch_size 8",
+        "--zero_stage 3 --offload --no_pin_memory --lora_dim 64 --only_optimize_lora "
+        "--gradient_checkpointing --per_device_train_batch_size 8",
     ),
 }
 
-# With --tiny, so that a CPU is not busy for long.
+# Further flags with --tiny, so that a CPU is not busy for long.
 TINY_FLAGS = {
     1: "--per_device_train_batch_size 4",
     2: "--per_device_train_batch_size 4",
-    3: "--per_device_generation_batch_size 4 --per_device_training_batch_size 4 --max_answer_seq_len 32",
+    3: "--per_device_generation_batch_size 4 --per_device_training_batch_size 4 "
+    "--max_answer_seq_len 32",
 }
 
 
 def main() -> None:
+    """Run the cases and print the table; exit with 1 if one fails."""
     args = parse_args()
     if args.one:
         case = CASES[args.one]
@@ -97,17 +102,15 @@ def main() -> None:
         result = measure(case.step, case.models, flags, tiny=args.tiny)
         Path(args.result).write_text(json.dumps(result))
         return
-    names = args.only or list(CASES)
-    started, results = time.monotonic(), []
-    for name in names:
+    started = time.monotonic()
+    results: list[dict] = []
+    for name in args.only or CASES:
         if time.monotonic() - started > args.budget_s:
             results.append({"case": name, "error": f"not run: {args.budget_s:.0f} s were over"})
             continue
         results.append(run_apart(name, args))
         print(line(results[-1]), flush=True)
-        save(
-            results, args.output
-        )  # what is known stays known if a later case takes the machine with it
+        save(results, args.output)  # a later case may take the machine down
     print("\n" + "\n".join(line(result) for result in results))
     good = [result for result in results if "error" not in result]
     if good:
@@ -118,54 +121,54 @@ def main() -> None:
 
 
 def save(results: list[dict], output: str | None) -> None:
+    """Write the results to the file `output`, if given."""
     if output:
         write_json(output, {"cases": results, "hardware": hardware(), "versions": versions()})
 
 
 def parse_args() -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--only", nargs="+", choices=CASES, metavar="CASE", help=f"some of: {', '.join(CASES)}"
+        "--only",
+        nargs="+",
+        choices=CASES,
+        metavar="CASE",
+        help=f"run only these of {', '.join(CASES)}",
     )
     parser.add_argument(
-        "--tiny", action="store_true", help="miniature shapes instead of the published ones"
+        "--tiny", action="store_true", help="use miniature shapes instead of the published ones"
     )
     parser.add_argument("--dtype", default="bf16", choices=("bf16", "fp16", "fp32"))
     parser.add_argument("--output", help="JSON file for the results")
     parser.add_argument(
-        "--budget_s", type=float, default=300.0, help="no case starts after so many seconds"
+        "--budget_s", type=float, default=300.0, help="start no case after this many seconds"
     )
     parser.add_argument(
-        "--timeout_s", type=float, default=120.0, help="seconds after which a case counts as hung"
+        "--timeout_s", type=float, default=120.0, help="kill a case after this many seconds"
     )
-    parser.add_argument("--more", default="", help="further flags for every case, in one word")
+    parser.add_argument("--more", default="", help="further flags for every case, as one word")
     parser.add_argument("--one", choices=CASES, help=argparse.SUPPRESS)
     parser.add_argument("--result", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def run_apart(name: str, args: argparse.Namespace) -> dict:
-    """The result of a case that runs in a process of its own; what went wrong where it fails."""
+    """Run a case in a separate process; return its result, or its error if it fails."""
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="bench_memory.") as folder:
-        path, log = Path(folder) / "result.json", Path(folder) / "log"
-        words = [
-            sys.executable,
-            __file__,
-            "--one",
-            name,
-            "--result",
-            str(path),
-            "--dtype",
-            args.dtype,
-        ]
-        words += [f"--more={args.more}", *(["--tiny"] if args.tiny else [])]
+        path = Path(folder) / "result.json"
+        log = Path(folder) / "log"
+        command = [sys.executable, __file__, "--one", name, "--result", str(path)]
+        command += ["--dtype", args.dtype, f"--more={args.more}"]
+        if args.tiny:
+            command.append("--tiny")
         with open(log, "w") as file:
             try:
                 done = subprocess.run(
-                    words,
+                    command,
                     stdout=file,
                     stderr=subprocess.STDOUT,
                     timeout=args.timeout_s,
@@ -180,13 +183,15 @@ def run_apart(name: str, args: argparse.Namespace) -> dict:
 
 
 def line(result: dict) -> str:
-    """One line of the table."""
+    """Return a case's line of the table."""
     if "error" in result:
         return f"{result['case']:34} {result['error']}"
-    predicted, measured = result["predicted"] / GIB, result["measured"] / GIB
+    predicted = result["predicted"] / GIB
+    measured = result["measured"] / GIB
     return (
         f"{result['case']:34} predicted {predicted:7.2f}  measured {measured:7.2f} GiB  "
-        f"error {100 * result['relative_error']:+6.1f}%  ({result['predicted_phase']}; {result['seconds']:.0f} s)"
+        f"error {100 * result['relative_error']:+6.1f}%  "
+        f"({result['predicted_phase']}; {result['seconds']:.0f} s)"
     )
 
 

@@ -1,4 +1,4 @@
-"""One case of bench_memory.py: the main of a step on random weights, its memory measured and predicted."""
+"""One case of bench_memory.py: run a step on random weights, measure and predict its memory."""
 
 import contextlib
 import importlib.util
@@ -16,7 +16,7 @@ STEPS = {
     2: "step2_reward_model_finetuning",
     3: "step3_rlhf_finetuning",
 }
-# Shapes that stand for the published ones with --tiny: as wide as matters, and few layers.
+# Shapes that replace the published ones with --tiny: wide enough to matter, with few layers.
 TINY = {
     "opt": dict(hidden=256, layers=4, heads=4, vocab=4096),
     "llama": dict(hidden=256, layers=4, heads=4, kv_heads=4, vocab=4096),
@@ -24,7 +24,7 @@ TINY = {
 
 
 class CudaMeter:
-    """The largest sum of live tensors since the last reading, by the CUDA allocator's own count."""
+    """The sum of live tensors, as the CUDA allocator counts it."""
 
     def __enter__(self):
         return self
@@ -33,16 +33,20 @@ class CudaMeter:
         pass
 
     def read(self) -> tuple[int, int]:
-        """Bytes: the most since the last reading, and now."""
+        """Return the peak since the last call and the present sum, in bytes."""
         import torch
 
-        most = torch.cuda.max_memory_allocated()
+        peak = torch.cuda.max_memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        return most, torch.cuda.memory_allocated()
+        return peak, torch.cuda.memory_allocated()
 
 
 def host_meter():
-    """The same for a CPU, whose allocator does not count: every storage that an operation makes or returns."""
+    """Return a meter for a CPU, with the interface of CudaMeter.
+
+    The CPU's allocator does not count, so the meter counts every storage that an operation takes
+    or returns.
+    """
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves
@@ -50,7 +54,8 @@ def host_meter():
     class HostMeter(TorchDispatchMode):
         def __init__(self):
             super().__init__()
-            self.live = self.most = 0
+            self.live = 0
+            self.peak = 0
             self._seen = weakref.WeakKeyDictionary()
 
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -66,26 +71,31 @@ def host_meter():
             size = storage.nbytes()
             self._seen[storage] = size
             self.live += size
-            self.most = max(self.most, self.live)
-            weakref.finalize(storage, self._gone, size)
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self._release, size)
 
-        def _gone(self, size: int) -> None:
+        def _release(self, size: int) -> None:
             self.live -= size
 
         def read(self) -> tuple[int, int]:
-            most, self.most = self.most, self.live
-            return most, self.live
+            peak = self.peak
+            self.peak = self.live
+            return peak, self.live
 
     return HostMeter()
 
 
 def measure(step: int, models: tuple[str, ...], flags: str, *, tiny: bool) -> dict:
-    """Run the step here; predicted and measured peaks in bytes, as a whole and by phase.
+    """Run the step in this process, and predict and measure its memory.
 
     Args:
+        step: 1, 2 or 3.
         models: published shapes: the model, or actor and critic.
-        flags: of the step's main, without models and data.
-        tiny: miniature shapes in their place.
+        flags: flags of the step's main, without models and data.
+        tiny: use miniature shapes instead.
+
+    Returns:
+        The predicted and measured peaks in bytes, of the run and of each phase.
     """
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import torch
@@ -103,18 +113,19 @@ def measure(step: int, models: tuple[str, ...], flags: str, *, tiny: bool) -> di
         peaks: dict[str, int] = {}
         with meter, instrumented(meter, peaks), random_weights(step):
             run_main(step, argv)
-            keep(peaks, "end", meter)
-    measured, (phase, predicted) = max(peaks.values()), plan.peak
-    stays = sum(model.host for model in plan.models.values())
+            record(peaks, "end", meter)
+    measured = max(peaks.values())
+    phase, predicted = plan.peak
+    on_host = sum(model.host for model in plan.models.values())
     if not on_gpu:
-        predicted += stays  # there is but one memory
+        predicted += on_host  # host and device share one memory
     return {
         "predicted": predicted,
         "measured": measured,
         "relative_error": predicted / measured - 1.0,
         "predicted_phase": phase,
         "predicted_phases": plan.phases,
-        "predicted_host": stays,
+        "predicted_host": on_host,
         "measured_phases": peaks,
         "flags": flags,
         "models": models,
@@ -122,21 +133,22 @@ def measure(step: int, models: tuple[str, ...], flags: str, *, tiny: bool) -> di
 
 
 def step_argv(step: int, paths: list[str], folder: str) -> list[str]:
-    """The words after main.py that all cases of a step share."""
-    words = f"--data_output_path {folder}/cache --data_path {folder}/rows.jsonl --max_train_steps 2 --log_interval_s 1"
+    """Return the flags of a step's main that all its cases share."""
+    flags = f"--data_output_path {folder}/cache --data_path {folder}/rows.jsonl"
+    flags += " --max_train_steps 2 --log_interval_s 1"
     if step == 3:
-        words += f" --actor_model_name_or_path {paths[0]} --critic_model_name_or_path {paths[1]} --eval_prompts 4"
-        words += " --per_device_eval_batch_size 4 --max_prompt_seq_len 256 --num_warmup_steps 0 --data_split 0,0,1"
+        flags += f" --actor_model_name_or_path {paths[0]} --critic_model_name_or_path {paths[1]}"
+        flags += " --eval_prompts 4 --per_device_eval_batch_size 4 --max_prompt_seq_len 256"
+        flags += " --num_warmup_steps 0 --data_split 0,0,1"
     else:
-        words += (
-            f" --model_name_or_path {paths[0]} --per_device_eval_batch_size 4 --max_seq_len 512"
-        )
-        words += " --data_split 1,0,0" if step == 1 else " --data_split 0,1,0"
-    return words.split()
+        flags += f" --model_name_or_path {paths[0]}"
+        flags += " --per_device_eval_batch_size 4 --max_seq_len 512"
+        flags += " --data_split 1,0,0" if step == 1 else " --data_split 0,1,0"
+    return flags.split()
 
 
 def write_model(folder: Path, name: str, *, tiny: bool) -> str:
-    """A model folder without weights: a shape's configuration, and a tokenizer of bytes."""
+    """Write a model folder without weights: a shape's configuration and a byte-level tokenizer."""
     from dschat.demo.tiny_models import byte_tokenizer
     from dschat.models.families import SHAPES, tiny_shape
 
@@ -145,15 +157,18 @@ def write_model(folder: Path, name: str, *, tiny: bool) -> str:
         shape = tiny_shape(shape.family, **TINY[shape.family])
     config = shape.config()
     config.max_position_embeddings = max(config.max_position_embeddings, 1024)
-    config.bos_token_id, config.eos_token_id, config.pad_token_id = 1, 2, 0
+    config.bos_token_id = 1
+    config.eos_token_id = 2
+    config.pad_token_id = 0
     config.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
-    (folder / "model.safetensors").touch()  # the folder passes for complete; the file is never read
+    # Makes the folder look complete; the file is never read.
+    (folder / "model.safetensors").touch()
     return str(folder)
 
 
 def write_rows(path: Path) -> None:
-    """Rows whose prompt alone is longer than any limit here, and answers that fill half of it."""
+    """Write rows with prompts longer than any limit here and answers that fill half of it."""
     words = "abcdefghijklmnopqrstuvwxyz"
     rows = [
         {
@@ -167,7 +182,7 @@ def write_rows(path: Path) -> None:
 
 
 def predict(step: int, argv: list[str]):
-    """The planner's answer to the same words."""
+    """Return the memory plan for the same flags."""
     from dschat.config.parse import parse_config
     from dschat.config.ppo import PPOConfig
     from dschat.config.reward import RewardConfig
@@ -180,7 +195,10 @@ def predict(step: int, argv: list[str]):
 
 @contextlib.contextmanager
 def random_weights(step: int):
-    """Inside, the step's loaders make random weights by the folder's configuration: nothing is read or downloaded."""
+    """Make the step's loaders return random weights of the folder's configuration.
+
+    Nothing is read or downloaded.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -215,18 +233,18 @@ def random_weights(step: int):
 
 @contextlib.contextmanager
 def instrumented(meter, peaks: dict[str, int]):
-    """Inside, every engine call reads the meter, so that `peaks` tells what each phase took."""
+    """Read the meter around every engine call, so that `peaks` holds the peak of each phase."""
     import transformers
 
     from dschat.engine.build import deepspeed
 
     def reading(function, label):
         def wrapped(*args, **kwargs):
-            keep(peaks, f"before {label}", meter)
+            record(peaks, f"before {label}", meter)
             try:
                 return function(*args, **kwargs)
             finally:
-                keep(peaks, label, meter)
+                record(peaks, label, meter)
 
         return wrapped
 
@@ -244,14 +262,15 @@ def instrumented(meter, peaks: dict[str, int]):
         yield
 
 
-def keep(peaks: dict[str, int], label: str, meter) -> None:
-    most, now = meter.read()
-    peaks[label] = max(peaks.get(label, 0), most)
-    peaks[f"{label}, left"] = max(peaks.get(f"{label}, left", 0), now)
+def record(peaks: dict[str, int], label: str, meter) -> None:
+    """Read the meter and record the phase's peak and what is left after it."""
+    peak, left = meter.read()
+    peaks[label] = max(peaks.get(label, 0), peak)
+    peaks[f"{label}, left"] = max(peaks.get(f"{label}, left", 0), left)
 
 
 def load_main(step: int):
-    """The main of a step, as the module `main`."""
+    """Import the main of a step as the module `main`, and return it."""
     if "main" not in sys.modules:
         spec = importlib.util.spec_from_file_location(
             "main", ROOT / "training" / STEPS[step] / "main.py"
@@ -262,6 +281,7 @@ def load_main(step: int):
 
 
 def run_main(step: int, argv: list[str]) -> None:
+    """Run the main of a step in this process."""
     from dschat.runtime.log import set_up_logging
 
     set_up_logging()
