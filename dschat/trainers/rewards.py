@@ -1,4 +1,4 @@
-"""Rewards from anywhere: reward models, with the actor's tokenizer or their own, and Python functions."""
+"""Rewards: reward models, with the actor's tokenizer or another one, and Python functions."""
 
 import importlib.util
 import inspect
@@ -18,22 +18,22 @@ from dschat.runtime import dist
 from dschat.runtime.paths import user_path
 from dschat.trainers.rollout import SampledAnswers
 
-CONTEXT_TOKENS = 4  # of a prompt, to decode its answer after them
-BLAME_S = 10.0  # seconds to look for the answer on which a function fails
+CONTEXT_TOKENS = 4  # last tokens of a prompt that are decoded together with its answer
+CULPRIT_SEARCH_S = 10.0  # seconds to look for the answer on which a function fails
 
 
 class RewardFailure(ValueError):
-    """A reward that raised, or returned something else than one finite number for each answer."""
+    """Raised if a reward raises, or does not return one finite number for each answer."""
 
 
 @dataclass(frozen=True)
 class AnswerTexts:
     """The same answers as text, for rewards that do not read the actor's token ids."""
 
-    prompts: list[str]  # B prompts as rendered
+    prompts: list[str]  # B prompts as rendered for the actor
     answers: list[str]  # B answers, without special tokens
     rows: list  # B rows of the data set
-    ended: list[bool]  # B, True where the answer ended by itself
+    ended: list[bool]  # B; True: the answer ended with an EOS
 
 
 class Reward(Protocol):
@@ -42,32 +42,46 @@ class Reward(Protocol):
     name: str
 
     def __call__(self, answers: SampledAnswers, texts: Callable[[], AnswerTexts]) -> torch.Tensor:
-        """[B] fp32 scores."""
+        """Return fp32 scores [B].
+
+        Args:
+            answers: B prompts with answers, as token ids of the actor.
+            texts: returns the same answers as text.
+        """
 
 
 class ModelReward:
-    """A reward model that reads the actor's own token ids."""
+    """A reward model that reads the actor's token ids."""
 
     def __init__(self, engine, name: str):
-        self.engine, self.name = engine, name
+        """Use the reward model inside `engine`; `name` is for messages."""
+        self.engine = engine
+        self.name = name
 
     def __call__(self, answers: SampledAnswers, texts) -> torch.Tensor:
+        """Return fp32 scores [B]; see ``Reward``."""
         values = self.engine(input_ids=answers.input_ids, attention_mask=answers.attention_mask)
         return pool_last(values, answers.attention_mask)
 
 
 class RetokenisedReward:
-    """A reward model with another tokenizer: answers are rendered as text and tokenised again.
+    """A reward model with another tokenizer: answers are decoded and tokenized again.
 
-    The end token follows an answer only where the policy ended it, as in training.
+    An end token is added only if the policy ended the answer, as in the training of reward models.
     """
 
     def __init__(
         self, engine, name: str, tokenizer, *, prompt_format: str, max_tokens: int | None = None
     ):
-        """
+        """Use the reward model inside `engine`.
+
         Args:
-            max_tokens: longer texts lose their beginning, since the end is what is scored; None: no limit.
+            engine: holds the reward model.
+            name: for messages.
+            tokenizer: the reward model's.
+            prompt_format: how the reward model reads prompts.
+            max_tokens: longer texts are cut at the start, since the score is read at the end;
+                None: no limit.
         """
         self.engine = engine
         self.name = name
@@ -76,8 +90,11 @@ class RetokenisedReward:
         self.max_tokens = max_tokens
 
     def __call__(self, answers: SampledAnswers, texts) -> torch.Tensor:
-        known, ids, failure = texts(), [], None
-        for row, answer, ended in zip(known.rows, known.answers, known.ended):
+        """Return fp32 scores [B]; see ``Reward``."""
+        known = texts()
+        ids: list[list[int]] = []
+        failure = None
+        for row, answer, ended in zip(known.rows, known.answers, known.ended, strict=True):
             try:
                 ids.append(self._ids(row, answer, ended))
             except RewardFailure as error:
@@ -90,7 +107,8 @@ class RetokenisedReward:
         )
         pad = self.tokenizer.pad_token_id
         tokens = torch.tensor([row + [pad] * (longest - len(row)) for row in ids], device=device)
-        # Also where an answer cannot be shown: under ZeRO-3 the others gather weights in this forward, and would wait there.
+        # Run even after a failure: under ZeRO-3 the other ranks gather weights in this forward and
+        # would wait.
         values = self.engine(input_ids=tokens, attention_mask=mask)
         if failure is not None:
             raise failure
@@ -102,65 +120,78 @@ class RetokenisedReward:
         except ValueError as error:
             reason = str(error).replace("--prompt_format", "--reward_prompt_format")
             raise RewardFailure(
-                f"{self.name} cannot be shown the prompt {row.prompt!r}: {reason}"
+                f"The reward model {self.name} cannot read the prompt {row.prompt!r}: {reason}"
             ) from error
         return ids[-self.max_tokens :] if self.max_tokens else ids
 
 
 class FunctionReward:
-    """A Python function of prompts, answers and the data set's further columns."""
+    """A Python function of prompts, answers and the other columns of the data set."""
 
     def __init__(self, function: Callable, name: str):
-        self.function, self.name = function, name
-        # A column with the name of one of these is passed under another name.
-        self._taken = {"prompts", "answers", *list(inspect.signature(function).parameters)[:2]}
+        """Call ``function(prompts, answers, **columns)``; `name` is the value of --reward_fn."""
+        self.function = function
+        self.name = name
+        # A column with one of these names is passed as NAME_column.
+        parameters = list(inspect.signature(function).parameters)
+        self._reserved_names = {"prompts", "answers", *parameters[:2]}
 
     def __call__(self, answers: SampledAnswers, texts) -> torch.Tensor:
+        """Return fp32 scores [B]; see ``Reward``."""
         known = texts()
         columns: dict[str, list] = {}
         for name in {name for row in known.rows for name in row.columns}:
-            key = f"{name}_column" if name in self._taken else name
+            key = f"{name}_column" if name in self._reserved_names else name
             columns[key] = [row.columns.get(name) for row in known.rows]
         if all(row.chosen is not None for row in known.rows):
             columns.setdefault("chosen", [plain_text(row.chosen) for row in known.rows])
         try:
             scores = self.function(known.prompts, known.answers, **columns)
         except (Exception, SystemExit) as error:
-            raise RewardFailure(self._blame(known, columns, error)) from error
-        scores = (
-            scores.tolist() if hasattr(scores, "tolist") else scores
-        )  # numpy arrays and tensors
+            raise RewardFailure(self._error_message(known, columns, error)) from error
+        if hasattr(scores, "tolist"):  # an array or a tensor
+            scores = scores.tolist()
+        self._check_scores(scores, known)
+        return torch.tensor([float(score) for score in scores], device=answers.input_ids.device)
+
+    def _check_scores(self, scores, known: AnswerTexts) -> None:
         if not hasattr(scores, "__len__") or len(scores) != len(known.answers):
             count = len(scores) if hasattr(scores, "__len__") else type(scores).__name__
             raise RewardFailure(
-                f"--reward_fn {self.name} returned {count} scores for {len(known.answers)} answers, the first of them "
-                f"to the prompt {known.prompts[0]!r}: return one number for each."
+                f"--reward_fn {self.name} returned {count} scores for {len(known.answers)} "
+                f"answers, the first of them to the prompt {known.prompts[0]!r}. Return one number "
+                "for each answer."
             )
-        for score, prompt, answer in zip(scores, known.prompts, known.answers):
+        for score, prompt, answer in zip(scores, known.prompts, known.answers, strict=True):
             if not _is_finite(score):
                 raise RewardFailure(
-                    f"--reward_fn {self.name} returned {_shown(score)} for the prompt {prompt!r} and the answer {answer!r}: "
-                    "return a finite number."
+                    f"--reward_fn {self.name} returned {_short_repr(score)} for the prompt "
+                    f"{prompt!r} and the answer {answer!r}. Return a finite number."
                 )
-        return torch.tensor([float(score) for score in scores], device=answers.input_ids.device)
 
-    def _blame(self, known: AnswerTexts, columns: dict[str, list], error: BaseException) -> str:
-        """The message for `error`, with the first answer on which the function fails alone, where one is soon found."""
-        culprit, deadline = "", time.monotonic() + BLAME_S
-        for i, (prompt, answer) in enumerate(zip(known.prompts, known.answers)):
-            if time.monotonic() > deadline:  # a function that waits for a server, say
+    def _error_message(
+        self, known: AnswerTexts, columns: dict[str, list], error: BaseException
+    ) -> str:
+        """Return the message for `error`, raised on a whole batch.
+
+        It names the first answer on which the function fails alone, if one is found in time.
+        """
+        culprit = ""
+        deadline = time.monotonic() + CULPRIT_SEARCH_S
+        for i, (prompt, answer) in enumerate(zip(known.prompts, known.answers, strict=True)):
+            if time.monotonic() > deadline:  # for example, the function waits for a server
                 break
+            row = {name: [values[i]] for name, values in columns.items()}
             try:
-                self.function(
-                    [prompt], [answer], **{name: [values[i]] for name, values in columns.items()}
-                )
+                self.function([prompt], [answer], **row)
             except (Exception, SystemExit):
                 culprit = f" on the prompt {prompt!r} and the answer {answer!r}"
                 break
-        culprit = (
-            culprit
-            or f" on {len(known.answers)} answers, the first of them to the prompt {known.prompts[0]!r}"
-        )
+        if not culprit:
+            culprit = (
+                f" on {len(known.answers)} answers, the first of them to the prompt "
+                f"{known.prompts[0]!r}"
+            )
         return f"--reward_fn {self.name} raised {type(error).__name__}: {error}{culprit}."
 
 
@@ -168,26 +199,28 @@ class WeightedRewards:
     """The weighted sum of several rewards."""
 
     def __init__(self, rewards: list[Reward], weights: list[float], dataset, tokenizer):
-        """
+        """Set the rewards and their weights.
+
         Args:
-            weights: one a reward; empty: 1 each.
-            dataset: prompts by row number: ``prompt_text(i)`` and ``row(i)``.
+            rewards: the summands.
+            weights: one per reward; empty: all 1.
+            dataset: gives prompts by row number: ``prompt_text(i)`` and ``row(i)``.
             tokenizer: the actor's.
         """
-        self.rewards, self.weights = rewards, weights or [1.0] * len(rewards)
-        self.dataset, self.tokenizer = dataset, tokenizer
+        self.rewards = rewards
+        self.weights = weights or [1.0] * len(rewards)
+        self.dataset = dataset
+        self.tokenizer = tokenizer
 
     def __call__(self, answers: SampledAnswers) -> torch.Tensor:
-        """[B] fp32.
+        """Return fp32 scores [B]. Every rank must call it.
 
         Raises:
-            RewardFailure: on every process, where a reward failed on any of them.
+            RewardFailure: a reward failed on any rank; raised on all of them.
         """
-        total, failure, known = (
-            torch.zeros(len(answers.ended), device=answers.ended.device),
-            None,
-            None,
-        )
+        total = torch.zeros(len(answers.ended), device=answers.ended.device)
+        failure = None
+        known = None
 
         def texts() -> AnswerTexts:
             nonlocal known
@@ -203,15 +236,16 @@ class WeightedRewards:
         if not torch.isfinite(total).all() and failure is None:
             bad = int((~torch.isfinite(total)).nonzero()[0])
             failure = RewardFailure(
-                f"the score of the answer {texts().answers[bad]!r} to the prompt {texts().prompts[bad]!r} is "
-                f"{total[bad].item()}: look at the reward model, or take --dtype bf16 or fp32 instead of fp16."
+                f"The score of the answer {texts().answers[bad]!r} to the prompt "
+                f"{texts().prompts[bad]!r} is {total[bad].item()}. Check the reward model; instead "
+                "of --dtype fp16, take bf16 or fp32."
             )
-        # The others must not wait in the next collective for a process that has stopped.
+        # Tell the other ranks, which would wait in the next collective.
         failed = dist.all_reduce(torch.tensor(int(failure is not None), device=total.device), "max")
         if failure is not None:
             raise failure
         if failed:
-            raise RewardFailure("a reward failed on another process, which says why")
+            raise RewardFailure("A reward failed on another rank; see its message.")
         return total
 
     def _texts(self, answers: SampledAnswers) -> AnswerTexts:
@@ -235,38 +269,39 @@ def decode_answers(tokenizer, prompts: torch.Tensor, answers: list[torch.Tensor]
         prompts: their prompts [B, P], padded on the left.
         answers: B tensors of token ids.
     """
-    # Decoders of SentencePiece drop the space of a text's first word: decode it after the prompt.
-    before = prompts[:, -CONTEXT_TOKENS:]
-    joint = [torch.cat([ids, answer]) for ids, answer in zip(before, answers, strict=True)]
-    heads = tokenizer.batch_decode(before, skip_special_tokens=True)
-    wholes = tokenizer.batch_decode(joint, skip_special_tokens=True)
-    alone = tokenizer.batch_decode(answers, skip_special_tokens=True)
+    # SentencePiece drops the space before the first word of a text. So an answer is decoded after
+    # the end of its prompt, which is then removed.
+    context = prompts[:, -CONTEXT_TOKENS:]
+    joint = [torch.cat([ids, answer]) for ids, answer in zip(context, answers, strict=True)]
+    context_texts = tokenizer.batch_decode(context, skip_special_tokens=True)
+    joint_texts = tokenizer.batch_decode(joint, skip_special_tokens=True)
+    answer_texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
     return [
         whole[len(head) :] if whole.startswith(head) else text
-        for head, whole, text in zip(heads, wholes, alone, strict=True)
+        for head, whole, text in zip(context_texts, joint_texts, answer_texts, strict=True)
     ]
 
 
 def _is_finite(score: object) -> bool:
     try:
         return isinstance(score, numbers.Real) and math.isfinite(score)
-    except OverflowError:  # a whole number beyond every float
+    except OverflowError:  # an integer too large for a float
         return False
 
 
-def _shown(score: object) -> str:
-    """A score in at most 60 characters."""
+def _short_repr(score: object) -> str:
+    """Return a score as text of at most 60 characters."""
     try:
         return f"{score!r:.60}"
-    except ValueError:  # Python writes no whole numbers of thousands of digits
+    except ValueError:  # Python refuses to print integers of thousands of digits
         return f"a {type(score).__name__} of too many digits"
 
 
 def load_function(name: str) -> Callable:
-    """The function that "file.py:function" names.
+    """Load the function that `name`, "file.py:function", names.
 
     Raises:
-        ValueError: no such file or function, or the file does not run; names --reward_fn.
+        ValueError: there is no such file or function, or running the file fails; names --reward_fn.
     """
     file, _, function = name.rpartition(":")
     path = user_path(file)
@@ -293,8 +328,15 @@ def same_tokens(tokenizer, other) -> bool:
 
 
 def reads_actor_tokens(tokenizer, other, *, prompt_format: str, reward_prompt_format: str) -> bool:
-    """Return whether a reward model with the tokenizer `other` reads the very tokens that the actor, with `tokenizer`, has
-    read and written: the same ids, ends and chat template, and no prompt format of its own.
+    """Return whether a reward model can read the token ids of the actor as they are.
+
+    Token ids, end token, chat template and prompt format must be the same.
+
+    Args:
+        tokenizer: the actor's.
+        other: the reward model's.
+        prompt_format: the actor's.
+        reward_prompt_format: the reward model's; "auto" is the actor's.
     """
     return (
         same_tokens(tokenizer, other)
@@ -305,15 +347,16 @@ def reads_actor_tokens(tokenizer, other, *, prompt_format: str, reward_prompt_fo
 
 
 def check_critic_tokenizer(tokenizer, critic_tokenizer, path: str) -> None:
-    """The critic reads the actor's token ids, so it must know them.
+    """Check that the critic knows the actor's token ids, which it reads.
 
     Raises:
         ValueError: it does not; names --critic_model_name_or_path.
     """
     if not same_tokens(tokenizer, critic_tokenizer):
         raise ValueError(
-            f"--critic_model_name_or_path {path}: its tokenizer ({len(critic_tokenizer)} tokens) is not the actor's "
-            f"({len(tokenizer)} tokens), and in step 3 a critic reads the actor's tokens. Name this model by "
-            "--reward_model_name_or_path, where answers are tokenised again, and let the critic start from the actor "
-            "or from a reward model with its tokenizer."
+            f"--critic_model_name_or_path {path}: its tokenizer ({len(critic_tokenizer)} tokens) "
+            f"is not the actor's ({len(tokenizer)} tokens), and in step 3 the critic reads the "
+            "actor's tokens. Give this model as --reward_model_name_or_path, for which answers are "
+            "tokenized again, and let the critic start from the actor or from a reward model with "
+            "the actor's tokenizer."
         )

@@ -1,4 +1,4 @@
-"""From prompts to experience: generation, scoring, rewards, advantages. Nothing here has a gradient."""
+"""From prompts to experience: generation, scoring, rewards and advantages, without gradients."""
 
 from dataclasses import dataclass, replace
 
@@ -26,14 +26,13 @@ class SampledAnswers:
     input_ids: torch.Tensor  # [B, P + R] int64
     attention_mask: torch.Tensor  # [B, P + R] int64
     response_mask: torch.Tensor  # [B, R] bool
-    ended: torch.Tensor  # [B] bool, True where the answer ended by itself, with an EOS
-    sampled_logprobs: torch.Tensor | None = (
-        None  # [B, R] fp32, as the generator saw them, where it tells
-    )
+    ended: torch.Tensor  # [B] bool; True: the answer ended with an EOS
+    # [B, R] fp32: log-probabilities computed by the generator; None if it does not return them.
+    sampled_logprobs: torch.Tensor | None = None
 
     @property
     def tokens(self) -> torch.Tensor:
-        """[B, R] the answers' tokens."""
+        """Token ids of the answers [B, R]."""
         return self.input_ids[:, self.prompts.input_ids.shape[1] :]
 
 
@@ -45,10 +44,13 @@ def sampling_config(
     sampling: PPOSampling = PPOSampling(),
     num_samples: int = 1,
 ) -> GenerationConfig:
-    """A GenerationConfig that says everything, so that neither the model's nor transformers' defaults get a word in.
+    """Return a complete GenerationConfig, so that defaults of model and transformers do not apply.
 
     Args:
-        sampling: default: the plain softmax, at temperature 1.
+        max_new_tokens: length limit of an answer.
+        eos_token_ids: the ids that end an answer.
+        pad_token_id: fills rows after their end.
+        sampling: default: plain softmax sampling at temperature 1.
         num_samples: answers to each prompt.
     """
     return GenerationConfig(
@@ -68,18 +70,25 @@ def sampling_config(
 
 
 def generate(generator, prompts: PromptBatch, *, generation: GenerationConfig) -> SampledAnswers:
-    """Sample `generation.num_return_sequences` answers to each prompt, those of one prompt together.
+    """Sample `generation.num_return_sequences` answers to each prompt.
 
     Args:
-        generator: has ``decode(input_ids, attention_mask, generation) -> Decoded`` (engine/hybrid_engine.py).
+        generator: has ``decode(input_ids, attention_mask, generation) -> Decoded``; see
+            engine/hybrid_engine.py.
+        prompts: on the generator's device.
+        generation: from ``sampling_config``.
+
+    Returns:
+        Answers; those to one prompt are adjacent rows.
     """
     decoded = generator.decode(prompts.input_ids, prompts.attention_mask, generation)
     copies = torch.arange(len(prompts.index), device=prompts.index.device)
     prompts = prompts.rows(copies.repeat_interleave(generation.num_return_sequences))
     mask = response_mask(decoded.tokens, generation.eos_token_id)
-    # A generator may have run on after the last answer ended.
+    # A generator may continue after the last answer has ended.
     longest = int(mask.sum(-1).max())
-    tokens, mask = decoded.tokens[:, :longest], mask[:, :longest]
+    tokens = decoded.tokens[:, :longest]
+    mask = mask[:, :longest]
     tokens = torch.where(mask, tokens, torch.full_like(tokens, generation.pad_token_id))
     final = tokens.gather(-1, last_index(mask)[:, None]).squeeze(-1)
     return SampledAnswers(
@@ -95,7 +104,10 @@ def generate(generator, prompts: PromptBatch, *, generation: GenerationConfig) -
 def answer_logits(
     engine, input_ids: torch.Tensor, attention_mask: torch.Tensor, num_answer_tokens: int
 ) -> torch.Tensor:
-    """[B, R, V]: the logits that predict the last `num_answer_tokens` = R tokens of `input_ids` [B, P + R]."""
+    """Return the logits [B, R, V] that predict the last R tokens of `input_ids` [B, P + R].
+
+    R is `num_answer_tokens`.
+    """
     logits = forward_logits(
         engine,
         engine.module,
@@ -109,7 +121,7 @@ def answer_logits(
 def answer_values(
     engine, input_ids: torch.Tensor, attention_mask: torch.Tensor, num_answer_tokens: int
 ) -> torch.Tensor:
-    """[B, R]: V(s_t), read where token t is about to be chosen: one position before it."""
+    """Return the values V(s_t) [B, R], each read one position before token t."""
     values = engine(input_ids=input_ids, attention_mask=attention_mask)
     return values[:, -num_answer_tokens - 1 : -1]
 
@@ -123,21 +135,25 @@ def make_experience(
     score_std: float,
     kl_coef: float,
 ) -> Experience:
-    """Everything that the updates will read of scored answers.
+    """Compute everything that updates read from scored answers.
 
     Advantages are not whitened yet: that takes all batches of the rollout, see ``whiten``.
 
     Args:
         engines: actor, ref and critic engines (``DeepSpeedRLHFEngine``).
-        scores: [B], in the reward's own units.
-        score_std: scores are divided by it before they are clipped.
+        answers: of one batch.
+        scores: [B], not yet divided by `score_std`.
+        config: of the run.
+        score_std: divisor of the scores, before they are clipped.
+        kl_coef: weight of the KL penalty.
     """
-    ppo, temperature = config.ppo, config.sampling.temperature
-    mask, num_tokens = answers.response_mask, answers.tokens.shape[1]
-    inputs = (answers.input_ids, answers.attention_mask, num_tokens)
+    ppo = config.ppo
+    temperature = config.sampling.temperature
+    mask = answers.response_mask
+    inputs = (answers.input_ids, answers.attention_mask, answers.tokens.shape[1])
     engines.eval()
     with torch.no_grad():
-        # One model's logits at a time: together they would be the step's memory peak.
+        # The logits of one model at a time: those of both would be the memory peak.
         logprobs, _ = token_logprobs(
             answer_logits(engines.actor, *inputs), answers.tokens, temperature=temperature
         )
@@ -180,7 +196,7 @@ def make_experience(
 
 
 def whiten(experience: Experience) -> Experience:
-    """Advantages to mean 0 and standard deviation 1 over the answer tokens of all rows and all processes."""
+    """Normalize advantages to mean 0 and standard deviation 1 over answer tokens of all ranks."""
     totals = dist.all_reduce(moments(experience.advantages, experience.response_mask))
     return replace(
         experience,
@@ -189,7 +205,10 @@ def whiten(experience: Experience) -> Experience:
 
 
 def concatenate(experiences: list[Experience], *, pad_token_id: int) -> Experience:
-    """One Experience of all rows: prompts padded on the left, answers on the right, to the longest of each."""
+    """Concatenate the rows of experiences.
+
+    Prompts are padded on the left and answers on the right, to the longest of each.
+    """
     if len(experiences) == 1:
         return experiences[0]
     num_answer = max(e.response_mask.shape[1] for e in experiences)
@@ -209,7 +228,7 @@ def concatenate(experiences: list[Experience], *, pad_token_id: int) -> Experien
 
 
 def trim(experience: Experience) -> Experience:
-    """Without the columns that are padding in every row; the losses stay the same, the forwards get shorter."""
+    """Remove columns that are padding in every row: losses stay the same, forwards get shorter."""
     num_answer = experience.response_mask.shape[1]
     num_prompt = experience.input_ids.shape[1] - num_answer
     keep = int(experience.response_mask.sum(-1).max())
@@ -225,7 +244,11 @@ def trim(experience: Experience) -> Experience:
 
 
 def exact_kl(engines, answers: SampledAnswers) -> torch.Tensor:
-    """[B] fp32: KL(policy || reference) over the whole vocabulary, summed over each answer's positions, nats."""
+    """Return KL(policy || reference) over the whole vocabulary, summed over each answer.
+
+    Returns:
+        [B] fp32, in nats.
+    """
     inputs = (answers.input_ids, answers.attention_mask, answers.tokens.shape[1])
     with torch.no_grad():
         kl = full_kl(answer_logits(engines.actor, *inputs), answer_logits(engines.ref, *inputs))
@@ -233,11 +256,12 @@ def exact_kl(engines, answers: SampledAnswers) -> torch.Tensor:
 
 
 def print_answers(batches: list[SampledAnswers], scores: torch.Tensor, tokenizer) -> None:
-    """Print prompts, answers and scores of every process, in the order of the ranks; rank 0 prints.
+    """Print prompts, answers and scores of all ranks, in the order of ranks, on rank 0.
 
     Args:
-        batches: this process's answers.
-        scores: [B], of their rows one after the other.
+        batches: the answers of this rank.
+        scores: [B], of the rows of all batches.
+        tokenizer: the actor's.
     """
     start = 0
     for batch in batches:
@@ -249,16 +273,17 @@ def print_answers(batches: list[SampledAnswers], scores: torch.Tensor, tokenizer
             batch.tokens,
             batch.response_mask.long(),
         )
-        # Tensors travel, not text: rows of rank r stand at r, r + world size, ...
+        # Row i of rank r is gathered to i * world size + r.
         gathered = [dist.gather_rows(column).cpu() for column in columns]
         gathered_scores = dist.gather_rows(scores[rows]).tolist()
         if not dist.is_main():
             continue
         for rank in range(dist.world_size()):
             for i in range(rank, len(gathered_scores), dist.world_size()):
-                prompt, prompt_mask, answer, mask = (column[i] for column in gathered)
+                prompt_ids, prompt_mask, answer_ids, mask = (column[i] for column in gathered)
+                prompt = tokenizer.decode(prompt_ids[prompt_mask.bool()], skip_special_tokens=True)
+                answer = tokenizer.decode(answer_ids[mask.bool()], skip_special_tokens=False)
                 logger.info(
                     f"rank {rank}  score {gathered_scores[i]:.3f}\n"
-                    f"  prompt: {tokenizer.decode(prompt[prompt_mask.bool()], skip_special_tokens=True)!r}\n"
-                    f"  answer: {tokenizer.decode(answer[mask.bool()], skip_special_tokens=False)!r}"
+                    f"  prompt: {prompt!r}\n  answer: {answer!r}"
                 )

@@ -1,8 +1,9 @@
-"""One loop for every stage that learns from fixed texts, given an objective.
+"""The training loop of steps 1, 2 and DPO, and the objectives of SFT and reward modelling.
 
-An objective says what a batch weighs, what it loses and how it is evaluated; see ``SFTObjective``,
-``RewardObjective`` and, in dpo.py, ``DPOObjective``. The loop divides each loss sum by the weight of the whole
-optimizer step over all processes, so that the split into processes and micro-batches does not change the gradient.
+An objective gives the loss of a batch, its number of terms and an evaluation; see ``SFTObjective``,
+``RewardObjective`` and, in dpo.py, ``DPOObjective``. The loop divides each loss sum by the number
+of terms of the whole update over all ranks. So the split into ranks and micro-batches does not
+change the gradient.
 """
 
 import math
@@ -29,29 +30,37 @@ class Objective(Protocol):
     name: str
 
     def weight(self, batch) -> torch.Tensor:
-        """Scalar int64: the terms that the batch's loss sum runs over."""
+        """Return the number of terms in the batch's loss sum, a scalar int64."""
 
     def loss_sum(self, engine, batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The loss sum (scalar), and further sums, by their metrics' names, to be averaged over the weight and logged."""
+        """Return the loss summed over terms (a scalar), and further sums to log, by metric name.
+
+        All are averaged over the terms of the update for logging.
+        """
 
     def evaluate(self, engine, loader, num_rows: int) -> dict[str, float]:
-        """Held-out metrics over the first `num_rows` rows of the loader's order."""
+        """Return metrics over the first `num_rows` rows, in the order of the loader."""
 
 
 class SFTObjective:
-    """Cross-entropy of the answers' tokens."""
+    """Cross-entropy over the tokens of answers."""
 
     name = "SFT"
 
     def weight(self, batch: TextBatch) -> torch.Tensor:
+        """Return the number of tokens with a label."""
         return (batch.labels[:, 1:] != -100).sum()
 
-    def loss_sum(self, engine, batch: TextBatch):
+    def loss_sum(self, engine, batch: TextBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Return the cross-entropy summed over tokens; nothing else is logged."""
         nll, _ = self._rows(engine, batch)
         return nll.sum(), {}
 
     def evaluate(self, engine, loader, num_rows: int) -> dict[str, float]:
-        """``eval/loss`` (nats a token) and ``eval/perplexity``, exact over all rows whatever the processes."""
+        """Return ``eval/loss`` (nats per token) and ``eval/perplexity``.
+
+        They do not depend on the number of ranks.
+        """
         rows = evaluate_rows(
             engine, loader, num_rows, lambda batch: torch.stack(self._rows(engine, batch), -1)
         )
@@ -65,22 +74,23 @@ class SFTObjective:
 
 
 class RewardObjective:
-    """Bradley-Terry on the scores of the last tokens."""
+    """The Bradley-Terry loss on scores read at the last token."""
 
     name = "reward"
 
     def weight(self, batch: PairBatch) -> torch.Tensor:
+        """Return the number of pairs."""
         return torch.tensor(batch.input_ids.shape[0] // 2, device=batch.input_ids.device)
 
-    def loss_sum(self, engine, batch: PairBatch):
+    def loss_sum(self, engine, batch: PairBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Return the loss summed over pairs, and the number of pairs in the right order."""
         chosen, rejected = self._scores(engine, batch)
         margins = batch.margins.chunk(2)[0]
-        return pairwise_loss(chosen, rejected, margins=margins).sum(), {
-            "train/accuracy": (chosen > rejected).sum().detach()
-        }
+        loss = pairwise_loss(chosen, rejected, margins=margins).sum()
+        return loss, {"train/accuracy": (chosen > rejected).sum().detach()}
 
     def evaluate(self, engine, loader, num_rows: int) -> dict[str, float]:
-        """``eval/accuracy`` (a tie is an error), ``eval/loss``, and the scores' means and margin."""
+        """Return ``eval/accuracy`` (a tie counts as wrong), ``eval/loss`` and the mean scores."""
         rows = evaluate_rows(
             engine, loader, num_rows, lambda batch: torch.stack(self._scores(engine, batch), -1)
         )
@@ -94,7 +104,7 @@ class RewardObjective:
         }
 
     def _scores(self, engine, batch: PairBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        # Pairs are padded on the right, so attention needs no mask.
+        # Pairs are padded on the right, so causal attention needs no mask.
         values = engine(input_ids=batch.input_ids, attention_mask=None)
         return pool_last(values, batch.attention_mask).chunk(2)
 
@@ -112,16 +122,23 @@ def train_supervised(
     log_interval_s: float = 5.0,
     print_loss: bool = False,
 ) -> None:
-    """Train `engine` for `total_steps` optimizer steps, evaluating before, between and after.
+    """Train `engine` for `total_steps` updates; evaluate before, between and after them.
 
     Args:
+        engine: the DeepSpeed engine.
+        objective: the loss and the evaluation.
         run: gives the batches, and after each update may save the run or stop it.
         eval_loader: in the data set's order.
-        num_eval_rows: how many of its rows are the data set's own; what wraps around after them is not counted.
-        eval_interval: optimizer steps between evaluations; 0: after every epoch.
+        num_eval_rows: rows of the evaluation set; rows after them wrap around and are not counted.
+        total_steps: updates of the whole run.
+        metrics: gets the metrics of each update.
+        eval_interval: updates between evaluations; 0: evaluate after every epoch.
+        log_interval_s: seconds between progress lines.
+        print_loss: log the loss of every update.
 
     Raises:
-        ValueError: the loss is not finite (the step is not taken).
+        ValueError: the loss is not finite; the weights are as before.
+        Stopped: a signal was received; the state has been saved if possible.
     """
     if run.step == 0:
         evaluated = objective.evaluate(engine, eval_loader, num_eval_rows)
@@ -132,15 +149,17 @@ def train_supervised(
     windows = run.windows()
     with run:
         while run.step < total_steps:
-            window, step, epoch = next(windows), run.step + 1, run.step // run.steps_per_epoch + 1
+            window = next(windows)
+            epoch = run.step // run.steps_per_epoch + 1
+            step = run.step + 1
             values = run_update(engine, objective, window, step)
             if step == total_steps or step % evaluate_every == 0:
                 values |= objective.evaluate(engine, eval_loader, num_eval_rows)
-                _report_evaluation(objective, f"step {step}", values)
+                _report_evaluation(objective, f"update {step}", values)
             metrics.write(step, values)
             if print_loss:
-                logger.info(f"epoch {epoch}, step {step}, loss {values['train/loss']:.6f}")
-            progress.update(step, _shown(values))
+                logger.info(f"epoch {epoch}, update {step}, loss {values['train/loss']:.6f}")
+            progress.update(step, _progress_fields(values))
             run.end_step(last=step == total_steps)
 
 
@@ -178,8 +197,8 @@ def run_update(engine, objective: Objective, window: list, step: int) -> dict[st
     *totals, all_weight, all_tokens = check.measured
     if not math.isfinite(totals[0]):
         raise ValueError(
-            f"The loss of update {step}, summed over ranks, is {totals[0]}. Lower --learning_rate, "
-            "or take --dtype bf16 or fp32 instead of fp16."
+            f"The loss of update {step}, summed over ranks, is {totals[0]}. Lower --learning_rate; "
+            "instead of --dtype fp16, take bf16 or fp32."
         )
     check.step()
     seconds = time.monotonic() - started
@@ -194,20 +213,35 @@ def run_update(engine, objective: Objective, window: list, step: int) -> dict[st
 
 
 def answer_nll(engine, batch: TextBatch | PairBatch) -> tuple[torch.Tensor, torch.Tensor]:
-    """The negative log-likelihood of each row's labels [B], fp32, and their number [B]; see ``lm_loss_rows``."""
+    """Return the negative log-likelihood of the labels of each row, and their number.
+
+    Returns:
+        [B] fp32 and [B] int64; see ``lm_loss_rows``.
+    """
     logits = forward_logits(engine, engine.module, input_ids=batch.input_ids, attention_mask=None)
     return lm_loss_rows(logits, batch.labels)
 
 
-def evaluate_rows(engine, loader, num_rows: int, rows_of) -> torch.Tensor:
-    """[num_rows, C] float64: `rows_of(batch)` [B, C] of all processes' batches, in the data set's order."""
+def evaluate_rows(engine, loader, num_rows: int, columns_of) -> torch.Tensor:
+    """Evaluate a function of batches on all ranks.
+
+    Args:
+        engine: switched to evaluation.
+        loader: batches of this rank.
+        num_rows: rows of the data set.
+        columns_of: returns C numbers for each row of a batch, [B, C].
+
+    Returns:
+        [num_rows, C] float64, in the order of the data set, on every rank.
+    """
     engine.eval()
     with torch.no_grad():
-        local = torch.cat([rows_of(batch.to(engine.device)).double() for batch in loader])
+        local = torch.cat([columns_of(batch.to(engine.device)).double() for batch in loader])
     return dist.gather_rows(local, num_rows)
 
 
-def _shown(values: dict[str, float]) -> dict[str, str]:
+def _progress_fields(values: dict[str, float]) -> dict[str, str]:
+    """Return the fields of the progress line."""
     shown = {"loss": f"{values['train/loss']:.3f}"}
     for key in ("train/accuracy", "rewards/accuracy"):
         if key in values:

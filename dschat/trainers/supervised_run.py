@@ -1,4 +1,4 @@
-"""The setup and the saving that steps 1, 2 and DPO share; the mains show the order."""
+"""Setup and saving in steps 1, 2 and DPO; the mains call these functions in order."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,22 +35,30 @@ from dschat.trainers.supervised import Objective, train_supervised
 
 @dataclass(frozen=True)
 class SupervisedRun:
-    """A supervised step that has joined its processes and loaded its tokenizer, but no model yet."""
+    """A run of step 1, 2 or DPO, with process group and tokenizer but without a model."""
 
-    number: int
-    config: Any  # the step's: SFTConfig, RewardConfig or DPOConfig
+    number: int  # of the step
+    config: Any  # SFTConfig, RewardConfig or DPOConfig
     device: torch.device
     dtype: str
     tokenizer: object
     end_token_id: int
-    checkpoint: Checkpoint | None  # what the run resumes from
+    checkpoint: Checkpoint | None  # to resume from
 
 
 def start_run(config, *, number: int) -> SupervisedRun:
-    """Join the process group, seed, check the output folder, load the tokenizer and show the memory plan.
+    """Set up everything that a run needs before its data and its model.
+
+    Joins the process group, checks the output folder, looks for a checkpoint, seeds, loads the
+    tokenizer and logs the memory plan.
+
+    Args:
+        config: SFTConfig, RewardConfig or DPOConfig.
+        number: of the step.
 
     Raises:
-        ValueError: the tokenizer, the output folder or the checkpoint cannot be used, or the run does not fit the GPU.
+        ValueError: the tokenizer, the output folder or the checkpoint cannot be used, or the run
+            does not fit the GPU.
     """
     device = start_processes(config.run.local_rank)
     announce(config)
@@ -80,10 +88,16 @@ def train_run(
     eval_interval: int = 0,
     print_loss: bool = False,
 ) -> torch.nn.Module:
-    """Load the model, train it and return it (still inside its engine, LoRA and ZeRO partitions).
+    """Load the model, train it and return it, with LoRA adapters and in its ZeRO partitions.
 
     Args:
+        run: from ``start_run``.
+        objective: the loss and the evaluation.
         load_model: ``load_causal_lm`` or ``load_reward_model``.
+        train_loader: training rows of this rank.
+        eval_loader: held-out rows of this rank.
+        eval_interval: updates between evaluations; 0: evaluate after every epoch.
+        print_loss: log the loss of every update.
     """
     config = run.config
     schedule = config.schedule
@@ -123,7 +137,13 @@ def train_run(
 
 
 def save_run(run: SupervisedRun, model: torch.nn.Module, tokenizer=None) -> None:
-    """Write the model folder into --output_dir, beside metrics.jsonl and run.json. Every process must call it."""
+    """Save the model to --output_dir, beside metrics.jsonl and run.json. Every rank must call it.
+
+    Args:
+        run: from ``start_run``.
+        model: from ``train_run``; of a reward model the transformers model inside it.
+        tokenizer: saved with the model; default: the run's.
+    """
     if run.config.run.output_dir is not None:
         save_model(model, tokenizer or run.tokenizer, Path(run.config.run.output_dir))
 
@@ -131,11 +151,13 @@ def save_run(run: SupervisedRun, model: torch.nn.Module, tokenizer=None) -> None
 def build_engine(
     run: SupervisedRun, load_model, *, total_steps: int, tensorboard: str | None = None
 ):
-    """The engine around the step's model, which `load_model` loads.
+    """Load the model and build its DeepSpeed engine.
 
     Args:
-        total_steps: optimizer steps of the run, the schedule's length.
-        tensorboard: folder of the engine's own events; None: none.
+        run: from ``start_run``.
+        load_model: ``load_causal_lm`` or ``load_reward_model``.
+        total_steps: updates of the run, the length of the learning-rate schedule.
+        tensorboard: folder of DeepSpeed's events; None: no events.
     """
     config = run.config
     ds_config = training_config(
@@ -171,10 +193,13 @@ def build_engine(
 def load_start(
     run: SupervisedRun, load_model, ds_config: dict, *, dropout: float | None
 ) -> torch.nn.Module:
-    """The model that the step starts from, for an engine of `ds_config`; under ZeRO-3 in its partitions.
+    """Load the initial model for an engine of `ds_config`; under ZeRO-3 it is partitioned.
 
     Args:
-        dropout: every dropout probability; None: the model's own.
+        run: from ``start_run``.
+        load_model: ``load_causal_lm`` or ``load_reward_model``.
+        ds_config: the DeepSpeed configuration.
+        dropout: every dropout probability; None: that of the model's configuration.
     """
     model = run.config.model
     logger.info(f"loading {model.model_name_or_path} in {run.dtype} on {run.device}")

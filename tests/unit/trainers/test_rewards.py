@@ -111,7 +111,7 @@ def test_a_failing_function_names_the_prompt_that_caused_it(function, words):
 
 
 def test_looking_for_the_culprit_of_a_slow_function_ends(monkeypatch):
-    monkeypatch.setattr("dschat.trainers.rewards.BLAME_S", -1.0)
+    monkeypatch.setattr("dschat.trainers.rewards.CULPRIT_SEARCH_S", -1.0)
     with pytest.raises(
         RewardFailure, match="no such key.*on 2 answers, the first of them to the prompt 'one'"
     ):
@@ -183,7 +183,7 @@ def test_a_template_that_refuses_a_prompt_is_a_failure_of_the_reward_that_names_
     )
     with pytest.raises(
         RewardFailure,
-        match="m cannot be shown the prompt 'one'.*no system here.*--reward_prompt_format",
+        match="reward model m cannot read the prompt 'one'.*no system here.*--reward_prompt_format",
     ):
         weighted(reward)(make_answers())
 
@@ -203,7 +203,7 @@ def test_a_prompt_that_cannot_be_shown_keeps_no_process_from_the_forward():
         )
         return torch.zeros(input_ids.shape)
 
-    with pytest.raises(RewardFailure, match="m cannot be shown the prompt 'two'.*not two"):
+    with pytest.raises(RewardFailure, match="reward model m cannot read the prompt 'two'.*not two"):
         weighted(RetokenisedReward(engine, "m", other, prompt_format="chat"))(make_answers())
     assert seen == [["<s>[user]one[assistant]ab</s>", "</s>"]]
 
