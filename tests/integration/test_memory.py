@@ -274,10 +274,10 @@ def supervised_int8(step: int, ranks: int):
     argv = (
         f"--model_name_or_path {{stock}}/{kind}/llama --data_path {{stock}}/toy "
         f"--data_split {share} --max_seq_len 48 "
-        "--max_train_steps 6 --lora_dim 4 --lora_alpha 16 --lora_learning_rate 1e-2 "
+        "--max_train_steps 12 --lora_dim 4 --lora_alpha 16 --lora_learning_rate 1e-2 "
         "--only_optimize_lora --dtype fp32 "
         "--enable_mixed_precision_lora --zero_stage 3 --deepspeed_config {stock}/pieces.json "
-        "--per_device_train_batch_size 4 --per_device_eval_batch_size 4"
+        "--per_device_train_batch_size 8 --per_device_eval_batch_size 4"
     )
     case = Case(f"int8-step{step}-x{ranks}", ranks=ranks, step=step, argv=argv)
     return pytest.param(case, kind, id=case.name, marks=pytest.mark.cases(case))
