@@ -1,13 +1,16 @@
-"""Tokens a second of the ways to generate, on random weights of a named shape.
+"""Measure the tokens per second of each way to generate, on random weights of a named shape.
 
-    python scripts/bench_generation.py --shape llama-2-7b --batch 16 --paths compiled graph plain zero3
-    python scripts/bench_generation.py --shape llama-2-13b --gpus 2 --paths zero3 zero3-compiled zero3-tp
+    python scripts/bench_generation.py --shape llama-2-7b --batch 16 --paths compiled graph plain
+    python scripts/bench_generation.py --shape llama-2-13b --gpus 2 --paths zero3-compiled zero3-tp
 
-Each path answers the same random prompts of --prompt tokens with --answer sampled tokens that never end. A row tells the
-milliseconds of a decode step (prefill apart), tokens a second, and the share of the limit: the time to read all weights
-and the mean key-value cache once at the copy bandwidth that is measured first. Paths under ZeRO-3 also run on several GPUs,
-each with --batch prompts of its own; their weights are gathered for every rollout, as after an update, and a row tells the
-gather's share of it. With --json all rows, hardware and versions go to a file; --profile adds the kernels of one decode
+Each path answers the same random prompts of --prompt tokens with --answer sampled tokens; no answer
+ends early. A row has the milliseconds of a decode step (without the prefill), the tokens per
+second, and the share of the limit. The limit is the time to read all weights and the mean key-value
+cache once, at the copy bandwidth that is measured first.
+
+Paths under ZeRO-3 also run on several GPUs, with --batch prompts on each. Their weights are
+gathered for every rollout, as after an update, and a row has the gather's share of the rollout.
+--json writes all rows, hardware and versions to a file. --profile adds the kernels of a decode
 step.
 """
 
@@ -34,9 +37,9 @@ from dschat.generation.tensor_parallel import split_problems, tensor_group  # no
 from dschat.models.families import shape_config  # noqa: E402
 from dschat.runtime import dist  # noqa: E402
 from dschat.runtime.files import write_json  # noqa: E402
-from dschat.runtime.hardware import hardware, versions
+from dschat.runtime.hardware import hardware, versions  # noqa: E402
 from dschat.runtime.log import set_up_logging  # noqa: E402
-from dschat.tracking.table import table
+from dschat.tracking.table import table  # noqa: E402
 from scripts.bench_training_memory import launcher  # noqa: E402
 
 PATHS = {
@@ -48,10 +51,11 @@ PATHS = {
     "zero3-compiled": "Hybrid Engine under ZeRO-3, compiled",
     "zero3-tp": "Hybrid Engine under ZeRO-3, tensor parallel",
 }
-SLOW_STEPS = 32  # answer tokens of the paths that would take minutes
+SLOW_STEPS = 32  # answer tokens of the path that would take minutes
 
 
 def parse_args() -> argparse.Namespace:
+    """Parse and check the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -64,7 +68,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--paths", nargs="+", default=["compiled", "graph", "plain"], choices=PATHS)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument(
-        "--repeats", type=int, default=3, help="rollouts that are timed; the fastest counts"
+        "--repeats", type=int, default=3, help="number of timed rollouts; the fastest counts"
     )
     parser.add_argument("--json", type=Path, help="file for the rows")
     parser.add_argument(
@@ -76,20 +80,20 @@ def parse_args() -> argparse.Namespace:
         "--gpus",
         type=int,
         default=1,
-        help="processes, each with its GPU (or, without any, on the CPU)",
+        help="ranks, each on one GPU (without GPUs, on the CPU)",
     )
     parser.add_argument(
-        "--inference_tp_size", type=int, help="processes of a group of zero3-tp (default: all)"
+        "--inference_tp_size", type=int, help="ranks of a zero3-tp group (default: all)"
     )
-    parser.add_argument(
-        "--local_rank", type=int, default=-1, help=argparse.SUPPRESS
-    )  # of the launcher
+    # The launcher sets this one.
+    parser.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.inference_tp_size = args.inference_tp_size or args.gpus
     alone = [path for path in args.paths if not path.startswith("zero3")]
     if args.gpus > 1 and alone:
         parser.error(
-            f"--paths {' '.join(alone)}: on several GPUs only paths under ZeRO-3 tell more than on one."
+            f"--paths {' '.join(alone)}: on several GPUs only paths under ZeRO-3 differ from one "
+            "GPU. Leave these out, or use --gpus 1."
         )
     if "zero3-tp" in args.paths:
         if args.inference_tp_size == 1:
@@ -102,16 +106,16 @@ def parse_args() -> argparse.Namespace:
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes a second of a large copy on the device, read and written."""
-    source = torch.empty(
-        2**30 if device.type == "cuda" else 2**26, dtype=torch.uint8, device=device
-    )
+    """Measure a large copy on the device; return the bytes per second, read and written."""
+    size = 2**30 if device.type == "cuda" else 2**26
+    source = torch.empty(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return 2 * source.nbytes / min(timed(lambda: target.copy_(source), device) for _ in range(10))
+    seconds = min(timed(lambda: target.copy_(source), device) for _ in range(10))
+    return 2 * source.nbytes / seconds
 
 
 def timed(call, device: torch.device) -> float:
-    """Seconds of a call, the device's work included."""
+    """Return the seconds of a call, including the device's work."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     started = time.perf_counter()
@@ -122,15 +126,15 @@ def timed(call, device: torch.device) -> float:
 
 
 def random_model(args: argparse.Namespace, device: torch.device) -> torch.nn.Module:
-    """The shape with random weights, made on the device."""
+    """Return a model of the shape with random weights, made on the device."""
+    config = shape_config(args.shape)
     with torch.device(device):
-        return AutoModelForCausalLM.from_config(
-            shape_config(args.shape), dtype=getattr(torch, args.dtype)
-        ).eval()
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, args.dtype))
+        return model.eval()
 
 
 def make_generator(path: str, model: torch.nn.Module, device: torch.device, tp_size: int):
-    """The generator of a path, on `model` or on a ZeRO-3 engine around it."""
+    """Return the generator of a path, on `model` or on a ZeRO-3 engine around it."""
     if path.startswith("zero3"):
         config = inference_config(
             SystemOptions(zero_stage=3),
@@ -140,7 +144,7 @@ def make_generator(path: str, model: torch.nn.Module, device: torch.device, tp_s
         )
         engine = build_inference_engine(model, ds_config=config)
     else:
-        # Generators ask an engine for no more than this.
+        # Generators use no more of an engine than this.
         engine = SimpleNamespace(
             module=model,
             device=device,
@@ -157,13 +161,15 @@ def make_generator(path: str, model: torch.nn.Module, device: torch.device, tp_s
 
 
 def dtype_name(model: torch.nn.Module) -> str:
+    """Return the name of the model's dtype as flags spell it."""
     return {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[model.dtype]
 
 
 def measure(
     path: str, model, args: argparse.Namespace, batch: int, device: torch.device, bandwidth: float
 ) -> dict:
-    """One row."""
+    """Measure a path and return its row."""
+    under_zero3 = path.startswith("zero3")
     num_new = min(SLOW_STEPS, args.answer) if path == "zero3" else args.answer
     generation = GenerationConfig(
         do_sample=True,
@@ -174,7 +180,8 @@ def measure(
         pad_token_id=0,
         eos_token_id=[],
     )
-    generation.num_return_sequences, generation.min_new_tokens = 1, 0
+    generation.num_return_sequences = 1
+    generation.min_new_tokens = 0
     torch.manual_seed(dist.rank())
     vocab = model.config.vocab_size
     ids = torch.randint(3, vocab, (batch, args.prompt), device=device)
@@ -183,7 +190,8 @@ def measure(
     gathers = []
 
     def rollout() -> None:
-        generator.engine.global_steps += 1  # as an update does; what the engine has gathered is old
+        # As an update does: the weights that the engine has gathered are out of date.
+        generator.engine.global_steps += 1
         generator.decode(ids, mask, generation)
         gathers.append(generator.metrics().get("time/gather_s", 0.0))
 
@@ -191,22 +199,22 @@ def measure(
     gathers.clear()
     rollouts = [timed(rollout, device) for _ in range(args.repeats)]
     fastest = rollouts.index(min(rollouts))
-    prefill_s = (
-        min(timed(lambda: run_prefill(model, ids, mask), device) for _ in range(2))
-        if path[:5] != "zero3"
-        else 0.0
-    )
+    prefill_s = 0.0
+    if not under_zero3:
+        prefill_s = min(timed(lambda: run_prefill(model, ids, mask), device) for _ in range(2))
     step_s = (min(rollouts) - prefill_s) / max(num_new - 1, 1)
-    weights = sum(p.numel() for p in model.parameters() if p.dim() > 0) * model.dtype.itemsize
-    if path.startswith("zero3"):
-        weights = (
-            sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
-            * model.dtype.itemsize
-        )
+    if under_zero3:
+        num_weights = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+    else:
+        num_weights = sum(p.numel() for p in model.parameters() if p.dim() > 0)
+    weights = num_weights * model.dtype.itemsize
+    if path == "zero3-tp":
+        # A group of N ranks splits each layer N ways; the cache has an Nth of the heads for N times
+        # the rows.
+        weights /= args.inference_tp_size
     mean_length = args.prompt + num_new // 2
     cache = cache_bytes(model.config, rows=batch, length=mean_length, itemsize=model.dtype.itemsize)
-    # A group of N holds an Nth of the layers, and the cache of an Nth of the heads for N times the rows.
-    limit_s = (weights / (args.inference_tp_size if path == "zero3-tp" else 1) + cache) / bandwidth
+    limit_s = (weights + cache) / bandwidth
     row = {
         "path": path,
         "shape": args.shape,
@@ -235,14 +243,20 @@ def measure(
 
 
 def run_prefill(model, ids, mask) -> None:
+    """Read the prompts into a new cache."""
+
+    def make_cache(shapes) -> SlotCache:
+        return SlotCache(shapes, rows=len(ids), length=ids.shape[1] + 1)
+
     with torch.no_grad():
-        rows, length = len(ids), ids.shape[1] + 1
-        make_cache = lambda shapes: SlotCache(shapes, rows=rows, length=length)  # noqa: E731
         prefill_slots(model, ids, mask, copies=1, make_cache=make_cache)
 
 
 def profile(generator, ids, mask, generation) -> list[dict]:
-    """Kernels of a rollout by their total time, in microseconds a decode step."""
+    """Print and return the kernels of a rollout with the most time.
+
+    Times are microseconds per decode step.
+    """
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
 
@@ -253,90 +267,72 @@ def profile(generator, ids, mask, generation) -> list[dict]:
     steps = generation.max_new_tokens - 1
     rows = [
         {
-            "kernel": e.key[:90],
-            "us_per_step": e.self_device_time_total / steps,
-            "calls_per_step": e.count / steps,
+            "kernel": event.key[:90],
+            "us_per_step": event.self_device_time_total / steps,
+            "calls_per_step": event.count / steps,
         }
-        for e in events
+        for event in events
     ]
-    print(
-        table(
-            [[r["kernel"], f"{r['us_per_step']:.1f}", f"{r['calls_per_step']:.1f}"] for r in rows],
-            header=["kernel", "us", "calls"],
-        )
-    )
+    cells = [
+        [row["kernel"], f"{row['us_per_step']:.1f}", f"{row['calls_per_step']:.1f}"] for row in rows
+    ]
+    print(table(cells, header=["kernel", "us", "calls"]))
     return rows
 
 
 def main() -> int:
+    """Measure the paths, or launch this script on several GPUs."""
     args = parse_args()
     if args.gpus > 1 and args.local_rank < 0:
-        return subprocess.run(
-            [*launcher(args.gpus), __file__, *sys.argv[1:]], check=False
-        ).returncode
+        command = [*launcher(args.gpus), __file__, *sys.argv[1:]]
+        return subprocess.run(command, check=False).returncode
     device = start_processes(args.local_rank)
     set_up_logging()
     bandwidth = copy_bandwidth(device)
     model = random_model(args, device)
     rows = []
-    # A model that ZeRO-3 has partitioned is good for nothing else.
+    # ZeRO-3 comes last: a model that it has partitioned cannot run otherwise.
     for path in sorted(args.paths, key=lambda path: path.startswith("zero3")):
         for batch in args.batch:
-            rows.append(measure(path, model, args, batch, device, bandwidth))
+            row = measure(path, model, args, batch, device, bandwidth)
+            rows.append(row)
             gc.collect()
             if dist.is_main():
-                print(
-                    {
-                        key: round(v, 3) if isinstance(v, float) else v
-                        for key, v in rows[-1].items()
-                        if key != "kernels"
-                    },
-                    flush=True,
-                )
+                shown = {}
+                for key, value in row.items():
+                    if key != "kernels":
+                        shown[key] = round(value, 3) if isinstance(value, float) else value
+                print(shown, flush=True)
     if dist.is_main():
         report(rows, args, bandwidth)
     return 0
 
 
 def report(rows: list[dict], args: argparse.Namespace, bandwidth: float) -> None:
-    """The table, and the file."""
-    print(f"copy bandwidth {bandwidth / 1e12:.2f} TB/s, {args.gpus} process(es)")
-    shown = [
+    """Print the table, and write the rows to the file of --json."""
+    print(f"copy bandwidth {bandwidth / 1e12:.2f} TB/s, {args.gpus} rank(s)")
+    cells = [
         [
-            PATHS[r["path"]],
-            str(r["batch"]),
-            f"{r['ms_per_step']:.2f}",
-            f"{r['tokens_per_s']:.0f}",
-            f"{r['limit_ms']:.2f}",
-            f"{100 * r['share_of_limit']:.0f}%",
-            f"{100 * r['gather_share']:.1f}%",
+            PATHS[row["path"]],
+            str(row["batch"]),
+            f"{row['ms_per_step']:.2f}",
+            f"{row['tokens_per_s']:.0f}",
+            f"{row['limit_ms']:.2f}",
+            f"{100 * row['share_of_limit']:.0f}%",
+            f"{100 * row['gather_share']:.1f}%",
         ]
-        for r in rows
+        for row in rows
     ]
-    print(
-        table(
-            shown,
-            header=[
-                args.shape,
-                "batch",
-                "ms a step",
-                "tokens/s",
-                "limit, ms",
-                "of the limit",
-                "gather",
-            ],
-        )
-    )
+    header = [args.shape, "batch", "ms/step", "tokens/s", "limit, ms", "of the limit", "gather"]
+    print(table(cells, header=header))
     if args.json:
-        write_json(
-            args.json,
-            {
-                "rows": rows,
-                "copy_bandwidth": bandwidth,
-                "hardware": hardware(),
-                "versions": versions(),
-            },
-        )
+        record = {
+            "rows": rows,
+            "copy_bandwidth": bandwidth,
+            "hardware": hardware(),
+            "versions": versions(),
+        }
+        write_json(args.json, record)
 
 
 if __name__ == "__main__":
