@@ -1,4 +1,7 @@
-"""Masks over answers, and means under them. Lengths decide, never ``token != pad``: pad and EOS may be one token."""
+"""Masks over responses, and statistics under them.
+
+Lengths decide, never ``token != pad``: pad and EOS may be the same token.
+"""
 
 from collections.abc import Iterable
 
@@ -23,23 +26,26 @@ def response_mask(tokens: torch.Tensor, eos_token_ids: Iterable[int]) -> torch.T
 
 
 def last_index(mask: torch.Tensor) -> torch.Tensor:
-    """[B] int64: the last position where `mask` [B, T] holds; 0 for a row where it never does."""
+    """Return the last True position [B] int64 of each row of `mask` [B, T], 0 if there is none."""
     positions = torch.arange(mask.shape[-1], device=mask.device)
     return (positions * (mask != 0)).argmax(-1)
 
 
 def pool_last(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """[B]: `values` [B, T] at the last position where `mask` [B, T] holds: a reward model's score."""
+    """Return `values` [B, T] at the last True position of `mask` [B, T], as [B].
+
+    This is a reward model's score.
+    """
     return values.gather(-1, last_index(mask)[:, None]).squeeze(-1)
 
 
 def masked_sum(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Scalar: the sum of `values` where `mask` holds; values elsewhere, NaN included, have no influence."""
+    """Sum `values` under `mask` to a scalar; values outside, NaN included, have no influence."""
     return torch.where(mask.bool(), values, torch.zeros_like(values)).sum()
 
 
 def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Scalar: the mean of `values` where `mask` holds; NaN for an empty mask."""
+    """Average `values` under `mask` to a scalar; NaN for an empty mask."""
     return masked_sum(values, mask) / mask.bool().sum()
 
 
@@ -52,7 +58,7 @@ def moments(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 def mean_and_std(totals: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and (biased) standard deviation from ``moments``."""
+    """Return the mean and (biased) standard deviation from ``moments``."""
     count, total, squares = totals
     mean = total / count
     return mean, (squares / count - mean * mean).clamp(min=0).sqrt()
@@ -61,7 +67,7 @@ def mean_and_std(totals: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def masked_whiten(
     values: torch.Tensor, mask: torch.Tensor, totals: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """(values - mean) / std under `mask`, and 0 elsewhere.
+    """Return (values - mean) / std under `mask`, and 0 elsewhere.
 
     Args:
         values: [B, R].
