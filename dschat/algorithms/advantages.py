@@ -1,4 +1,4 @@
-"""From scores to advantages."""
+"""Token rewards and advantages, computed from scores."""
 
 import torch
 
@@ -14,7 +14,7 @@ def shape_rewards(
     reward_clip: float,
     penalties: torch.Tensor | float = 0.0,
 ) -> torch.Tensor:
-    """r_t = -kl_coef * KL_t on every answer token, plus the clipped score less the penalty on the last one.
+    """Return r_t = -kl_coef * KL_t on every answer token, plus the clipped score less the penalty on the last one.
 
     Ouyang et al. 2022 (InstructGPT), equation 2, with the KL per token as in Ziegler et al. 2019; the clip of the
     score is DeepSpeed-Chat's. KL and penalties are not clipped.
@@ -36,7 +36,7 @@ def shape_rewards(
 def gae(
     rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, *, gamma: float, lam: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Generalised advantage estimation (Schulman et al. 2016, equations 11 and 16).
+    """Compute the generalised advantage estimate (Schulman et al. 2016, equations 11 and 16).
 
     delta_t = r_t + gamma * V_{t+1} - V_t;  A_t = delta_t + gamma * lam * A_{t+1};  V is 0 after the last token.
 
@@ -63,7 +63,7 @@ def gae(
 def group_advantages(
     rewards: torch.Tensor, mask: torch.Tensor, *, estimator: str, num_samples: int, gamma: float
 ) -> torch.Tensor:
-    """Advantages from the other answers to the same prompt, without a critic.
+    """Compute advantages from the other answers to the same prompt, without a critic.
 
     With R_i the sum of the rewards of answer i, KL penalty included, and the group its `num_samples` answers:
     ``rloo``: R_i minus the mean R of the others (Ahmadian et al. 2024, equation 8), the same at every token.

@@ -8,7 +8,7 @@ import torch
 def kl_estimate(
     logprobs: torch.Tensor, ref_logprobs: torch.Tensor, estimator: str = "k1"
 ) -> torch.Tensor:
-    """Per-token estimate of KL(policy || reference) on tokens sampled from the policy.
+    """Estimate the per-token KL(policy || reference) on tokens sampled from the policy.
 
     With x = log p - log ref (J. Schulman, "Approximating KL Divergence", 2020):
     k1 = x, unbiased, may be negative; k2 = x^2 / 2, biased, low variance; k3 = exp(-x) - 1 + x, unbiased, never
@@ -32,11 +32,11 @@ def kl_estimate(
 
 @dataclass
 class KLController:
-    """The coefficient of the KL penalty: fixed, or adaptive where a target is given.
+    """The coefficient of the KL penalty: fixed, or adaptive if a target is given.
 
     Adaptive (Ziegler et al. 2019, "Fine-Tuning Language Models from Human Preferences", section 2.2):
-    error = clip(KL / target - 1, -0.2, 0.2); coefficient *= 1 + error * answers / horizon. A rollout of more answers than
-    the horizon moves it as one of the horizon's: the factor stays between 0.8 and 1.2.
+    error = clip(KL / target - 1, -0.2, 0.2); coefficient *= 1 + error * answers / horizon.
+    A rollout of more answers than the horizon counts as one of exactly the horizon: the factor stays between 0.8 and 1.2.
     """
 
     coef: float

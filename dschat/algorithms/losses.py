@@ -8,7 +8,7 @@ from dschat.algorithms.masks import masked_sum
 
 
 def lm_loss_rows(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Next-token negative log-likelihood per row.
+    """Compute the next-token negative log-likelihood per row.
 
     Args:
         logits: [B, T, V]; position t predicts ``labels[:, t + 1]``.
@@ -48,7 +48,9 @@ def pairwise_loss(
 def dpo_loss(
     chosen_rewards: torch.Tensor, rejected_rewards: torch.Tensor, *, label_smoothing: float
 ) -> torch.Tensor:
-    """[B]: -(1 - e) log sigmoid(r_w - r_l) - e log sigmoid(r_l - r_w), with e = `label_smoothing`.
+    """Return -(1 - e) log sigmoid(r_w - r_l) - e log sigmoid(r_l - r_w), as [B].
+
+    Here e is `label_smoothing`.
 
     Rafailov et al. 2023 (DPO), equation 7, on the implicit rewards of ``implicit_rewards``; with e > 0 its conservative
     form for preferences of which a share e is the wrong way round (E. Mitchell, "A note on DPO with noisy preferences &
@@ -61,7 +63,10 @@ def dpo_loss(
 def implicit_rewards(
     logprobs: torch.Tensor, ref_logprobs: torch.Tensor, *, beta: float
 ) -> torch.Tensor:
-    """[B]: beta * (log pi(y | x) - log ref(y | x)), of whole answers [B] (Rafailov et al. 2023, section 4)."""
+    """Return beta * (log pi(y | x) - log ref(y | x)) of whole answers, as [B].
+
+    Rafailov et al. 2023, section 4.
+    """
     return beta * (logprobs - ref_logprobs)
 
 
@@ -73,7 +78,9 @@ def policy_loss(
     *,
     cliprange: float,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """PPO's clipped objective (Schulman et al. 2017, equation 7), negated and summed over answer tokens.
+    """Compute PPO's clipped objective, negated and summed over answer tokens.
+
+    Schulman et al. 2017, equation 7.
 
     Args:
         logprobs, old_logprobs, advantages: [B, R].
@@ -124,7 +131,10 @@ def value_loss(
 
 
 def explained_variance(totals: torch.Tensor) -> float:
-    """1 - Var(R - V) / Var(R), from ``value_moments`` summed over ranks; NaN where the returns are constant."""
+    """Return 1 - Var(R - V) / Var(R), from ``value_moments`` summed over ranks.
+
+    NaN if the returns are constant.
+    """
     count, total, squares, error_total, error_squares = totals.tolist()
     variance = squares / count - (total / count) ** 2
     error_variance = error_squares / count - (error_total / count) ** 2
@@ -132,7 +142,10 @@ def explained_variance(totals: torch.Tensor) -> float:
 
 
 def value_moments(values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """[5] float64: count, sum and squares of the returns, sum and squares of (returns - values), under `mask`."""
+    """Return [5] float64 moments under `mask`.
+
+    Count, sum and squares of the returns, then sum and squares of (returns - values).
+    """
     returns, errors = returns.double(), (returns - values).double()
     sums = [masked_sum(x, mask) for x in (returns, returns**2, errors, errors**2)]
     return torch.stack([mask.bool().sum().double(), *sums])
