@@ -12,14 +12,13 @@ from dschat.trainers.supervised_run import save_run, start_run, train_run
 
 
 def main() -> None:
+    """Run step 1."""
     config = parse_config(SFTConfig)
     if config.run.dry_run:
         return dry_run(config)
     run = start_run(config, number=1)
     train_data, eval_data = build_sft_data(
-        config.data,
-        run.tokenizer,
-        end_token_id=run.end_token_id,
+        config.data, run.tokenizer, end_token_id=run.end_token_id
     )
     train_loader, eval_loader = make_loaders(
         train_data,

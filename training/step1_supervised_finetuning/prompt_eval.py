@@ -1,4 +1,4 @@
-"""Answers of the model before and after training to the same prompts, one below the other."""
+"""Print answers of a model before and after training to the same prompts."""
 
 from functools import partial
 from textwrap import indent
@@ -45,7 +45,12 @@ QUESTIONS = {
 
 
 def decodings(answering: Answering, **ids) -> dict[str, GenerationConfig]:
-    """The kinds of answers that were asked for, by the name under which they are shown."""
+    """Return the GenerationConfig of each kind of answer to print, by name.
+
+    Args:
+        answering: the options.
+        ids: ``eos_token_id`` and ``pad_token_id``.
+    """
     common = dict(max_new_tokens=answering.max_new_tokens, **ids)
     kinds = {"greedy": GenerationConfig(do_sample=False, num_beams=1, **common)}
     if answering.num_beams > 1:
@@ -65,49 +70,58 @@ def decodings(answering: Answering, **ids) -> dict[str, GenerationConfig]:
     return kinds
 
 
-def prompt_room(path: str, config: PromptEvalConfig, *, flag: str) -> int:
-    """The most tokens of a prompt: --max_prompt_seq_len, or what positions that the model has learned leave beside an answer.
+def max_prompt_tokens(path: str, config: PromptEvalConfig, *, flag: str) -> int:
+    """Return the length limit of a prompt in tokens.
+
+    It is --max_prompt_seq_len, or less if the model has learned too few positions for such a prompt
+    and an answer.
 
     Raises:
-        ValueError: they leave none.
+        ValueError: there is no room for a prompt.
     """
-    most = named_size(path, flag=flag, trust_remote_code=config.model.trust_remote_code).positions
-    limit, new = config.prompts.max_prompt_seq_len, config.answering.max_new_tokens
-    if most is None:
+    size = named_size(path, flag=flag, trust_remote_code=config.model.trust_remote_code)
+    limit = config.prompts.max_prompt_seq_len
+    new_tokens = config.answering.max_new_tokens
+    if size.positions is None:
         return limit
-    if new >= most:
+    if new_tokens >= size.positions:
         raise ValueError(
-            f"--max_new_tokens {new}: {flag} {path} has learned {most} positions for prompt and answer; give less."
+            f"--max_new_tokens {new_tokens}: {flag} {path} has learned {size.positions} positions "
+            "for prompt and answer together. Give a smaller number."
         )
-    return min(limit, most - new)
+    return min(limit, size.positions - new_tokens)
 
 
 def answer(
     rows: list[Row], path: str, *, flag: str, config: PromptEvalConfig
 ) -> list[dict[str, list[str]]]:
-    """For each row the answers of the model at `path`, by kind."""
+    """Generate answers of the model at `path`.
+
+    Returns:
+        For each row its answers, by the names of ``decodings``.
+    """
     device, dtype = inference_placement(config.model.dtype)
     options = dict(trust_remote_code=config.model.trust_remote_code, flag=flag)
-    room = prompt_room(path, config, flag=flag)
+    max_prompt_len = max_prompt_tokens(path, config, flag=flag)
     tokenizer = load_tokenizer(
         path, add_eot_token=config.model.add_eot_token, eot_token=config.model.eot_token, **options
     )
     model = load_causal_lm(path, dtype=dtype, tokenizer=tokenizer, **options).to(device).eval()
     eos = list(eos_token_ids(model.generation_config, tokenizer))
     kinds = decodings(config.answering, eos_token_id=eos, pad_token_id=tokenizer.pad_token_id)
-    # transformers fills what these leave open from the model's own settings, which may ban or force tokens.
+    # transformers fills gaps from the GenerationConfig of the model, which may ban or force tokens.
     model.generation_config = GenerationConfig()
     prompts = PromptDataset(
         rows,
         tokenizer,
-        max_prompt_len=room,
+        max_prompt_len=max_prompt_len,
         prompt_format=config.prompts.prompt_format,
         truncation="share",
     )
-    pad = partial(collate_prompts, pad_id=tokenizer.pad_token_id)
+    collate = partial(collate_prompts, pad_id=tokenizer.pad_token_id)
     answers: list[dict[str, list[str]]] = []
     torch.manual_seed(config.answering.seed)
-    for batch in DataLoader(prompts, batch_size=config.prompts.batch_size, collate_fn=pad):
+    for batch in DataLoader(prompts, batch_size=config.prompts.batch_size, collate_fn=collate):
         batch = batch.to(device)
         found: list[dict[str, list[str]]] = [{} for _ in batch.index]
         for kind, generation in kinds.items():
@@ -128,9 +142,10 @@ def answer(
 
 
 def main() -> None:
+    """Print the answers of both models, prompt by prompt."""
     config = parse_config(PromptEvalConfig)
     if config.answering.penalty_alpha != Answering.penalty_alpha:
-        print("--penalty_alpha has no effect: transformers has no contrastive search any more")
+        print("--penalty_alpha has no effect: transformers no longer has contrastive search")
     if config.prompts.prompts_file:
         rows = read_rows(config.prompts.prompts_file, flag="--prompts_file")
     else:
@@ -138,7 +153,7 @@ def main() -> None:
             Row(f"\n\nHuman: {question}\n\nAssistant:")
             for question in QUESTIONS[config.prompts.language]
         ]
-    # One model after the other: only one has to fit into memory.
+    # One model after the other, so that only one has to fit in memory.
     answers = {
         title: answer(rows, getattr(config.model, name), flag=f"--{name}", config=config)
         for title, name in (

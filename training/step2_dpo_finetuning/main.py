@@ -1,4 +1,4 @@
-"""DPO: direct preference optimisation of the SFT model on preference pairs, without a reward model."""
+"""DPO: train the SFT model on preference pairs directly, without a reward model."""
 
 from dschat.config.dpo import DPOConfig
 from dschat.config.parse import parse_config
@@ -12,14 +12,13 @@ from dschat.trainers.supervised_run import save_run, start_run, train_run
 
 
 def main() -> None:
+    """Run DPO."""
     config = parse_config(DPOConfig)
     if config.run.dry_run:
         return dry_run(config)
     run = start_run(config, number=2)
     train_data, eval_data = build_pair_data(
-        config.data,
-        run.tokenizer,
-        end_token_id=run.end_token_id,
+        config.data, run.tokenizer, end_token_id=run.end_token_id
     )
     train_loader, eval_loader = make_loaders(
         train_data,

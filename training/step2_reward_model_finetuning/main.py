@@ -1,4 +1,4 @@
-"""Step 2: a reward model from preference pairs."""
+"""Step 2: train a reward model on preference pairs."""
 
 from dschat.config.parse import parse_config
 from dschat.config.reward import RewardConfig
@@ -14,11 +14,12 @@ from dschat.trainers.supervised_run import save_run, start_run, train_run
 
 
 def main() -> None:
+    """Run step 2."""
     config = parse_config(RewardConfig)
     if config.run.dry_run:
         return dry_run(config)
     run = start_run(config, number=2)
-    # The saved model is pooled by pad id, so the pad must be a token that no text holds.
+    # The saved model finds the last token by the pad id, so no text may contain the pad token.
     pad_id = ensure_unambiguous_pad(run.tokenizer)
     train_data, eval_data = build_pair_data(
         config.data,
@@ -27,10 +28,12 @@ def main() -> None:
         cut_fraction=config.data.cut_fraction,
         seed=config.run.seed,
     )
-    most = config.run.eval_iters * config.batch.per_device_eval_batch_size * dist.world_size()
+    max_eval_rows = (
+        config.run.eval_iters * config.batch.per_device_eval_batch_size * dist.world_size()
+    )
     train_loader, eval_loader = make_loaders(
         train_data,
-        first_rows(eval_data, most),
+        first_rows(eval_data, max_eval_rows),
         collate_pairs,
         pad_id=pad_id,
         train_batch_size=config.batch.per_device_train_batch_size,

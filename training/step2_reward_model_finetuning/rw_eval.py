@@ -1,4 +1,4 @@
-"""Scores of a reward model on a few good and bad answers, and its accuracy on a file of pairs."""
+"""Score a few good and bad answers with a reward model, and measure accuracy on a file of pairs."""
 
 from functools import partial
 
@@ -6,7 +6,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from dschat.algorithms.masks import pool_last
-from dschat.config.eval_tools import RewardEvalConfig
+from dschat.config.eval_tools import Pairs, RewardEvalConfig
 from dschat.config.parse import parse_config
 from dschat.data.collate import collate_pairs
 from dschat.data.datasets import PairDataset
@@ -23,17 +23,20 @@ from dschat.runtime.log import run_main
 EXAMPLES = (
     (
         "How long should I boil an egg?",
-        "Six minutes for a soft yolk and ten for a firm one, counted from when the water boils again.",
+        "Six minutes for a soft yolk and ten for a firm one, counted from when the water boils "
+        "again.",
         "Eggs come from hens. Hens are birds. Boil boil boil.",
     ),
     (
         "My friend lost her job. What can I say to her?",
-        "Tell her that you are sorry to hear it, ask how she is, and offer to help with the search if she would like that.",
+        "Tell her that you are sorry to hear it, ask how she is, and offer to help with the search "
+        "if she would like that.",
         "Tell her that it was surely her own fault.",
     ),
     (
         "Why is the sky blue?",
-        "Air scatters the short waves of sunlight more than the long ones, so blue light reaches us from all sides.",
+        "Air scatters the short waves of sunlight more than the long ones, so blue light reaches "
+        "us from all sides.",
         "It is not, it is green, and nobody knows why.",
     ),
     (
@@ -45,11 +48,11 @@ EXAMPLES = (
 
 
 def scores(dataset: PairDataset, model: RewardModel, *, batch_size: int) -> torch.Tensor:
-    """[N, 2] fp32: the scores of each pair's chosen and rejected answer."""
+    """Return the scores of the chosen and the rejected answer of each pair, [N, 2] fp32."""
     device = next(model.parameters()).device
     found = []
-    pad = partial(collate_pairs, pad_id=dataset.tokenizer.pad_token_id)
-    for batch in DataLoader(dataset, batch_size=batch_size, collate_fn=pad):
+    collate = partial(collate_pairs, pad_id=dataset.tokenizer.pad_token_id)
+    for batch in DataLoader(dataset, batch_size=batch_size, collate_fn=collate):
         batch = batch.to(device)
         with torch.no_grad():
             values = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
@@ -58,23 +61,21 @@ def scores(dataset: PairDataset, model: RewardModel, *, batch_size: int) -> torc
 
 
 def main() -> None:
+    """Print the scores of the examples, and accuracy and mean scores of --pairs_file."""
     config = parse_config(RewardEvalConfig)
-    options, pairs = config.model, config.pairs
+    options = config.model
+    pairs = config.pairs
     if options.num_padding_at_beginning != 1:
         print("--num_padding_at_beginning has no effect: positions come from the attention mask")
-    rows = (
-        read_rows(pairs.pairs_file, flag="--pairs_file", needs="rejected")
-        if pairs.pairs_file
-        else []
-    )
+    rows = []
+    if pairs.pairs_file:
+        rows = read_rows(pairs.pairs_file, flag="--pairs_file", needs="rejected")
     device, dtype = inference_placement(options.dtype)
     ending = dict(add_eot_token=options.add_eot_token, eot_token=options.eot_token)
-    path, remote = options.model_name_or_path, dict(trust_remote_code=options.trust_remote_code)
-    check_length(
-        pairs.max_seq_len,
-        named_size(path, flag="--model_name_or_path", reward=True, **remote),
-        path,
-    )
+    path = options.model_name_or_path
+    remote = dict(trust_remote_code=options.trust_remote_code)
+    size = named_size(path, flag="--model_name_or_path", reward=True, **remote)
+    check_length(pairs.max_seq_len, size, path)
     tokenizer = load_tokenizer(path, **ending, **remote)
     model = load_reward_model(path, dtype=dtype, tokenizer=tokenizer, **remote).to(device).eval()
     encode = partial(
@@ -90,27 +91,32 @@ def main() -> None:
         for prompt, good, bad in EXAMPLES
     ]
     found = scores(encode(examples), model, batch_size=pairs.batch_size).tolist()
-    for (prompt, good, bad), (good_score, bad_score) in zip(EXAMPLES, found):
-        print(
-            f"\nprompt: {prompt}\n  good {good_score:8.3f}  {good}\n  bad  {bad_score:8.3f}  {bad}"
-        )
+    for (prompt, good, bad), (good_score, bad_score) in zip(EXAMPLES, found, strict=True):
+        print(f"\nprompt: {prompt}")
+        print(f"  good {good_score:8.3f}  {good}\n  bad  {bad_score:8.3f}  {bad}")
     if rows:
-        dataset = encode(rows)
-        report = prepare(dataset, cache_dir=None, skip_bad_rows=False, name=pairs.pairs_file)
-        described = report.describe(f"--max_seq_len {pairs.max_seq_len}")
-        if not report.kept:
-            raise ValueError(
-                f"--pairs_file {pairs.pairs_file}: no pair is left: {described}. Give a larger "
-                "--max_seq_len, or other pairs."
-            )
-        print(f"\n{pairs.pairs_file}: {described}")
-        chosen, rejected = scores(dataset, model, batch_size=pairs.batch_size).double().unbind(-1)
-        right = int((chosen > rejected).sum())
-        num_pairs = len(dataset)
-        print(
-            f"accuracy {right / num_pairs:.4f} ({right} of {num_pairs} pairs; a tie counts as wrong)"
+        print_accuracy(model, encode(rows), pairs)
+
+
+def print_accuracy(model: RewardModel, dataset: PairDataset, pairs: Pairs) -> None:
+    """Print accuracy and mean scores on the pairs of --pairs_file.
+
+    Raises:
+        ValueError: no pair is left, because all are longer than --max_seq_len.
+    """
+    report = prepare(dataset, cache_dir=None, skip_bad_rows=False, name=pairs.pairs_file)
+    described = report.describe(f"--max_seq_len {pairs.max_seq_len}")
+    if not report.kept:
+        raise ValueError(
+            f"--pairs_file {pairs.pairs_file}: no pair is left: {described}. Give a larger "
+            "--max_seq_len, or other pairs."
         )
-        print(f"mean score: chosen {chosen.mean():.3f}, rejected {rejected.mean():.3f}")
+    print(f"\n{pairs.pairs_file}: {described}")
+    chosen, rejected = scores(dataset, model, batch_size=pairs.batch_size).double().unbind(-1)
+    right = int((chosen > rejected).sum())
+    num_pairs = len(dataset)
+    print(f"accuracy {right / num_pairs:.4f} ({right} of {num_pairs} pairs; a tie counts as wrong)")
+    print(f"mean score: chosen {chosen.mean():.3f}, rejected {rejected.mean():.3f}")
 
 
 if __name__ == "__main__":

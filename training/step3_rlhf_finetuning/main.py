@@ -1,4 +1,4 @@
-"""Step 3: PPO of the SFT model against the reward."""
+"""Step 3: train the SFT model with PPO against the reward."""
 
 from pathlib import Path
 
@@ -27,15 +27,17 @@ from dschat.trainers.preflight import dry_run, show_plan
 from dschat.trainers.reward_plan import RewardPlan, plan_rewards
 from dschat.trainers.rlhf_engine import DeepSpeedRLHFEngine
 
-# A spread of scores below this says nothing to divide by.
+# Scores with a smaller standard deviation are not divided by it: it would be noise.
 SMALLEST_SCORE_STD = 1e-4
 
 
 def main() -> None:
+    """Run step 3."""
     config = parse_config(PPOConfig)
     if config.run.dry_run:
         return dry_run(config)
-    data, run = config.data, config.run
+    data = config.data
+    run = config.run
     start_processes(run.local_rank)
     announce(config)
     prepare_output_dir(run.output_dir, step=step_title(PPOConfig), below=MODEL_FOLDERS)
@@ -62,10 +64,12 @@ def main() -> None:
         seed=run.seed,
         output_dir=run.output_dir,
     )
-    before = None if checkpoint else evaluator.evaluate(0)
-    score_std = (
-        reward_scale(config, before["eval/score_sd"]) if before else checkpoint.facts["score_std"]
-    )
+    if checkpoint:
+        before = None
+        score_std = checkpoint.facts["score_std"]
+    else:
+        before = evaluator.evaluate(0)
+        score_std = reward_scale(config, before["eval/score_sd"])
     if config.has_critic:
         engines.build_critic(tokenizer=plan.critic_tokenizer, score_std=score_std)
     record_run(
@@ -98,14 +102,20 @@ def train(
     before: dict[str, float] | None,
     plan: RewardPlan,
 ) -> None:
-    """Train from the beginning or from `checkpoint`, and save.
+    """Train from the beginning or from `checkpoint`, and save the models.
 
     Args:
+        trainer: the PPO trainer.
+        loader: of training prompts.
+        evaluator: evaluates the policy.
+        checkpoint: to resume from; None: start from the beginning.
+        rollouts: number of rollouts of the whole run.
         before: the evaluation before training; None if the run is resumed.
+        plan: holds the tokenizers.
     """
     config = trainer.config
     run = config.run
-    # Ranks answer different prompts; equal draws would make their samples alike.
+    # A seed for each rank: with equal random numbers, the samples of ranks would be correlated.
     seed_everything(run.seed + dist.rank())
     events = f"{run.tensorboard_path}/step3_tensorboard_logs" if run.enable_tensorboard else None
     done = checkpoint.step if checkpoint else None
@@ -119,12 +129,13 @@ def train(
         trainer, state, evaluator, rollouts=rollouts, metrics=metrics, tokenizer=plan.tokenizer
     )
     metrics.close()
-    trainer.engines.generator.shutdown()  # frees memory for saving; CUDA graphs must go before their process groups
+    # Frees memory for saving. CUDA graphs must be deleted before their process groups.
+    trainer.engines.generator.shutdown()
     save(config, trainer, plan.tokenizer, plan.critic_tokenizer)
 
 
 def actor_tokenizer(config: PPOConfig):
-    """The tokenizer of --actor_model_name_or_path."""
+    """Load the tokenizer of --actor_model_name_or_path."""
     return load_tokenizer(
         config.model.actor_model_name_or_path,
         add_eot_token=config.model.add_eot_token,
@@ -135,12 +146,16 @@ def actor_tokenizer(config: PPOConfig):
 
 
 def reward_scale(config: PPOConfig, score_sd: float) -> float:
-    """Return the divisor of the scores in this run. It is logged, since the clips and the KL coefficient are in these units."""
+    """Return the divisor of the scores: their standard deviation before training, or 1.
+
+    It is logged, since the clips and the KL coefficient apply to divided scores.
+    """
     if not config.ppo.normalize_reward:
         return 1.0
     if not score_sd > SMALLEST_SCORE_STD:
         logger.warning(
-            f"the first scores hardly differ (standard deviation {score_sd:.3g}): they are not divided by it"
+            f"the scores before training hardly differ (standard deviation {score_sd:.3g}), so "
+            "they are not divided by it"
         )
         return 1.0
     logger.info(f"scores are divided by {score_sd:.4g}, their standard deviation before training")
@@ -148,8 +163,13 @@ def reward_scale(config: PPOConfig, score_sd: float) -> float:
 
 
 def load_data(config: PPOConfig, tokenizer):
-    """Loaders of training and held-out prompts, and the endless PTX batches or None."""
-    data, run = config.data, config.run
+    """Load the prompts and the PTX texts.
+
+    Returns:
+        The loader of training prompts, that of held-out prompts, and endless PTX batches or None.
+    """
+    data = config.data
+    run = config.run
     train_data, eval_data = build_prompt_data(
         data, tokenizer, max_prompt_len=data.max_prompt_seq_len
     )
@@ -165,12 +185,13 @@ def load_data(config: PPOConfig, tokenizer):
     )
     ptx = None
     if data.unsupervised_dataset_name:
+        texts = load_texts(
+            data.unsupervised_dataset_name,
+            data.unsupervised_dataset_config_name,
+            data.data_output_path,
+        )
         ptx = PTXBatches(
-            load_texts(
-                data.unsupervised_dataset_name,
-                data.unsupervised_dataset_config_name,
-                data.data_output_path,
-            ),
+            texts,
             tokenizer,
             batch_size=config.batch.per_device_training_batch_size,
             block_size=data.max_prompt_seq_len + data.max_answer_seq_len,
@@ -182,10 +203,11 @@ def load_data(config: PPOConfig, tokenizer):
 
 
 def save(config: PPOConfig, trainer: DeepSpeedPPOTrainer, tokenizer, critic_tokenizer) -> None:
-    """Write actor, critic and the actor's moving average below --output_dir, as far as there are any."""
+    """Save the actor and, if the run has them, critic and moving average below --output_dir."""
     if config.run.output_dir is None:
         return
-    output, engines = Path(config.run.output_dir), trainer.engines
+    output = Path(config.run.output_dir)
+    engines = trainer.engines
     save_model(engines.actor.module, tokenizer, output / "actor")
     if engines.critic is not None:
         save_model(engines.critic.module.model, critic_tokenizer, output / "critic")

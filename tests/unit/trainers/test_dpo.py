@@ -1,4 +1,4 @@
-"""DPO: the loss by hand, the objective against a plain loop in float64, its reference, and what it needs."""
+"""DPO: loss, objective against a plain loop in float64, reference policy and memory plan."""
 
 import copy
 import math
@@ -19,7 +19,7 @@ from dschat.trainers.dpo import DPOObjective
 
 EOS = 2
 BETA, SMOOTHING = 0.7, 0.2
-# Answers of unequal lengths after prompts of unequal lengths; the end token stands inside of texts, too.
+# Answers and prompts of unequal lengths; the end token also occurs inside texts.
 ITEMS = [
     {"chosen_ids": [9, 5, 6, 7, EOS], "rejected_ids": [9, 5, EOS], "num_prompt": 2},
     {"chosen_ids": [8, EOS], "rejected_ids": [8, 11, 12, 13, 14, EOS], "num_prompt": 1},
@@ -44,8 +44,9 @@ class PlainEngine:
 
 
 def noisy_copy(model, seed: int = 0):
-    """The model with weights that differ a little."""
-    draw, other = torch.Generator().manual_seed(seed), copy.deepcopy(model)
+    """Return a copy of the model with slightly different weights."""
+    draw = torch.Generator().manual_seed(seed)
+    other = copy.deepcopy(model)
     with torch.no_grad():
         for p in other.parameters():
             p.add_(0.05 * torch.randn(p.shape, generator=draw).to(p.dtype))
@@ -81,7 +82,8 @@ def plain_pairs(policy, reference) -> list[dict]:
 
 
 def test_the_loss_by_hand():
-    # beta 0.1 and log ratios 3 and -1: rewards 0.3 and -0.1; -log sigmoid(0.4) = 0.5130153, -log sigmoid(-0.4) = 0.9130153
+    # beta 0.1 and log ratios 3 and -1: rewards 0.3 and -0.1;
+    # -log sigmoid(0.4) = 0.5130153, -log sigmoid(-0.4) = 0.9130153
     chosen = implicit_rewards(torch.tensor([-5.0, -2.0]), torch.tensor([-8.0, -2.0]), beta=0.1)
     rejected = implicit_rewards(torch.tensor([-7.0, -4.0]), torch.tensor([-6.0, -4.0]), beta=0.1)
     torch.testing.assert_close(chosen, torch.tensor([0.3, 0.0]))
@@ -105,7 +107,7 @@ def test_large_margins_stay_finite():
     assert loss.tolist() == [0.0, 800.0]
 
 
-def test_the_objective_is_a_plain_loop_in_float64(model):
+def test_the_objective_equals_a_plain_loop_in_float64(model):
     policy, reference = noisy_copy(model), copy.deepcopy(model)
     objective = DPOObjective(PlainEngine(reference), beta=BETA, label_smoothing=SMOOTHING)
     batch = collate_pairs(ITEMS, EOS)  # the padding token is the end token
@@ -117,9 +119,8 @@ def test_the_objective_is_a_plain_loop_in_float64(model):
     expected = sum(pair["loss"] for pair in pairs)
     expected.backward()
     assert objective.weight(batch) == len(ITEMS)
-    assert loss.item() == pytest.approx(
-        expected.item(), rel=1e-4
-    )  # Llama's norms are in fp32 even of a float64 model
+    # Llama's norms compute in fp32 even in a float64 model.
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
     columns = {
         "rewards/chosen": [pair["rewards"][0] for pair in pairs],
         "rewards/rejected": [pair["rewards"][1] for pair in pairs],
@@ -133,15 +134,15 @@ def test_the_objective_is_a_plain_loop_in_float64(model):
         assert logged[key].item() == pytest.approx(sum(values).item(), rel=1e-4, abs=1e-4), key
     for name, p in policy.named_parameters():
         right = exact.get_parameter(name).grad
-        # Rounding in fp32, which kernels of other processors do otherwise, is relative to the largest summands.
+        # Rounding in fp32 differs between processors and is relative to the largest summands.
         assert (p.grad.double() - right).norm() <= 2e-4 * right.norm(), name
     assert all(p.grad is None for p in reference.parameters())
 
 
-def test_the_evaluation_is_over_all_batches_and_rows_that_wrap_around_are_left_out(model):
+def test_evaluation_covers_all_batches_without_rows_that_wrap_around(model):
     policy = noisy_copy(model)
     objective = DPOObjective(PlainEngine(model), beta=BETA, label_smoothing=SMOOTHING)
-    # Batches of two: the last holds one more of the first item, which does not count.
+    # Batches of two: the last one repeats the first item, which must not be counted.
     batches = [collate_pairs(ITEMS[:2], EOS), collate_pairs([ITEMS[2], ITEMS[0]], EOS)]
     found = objective.evaluate(PlainEngine(policy), batches, num_rows=len(ITEMS))
     with torch.no_grad():
@@ -158,7 +159,7 @@ def test_the_evaluation_is_over_all_batches_and_rows_that_wrap_around_are_left_o
     assert found["eval/chosen_reward"] == pytest.approx(
         sum(float(pair["rewards"][0]) for pair in pairs) / 3, rel=1e-4
     )
-    # Without a difference between policy and reference there is none between the answers: a tie, which is an error.
+    # If policy and reference are the same, so are the rewards of a pair: a tie, counted as wrong.
     same = objective.evaluate(PlainEngine(model), batches, num_rows=len(ITEMS))
     assert (same["eval/margin"], same["eval/accuracy"]) == (0.0, 0.0)
     assert same["eval/loss"] == pytest.approx(math.log(2))

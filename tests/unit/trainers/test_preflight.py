@@ -1,4 +1,4 @@
-"""The memory plan before loading: printed, held against the GPU, and alone by --dry_run and dschat.plan."""
+"""The memory plan before models load: logged, compared with the GPU, --dry_run and dschat.plan."""
 
 import json
 import socket
@@ -34,7 +34,7 @@ def said(monkeypatch) -> list[str]:
     return lines
 
 
-def test_a_run_shows_its_plan_and_stops_where_it_cannot_fit(gpu_of_24_gib, said):
+def test_a_run_logs_its_plan_and_stops_if_it_does_not_fit(gpu_of_24_gib, said):
     with pytest.raises(ValueError, match="does not fit"):
         preflight.show_plan(parse_config(SFTConfig, SFT.split()), dtype="bf16")
     assert "memory plan" in said[0] and "of 24.0 GiB: does not fit" in said[0]
@@ -47,17 +47,18 @@ def test_a_run_shows_its_plan_and_stops_where_it_cannot_fit(gpu_of_24_gib, said)
     assert "of 24.0 GiB: fits" in said[2]
 
 
-def test_on_a_cpu_it_is_shown_alone(said):
+def test_on_a_cpu_the_plan_is_not_compared_with_memory(said):
     preflight.show_plan(parse_config(SFTConfig, SFT.split()), dtype="bf16")
     assert "GiB on a GPU;" in said[0] and "fits" not in said[0]
 
 
-def test_a_dry_run_prints_what_deepspeed_would_get(tmp_path, monkeypatch, capsys):
+def test_a_dry_run_prints_the_deepspeed_configurations(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "4")
     (tmp_path / "ds.json").write_text(json.dumps({"gradient_clipping": 0.5}))
     flags = (
-        "--actor_model_name_or_path opt-1.3b --critic_model_name_or_path opt-350m --actor_zero_stage 3 --dtype fp16 "
-        f"--critic_zero_stage 2 --per_device_training_batch_size 8 --deepspeed_config {tmp_path}/ds.json"
+        "--actor_model_name_or_path opt-1.3b --critic_model_name_or_path opt-350m "
+        "--actor_zero_stage 3 --critic_zero_stage 2 --dtype fp16 "
+        f"--per_device_training_batch_size 8 --deepspeed_config {tmp_path}/ds.json"
     )
     preflight.dry_run(parse_config(PPOConfig, flags.split()))
     printed = capsys.readouterr().out
@@ -73,7 +74,7 @@ def test_a_dry_run_prints_what_deepspeed_would_get(tmp_path, monkeypatch, capsys
 
 
 @pytest.mark.parametrize("value", ["abc", "0", "-1", ""])
-def test_a_dry_run_is_for_a_number_of_gpus(value, monkeypatch):
+def test_a_dry_run_needs_a_valid_world_size(value, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", value)
     config = parse_config(
         PPOConfig,
@@ -83,9 +84,9 @@ def test_a_dry_run_is_for_a_number_of_gpus(value, monkeypatch):
         preflight.dry_run(config)
 
 
-def test_a_dry_run_asks_no_hub(monkeypatch, tmp_path):
+def test_a_dry_run_does_not_access_the_hub(monkeypatch, tmp_path):
     monkeypatch.setattr(
-        socket, "getaddrinfo", lambda *args, **kwargs: pytest.fail("the network was asked")
+        socket, "getaddrinfo", lambda *args, **kwargs: pytest.fail("the network was used")
     )
     monkeypatch.setattr(preflight, "try_to_load_from_cache", lambda name, file: None)
     flags = "--actor_model_name_or_path some/actor --critic_model_name_or_path opt-9b"
@@ -103,9 +104,9 @@ def test_a_dry_run_asks_no_hub(monkeypatch, tmp_path):
     preflight.dry_run(parse_config(SFTConfig, ["--model_name_or_path", model]))
 
 
-def test_a_dry_run_of_what_is_cached_asks_no_hub_either(monkeypatch, tmp_path):
+def test_a_dry_run_of_a_cached_model_does_not_access_the_hub(monkeypatch, tmp_path):
     asked = []
-    # The hub's library takes errors for a network that is slow, and tries again.
+    # huggingface_hub retries after errors of the network, so a failing lookup would go unnoticed.
     monkeypatch.setattr(
         socket, "getaddrinfo", lambda host, *args, **kwargs: asked.append(host) or []
     )
@@ -130,7 +131,8 @@ def test_a_dry_run_of_what_is_cached_asks_no_hub_either(monkeypatch, tmp_path):
 
 def test_dschat_plan(capsys):
     plan.main(
-        "--step 3 --model llama-2-7b --gpus 8 --actor_zero_stage 3 --critic_zero_stage 3 --gpu_gib 80".split()
+        "--step 3 --model llama-2-7b --gpus 8 --actor_zero_stage 3 --critic_zero_stage 3 "
+        "--gpu_gib 80".split()
     )
     assert "of 80.0 GiB: fits" in capsys.readouterr().out
     with pytest.raises(ValueError, match="does not fit.*of 24.0 GiB"):
@@ -144,7 +146,7 @@ def test_dschat_plan(capsys):
     )
 
 
-def test_a_card_holds_less_than_its_name_says(capsys, monkeypatch):
+def test_a_card_has_less_usable_memory_than_its_name_says(capsys, monkeypatch):
     monkeypatch.setattr(plan, "SIZES", ("opt-1.3b",))
     for need, card in (
         (21.9, "24 GB"),
@@ -170,23 +172,21 @@ def test_a_card_holds_less_than_its_name_says(capsys, monkeypatch):
         ("--step 1 --model ./nowhere", "'./nowhere' does not exist"),
     ],
 )
-def test_dschat_plan_names_mistakes(flags, message):
+def test_dschat_plan_names_wrong_flags(flags, message):
     with pytest.raises(ValueError, match=message):
         plan.main(flags.split())
 
 
 def test_the_guide_shows_what_the_planner_prints(capsys):
     guide = (Path(__file__).resolve().parents[3] / "docs" / "performance" / "memory.md").read_text()
-    command, shown = (
-        "--step 3 --model llama-2-7b --gpus 1 --gpu_gib 24",
-        guide.partition("```text\n")[2].partition("```")[0],
-    )
+    command = "--step 3 --model llama-2-7b --gpus 1 --gpu_gib 24"
+    shown = guide.partition("```text\n")[2].partition("```")[0]
     assert f"python -m dschat.plan {command}\n" in guide
     with pytest.raises(ValueError) as refused:
         plan.main(command.split())
     printed = f"{capsys.readouterr().out}\nerror (rank 0): {refused.value}\n"
     assert shown == printed
     assert (
-        "It fits with --actor_gradient_checkpointing --actor_zero_stage 3 --offload (20.9 GiB on each GPU"
-        in shown
+        "It fits with --actor_gradient_checkpointing --actor_zero_stage 3 --offload (20.9 GiB on "
+        "each GPU" in shown
     )

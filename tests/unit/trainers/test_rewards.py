@@ -1,4 +1,4 @@
-"""Rewards: functions that fail in every way, weights, and reward models that tokenise again."""
+"""Rewards: failing functions, weights, and reward models with another tokenizer."""
 
 import sys
 import types
@@ -37,7 +37,7 @@ class Dataset:
 
 
 def make_answers(texts=("ab", "c"), ended=(True, False)):
-    """The texts as answers to the two prompts; an answer that ended has its EOS."""
+    """Return the texts as answers to the two prompts, with an EOS if the answer has ended."""
     tokenizer = byte_tokenizer()
     ids = [
         tokenizer(t, add_special_tokens=False)["input_ids"] + [2] * e for t, e in zip(texts, ended)
@@ -110,7 +110,7 @@ def test_a_failing_function_names_the_prompt_that_caused_it(function, words):
     assert all(word in str(caught.value) for word in ["--reward_fn f", *words])
 
 
-def test_looking_for_the_culprit_of_a_slow_function_ends(monkeypatch):
+def test_the_search_for_the_answer_that_fails_has_a_time_limit(monkeypatch):
     monkeypatch.setattr("dschat.trainers.rewards.CULPRIT_SEARCH_S", -1.0)
     with pytest.raises(
         RewardFailure, match="no such key.*on 2 answers, the first of them to the prompt 'one'"
@@ -128,7 +128,7 @@ def test_a_reward_model_that_gives_nan_is_named_with_its_prompt():
         weighted(ModelReward(engine, "m"))(make_answers())
 
 
-def test_a_model_with_the_actors_tokens_reads_the_last_token_of_each_answer():
+def test_a_model_on_the_actors_tokens_is_read_at_the_last_token_of_each_answer():
     def engine(input_ids, attention_mask):
         return input_ids.float()
 
@@ -140,7 +140,7 @@ def test_a_model_with_the_actors_tokens_reads_the_last_token_of_each_answer():
     ]
 
 
-def test_another_tokenizer_reads_the_same_texts_with_an_eos_only_where_the_policy_ended():
+def test_another_tokenizer_reads_the_same_texts_with_an_eos_only_if_the_policy_ended():
     other = byte_tokenizer(pad_is_eos=True)
     other.padding_side = "right"
     seen = {}
@@ -156,26 +156,29 @@ def test_another_tokenizer_reads_the_same_texts_with_an_eos_only_where_the_polic
     assert scores.tolist() == [6.0, 4.0]
 
 
-TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+TEMPLATE = (
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
 
 
 @pytest.mark.parametrize(
     "prompt_format, text",
-    # A template writes what begins a text by itself; the other forms leave it to the tokenizer.
+    # A chat template writes the start of a text itself; otherwise the tokenizer adds it.
     [
         ("auto", "<s>[user]hi[assistant]x"),
         ("chat", "<s>[user]hi[assistant]x"),
         ("human_assistant", "<s>\n\nHuman: hi\n\nAssistant: x"),
     ],
 )
-def test_messages_are_shown_in_the_reward_models_own_format(prompt_format, text):
+def test_messages_are_rendered_in_the_format_of_the_reward_model(prompt_format, text):
     other = byte_tokenizer()
     other.chat_template = TEMPLATE
     reward = RetokenisedReward(None, "m", other, prompt_format=prompt_format)
     assert other.decode(reward._ids(Row([{"role": "user", "content": "hi"}]), "x", False)) == text
 
 
-def test_a_template_that_refuses_a_prompt_is_a_failure_of_the_reward_that_names_it():
+def test_a_template_that_refuses_a_prompt_fails_with_the_name_of_the_model():
     other = byte_tokenizer()
     other.chat_template = "{{ raise_exception('no system here') }}"
     reward = RetokenisedReward(
@@ -188,8 +191,8 @@ def test_a_template_that_refuses_a_prompt_is_a_failure_of_the_reward_that_names_
         weighted(reward)(make_answers())
 
 
-def test_a_prompt_that_cannot_be_shown_keeps_no_process_from_the_forward():
-    """Under ZeRO-3 the other processes' forwards wait for this one's."""
+def test_the_forward_runs_even_if_a_prompt_cannot_be_rendered():
+    """Under ZeRO-3 the forwards of the other ranks wait for this one."""
     other = byte_tokenizer()
     other.chat_template = (
         "{% if messages[0]['content'] == 'two' %}{{ raise_exception('not two') }}{% endif %}"
@@ -209,7 +212,7 @@ def test_a_prompt_that_cannot_be_shown_keeps_no_process_from_the_forward():
 
 
 @pytest.mark.parametrize("change", ["nothing", "tokens", "eos", "template", "format"])
-def test_a_reward_model_reads_the_actors_tokens_only_where_nothing_of_its_own_differs(change):
+def test_a_reward_model_reads_the_actors_tokens_only_if_nothing_differs(change):
     tokenizer, other = byte_tokenizer(), byte_tokenizer()
     if change == "tokens":
         other = byte_tokenizer(pad_is_eos=True)
@@ -225,7 +228,7 @@ def test_a_reward_model_reads_the_actors_tokens_only_where_nothing_of_its_own_di
     )
 
 
-def test_a_text_longer_than_the_reward_model_takes_loses_its_beginning():
+def test_a_text_too_long_for_the_reward_model_is_cut_at_the_start():
     other = byte_tokenizer(pad_is_eos=True)
     seen = {}
 
@@ -241,7 +244,7 @@ def test_a_text_longer_than_the_reward_model_takes_loses_its_beginning():
     assert seen["texts"] == ["eab</s>", "twoc"]
 
 
-def test_numpy_scores_are_numbers():
+def test_functions_may_return_numpy_scores():
     assert weighted(lambda p, a, **c: np.array([0.5, 1.5], dtype=np.float32))(
         make_answers()
     ).tolist() == [0.5, 1.5]
@@ -251,7 +254,7 @@ def test_numpy_scores_are_numbers():
     ]
 
 
-def test_a_chat_template_of_the_reward_model_is_used_when_asked():
+def test_prompt_format_chat_uses_the_chat_template_of_the_reward_model():
     other = byte_tokenizer()
     seen = {}
 
@@ -263,7 +266,7 @@ def test_a_chat_template_of_the_reward_model_is_used_when_asked():
     assert seen["text"].startswith("<s>[user]one\n[assistant]ab")
 
 
-def test_functions_load_from_a_file_or_say_why_not(tmp_path):
+def test_functions_load_from_a_file_or_the_error_says_why_not(tmp_path):
     file = tmp_path / "my reward.py"
     file.write_text("def score(prompts, answers, **columns):\n    return [1.0] * len(answers)\n")
     assert load_function(f"{file}:score")([], ["a"]) == [1.0]
@@ -282,7 +285,7 @@ def test_functions_load_from_a_file_or_say_why_not(tmp_path):
         assert "--reward_fn" in str(caught.value)
 
 
-def test_tokenizers_are_the_same_where_one_extends_the_other():
+def test_a_tokenizer_may_extend_the_actors():
     actor, critic = byte_tokenizer(), byte_tokenizer()
     critic.add_special_tokens({"pad_token": "<|pad|>"})
     assert same_tokens(actor, critic) and not same_tokens(critic, actor)
