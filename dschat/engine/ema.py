@@ -1,4 +1,4 @@
-"""An exponential moving average of the trained weights: fp32, each process its own pieces of the master weights."""
+"""An exponential moving average of the trained weights: fp32, each rank its own pieces of the master weights."""
 
 import torch
 from deepspeed.utils import safe_get_local_fp32_param
@@ -10,7 +10,7 @@ from dschat.runtime import dist
 class MovingAverage:
     """ema = decay * ema + (1 - decay) * weights, of an engine's trainable parameters.
 
-    DeepSpeed's optimizers keep fp32 master weights, whole (ZeRO 0) or in pieces; each process averages the pieces it
+    DeepSpeed's optimizers keep fp32 master weights, whole (ZeRO 0) or in pieces; each rank averages the pieces it
     owns, without communication. Half precision would lose most of it: a step of 1 - decay is below its resolution.
     """
 
@@ -26,7 +26,7 @@ class MovingAverage:
             self._pieces[name].lerp_(piece.to(self._pieces[name].device), 1.0 - self.decay)
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict]:
-        """This process's pieces, flat, and where each begins in its parameter; whole ones come from rank 0 alone."""
+        """Return this rank's pieces, flat, and where each begins in its parameter; whole ones come from rank 0 alone."""
         if self.engine.zero_optimization_stage() == 0 and not dist.is_main():
             return {}, {"starts": {}}
         parameters = dict(self.engine.module.named_parameters())
@@ -63,7 +63,7 @@ class MovingAverage:
     def full_tensors(self) -> dict[str, torch.Tensor]:
         """The model's state dict as ``full_tensors`` gives it, with the averages in place of the trained weights.
 
-        In the training weights' precision, on rank 0; {} on the others. Every process must call it.
+        In the training weights' precision, on rank 0; {} on the others. All ranks must call it.
         """
         tensors = full_tensors(self.engine.module)
         parameters = dict(self.engine.module.named_parameters())
@@ -100,7 +100,7 @@ class MovingAverage:
         )
 
     def _whole(self, parameter: torch.Tensor, piece: torch.Tensor | None) -> torch.Tensor:
-        """The whole average of one parameter, on every process."""
+        """Return the whole average of one parameter, on every rank."""
         stage = self.engine.zero_optimization_stage()
         if stage == 0:
             return piece

@@ -242,7 +242,7 @@ class Replica:
             module._parameters[leaf] = weight.module._parameters[weight.leaf]
 
     def refresh(self, *, force: bool = False) -> float:
-        """Bring the replica to the engine's weights; returns the seconds of it. Every process must call it.
+        """Bring the replica to the engine's weights; returns the seconds of it. All ranks must call it.
 
         Copies are made only where an optimizer step has gone by since the last call, they were freed, or `force`.
         """

@@ -10,7 +10,7 @@ from dschat.runtime.manifest import HashingFile
 
 
 class _Writer(TorchCheckpointEngine):
-    """Writes files to disk and knows their sums; a failure is kept, so that no process leaves the others waiting."""
+    """Writes files to disk and knows their sums; a failure is kept, so that no rank leaves the others waiting."""
 
     def __init__(self):
         super().__init__()
@@ -37,10 +37,10 @@ class _Writer(TorchCheckpointEngine):
 
 
 def save_engine(engine, folder: Path, name: str) -> tuple[dict[Path, dict], str]:
-    """Write the engine's state to `folder`/`name`. Every process must call it.
+    """Write the engine's state to `folder`/`name`. All ranks must call it.
 
     Returns:
-        The manifest entries of the files that this process wrote, and what went wrong in this process, or "".
+        The manifest entries of the files that this rank wrote, and what went wrong on this rank, or "".
     """
     writer, usual = _Writer(), engine.checkpoint_engine
     engine.checkpoint_engine = writer
@@ -55,7 +55,7 @@ def save_engine(engine, folder: Path, name: str) -> tuple[dict[Path, dict], str]
 
 
 def load_engine(engine, folder: Path, name: str) -> None:
-    """Take the state that as many processes saved; `engine` is freshly built, of the same model and configuration.
+    """Load the state that as many ranks saved; `engine` is freshly built, of the same model and configuration.
 
     DeepSpeed reads these files by pickle, which can run any code: they must have been compared with their manifest,
     and the folder must be one that the user named or that this run wrote.

@@ -15,7 +15,7 @@ def is_partitioned(parameter: torch.Tensor) -> bool:
 
 @contextlib.contextmanager
 def gathered(parameters, *, modify: bool = False):
-    """Inside, the parameters are whole on every process; with `modify`, rank 0's changes are kept by all."""
+    """Inside, the parameters are whole on every rank; with `modify`, rank 0's changes are kept by all."""
     partitioned = [p for p in parameters if is_partitioned(p)]
     if not partitioned:
         yield
@@ -25,17 +25,17 @@ def gathered(parameters, *, modify: bool = False):
 
 
 def full_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The model's state dict as whole CPU tensors on rank 0, and {} on the others.
+    """Return the model's state dict as whole CPU tensors on rank 0, and {} on the others.
 
-    Gathered a parameter at a time, so that no process ever holds a second whole model on its device. Tied parameters
-    keep both names and one storage. Every process must call it.
+    Gathered a parameter at a time, so that no rank ever holds a second whole model on its device. Tied parameters
+    keep both names and one storage. All ranks must call it.
     """
     tensors: dict[str, torch.Tensor] = {}
     seen: dict[int, torch.Tensor] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) not in seen:
             with gathered([tensor]):
-                # Only rank 0 keeps anything; on a CPU a clone, since the tensor itself goes on training.
+                # Only rank 0 keeps anything; on a CPU a clone, since training changes the tensor itself.
                 seen[id(tensor)] = (
                     tensor.detach().to("cpu", copy=True) if dist.is_main() else tensor
                 )
@@ -45,7 +45,7 @@ def full_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def scale_parameter(parameter: torch.Tensor, factor: float) -> None:
-    """Multiply a parameter by `factor` in place, partitioned or whole. Every process must call it."""
+    """Multiply a parameter by `factor` in place, partitioned or whole. All ranks must call it."""
     with gathered([parameter], modify=True), torch.no_grad():
         if not is_partitioned(parameter) or dist.is_main():
             parameter.mul_(factor)
