@@ -1,23 +1,27 @@
-# Functions of the training scripts, to be sourced: positional arguments, checks, the launcher and the log.
+# Functions of the training scripts, to be sourced: positional arguments, checks, launcher and log.
 #
 #   PYTHON       the interpreter (default: that of .venv, else python3)
-#   NUM_GPUS     processes on this machine (default: one, or all GPUs, by script; without a GPU one)
-#   HOSTFILE     DeepSpeed hostfile for several nodes (default: /job/hostfile where there is one)
-#   MASTER_PORT  port of the first process (default: one that is free)
+#   NUM_GPUS     ranks on this machine (default: one, or all GPUs, by script; without a GPU one)
+#   HOSTFILE     DeepSpeed hostfile for several nodes (default: /job/hostfile if there is one)
+#   MASTER_PORT  port of rank 0 (default: a free one)
 #
-# Started by torchrun or srun, once a process, a script runs that process alone.
+# torchrun and srun start a script once for each rank; it then runs only that rank.
 set -euo pipefail
 
 source "$(dirname -- "${BASH_SOURCE[0]}")/_venv.sh"
 
 FOUR_SETS=(
-    Dahoas/rm-static Dahoas/full-hh-rlhf Dahoas/synthetic-instruct-gptj-pairwise yitingxie/rlhf-reward-datasets
+    Dahoas/rm-static Dahoas/full-hh-rlhf
+    Dahoas/synthetic-instruct-gptj-pairwise yitingxie/rlhf-reward-datasets
 )
 SIX_SETS=("${FOUR_SETS[@]}" openai/webgpt_comparisons stanfordnlp/SHP)
-PLANNED_NODES=8 PLANNED_GPUS=8 # what --dry_run plans for where neither GPUs nor NUM_GPUS say more
+# --dry_run plans for these if there are no GPUs and NUM_GPUS is not set.
+PLANNED_NODES=8
+PLANNED_GPUS=8
 
-# positional NAME=DEFAULT ... -- "$@": sets the variables, and REST to all from the first word that begins with "-".
-# A NAME without default must be given; an empty word takes the default.
+# positional NAME=DEFAULT ... -- "$@": set the variables from the positional arguments, and REST to
+# all words from the first that begins with "-". A NAME without default must be given; an empty word
+# takes the default.
 positional() {
     local specs=() usage spec name value
     while [[ "$1" != -- ]]; do
@@ -46,8 +50,9 @@ positional() {
     REST=("$@")
 }
 
-# launch STEP WHERE FLAGS...: run the main of step 1, 2, dpo or 3 with FLAGS, and REST after them, on "one" GPU, on "all"
-# of this machine, or on several "nodes". Everything is shown, and kept in training.log in the output folder.
+# launch STEP WHERE FLAGS...: run the main of step 1, 2, dpo or 3 with FLAGS and REST. WHERE is "one"
+# for one GPU, "all" for all GPUs of this machine, or "nodes" for several nodes. The output is shown
+# and appended to training.log in the output folder.
 launch() {
     local step="$1" where="$2" main log processes status earlier
     local words=("${@:3}" "${REST[@]+"${REST[@]}"}")
@@ -77,58 +82,66 @@ launch() {
     ((status == 0)) || report_failure "$status" "$log" "$earlier"
 }
 
-# run_logged LOG COMMAND...: its output on the screen and after what LOG holds. Ctrl-C or SIGTERM here asks all its processes
-# to save and stop, and this script waits for that; a second one ends them.
+# run_logged LOG COMMAND...: run a command, show its output and append it to LOG. Ctrl-C or SIGTERM
+# asks all its processes to save and stop, and this script waits for that; a second one kills them.
 SIGNALS=0
 run_logged() {
     local log="$1" screen tee child
     exec {screen}> >(trap '' INT TERM HUP && exec tee -a -- "$log")
     tee=$! child=""
-    trap 'hand_on "$child"' INT TERM HUP
-    set -m # a process group of its own, to which the terminal's Ctrl-C does not go
+    trap 'forward_signal "$child"' INT TERM HUP
+    set -m # a separate process group, which the terminal's Ctrl-C does not reach
     "${@:2}" </dev/null >&"$screen" 2>&1 {screen}>&- &
     child=$!
     set +m
     exec {screen}>&-
-    ((SIGNALS == 0)) || kill -TERM -- "-$child" || true # one that came before there was a child to hand it to
-    # Processes may outlive the one that started them: all are gone when tee has nothing left to read.
+    # Forward a signal that came before there was a child.
+    ((SIGNALS == 0)) || kill -TERM -- "-$child" || true
+    # Processes may outlive the one that started them. All have ended once tee has nothing to read.
     while kill -0 "$child" 2>/dev/null; do wait "$child" || true; done
     while kill -0 "$tee" 2>/dev/null; do wait "$tee" || true; done
     trap - INT TERM HUP
     wait "$child"
 }
-hand_on() {
+
+# forward_signal CHILD: send SIGTERM to the child's process group; after the first signal, SIGKILL.
+forward_signal() {
+    local signal=TERM
     SIGNALS=$((SIGNALS + 1))
-    [[ -z "$1" ]] || kill "-$( ((SIGNALS == 1)) && echo TERM || echo KILL)" -- "-$1" 2>/dev/null || true
+    if ((SIGNALS > 1)); then signal=KILL; fi
+    [[ -z "$1" ]] || kill "-$signal" -- "-$1" 2>/dev/null || true
 }
 
-# evaluate FILE FLAGS...: run a program below training/ with FLAGS and REST, in one process.
+# evaluate FILE FLAGS...: run a program in training/ with FLAGS and REST, in one process.
 evaluate() {
     find_python
     exec "$PYTHON" "$ROOT/training/$1" "${@:2}" "${REST[@]+"${REST[@]}"}"
 }
 
-# switch NAME FLAGS...: adds FLAGS to SWITCHED where the variable NAME is true.
+# switch NAME FLAGS...: add FLAGS to SWITCHED if the variable NAME is true.
 SWITCHED=()
 switch() {
     case "${!1}" in
         true) SWITCHED+=("${@:2}") ;;
         false) ;;
-        *) fail "$1=${!1}: true or false." ;;
+        *) fail "$1=${!1}: expected true or false." ;;
     esac
 }
 
-# sweep_run POSITIONAL...: run_single.sh beside the script, with REST after it. sweep_end: which of them failed.
+# sweep_run POSITIONAL...: run the run_single.sh next to the script, with REST.
 SWEEP_FAILED=()
 sweep_run() {
     say "" "--- ${*: -1}"
     bash "$(dirname -- "$0")/run_single.sh" "$@" "${REST[@]+"${REST[@]}"}" || SWEEP_FAILED+=("${*: -1}")
 }
+
+# sweep_end: fail if runs of the sweep failed, and name them.
 sweep_end() {
     ((${#SWEEP_FAILED[@]} == 0)) ||
         fail "${#SWEEP_FAILED[@]} run(s) failed: ${SWEEP_FAILED[*]}; see training.log in each folder"
 }
 
+# has_word WORD WORDS...: succeed if WORD is among WORDS.
 has_word() {
     local wanted="$1" word
     shift
@@ -136,7 +149,7 @@ has_word() {
     return 1
 }
 
-# A word as flags are written here: the mains take --zero-stage for --zero_stage, too.
+# spelled WORD: print a flag with underscores. The mains take --zero-stage for --zero_stage, too.
 spelled() {
     local name="${1%%=*}" words
     if [[ "$name" != --* ]]; then
@@ -147,7 +160,7 @@ spelled() {
     printf '%s' "--${words//-/_}${1#"$name"}"
 }
 
-# The value of the last "FLAG value" or "FLAG=value".
+# flag_value FLAG WORDS...: print the value of the last "FLAG value" or "FLAG=value".
 flag_value() {
     local flag="$1" value="" before="" word
     shift
@@ -160,7 +173,10 @@ flag_value() {
     printf '%s' "$value"
 }
 
+# find_python: set PYTHON, check its packages, and prepare its environment.
 find_python() {
+    local code='import sys; from importlib.util import find_spec
+sys.exit(not (find_spec("torch") and find_spec("deepspeed")))'
     if [[ -z "${PYTHON:-}" && -x "$VENV_PYTHON" ]]; then
         activate
         PYTHON="$VENV_PYTHON"
@@ -168,19 +184,22 @@ find_python() {
     PYTHON="${PYTHON:-python3}"
     command -v -- "$PYTHON" >/dev/null ||
         fail "no $PYTHON here. Run scripts/quickstart.sh or scripts/test.sh once, or set PYTHON."
-    "$PYTHON" -c 'import sys; from importlib.util import find_spec as f; sys.exit(not (f("torch") and f("deepspeed")))' ||
-        fail "PYTHON has no torch and deepspeed. Run scripts/quickstart.sh or scripts/test.sh once, or set it ($PYTHON) to one that has."
+    "$PYTHON" -c "$code" ||
+        fail "PYTHON has no torch and deepspeed. Run scripts/quickstart.sh or scripts/test.sh once, or" \
+            "set it (now $PYTHON) to an interpreter that has them."
     export PYTHON PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
     export TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM:-false}"
 }
 
+# check_output FOLDER: make the output folder, and check that it is writable and not in use.
 check_output() {
     [[ -n "$1" ]] || fail "--output_dir has no value. Give a folder."
     mkdir -p -- "$1" 2>/dev/null && [[ -d "$1" && -w "$1" ]] ||
-        fail "--output_dir $1: no folder that can be written. Give another as OUTPUT, or by --output_dir."
-    # Before its log is touched; dschat/runtime/lock.py holds this file while a run lasts. The tasks of one run look at the
-    # same time: a shared lock meets a run's own, but not another task's.
-    "$PYTHON" - "$1/.lock" <<'PYTHON' || fail "--output_dir $1: another run writes to it. Give another, or wait for its end."
+        fail "--output_dir $1: no folder that can be written. Give another as OUTPUT or --output_dir."
+    # Checked before the log is touched. A run holds this file's lock (dschat/runtime/lock.py). The
+    # tasks of one run check at the same time: a shared lock conflicts with a run's exclusive one, but
+    # not with another task's.
+    "$PYTHON" - "$1/.lock" <<'PYTHON' ||
 import fcntl, os, sys
 try:
     fcntl.lockf(os.open(sys.argv[1], os.O_RDWR), fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -189,13 +208,14 @@ except (BlockingIOError, PermissionError):
 except OSError:
     pass
 PYTHON
+        fail "--output_dir $1: another run writes to it. Give another, or wait for its end."
 }
 
 num_visible_gpus() {
     if ! has_gpu; then
         echo 0
     elif [[ -n "${CUDA_VISIBLE_DEVICES+set}" ]]; then
-        # CUDA stops at the first number that is none of a GPU.
+        # CUDA stops at the first negative number.
         awk -F, '{ for (n = 0; n < NF && $(n + 1) !~ /^-/; n++); print n }' <<<"$CUDA_VISIBLE_DEVICES"
     else
         nvidia-smi -L | grep -c '^GPU '
@@ -206,7 +226,7 @@ check_num_gpus() {
     [[ "${NUM_GPUS-1}" =~ ^[1-9][0-9]*$ ]] || fail "NUM_GPUS=$NUM_GPUS: expected a number, at least 1."
 }
 
-# LAUNCHER: the command in front of a main.
+# launcher WHERE: set LAUNCHER to the command that starts a main.
 launcher() {
     local where="$1" visible wanted port
     if ((${SLURM_STEP_NUM_TASKS:-1} > 1)); then TASK_RANK="${SLURM_PROCID:-}"; fi
@@ -221,50 +241,57 @@ launcher() {
         LAUNCHER+=(--hostfile "$(several_hosts)")
         return
     fi
-    LAUNCHER+=(--hostfile "") # else it takes /job/hostfile, where there is one, and with it other machines
+    LAUNCHER+=(--hostfile "") # else it uses /job/hostfile, if there is one, and so other machines
     visible="$(num_visible_gpus)"
     wanted="${NUM_GPUS:-$([[ "$where" == one ]] && echo 1 || echo "$visible")}"
     check_num_gpus
     if ((visible)); then
         ((wanted >= 1 && wanted <= visible)) ||
-            fail "NUM_GPUS=$wanted: $visible GPU(s) to be seen here. Give as many at most, or look at CUDA_VISIBLE_DEVICES."
-        if [[ -n "${CUDA_VISIBLE_DEVICES:-}" ]]; then # with --num_gpus the launcher would take others
+            fail "NUM_GPUS=$wanted: $visible GPU(s) are visible. Give at most as many, or check" \
+                "CUDA_VISIBLE_DEVICES."
+        if [[ -n "${CUDA_VISIBLE_DEVICES:-}" ]]; then # with --num_gpus the launcher would use other GPUs
             wanted="$(cut -d, -f "1-$wanted" <<<"$CUDA_VISIBLE_DEVICES")"
             [[ "$wanted" =~ ^[0-9]+(,[0-9]+)*$ ]] ||
-                fail "CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES: DeepSpeed's launcher knows GPUs by their numbers alone. Give" \
-                    "numbers, or start by torchrun."
+                fail "CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES: DeepSpeed's launcher knows GPUs by their" \
+                    "numbers alone. Give numbers, or start by torchrun."
             LAUNCHER+=(--include "localhost:$wanted")
         else
             LAUNCHER+=(--num_gpus "$wanted")
         fi
     else
-        say "no GPU here: ${NUM_GPUS:-1} process(es) on the CPU"
+        say "no GPU here: ${NUM_GPUS:-1} rank(s) on the CPU"
         LAUNCHER+=(--num_accelerators "${NUM_GPUS:-1}")
     fi
 }
 
-# The hostfile of several nodes.
+# several_hosts: check the hostfile and print its path.
 several_hosts() {
     local file="${HOSTFILE:-/job/hostfile}" hosts
     [[ -f "$file" ]] ||
-        fail "$(basename -- "$0") needs several nodes: set HOSTFILE to a DeepSpeed hostfile, a line \"HOST slots=8\" for" \
-            "each ($file is none), or start it by srun or torchrun, once a process."
+        fail "$(basename -- "$0") needs several nodes: set HOSTFILE to a DeepSpeed hostfile with a line" \
+            "\"HOST slots=8\" for each ($file does not exist), or start the script by srun or torchrun, once" \
+            "for each rank."
     hosts="$(grep -cE '^[^#[:space:]]+[[:space:]]+slots=[0-9]+' -- "$file" || true)"
     ((hosts > 1)) ||
-        fail "HOSTFILE $file names $hosts node(s); $(basename -- "$0") needs several, a line \"HOST slots=8\" for each."
+        fail "HOSTFILE $file names $hosts node(s); $(basename -- "$0") needs several. Give each a line" \
+            "\"HOST slots=8\"."
     command -v pdsh >/dev/null ||
-        fail "pdsh is not installed, by which DeepSpeed reaches other nodes. Install it, or start by srun or torchrun."
+        fail "pdsh is not installed; DeepSpeed needs it to reach other nodes. Install it, or start by srun" \
+            "or torchrun."
     printf '%s' "$file"
 }
 
+# master_port: print MASTER_PORT, or a free port if it is not set.
 master_port() {
     local errors=/dev/stderr
-    [[ -z "${MASTER_PORT:-}" ]] || errors=/dev/null # what is wrong with it is said below
-    "$PYTHON" -c 'import sys; from dschat.runtime.ports import free_port as f; print(f(int(sys.argv[1])))' "${MASTER_PORT:-0}" \
-        2>"$errors" || fail "MASTER_PORT=${MASTER_PORT:-}: in use, or no port. Leave it out."
+    local code='import sys; from dschat.runtime.ports import free_port
+print(free_port(int(sys.argv[1])))'
+    [[ -z "${MASTER_PORT:-}" ]] || errors=/dev/null # the message below says enough
+    "$PYTHON" -c "$code" "${MASTER_PORT:-0}" 2>"$errors" ||
+        fail "MASTER_PORT=${MASTER_PORT:-}: in use, or no port number. Leave it unset for a free port."
 }
 
-# How many processes a dry run plans for.
+# planned_processes WHERE: print the number of ranks that a dry run plans for.
 planned_processes() {
     local visible
     check_num_gpus
@@ -276,23 +303,26 @@ planned_processes() {
     esac
 }
 
-# The last lines of a failed run: the cause, the flag to change, the log, which this run began after BYTES.
+# report_failure STATUS LOG BYTES: print the cause of a failure, the flags to look at and the log, and
+# exit. Only what comes after the first BYTES of the log is of this run.
 report_failure() {
     local status="$1" log="$2" said cause flags
-    said="$(tail -c "+$(($3 + 1))" -- "$log")" # what came before is of earlier runs
+    said="$(tail -c "+$(($3 + 1))" -- "$log")"
     cause="$(tac <<<"$said" | awk '{ print } /^error \(rank/ { found = 1; exit } END { exit !found }' | tac || true)"
     if ! grep -q '^error (rank' <<<"$cause"; then
         cause="error: exit status $status"
         if ((status == 137)) || grep -qE 'return code = -9|SIGKILL' <<<"$said"; then
-            cause="error: a process was killed, most often because the host's memory ran out. Leave --offload out, lower"
-            cause+=" --per_device_train_batch_size (step 3: --per_device_training_batch_size), or run fewer processes."
+            cause="error: a process was killed, most often because the host's memory ran out."
+            cause+=" Leave --offload out, lower --per_device_train_batch_size"
+            cause+=" (step 3: --per_device_training_batch_size), or run fewer ranks."
         elif grep -qE '^[A-Za-z.]+Error: ' <<<"$said"; then # of the launcher, or of a library
             cause="error: $(grep -E '^[A-Za-z.]+Error: ' <<<"$said" | tail -n 1)"
         fi
     fi
     flags="$(grep -oE -e '--[a-z][a-z0-9_]+' <<<"$cause" | awk '!seen[$0]++' | head -n 6 | paste -sd ' ' || true)"
     {
-        [[ "$said" == *"$cause" ]] || printf '\n%s\n' "$cause" # else it is the last on the screen already
+        # Not repeated if it is already the last text on the screen.
+        [[ "$said" == *"$cause" ]] || printf '\n%s\n' "$cause"
         printf 'flags to look at: %s\n' "${flags:---help lists them}"
         printf 'whole log: %s\n' "$log"
     } >&2

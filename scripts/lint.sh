@@ -17,8 +17,9 @@ failed=()
 "$VENV_PYTHON" -m ruff format --check . || failed+=("format")
 "$VENV_PYTHON" -m ruff check . || failed+=("lint")
 "$VENV_PYTHON" -m mypy || failed+=("types")
-"$VENV_PYTHON" -m mypy --config-file mypy-rooms.ini --cache-dir .mypy_cache/rooms || failed+=("types of rooms")
+"$VENV_PYTHON" -m mypy --config-file mypy-rooms.ini --cache-dir .mypy_cache/rooms ||
+    failed+=("types of rooms")
 if ((${#failed[@]})); then
-    fail "${failed[*]} failed. Run scripts/lint.sh --fix, then change by hand what is left."
+    fail "${failed[*]} failed. Run scripts/lint.sh --fix, then fix what is left by hand."
 fi
 say "format, lint and types: clean"

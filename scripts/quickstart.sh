@@ -3,7 +3,7 @@
 #
 #   bash scripts/quickstart.sh [arguments of e2e_rlhf.py]
 #
-# It may be started from anywhere, and again: what is installed stays, and needs no network.
+# It may be started from any folder, and repeatedly: what is installed is kept, and needs no network.
 set -euo pipefail
 
 source "$(dirname -- "${BASH_SOURCE[0]}")/_venv.sh"

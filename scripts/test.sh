@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Install what is missing into .venv, then run the tests:
 #
-#   bash scripts/test.sh [arguments of pytest]      # -m slow: those that take minutes
+#   bash scripts/test.sh [arguments of pytest]      # -m slow: the tests that take minutes
 set -euo pipefail
 
 source "$(dirname -- "${BASH_SOURCE[0]}")/_venv.sh"
@@ -9,7 +9,7 @@ source "$(dirname -- "${BASH_SOURCE[0]}")/_venv.sh"
 prepare_venv test
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 export TOKENIZERS_PARALLELISM=false
-# No test needs the hub; one that asks for it should fail at once, not wait.
+# No test needs the hub. A test that asks for it should fail at once and not wait.
 export HF_HUB_OFFLINE=1
 cd -- "$ROOT"
 exec "$VENV_PYTHON" -m pytest "$@"

@@ -278,7 +278,7 @@ def test_the_output_folder_may_come_as_a_flag(bench):
         (SINGLE_NODE, ["file"], {}, "--output_dir file: no folder that can be written"),
         (SINGLE_NODE, ["file/below"], {}, "--output_dir file/below: no folder that can be written"),
         (SINGLE_NODE, [], {"MASTER_PORT": "70000"}, "MASTER_PORT=70000: in use, or no port"),
-        (SINGLE_NODE, [], {"NUM_GPUS": "3", "gpus": 2}, "NUM_GPUS=3: 2 GPU(s) to be seen here"),
+        (SINGLE_NODE, [], {"NUM_GPUS": "3", "gpus": 2}, "NUM_GPUS=3: 2 GPU(s) are visible"),
         (SINGLE_NODE, [], {"NUM_GPUS": "some"}, "NUM_GPUS=some: expected a number"),
         (SINGLE_NODE, ["--dry_run"], {"NUM_GPUS": "some"}, "NUM_GPUS=some: expected a number"),
         (SINGLE_NODE, [], {"NUM_GPUS": "0"}, "NUM_GPUS=0: expected a number, at least 1"),
@@ -295,7 +295,7 @@ def test_the_output_folder_may_come_as_a_flag(bench):
             SINGLE_NODE.replace("run_1.3b", "sweep/run_single"),
             ["2", "yes"],
             {},
-            "OFFLOAD=yes: true or false",
+            "OFFLOAD=yes: expected true or false",
         ),
     ],
 )
