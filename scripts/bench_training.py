@@ -46,6 +46,7 @@ CASES = {
     "sft-7b-zero2-lora": Case(1, "llama-2-7b", 8, f"--zero_stage 2 {LORA}"),
     "sft-7b-zero3-lora": Case(1, "llama-2-7b", 8, f"--zero_stage 3 {LORA}"),
     "tiny": Case(1, "tiny-opt", 4, length=16),
+    "tiny-llama": Case(1, "tiny-llama", 4, length=16),
     "tiny-rm": Case(2, "tiny-opt", 4, length=16),
     "tiny-dpo": Case("dpo", "tiny-opt", 4, length=16),
 }
@@ -130,17 +131,6 @@ def measure_dschat(name: str, args: argparse.Namespace) -> None:
         return random_model(path, dtype=dtype, head=case.step == 2)
 
     run = SupervisedRun(1, config, device, config.model.dtype, None, 2, None)
-    if os.environ.get("BENCH_LEAF"):
-        import deepspeed
-        import dschat.engine.build as build
-        from dschat.models.structure import decoder_layers
-        real = deepspeed.initialize
-
-        def initialize(*, model, **more):
-            deepspeed.utils.set_z3_leaf_modules(model, [type(decoder_layers(model)[1][0])])
-            return real(model=model, **more)
-
-        build.deepspeed.initialize = initialize
     engine = build_engine(run, load, total_steps=args.updates + 4)
     if case.step == "dpo":
         from dschat.trainers import dpo
@@ -229,9 +219,9 @@ def make_trl_trainer(case: Case, model, dataset_class, callbacks: list, *, updat
         data = dataset_class.from_dict({"input_ids": [ids(case.length) for _ in range(num)]})
         args = SFTConfig(**common, packing=False)
         return SFTTrainer(args=args, train_dataset=data, peft_config=peft, **options)
-    words = lambda count: " ".join(f"w{i}" for i in ids(count))  # noqa: E731
     columns = {
-        name: [words(half - 2) for _ in range(num)] for name in ("prompt", "chosen", "rejected")
+        name: [" ".join(f"w{i}" for i in ids(half - 2)) for _ in range(num)]
+        for name in ("prompt", "chosen", "rejected")
     }
     data = dataset_class.from_dict(columns)
     if case.step == 2:

@@ -161,6 +161,8 @@ def build_training_engine(
         num_warmup_steps=min(schedule.num_warmup_steps, total_steps),
         num_training_steps=max(total_steps, 1),
     )
+    if ds_config["zero_optimization"]["stage"] == 3:
+        _fetch_whole_layers(model, ds_config)
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, lr_scheduler=scheduler, config=ds_config
     )
@@ -173,6 +175,18 @@ def build_training_engine(
         f"({100 * trained / total:.1f}%), ZeRO-{engine.zero_optimization_stage()}, {dist.world_size()} process(es)"
     )
     return engine
+
+
+def _fetch_whole_layers(model: torch.nn.Module, ds_config: dict) -> None:
+    """Let ZeRO-3 gather each decoder layer in one collective, instead of each of its modules alone.
+
+    Not if a part of a layer is frozen, as with LoRA: DeepSpeed (0.19.8) then frees parameters whose
+    gradients are still to come. Nor with weights in host memory, where a layer may be too large.
+    """
+    layers = decoder_layers(model)[1]
+    is_frozen = any(not p.requires_grad for p in layers.parameters())
+    if not is_frozen and "offload_param" not in ds_config["zero_optimization"]:
+        deepspeed.utils.set_z3_leaf_modules(model, sorted({type(x) for x in layers}, key=str))
 
 
 def _compile_layers(model: torch.nn.Module) -> None:

@@ -4,6 +4,12 @@ from dataclasses import replace
 
 from dschat.config.options import SystemOptions
 
+# ZeRO-3. A layer of a 7B model has 202M elements, and one layer is fetched ahead. DeepSpeed-Chat's
+# 3e7 for both is less than one MLP matrix of it, so that nothing is ever fetched ahead.
+ZERO3_MAX_LIVE = int(1e9)
+ZERO3_PREFETCH = int(2e8)
+# Norms, biases and adapters stay whole on every rank: gathering each alone costs more than memory.
+ZERO3_PERSISTENT = int(3e5)
 # Steps without overflow after which a dynamic fp16 loss scale doubles.
 FP16_LOSS_SCALE_WINDOW = 100
 
@@ -97,9 +103,9 @@ def _zero(system: SystemOptions) -> dict:
         zero["reduce_bucket_size"] = zero["allgather_bucket_size"] = int(1e8)
     if system.zero_stage == 3:
         zero.update(
-            stage3_param_persistence_threshold=int(1e4),
-            stage3_max_live_parameters=int(3e7),
-            stage3_prefetch_bucket_size=int(3e7),
+            stage3_param_persistence_threshold=ZERO3_PERSISTENT,
+            stage3_max_live_parameters=ZERO3_MAX_LIVE,
+            stage3_prefetch_bucket_size=ZERO3_PREFETCH,
             memory_efficient_linear=False,
         )
         if system.offload:

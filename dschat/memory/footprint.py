@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dschat.config.options import SystemOptions
-from dschat.engine.ds_config import training_config
+from dschat.engine.ds_config import ZERO3_PREFETCH, training_config
 from dschat.generation.kernels.limits import next_power_of_two
 from dschat.memory.model_size import ModelSize
 
@@ -20,7 +20,7 @@ WIDTHS = {"fp32": 4, "bf16": 2, "fp16": 2}
 # DeepSpeed's default reduce_bucket_size; engine/ds_config.py sets it for stages 1 and 2 only.
 ZERO3_BUCKET = int(5e8)
 ZERO3_SUB_GROUP = int(1e9)  # elements that DeepSpeed's ZeRO-3 optimizer steps at a time
-ZERO3_LIVE = int(3e7) * 2  # gathered parameters: stage3_max_live_parameters and one prefetch
+ZERO3_LIVE = 2 * ZERO3_PREFETCH  # gathered elements: about a layer, and what is fetched ahead
 ZERO12_BUCKET = int(1e8)
 
 

@@ -15,9 +15,9 @@ BATCH = {
 BUCKETS = {"reduce_bucket_size": 100_000_000, "allgather_bucket_size": 100_000_000}
 STAGE_3 = {
     "stage": 3,
-    "stage3_param_persistence_threshold": 10_000,
-    "stage3_max_live_parameters": 30_000_000,
-    "stage3_prefetch_bucket_size": 30_000_000,
+    "stage3_param_persistence_threshold": 300_000,
+    "stage3_max_live_parameters": 1_000_000_000,
+    "stage3_prefetch_bucket_size": 200_000_000,
     "memory_efficient_linear": False,
 }
 HOST = {"device": "cpu", "pin_memory": True}
