@@ -53,8 +53,8 @@ MAINS = {
     3: ROOT / "training" / "step3_rlhf_finetuning" / "main.py",
 }
 TITLES = {1: "Step 1: supervised fine-tuning", 2: "Step 2: reward model", 3: "Step 3: PPO"}
-STAGES = {1: "sft", 2: "reward", 3: "ppo"}
-DEPENDENTS = {1: (3,), 2: (3,), 3: ()}  # the steps that start from a step's model
+STEP_NAMES = {1: "sft", 2: "reward", 3: "ppo"}
+DEPENDENTS = {1: (3,), 2: (3,), 3: ()}  # the steps that start from each step's model
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument(
         "--reward-model",
         default="",
-        help="likewise; default: 350m for an OPT actor, else the actor's model",
+        help="as --actor-model; default: 350m for an OPT actor, else the actor's model",
     )
     parser.add_argument("--actor-zero-stage", default="", choices=("", "0", "1", "2", "3"))
     parser.add_argument("--reward-zero-stage", default="", choices=("", "0", "1", "2", "3"))
@@ -110,18 +110,18 @@ def parse_args(argv=None) -> argparse.Namespace:
         "--save-interval",
         type=int,
         default=0,
-        help="save a checkpoint every so many updates (step 3: rollouts); 0: when stopped only",
+        help="updates (step 3: rollouts) between checkpoints; 0: save only when stopped",
     )
     parser.add_argument(
         "--fresh",
         action="store_true",
-        help="start every step (with --step: those) over, and delete earlier checkpoints",
+        help="run every step (with --step: those) from the beginning; delete earlier checkpoints",
     )
     return parser.parse_args(argv)
 
 
 def make_plan(args: argparse.Namespace) -> Plan:
-    """Resolve model names; download or make the models and data of demo and tiny runs.
+    """Resolve the model names, and download or make the models and data of demo and tiny runs.
 
     Raises:
         ValueError: a model name is unknown, or the two models do not fit together.
@@ -169,10 +169,10 @@ def make_plan(args: argparse.Namespace) -> Plan:
 def check_pair(args: argparse.Namespace, plan: Plan) -> None:
     """Check that the critic of step 3 can read the actor's tokens.
 
-    If step 3 is not run, a fault is only printed.
+    If step 3 is not run, the difference is only printed.
 
     Raises:
-        ValueError: it cannot, and step 3 is run.
+        ValueError: the critic cannot, and step 3 is run.
     """
     if plan.kind != "real":
         return
@@ -186,7 +186,7 @@ def check_pair(args: argparse.Namespace, plan: Plan) -> None:
 
 
 def step_command(step: int, plan: Plan, args: argparse.Namespace, *, on_gpu: bool) -> list[str]:
-    """Return the main of a step and its flags."""
+    """Return the path of a step's main and its flags."""
     models = {
         1: ["--model_name_or_path", plan.actor],
         2: ["--model_name_or_path", plan.reward],
@@ -216,7 +216,10 @@ def step_command(step: int, plan: Plan, args: argparse.Namespace, *, on_gpu: boo
 
 
 def num_processes(args: argparse.Namespace, *, on_gpu: bool) -> int:
-    """Return the number of ranks on this machine; 0: DeepSpeed takes all devices, or the hosts."""
+    """Return the number of ranks on this machine.
+
+    0 leaves it to DeepSpeed, which uses all devices of this machine or those of the hostfile.
+    """
     if args.deployment_type == "multi_node":
         return 0
     single = args.deployment_type == "single_gpu" or not on_gpu
@@ -275,7 +278,7 @@ def build_ops(*, on_gpu: bool) -> float:
 
 
 def run_steps(args: argparse.Namespace, plan: Plan, *, on_gpu: bool) -> dict[str, float]:
-    """Run the steps that have not finished; return the seconds of each, of finished ones too."""
+    """Run the steps that have not finished; return the seconds of all, by step name."""
     seconds = {}
     for step in args.step or (1, 2, 3):
         command = step_command(step, plan, args, on_gpu=on_gpu)
@@ -284,14 +287,14 @@ def run_steps(args: argparse.Namespace, plan: Plan, *, on_gpu: bool) -> dict[str
         known = finished_seconds(folder, command)
         if known is not None and not args.fresh and not args.step:
             print(f"\n{TITLES[step]}: finished before, {clock(known)} (--fresh runs it again)")
-            seconds[STAGES[step]] = known
+            seconds[STEP_NAMES[step]] = known
             continue
         print(f"\n{TITLES[step]}  ->  {folder}", flush=True)
         started = time.monotonic()
         flags = begin(folder, command, later=later, fresh=args.fresh)
         run_step(command + flags, folder / "training.log", args, on_gpu=on_gpu)
-        seconds[STAGES[step]] = time.monotonic() - started
-        finish(folder, command, seconds[STAGES[step]], later=later)
+        seconds[STEP_NAMES[step]] = time.monotonic() - started
+        finish(folder, command, seconds[STEP_NAMES[step]], later=later)
     return seconds
 
 
@@ -323,7 +326,8 @@ def summarise(plan: Plan, seconds: dict[str, float]) -> dict:
         }
     except torch.OutOfMemoryError:
         print("no sample answers: a model does not fit on one device")
-        prompts, answers = [], {}
+        prompts = []
+        answers = {}
     samples = [
         {"prompt": prompt, **{name: texts[i] for name, texts in answers.items()}}
         for i, prompt in enumerate(prompts)
