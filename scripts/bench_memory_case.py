@@ -135,7 +135,8 @@ def measure(step: int, models: tuple[str, ...], flags: str, *, tiny: bool) -> di
 def step_argv(step: int, paths: list[str], folder: str) -> list[str]:
     """Return the flags of a step's main that all its cases share."""
     flags = f"--data_output_path {folder}/cache --data_path {folder}/rows.jsonl"
-    flags += " --max_train_steps 2 --log_interval_s 1"
+    # The rows are longer than the limits; "share" cuts both prompt and answer.
+    flags += " --truncation share --max_train_steps 2 --log_interval_s 1"
     if step == 3:
         flags += f" --actor_model_name_or_path {paths[0]} --critic_model_name_or_path {paths[1]}"
         flags += " --eval_prompts 4 --per_device_eval_batch_size 4 --max_prompt_seq_len 256"
@@ -149,6 +150,8 @@ def step_argv(step: int, paths: list[str], folder: str) -> list[str]:
 
 def write_model(folder: Path, name: str, *, tiny: bool) -> str:
     """Write a model folder without weights: a shape's configuration and a byte-level tokenizer."""
+    from safetensors.torch import save_file
+
     from dschat.demo.tiny_models import byte_tokenizer
     from dschat.models.families import SHAPES, tiny_shape
 
@@ -162,8 +165,8 @@ def write_model(folder: Path, name: str, *, tiny: bool) -> str:
     config.pad_token_id = 0
     config.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
-    # Makes the folder look complete; the file is never read.
-    (folder / "model.safetensors").touch()
+    # A file without tensors makes the folder look complete; no weights are read.
+    save_file({}, folder / "model.safetensors")
     return str(folder)
 
 
@@ -219,15 +222,17 @@ def random_weights(step: int):
         with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
             return RewardModel(AutoModelForSequenceClassification.from_config(config, dtype=dtype))
 
-    module = "dschat.trainers.rlhf_engine" if step == 3 else "main"
+    if step == 3:
+        from dschat.trainers import reference_model, rlhf_engine
+
+        modules = [rlhf_engine, reference_model]
+    else:
+        modules = [load_main(step)]
     with contextlib.ExitStack() as stack:
-        if step == 3:
-            import dschat.trainers.rlhf_engine  # noqa: F401
-        else:
-            load_main(step)
-        for name, function in (("load_causal_lm", load), ("load_reward_model", load_reward)):
-            if hasattr(sys.modules[module], name):
-                stack.enter_context(mock.patch(f"{module}.{name}", function))
+        for module in modules:
+            for name, function in (("load_causal_lm", load), ("load_reward_model", load_reward)):
+                if hasattr(module, name):
+                    stack.enter_context(mock.patch.object(module, name, function))
         yield
 
 
