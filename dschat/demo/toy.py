@@ -41,7 +41,8 @@ def write_toy_data(
 
 def _split_prompts() -> tuple[list[str], list[str]]:
     """Return the prompts for training and for evaluation; each word is in both."""
-    train, evaluation = [], []
+    train: list[str] = []
+    evaluation: list[str] = []
     for i, subject in enumerate(SUBJECTS):
         for j, verb in enumerate(VERBS):
             part = evaluation if j == i % len(VERBS) else train
