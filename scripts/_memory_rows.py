@@ -298,7 +298,7 @@ def measure_ppo(
     from dschat.runtime import dist
     from dschat.trainers.ppo import DeepSpeedPPOTrainer
     from dschat.trainers.rewards import ModelReward
-    from dschat.trainers.rlhf_engine import DeepSpeedRLHFEngine
+    from dschat.trainers.rlhf_engine import DeepSpeedRLHFEngine, ModelSource
 
     rows, prompt, answer = sizes
     flags = f"--actor_model_name_or_path {row.model} --critic_model_name_or_path {row.critic}"
@@ -310,12 +310,11 @@ def measure_ppo(
     config = parse_config(PPOConfig, flags.split())
 
     class RandomEngines(DeepSpeedRLHFEngine):
-        def _load(self, source: tuple, ds_config: dict):
-            _, path, flag, _ = source
+        def _load(self, source: ModelSource, ds_config: dict):
+            is_critic = source.flag.startswith("--critic")
             with partitioned_loading(ds_config):
-                is_critic = flag.startswith("--critic")
                 model = random_model(
-                    path, dtype=TORCH_DTYPES[self._dtype], tiny=tiny, head=is_critic
+                    source.path, dtype=TORCH_DTYPES[self._dtype], tiny=tiny, head=is_critic
                 )
             disable_dropout(model)
             return model
