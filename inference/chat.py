@@ -15,6 +15,7 @@ from dschat.models.causal_lm import load_causal_lm
 from dschat.models.inference_device import inference_placement
 from dschat.models.tokenizer import load_tokenizer
 from dschat.runtime.log import run_main
+from dschat.runtime.run_record import recorded_format
 from dschat.serving.chat_model import Answer, ChatModel
 from dschat.serving.conversation import chat_format, fit_conversation, stop_text
 from dschat.serving.requests import read_request
@@ -54,7 +55,10 @@ class Chat:
             top_p=answers.top_p,
             repetition_penalty=answers.repetition_penalty,
         )
-        self.format = chat_format(answers.prompt_format, self.tokenizer)
+        trained_on = recorded_format(path, answers.prompt_format)
+        if trained_on == "plain" and answers.prompt_format == "auto":
+            trained_on = "auto"  # texts to continue have no turns
+        self.format = chat_format(trained_on, self.tokenizer)
         if self.format == "chat" and not self.tokenizer.chat_template:
             raise ValueError(
                 f"--prompt_format chat: the tokenizer of --path {path} has no chat template. "

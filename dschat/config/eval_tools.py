@@ -49,7 +49,9 @@ class Prompts:
         ".csv with a field prompt.",
     )
     prompt_format: PromptFormat = flag(
-        "auto", "Text format of prompts, like --prompt_format of step 1."
+        "auto",
+        "Text format of prompts, like --prompt_format of step 1; auto: that of the run that made the "
+        "model, by its run.json.",
     )
     max_prompt_seq_len: int = flag(
         512, "Longest prompt in tokens; longer prompts lose their beginning."
@@ -125,7 +127,9 @@ class Pairs:
         "rejected.",
     )
     prompt_format: PromptFormat = flag(
-        "auto", "Text format of pairs, like --prompt_format of step 2."
+        "auto",
+        "Text format of pairs, like --prompt_format of step 2; auto: that of the run that made the "
+        "model, by its run.json.",
     )
     max_seq_len: int = flag(512, "Longest text in tokens; longer prompts lose their beginning.")
     batch_size: int = flag(8, "Pairs per batch.")

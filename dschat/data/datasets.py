@@ -95,6 +95,11 @@ class TextDataset(Dataset):
             self.items_digest = None
 
     @property
+    def text_format(self) -> str:
+        """The format of the first row: "plain", "human_assistant" or "chat"."""
+        return self.encoder.format.describe(self.rows[0])
+
+    @property
     def with_turns(self) -> bool:
         """Whether the assistant's earlier answers are needed."""
         return False

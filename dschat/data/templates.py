@@ -102,6 +102,13 @@ class TextFormat:
             return self._conversation_format() if is_conversation else "plain"
         return self._conversation_format()
 
+    def describe(self, row: Row) -> str:
+        """Return the format that a row's text has, even if it came as that text."""
+        kind = self.resolve(row)
+        if kind == "plain" and isinstance(row.prompt, str) and IN_FORM.fullmatch(row.prompt):
+            return "human_assistant"
+        return kind
+
     def render(self, row: Row, *, with_turns: bool = False) -> Rendered:
         """Render a row.
 

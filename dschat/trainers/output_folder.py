@@ -13,8 +13,7 @@ from dschat.runtime import dist
 from dschat.runtime.files import write_json
 from dschat.runtime.hardware import hardware, versions
 from dschat.runtime.lock import lock_folder
-
-RECORD = "run.json"  # written to the output folder after the models are loaded
+from dschat.runtime.run_record import RECORD
 
 
 def prepare_output_dir(output_dir: str | None, *, step: str, below: Iterable[str] = ()) -> None:

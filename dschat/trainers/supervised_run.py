@@ -110,7 +110,12 @@ def train_run(
     done = run.checkpoint.step if run.checkpoint else None
     metrics = MetricsWriter(options.output_dir, tensorboard_dir=events, resume_from=done)
     record_run(
-        config, options.output_dir, dtype=run.dtype, total_steps=total_steps, resumed_from=done
+        config,
+        options.output_dir,
+        dtype=run.dtype,
+        text_format=train_loader.dataset.text_format,
+        total_steps=total_steps,
+        resumed_from=done,
     )
     state = RunState(
         config,

@@ -18,6 +18,7 @@ from dschat.models.causal_lm import load_causal_lm
 from dschat.models.inference_device import inference_placement
 from dschat.models.tokenizer import eos_token_ids, load_tokenizer
 from dschat.runtime.log import run_main
+from dschat.runtime.run_record import recorded_format
 
 QUESTIONS = {
     "English": (
@@ -115,7 +116,7 @@ def answer(
         rows,
         tokenizer,
         max_prompt_len=max_prompt_len,
-        prompt_format=config.prompts.prompt_format,
+        prompt_format=recorded_format(path, config.prompts.prompt_format),
         truncation="share",
     )
     collate = partial(collate_prompts, pad_id=tokenizer.pad_token_id)

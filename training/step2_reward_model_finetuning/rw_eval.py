@@ -19,6 +19,7 @@ from dschat.models.inference_device import inference_placement
 from dschat.models.reward_model import RewardModel, load_reward_model
 from dschat.models.tokenizer import end_token_id, load_tokenizer
 from dschat.runtime.log import run_main
+from dschat.runtime.run_record import recorded_format
 
 EXAMPLES = (
     (
@@ -82,7 +83,7 @@ def main() -> None:
         PairDataset,
         tokenizer=tokenizer,
         max_seq_len=pairs.max_seq_len,
-        prompt_format=pairs.prompt_format,
+        prompt_format=recorded_format(path, pairs.prompt_format),
         end_token_id=end_token_id(tokenizer, **ending),
         truncation="share",
     )

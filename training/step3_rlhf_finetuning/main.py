@@ -76,6 +76,7 @@ def main() -> None:
         config,
         run.output_dir,
         dtype=dtype,
+        text_format=train_loader.dataset.text_format,
         rollouts=rollouts,
         score_std=score_std,
         resumed_from=checkpoint.step if checkpoint else None,

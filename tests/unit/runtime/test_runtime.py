@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from dschat.runtime import dist, files, hardware, log
+from dschat.runtime.run_record import recorded_format
 
 ROOT = Path(__file__).resolve().parents[3]
 FAILURES = {
@@ -202,3 +203,18 @@ def test_a_report_names_the_machine_and_the_versions():
 def test_errors_of_the_machine_come_with_advice(error, word):
     assert word in log.advice(error)
     assert log.advice(KeyError("x")) == ""
+
+
+def test_the_recorded_format_is_found_beside_and_above_a_model(tmp_path):
+    (tmp_path / "actor").mkdir()
+    for text, expected in (
+        ('{"text_format": "chat"}', "chat"),
+        ('{"text_format": "other"}', "auto"),
+        ("{", "auto"),
+        ("[]", "auto"),
+    ):
+        (tmp_path / "run.json").write_text(text)
+        for folder in (tmp_path, tmp_path / "actor"):
+            assert recorded_format(str(folder), "auto") == expected
+            assert recorded_format(str(folder), "plain") == "plain"
+    assert recorded_format("owner/name", "auto") == "auto"
