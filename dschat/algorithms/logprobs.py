@@ -6,6 +6,8 @@ one: rows are cast chunk by chunk, and in training each chunk is recomputed in b
 
 import functools
 import itertools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -60,7 +62,9 @@ class FusedLogprobs(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, logits, tokens, temperature):
+    def forward(
+        ctx: Any, logits: torch.Tensor, tokens: torch.Tensor, temperature: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return logprobs [N] and entropy [N] of logits [N, V] and tokens [N]."""
         compute = _compiled(_fused_forward) if logits.is_cuda else _fused_forward
         logprobs, entropy, normalizer = compute(logits, tokens, temperature)
@@ -69,7 +73,9 @@ class FusedLogprobs(torch.autograd.Function):
         return logprobs, entropy
 
     @staticmethod
-    def backward(ctx, logprob_grad, entropy_grad):
+    def backward(
+        ctx: Any, logprob_grad: torch.Tensor, entropy_grad: torch.Tensor
+    ) -> tuple[torch.Tensor, None, None]:
         """Return the gradient of the logits, given those of both results."""
         logits, tokens, entropy, normalizer = ctx.saved_tensors
         compute = _compiled(_fused_backward) if logits.is_cuda else _fused_backward
@@ -80,11 +86,13 @@ class FusedLogprobs(torch.autograd.Function):
 
 
 @functools.cache
-def _compiled(function):
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function)
 
 
-def _fused_forward(logits, tokens, temperature):
+def _fused_forward(
+    logits: torch.Tensor, tokens: torch.Tensor, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     scaled = logits.float() / temperature
     highest = scaled.amax(-1, keepdim=True)
     normalizer = (scaled - highest).exp().sum(-1, keepdim=True).log() + highest
@@ -95,7 +103,15 @@ def _fused_forward(logits, tokens, temperature):
     return logprobs.squeeze(-1), -terms.sum(-1), normalizer.squeeze(-1)
 
 
-def _fused_backward(logits, tokens, entropy, normalizer, logprob_grad, entropy_grad, temperature):
+def _fused_backward(
+    logits: torch.Tensor,
+    tokens: torch.Tensor,
+    entropy: torch.Tensor,
+    normalizer: torch.Tensor,
+    logprob_grad: torch.Tensor,
+    entropy_grad: torch.Tensor,
+    temperature: float,
+) -> torch.Tensor:
     scaled = logits.float() / temperature
     all_logprobs = scaled - normalizer[:, None]
     probs = all_logprobs.exp()

@@ -21,6 +21,8 @@ from dschat.runtime import dist
 
 logger = logging.getLogger(__name__)
 
+MIN_HELD_OUT_PROMPTS = 2
+
 
 class ShardedSampler(Sampler[int]):
     """One rank's rows; every rank has the same number of full windows.
@@ -220,7 +222,7 @@ def build_prompt_data(
     """Build the training and evaluation prompts of step 3.
 
     Raises:
-        ValueError: for data that cannot be used, or a part that is empty.
+        ValueError: for data that cannot be used, a part that is empty, or a single held-out prompt.
     """
     rows = open_blends(data, step=3, needs="prompt")
     options: dict[str, Any] = dict(
@@ -230,6 +232,11 @@ def build_prompt_data(
     )
     train, held_out = (PromptDataset(part, tokenizer, **options) for part in rows)
     _prepare_both(train, held_out, data)
+    if len(held_out) < MIN_HELD_OUT_PROMPTS:
+        raise ValueError(
+            f"step 3 takes the spread of scores over the held-out prompts, and there is {len(held_out)}. "
+            "Give more rows, a larger --eval_fraction, or an evaluation part."
+        )
     return train, held_out
 
 

@@ -15,7 +15,7 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 BOM = b"\xef\xbb\xbf"
 
@@ -45,7 +45,7 @@ class LineRows(Sequence):
         """Return the number of rows."""
         return len(self._begins)
 
-    def __getitem__(self, index: int) -> dict:
+    def __getitem__(self, index: Any) -> dict:  # type: ignore[override]
         """Read a row."""
         if self._file is None:
             self._file = self.path.open("rb")
@@ -67,8 +67,8 @@ class LineRows(Sequence):
 class Records:
     """The objects of a file, the line where each begins, and what could not be read."""
 
-    rows: Sequence[dict] = field(default_factory=list)
-    lines: Sequence[int] = field(default_factory=list)
+    rows: Any = field(default_factory=list)  # list of dict, or LineRows
+    lines: Any = field(default_factory=list)  # list or array of int
     faults: list[tuple[int, str]] = field(default_factory=list)  # (line, message)
     lost_after: int | None = None  # the line after which rows cannot be told from one another
 

@@ -212,7 +212,7 @@ def _save_part(part: Part, file: Path) -> None:
     temporary = file.with_suffix(f".{os.getpid()}.npz")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(temporary, **arrays)
+        np.savez(temporary, **arrays)  # type: ignore[arg-type]
         os.replace(temporary, file)
     except OSError as error:
         logger.warning("%s: the cache cannot be written (%s)", file, error)

@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pyarrow
@@ -130,7 +131,7 @@ class ChainedRows(Sequence):
         """Return the number of rows of all files."""
         return self._ends[-1] if self._ends else 0
 
-    def __getitem__(self, index: int) -> dict:
+    def __getitem__(self, index: Any) -> dict:  # type: ignore[override]
         """Read a row."""
         if not 0 <= index < len(self):
             raise IndexError(index)

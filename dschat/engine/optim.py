@@ -1,6 +1,7 @@
 """AdamW in parameter groups, and gradients that are not finite."""
 
 import math
+from collections.abc import Callable
 from collections.abc import Container
 from typing import Any
 
@@ -160,7 +161,7 @@ def _step_with_norm(engine, norm: float) -> None:
     """
     optimizer = engine.optimizer
     value = torch.tensor(norm, dtype=torch.float32)
-    replaced = {
+    replaced: dict[str, Callable] = {
         "has_overflow": lambda *_, **__: not math.isfinite(norm),
         "scaled_global_norm": lambda *_, **__: value,  # ZeRO 1 and 2
         "_get_norm_groups": lambda: [value],  # ZeRO 3

@@ -395,3 +395,12 @@ def test_fused_logprobs_are_those_of_the_plain_path(temperature):
     for found, expected in zip(run(fused), plain, strict=True):
         assert torch.isfinite(found).all()
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_pairwise_loss_with_margins():
+    """-log sigmoid(2 - 1 - m), by hand for m = 0 and m = 3."""
+    chosen, rejected = torch.tensor([2.0, 2.0]), torch.tensor([1.0, 1.0])
+    loss = pairwise_loss(chosen, rejected, margins=torch.tensor([0.0, 3.0]))
+    expected = [math.log1p(math.exp(-1)), math.log1p(math.exp(2))]
+    assert loss.tolist() == pytest.approx(expected)
+    assert pairwise_loss(chosen, rejected).tolist() == pytest.approx(expected[:1] * 2)

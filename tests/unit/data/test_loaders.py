@@ -4,6 +4,7 @@ from functools import partial
 import pytest
 
 from dschat.config.sft import SFTData
+from dschat.data.blends import epoch_draws
 from dschat.data.collate import collate_prompts
 from dschat.data.loaders import (
     ShardedSampler,
@@ -242,3 +243,71 @@ def test_loader_gives_each_rank_its_batches(tmp_path):
         seen += [int(i) for batch in batches for i in batch.index]
     assert set(seen) == set(range(20))
     assert len(seen) == 24
+
+
+def test_a_weighted_blend_draws_whole_passes_and_then_rows_at_random():
+    draws = [(10, 25), (20, 5)]
+    options = dict(rank=0, world_size=1, batch_size=1, shuffle=True, seed=3, draws=draws)
+    sampler = ShardedSampler(30, **options)
+    orders = []
+    for epoch in (0, 1):
+        sampler.set_epoch(epoch)
+        rows = list(sampler)
+        counts = [rows.count(row) for row in range(30)]
+        assert len(rows) == len(sampler) == 30
+        assert sorted(counts[:10]) == [2] * 5 + [3] * 5
+        assert sorted(counts[10:]) == [0] * 15 + [1] * 5
+        orders.append(rows)
+    assert set(orders[0]) != set(orders[1])
+    sampler.set_epoch(1, start=7)
+    assert list(sampler) == orders[1][7:]
+
+
+@pytest.mark.parametrize(
+    "weights, temperature, counts",
+    [
+        ([], 1.0, None),
+        ([1, 1], 1.0, [50, 50]),
+        ([3, 1], 1.0, [75, 25]),
+        ([0, 1], 1.0, [0, 100]),
+        ([], 2.0, [75, 25]),  # square roots of 90 and 10: 9.49 and 3.16
+    ],
+)
+def test_shares_of_an_epoch(weights, temperature, counts):
+    draws = epoch_draws(["a", "b"], [90, 10], weights=weights, temperature=temperature)
+    assert draws == (counts and list(zip([90, 10], counts, strict=True)))
+
+
+def test_a_blend_is_drawn_by_its_flag(tmp_path, caplog):
+    paths = [folder(tmp_path), folder(tmp_path, "other", 5, 5, begin=100)]
+    with caplog.at_level(logging.INFO):
+        train, _ = build(3, data_options(*paths, data_split="0,0,1", blend=[1.0, 4.0]))
+    assert train.draws == [(20, 5), (5, 20)]
+    assert "20 rows of an epoch, 4.00 passes over its 5" in caplog.text
+    with pytest.raises(ValueError, match="--blend has 1 weights, and there are 2 data sets"):
+        build(3, data_options(*paths, data_split="0,0,1", blend=[1.0]))
+
+
+def test_step_3_needs_two_held_out_prompts(tmp_path):
+    path = write_lines(tmp_path / "rows.jsonl", pairs(9))
+    with pytest.raises(ValueError, match="spread of scores over the held-out prompts"):
+        build(3, data_options(path, data_split="0,0,1"))
+    assert len(build(3, data_options(path, data_split="0,0,1", eval_fraction=0.3))[1]) == 3
+
+
+def test_a_base_model_trained_on_messages_gets_a_chat_template(tmp_path):
+    rows = [
+        {"messages": [{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": "a"}]}
+        for i in range(20)
+    ]
+    path = write_lines(tmp_path / "rows.jsonl", rows)
+    tokenizer = make_tokenizer()
+    data = data_options(path, data_split="1,0,0")
+    train, _ = build_sft_data(data, tokenizer, end_token_id=EOS)
+    assert train.text_format == "human_assistant"
+    before = [train[i] for i in range(len(train))]
+    assert tokenizer.chat_template
+    # A later step with the saved tokenizer reads the same tokens, by the template.
+    again, _ = build_sft_data(data, tokenizer, end_token_id=EOS)
+    assert again.text_format == "chat"
+    assert [again[i] for i in range(len(again))] == before

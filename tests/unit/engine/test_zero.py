@@ -82,6 +82,5 @@ def test_a_prompt_that_one_rank_cannot_show_ends_all(case, launches):
     """Under ZeRO-3 the weights are gathered in the forward, in which both have to be."""
     said = [result["value"] for result in launches[case].ranks]
     assert (
-        said[0] == "A reward failed on another rank; see its message."
-        and "not this one" in said[1]
+        said[0] == "A reward failed on another rank; see its message." and "not this one" in said[1]
     )
