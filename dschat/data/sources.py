@@ -168,7 +168,7 @@ def conversation_group(row: Row) -> int:
     """Return a hash of a conversation's beginning, the user's first message, in 64 bits.
 
     Rows that begin alike are never separated: neither into training and evaluation rows, nor into
-    different steps.
+    different steps. Only if all rows of a table begin alike, their answers count too.
     """
     if isinstance(row.prompt, str):
         turns = parse_turns(row.prompt)
@@ -177,6 +177,11 @@ def conversation_group(row: Row) -> int:
         text = next((m["content"] for m in row.prompt if m["role"] == "user"), "")
     if not text.strip() and row.chosen is not None:
         text = plain_text(row.chosen)
+    return _hash_text(text)
+
+
+def _hash_text(text: str) -> int:
+    """Return a hash of a text in 64 bits, whatever white space is between its words."""
     digest = hashlib.blake2b(" ".join(text.split()).encode("utf-8"), digest_size=8).digest()
     return int.from_bytes(digest, "little")
 
@@ -233,7 +238,7 @@ def _load_part(table: Table, file: Path) -> Part:
 def _check_table(table: Table, hub_set: HubSet, reading: Reading, *, skip: bool) -> Part:
     """Return all good rows of a table; raise ValueError for others, or leave them out if `skip`."""
     faults = table.faults
-    index, pick, group = [], [], []
+    index, pick, group, whole = [], [], [], []
     has: dict[str, list[bool]] = {"prompt": [], "chosen": [], "rejected": []}
     columns: Counter = Counter()
     for number, raw in enumerate(_iterate_rows(table.rows)):
@@ -247,6 +252,7 @@ def _check_table(table: Table, hub_set: HubSet, reading: Reading, *, skip: bool)
             index.append(number)
             pick.append(choice)
             group.append(groups[choice])
+            whole.append(_hash_text(f"{row.prompt} {row.chosen}"))
             has["prompt"].append(bool(row.prompt))
             has["chosen"].append(row.chosen is not None)
             has["rejected"].append(row.rejected is not None)
@@ -254,6 +260,8 @@ def _check_table(table: Table, hub_set: HubSet, reading: Reading, *, skip: bool)
             further = rows[0].columns
             columns.update(name for name in further if raw.get(name) is not None)
     good = index
+    if len(set(group)) == 1:
+        group = whole  # one prompt for all rows: their answers tell them apart
     if faults and (not skip or not good or table.lost_after is not None):
         raise ValueError(_format_faults(table, sorted(faults), all_bad=not good))
     if faults:

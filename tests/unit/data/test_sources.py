@@ -513,3 +513,12 @@ def test_what_a_check_found_is_taken_from_the_cache(tmp_path, monkeypatch):
     assert load(path, cache_dir=cache, reading=Reading(columns={"chosen": "rejected"}))
     write_lines(tmp_path / "rows.jsonl", pairs(19))
     assert len(load(path, cache_dir=cache).train) == 19
+
+
+def test_rows_with_one_prompt_for_all_are_told_apart_by_their_answers(tmp_path):
+    rows = [{"prompt": "Review:", "chosen": f" c{i}", "rejected": " r"} for i in range(20)]
+    path = write_lines(tmp_path / "rows.jsonl", rows)
+    source = load(path)
+    assert len(set(source.train.group.tolist())) == 20
+    train, evaluation = hold_out([source], eval_fraction=0.2, seed=1)[0]
+    assert (len(train), len(evaluation)) == (16, 4)
