@@ -1,9 +1,10 @@
 """The accelerator that DeepSpeed runs on, and the precision that it supports."""
 
-import torch
 from deepspeed.accelerator import get_accelerator
 
-TORCH_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+from dschat.models.inference_device import TORCH_DTYPES
+
+__all__ = ["TORCH_DTYPES", "on_cpu", "resolve_dtype"]
 
 
 def on_cpu() -> bool:

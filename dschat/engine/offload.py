@@ -6,6 +6,8 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum as State
 from deepspeed.runtime.zero.offload_states import offload_optimizer_states, reload_optimizer_states
 
+from dschat.engine.optim import torch_optimizer
+
 
 def offload_idle_states(engine, *, pin_memory: bool = True) -> None:
     """Move the optimizer's states of `engine` to host memory; nothing where --offload keeps them there anyway."""
@@ -20,7 +22,7 @@ def offload_idle_states(engine, *, pin_memory: bool = True) -> None:
         # DeepSpeed (0.19.8) itself moves no other optimizer's states than FusedAdam's, which has to be compiled.
         for master in engine.optimizer.fp32_partitioned_groups_flat:
             master.data = _copy(master.data, pin_memory)
-    offload_optimizer_states(_torch_optimizer(engine), "cpu", pin_memory=pin_memory)
+    offload_optimizer_states(torch_optimizer(engine), "cpu", pin_memory=pin_memory)
     get_accelerator().empty_cache()
 
 
@@ -36,11 +38,7 @@ def reload_idle_states(engine) -> None:
     if stage == 3:
         for master in engine.optimizer.fp32_partitioned_groups_flat:
             master.data = master.data.to(engine.device)
-    reload_optimizer_states(_torch_optimizer(engine), engine.device)
-
-
-def _torch_optimizer(engine):
-    return getattr(engine.optimizer, "optimizer", engine.optimizer)
+    reload_optimizer_states(torch_optimizer(engine), engine.device)
 
 
 def _copy(tensor, pin_memory: bool):

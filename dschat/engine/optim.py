@@ -1,8 +1,7 @@
 """AdamW in parameter groups, and gradients that are not finite."""
 
 import math
-from collections.abc import Callable
-from collections.abc import Container
+from collections.abc import Callable, Container
 from typing import Any
 
 import torch
@@ -51,6 +50,11 @@ def adamw(
     # One kernel over all parameters: on two CPU cores 12 times faster than torch's default loop.
     fused = all(p.device.type in ("cpu", "cuda") for group in param_groups for p in group["params"])
     return torch.optim.AdamW(param_groups, betas=BETAS, fused=fused)
+
+
+def torch_optimizer(engine) -> torch.optim.Optimizer:
+    """Return torch's optimizer inside an engine, below that of ZeRO."""
+    return getattr(engine.optimizer, "optimizer", engine.optimizer)
 
 
 class GradientCheck:

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from deepspeed.checkpoint import ds_to_universal
 
+from dschat.engine.optim import torch_optimizer
 from dschat.runtime import dist
 from dschat.runtime.log import logger
 
@@ -45,7 +46,7 @@ def load_engine_universally(engine, folder: Path, name: str, *, scratch: Path) -
     for group, own, rate in zip(groups, before, rates, strict=True):
         # At stage 3 DeepSpeed (0.19.8) gives every group the rate and the decay of the first.
         group.update(own, lr=rate)
-    for state in _inner(engine).state.values():
+    for state in torch_optimizer(engine).state.values():
         # There all share one step tensor as well, which each would count up.
         if torch.is_tensor(state.get("step")):
             state["step"] = state["step"].clone()
@@ -77,10 +78,5 @@ def _convert(source: Path, target: Path) -> str:
     return ""
 
 
-def _inner(engine) -> torch.optim.Optimizer:
-    """Torch's optimizer below DeepSpeed's."""
-    return getattr(engine.optimizer, "optimizer", engine.optimizer)
-
-
 def _param_groups(engine) -> list[dict]:
-    return _inner(engine).param_groups
+    return torch_optimizer(engine).param_groups

@@ -2,7 +2,7 @@
 
 import torch
 
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+TORCH_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def inference_placement(dtype: str = "auto") -> tuple[torch.device, torch.dtype]:
@@ -20,4 +20,4 @@ def inference_placement(dtype: str = "auto") -> tuple[torch.device, torch.dtype]
             dtype = "bf16"
         else:
             dtype = "fp16"
-    return torch.device("cuda" if on_gpu else "cpu"), DTYPES[dtype]
+    return torch.device("cuda" if on_gpu else "cpu"), TORCH_DTYPES[dtype]
