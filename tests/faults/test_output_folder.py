@@ -167,7 +167,7 @@ def test_the_model_of_another_step_is_kept(tmp_path):
         prepare_output_dir(str(out), step="Step 3, PPO", below=MODEL_FOLDERS)
     for text in ("{", "[]", "7"):
         (out / "run.json").write_text(text)
-        with pytest.raises(ValueError, match="run.json in it is damaged"):
+        with pytest.raises(ValueError, match="its run.json is damaged"):
             prepare_output_dir(str(out), step="Step 1, supervised fine-tuning")
     # A run that was stopped before it saved a model does not block others.
     prepare_output_dir(
