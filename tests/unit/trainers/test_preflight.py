@@ -187,6 +187,6 @@ def test_the_guide_shows_what_the_planner_prints(capsys):
     printed = f"{capsys.readouterr().out}\nerror (rank 0): {refused.value}\n"
     assert shown == printed
     assert (
-        "It fits with --actor_gradient_checkpointing --actor_zero_stage 3 --offload (20.9 GiB on "
+        "It fits with --actor_gradient_checkpointing --actor_zero_stage 3 --offload (21.5 GiB on "
         "each GPU" in shown
     )
