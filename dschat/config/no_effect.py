@@ -11,7 +11,7 @@ WITHOUT_EFFECT = {
     "align_overflow": "engines always step together or not at all",
     "deepspeed": "every run is a DeepSpeed run",
     "deepscale": "every run is a DeepSpeed run",
-    "preprocessing_num_workers": "rows are tokenized as they are read",
+    "preprocessing_num_workers": "the tokenizer takes all cores, once, before training",
     "actor_dropout": "dropout is off in all four models of step 3",
     "critic_dropout": "dropout is off in all four models of step 3",
 }
