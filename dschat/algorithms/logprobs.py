@@ -6,6 +6,8 @@ one: rows are cast chunk by chunk, and in training each chunk is recomputed in b
 
 import functools
 import itertools
+import os
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -35,7 +37,7 @@ def token_logprobs(
     """
     batch, length, vocab = logits.shape
     flat_logits, flat_tokens = logits.reshape(-1, vocab), tokens.reshape(-1)
-    if logits.is_cuda:
+    if logits.is_cuda and _can_compile():
         logprobs, entropy = FusedLogprobs.apply(flat_logits, flat_tokens, temperature)
         return logprobs.view(batch, length), entropy.view(batch, length)
     rows = max(1, chunk_elements // vocab)
@@ -83,6 +85,13 @@ class FusedLogprobs(torch.autograd.Function):
             logits, tokens, entropy, normalizer, logprob_grad, entropy_grad, ctx.temperature
         )
         return grad, None, None
+
+
+@functools.cache
+def _can_compile() -> bool:
+    """Return whether torch.compile works on this GPU: it needs Triton and a C compiler."""
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("cc")
+    return bool(compiler) and torch.utils._triton.has_triton()
 
 
 @functools.cache

@@ -21,6 +21,7 @@ from dschat.engine.launch_env import process_variables, shared_buffers
 from dschat.engine.optim import adamw
 from dschat.models.structure import decoder_layers
 from dschat.runtime import dist
+from dschat.runtime.hardware import can_compile
 from dschat.runtime.log import logger
 
 # Where the environment has no DEEPSPEED_TIMEOUT (minutes): time to write 180 GB at 100 MB/s.
@@ -168,7 +169,7 @@ def build_training_engine(
     )
     trained = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
     total = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
-    if compile_layers and engine.zero_optimization_stage() < 3 and not on_cpu():
+    if compile_layers and engine.zero_optimization_stage() < 3 and can_compile():
         _compile_layers(model)
     logger.info(
         f"{type(model).__name__}: {total / 1e6:,.1f}M parameters, {trained / 1e6:,.1f}M trained "

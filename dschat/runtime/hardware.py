@@ -4,6 +4,7 @@ import importlib.metadata
 import os
 import platform
 import re
+import shutil
 from pathlib import Path
 
 import torch
@@ -30,6 +31,12 @@ def cpu_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def can_compile() -> bool:
+    """Return whether torch.compile works on this GPU: it needs Triton and a C compiler."""
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("cc")
+    return torch.cuda.is_available() and bool(compiler) and torch.utils._triton.has_triton()
 
 
 def versions() -> dict[str, str]:
