@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils._triton import has_triton
 from torch.utils.checkpoint import checkpoint
 
 # Elements of one fp32 chunk: 64 Mi floats are 256 MiB.
@@ -91,7 +92,7 @@ class FusedLogprobs(torch.autograd.Function):
 def _can_compile() -> bool:
     """Return whether torch.compile works on this GPU: it needs Triton and a C compiler."""
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("cc")
-    return bool(compiler) and torch.utils._triton.has_triton()
+    return bool(compiler) and has_triton()
 
 
 @functools.cache

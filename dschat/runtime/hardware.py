@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from torch.utils._triton import has_triton
 
 
 def hardware() -> dict[str, str | int | float]:
@@ -36,7 +37,7 @@ def cpu_cores() -> int:
 def can_compile() -> bool:
     """Return whether torch.compile works on this GPU: it needs Triton and a C compiler."""
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("cc")
-    return torch.cuda.is_available() and bool(compiler) and torch.utils._triton.has_triton()
+    return torch.cuda.is_available() and bool(compiler) and has_triton()
 
 
 def versions() -> dict[str, str]:
