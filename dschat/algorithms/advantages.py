@@ -14,16 +14,19 @@ def shape_rewards(
     reward_clip: float,
     penalties: torch.Tensor | float = 0.0,
 ) -> torch.Tensor:
-    """Return r_t = -kl_coef * KL_t on every answer token, plus the clipped score less the penalty on the last one.
+    """Return the KL penalty of every answer token, plus the score on the last one.
 
-    Ouyang et al. 2022 (InstructGPT), equation 2, with the KL per token as in Ziegler et al. 2019; the clip of the
-    score is DeepSpeed-Chat's. KL and penalties are not clipped.
+    Each token has r_t = -kl_coef * KL_t; the last one also has clip(score) - penalty. This is
+    equation 2 of Ouyang et al. 2022 (InstructGPT), with the KL per token as in Ziegler et al. 2019.
+    The clip of the score is DeepSpeed-Chat's. KL and penalties are not clipped.
 
     Args:
         scores: [B], already normalised.
         kl: [B, R], per-token estimate, nats.
         mask: [B, R], True on answer tokens; each row has at least one.
-        penalties: [B], or one for all.
+        kl_coef: the coefficient of the KL penalty.
+        reward_clip: scores are clipped to [-reward_clip, reward_clip].
+        penalties: [B], or one number for all rows.
 
     Returns:
         [B, R], 0 outside the mask.
@@ -38,10 +41,12 @@ def gae(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute the generalised advantage estimate (Schulman et al. 2016, equations 11 and 16).
 
-    delta_t = r_t + gamma * V_{t+1} - V_t;  A_t = delta_t + gamma * lam * A_{t+1};  V is 0 after the last token.
+    delta_t = r_t + gamma * V_{t+1} - V_t and A_t = delta_t + gamma * lam * A_{t+1}.
+    V is 0 after the last token.
 
     Args:
-        rewards, values: [B, R].
+        rewards: [B, R].
+        values: [B, R].
         mask: [B, R], True on answer tokens, which form one run from position 0.
 
     Returns:
@@ -65,21 +70,32 @@ def group_advantages(
 ) -> torch.Tensor:
     """Compute advantages from the other answers to the same prompt, without a critic.
 
-    With R_i the sum of the rewards of answer i, KL penalty included, and the group its `num_samples` answers:
-    ``rloo``: R_i minus the mean R of the others (Ahmadian et al. 2024, equation 8), the same at every token.
-    ``grpo``: (R_i - mean) / standard deviation of the group (Shao et al. 2024, section 4.1.2), the same at every token.
-    ``reinforce_baseline``: the discounted rewards from each token on, minus the group's mean R (Hu et al. 2025,
-    REINFORCE++ with baseline; whitened afterwards).
+    R_i is the sum of the rewards of answer i, KL penalty included. A group is the `num_samples`
+    answers to one prompt.
+
+    - ``rloo``: R_i minus the mean R of the others, the same at every token (Ahmadian et al. 2024,
+      equation 8).
+    - ``grpo``: (R_i - mean) / standard deviation of the group, the same at every token (Shao et al.
+      2024, section 4.1.2).
+    - ``reinforce_baseline``: the discounted rewards from each token to the last, minus the group's
+      mean R (Hu et al. 2025, REINFORCE++ with baseline). The caller whitens them.
 
     Args:
-        rewards: [B, R], 0 outside the mask; the answers to one prompt are neighbours, and B divides by `num_samples`.
+        rewards: [B, R], 0 outside the mask. The answers to one prompt are neighbours, and B is a
+            multiple of `num_samples`.
         mask: [B, R], True on answer tokens.
-        num_samples: at least 2.
+        estimator: ``rloo``, ``grpo`` or ``reinforce_baseline``.
+        num_samples: answers per prompt, at least 2.
+        gamma: the discount, read by ``reinforce_baseline`` alone.
 
     Returns:
         [B, R], 0 outside the mask.
+
+    Raises:
+        ValueError: the estimator is unknown.
     """
-    # Equal rewards differ from their mean in fp32 by a rounding error, which the division of grpo would make an advantage.
+    # In fp32 equal rewards differ from their mean by a rounding error, which the division of grpo
+    # would turn into an advantage.
     exact = rewards.double()
     totals = exact.sum(-1).view(-1, num_samples)
     mean = totals.mean(-1, keepdim=True)

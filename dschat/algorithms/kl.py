@@ -1,4 +1,4 @@
-"""KL between policy and reference: estimators on sampled tokens, and the coefficient of the penalty."""
+"""KL between policy and reference: estimators on sampled tokens, coefficient of the penalty."""
 
 from dataclasses import dataclass
 
@@ -11,14 +11,21 @@ def kl_estimate(
     """Estimate the per-token KL(policy || reference) on tokens sampled from the policy.
 
     With x = log p - log ref (J. Schulman, "Approximating KL Divergence", 2020):
-    k1 = x, unbiased, may be negative; k2 = x^2 / 2, biased, low variance; k3 = exp(-x) - 1 + x, unbiased, never
-    negative.
+
+    - ``k1`` = x: unbiased, may be negative.
+    - ``k2`` = x^2 / 2: biased, low variance.
+    - ``k3`` = exp(-x) - 1 + x: unbiased, never negative.
 
     Args:
-        logprobs, ref_logprobs: [B, R].
+        logprobs: [B, R], of the policy.
+        ref_logprobs: [B, R], of the reference.
+        estimator: ``k1``, ``k2`` or ``k3``.
 
     Returns:
         [B, R], nats.
+
+    Raises:
+        ValueError: the estimator is unknown.
     """
     log_ratio = logprobs - ref_logprobs
     if estimator == "k1":
@@ -34,9 +41,10 @@ def kl_estimate(
 class KLController:
     """The coefficient of the KL penalty: fixed, or adaptive if a target is given.
 
-    Adaptive (Ziegler et al. 2019, "Fine-Tuning Language Models from Human Preferences", section 2.2):
-    error = clip(KL / target - 1, -0.2, 0.2); coefficient *= 1 + error * answers / horizon.
-    A rollout of more answers than the horizon counts as one of exactly the horizon: the factor stays between 0.8 and 1.2.
+    Adaptive (Ziegler et al. 2019, "Fine-Tuning Language Models from Human Preferences", section
+    2.2): error = clip(KL / target - 1, -0.2, 0.2); coefficient *= 1 + error * answers / horizon.
+    A rollout of more answers than the horizon counts as one of exactly the horizon, so that the
+    factor stays between 0.8 and 1.2.
     """
 
     coef: float
@@ -44,7 +52,7 @@ class KLController:
     horizon: int = 10000  # answers
 
     def update(self, kl_per_answer: float, num_answers: int) -> None:
-        """Take in the mean KL per answer (nats) of `num_answers` new answers."""
+        """Adapt the coefficient to the mean KL per answer (nats) of `num_answers` new answers."""
         if self.target is None:
             return
         error = min(max(kl_per_answer / self.target - 1.0, -0.2), 0.2)

@@ -1,7 +1,8 @@
 """Token logprobs and entropy from logits, in fp32 and a few rows at a time.
 
-A [B, T, V] tensor of fp32 logits is the largest of the whole step (1.5 GiB for 16 x 512 x 50272), so there never is
-one: rows are cast chunk by chunk, and in training each chunk is recomputed in backward.
+A [B, T, V] tensor of fp32 logits would be the largest of the whole update (1.5 GiB for
+16 x 512 x 50272), so it is never made: rows are cast chunk by chunk, and in training each chunk is
+recomputed in backward.
 """
 
 import functools
@@ -26,15 +27,17 @@ def token_logprobs(
     temperature: float = 1.0,
     chunk_elements: int = CHUNK_ELEMENTS,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logprob of each token and entropy of each distribution.
+    """Compute the logprob of each token and the entropy of each distribution.
 
     Args:
         logits: [B, T, V], any float type; position t predicts ``tokens[:, t]``.
         tokens: [B, T] int64.
         temperature: the logits are divided by it first, as in sampling.
+        chunk_elements: the most fp32 logits held at once.
 
     Returns:
-        logprobs [B, T] fp32 and entropy [B, T] fp32 (nats), differentiable with respect to the logits.
+        logprobs [B, T] fp32 and entropy [B, T] fp32 (nats), both differentiable with respect to the
+        logits.
     """
     batch, length, vocab = logits.shape
     flat_logits, flat_tokens = logits.reshape(-1, vocab), tokens.reshape(-1)
@@ -136,10 +139,15 @@ def _fused_backward(
 def full_kl(
     logits: torch.Tensor, ref_logits: torch.Tensor, *, chunk_elements: int = CHUNK_ELEMENTS
 ) -> torch.Tensor:
-    """[B, T] fp32: the exact KL(p || ref) over the whole vocabulary at each position.
+    """Compute the exact KL(p || ref) over the whole vocabulary at each position.
 
     Args:
-        logits, ref_logits: [B, T, V], any float type.
+        logits: [B, T, V], any float type.
+        ref_logits: [B, T, V], any float type.
+        chunk_elements: the most fp32 logits of each model held at once.
+
+    Returns:
+        [B, T] fp32, nats.
     """
     batch, length, vocab = logits.shape
     rows = max(1, chunk_elements // vocab)
@@ -153,7 +161,8 @@ def _chunk_logprobs(
     scaled = logits.float() / temperature
     all_logprobs = scaled - scaled.logsumexp(-1, keepdim=True)
     logprobs = all_logprobs.gather(-1, tokens[:, None]).squeeze(-1)
-    # H = -sum p log p; where the vocabulary is masked p is 0 and log p is -inf: its product counts as 0, in backward too.
+    # H = -sum p log p. A masked token has p = 0 and log p = -inf: its product counts as 0, in
+    # backward too.
     finite = all_logprobs.clamp(min=torch.finfo(torch.float32).min)
     return logprobs, -(all_logprobs.exp() * finite).sum(-1)
 
@@ -161,5 +170,6 @@ def _chunk_logprobs(
 def _chunk_kl(logits: torch.Tensor, ref_logits: torch.Tensor) -> torch.Tensor:
     p, q = logits.float().log_softmax(-1), ref_logits.float().log_softmax(-1)
     probs = p.exp()
-    # What the policy cannot say adds nothing, where the reference cannot either (-inf - -inf).
+    # A token that the policy cannot sample adds 0, even if the reference cannot sample it either
+    # (-inf - -inf).
     return torch.where(probs > 0, probs * (p - q), torch.zeros_like(probs)).sum(-1)

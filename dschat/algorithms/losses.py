@@ -1,4 +1,4 @@
-"""The losses. Token losses are sums; the caller divides by the tokens of its whole optimizer step."""
+"""The losses. Token losses are sums; the caller divides by the tokens of the whole update."""
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ def lm_loss_rows(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tens
 
     Args:
         logits: [B, T, V]; position t predicts ``labels[:, t + 1]``.
-        labels: [B, T] int64, -100 where no loss is taken.
+        labels: [B, T] int64, -100 on tokens without loss.
 
     Returns:
         nll [B] fp32, summed over each row's tokens, and the number of those tokens [B] int64.
@@ -50,11 +50,15 @@ def dpo_loss(
 ) -> torch.Tensor:
     """Return -(1 - e) log sigmoid(r_w - r_l) - e log sigmoid(r_l - r_w), as [B].
 
-    Here e is `label_smoothing`.
+    Here e is `label_smoothing`, and r_w and r_l are the rewards of the chosen and of the rejected
+    answer. With e = 0 this is equation 7 of Rafailov et al. 2023 (DPO). With e > 0 it is the
+    conservative form, for preferences of which a share e is the wrong way round (E. Mitchell, "A
+    note on DPO with noisy preferences & relationship to IPO", 2023, equation 3).
 
-    Rafailov et al. 2023 (DPO), equation 7, on the implicit rewards of ``implicit_rewards``; with e > 0 its conservative
-    form for preferences of which a share e is the wrong way round (E. Mitchell, "A note on DPO with noisy preferences &
-    relationship to IPO", 2023, equation 3).
+    Args:
+        chosen_rewards: [B], from ``implicit_rewards``.
+        rejected_rewards: [B], from ``implicit_rewards``.
+        label_smoothing: e.
     """
     margin = chosen_rewards - rejected_rewards
     return -(1.0 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
@@ -83,13 +87,18 @@ def policy_loss(
     Schulman et al. 2017, equation 7.
 
     Args:
-        logprobs, old_logprobs, advantages: [B, R].
+        logprobs: [B, R], of the policy in training.
+        old_logprobs: [B, R], of the policy that sampled the tokens.
+        advantages: [B, R].
         mask: [B, R], True on answer tokens.
+        cliprange: the ratio is clipped to [1 - cliprange, 1 + cliprange].
 
     Returns:
-        The loss sum (scalar), and sums without gradient: ``clipped`` tokens where the clip bites, and
-        ``approx_kl`` = sum of (ratio - 1) - log ratio (k3 of old against new policy); ``ratio_max`` is the largest
-        of an answer token, 0 where there is none.
+        The loss sum (scalar), and statistics without gradient:
+
+        - ``clipped``: the number of tokens whose loss the clip changes.
+        - ``approx_kl``: the sum of (ratio - 1) - log ratio (k3 of old against new policy).
+        - ``ratio_max``: the largest ratio of an answer token, 0 if there is no answer token.
     """
     log_ratio = torch.where(mask.bool(), logprobs - old_logprobs, torch.zeros_like(logprobs))
     ratio = log_ratio.exp()
@@ -100,7 +109,7 @@ def policy_loss(
         stats = {
             "clipped": masked_sum((clipped > unclipped).float(), mask),
             "approx_kl": masked_sum(torch.expm1(log_ratio) - log_ratio, mask),
-            # Ratios are above 0, so that rows without a token have no say.
+            # Ratios are above 0, so that the zeros outside the mask never win.
             "ratio_max": torch.where(mask.bool(), ratio, torch.zeros_like(ratio)).max(),
         }
     return loss, stats
@@ -114,15 +123,21 @@ def value_loss(
     *,
     cliprange_value: float,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """0.5 * max((V - R)^2, (clip(V) - R)^2), summed over answer tokens; V moves at most `cliprange_value` from its
-    old value. The clip is that of OpenAI's PPO implementation (baselines, ppo2), which DeepSpeed-Chat follows.
+    """Compute 0.5 * max((V - R)^2, (clip(V) - R)^2), summed over answer tokens.
+
+    clip(V) is at most `cliprange_value` from the old value. The clip is that of OpenAI's PPO
+    implementation (baselines, ppo2), which DeepSpeed-Chat follows.
 
     Args:
-        values, old_values, returns: [B, R].
+        values: [B, R], V of the critic in training.
+        old_values: [B, R], V before the update.
+        returns: [B, R], R.
         mask: [B, R], True on answer tokens.
+        cliprange_value: how far V may move from its old value.
 
     Returns:
-        The loss sum (scalar), and without gradient the sum ``clipped`` of tokens where the clip bites.
+        The loss sum (scalar), and without gradient ``clipped``, the number of tokens whose loss the
+        clip changes.
     """
     bounded = old_values + (values - old_values).clamp(-cliprange_value, cliprange_value)
     errors, bounded_errors = (values - returns) ** 2, (bounded - returns) ** 2

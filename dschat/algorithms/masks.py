@@ -16,7 +16,8 @@ def response_mask(tokens: torch.Tensor, eos_token_ids: Iterable[int]) -> torch.T
         eos_token_ids: the ids that end an answer.
 
     Returns:
-        [B, R] bool, True on answer tokens. The EOS is an action and counts; an immediate EOS is an answer of length 1.
+        [B, R] bool, True on answer tokens. The EOS is an action and counts: an immediate EOS is an
+        answer of length 1.
     """
     is_eos = torch.isin(
         tokens, torch.as_tensor(list(eos_token_ids), device=tokens.device, dtype=tokens.dtype)
@@ -50,7 +51,10 @@ def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 def moments(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """[3] float64: count, sum and sum of squares under `mask`. Add those of all ranks for global statistics."""
+    """Return [3] float64: count, sum and sum of squares under `mask`.
+
+    Add those of all ranks for global statistics.
+    """
     values, mask = values.double(), mask.bool()
     return torch.stack(
         [mask.sum().double(), masked_sum(values, mask), masked_sum(values * values, mask)]
@@ -71,7 +75,7 @@ def masked_whiten(
 
     Args:
         values: [B, R].
-        mask: [B, R].
+        mask: [B, R], True on the values that count.
         totals: ``moments`` summed over all ranks; default: those of these rows alone.
     """
     mean, std = mean_and_std(moments(values, mask) if totals is None else totals)

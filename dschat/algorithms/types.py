@@ -1,6 +1,7 @@
-"""The batches that travel between the parts. Frozen; the shape stands on every field.
+"""The batches that data, rollout and trainers exchange. All are frozen dataclasses of tensors.
 
-B rows, T tokens, P prompt positions, R answer positions. Masks hold 1 (or True) where a position counts.
+Shapes: B rows, T tokens, P prompt positions, R answer positions. A mask is 1 (or True) on the
+positions that count.
 """
 
 from dataclasses import dataclass, fields
@@ -16,13 +17,13 @@ class Movable:
     """``to`` and ``rows`` for frozen dataclasses of tensors that share their first dimension."""
 
     def to(self: T, device: torch.device | str) -> T:
-        """The same batch with every tensor on `device`."""
+        """Return the same batch with every tensor on `device`."""
         return type(self)(
             **{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)}
         )
 
     def rows(self: T, index: torch.Tensor) -> T:
-        """The rows `index` [N] (int64) of every tensor, as a new batch."""
+        """Return the rows `index` [N] (int64) of every tensor, as a new batch."""
         return type(self)(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
 
 
@@ -32,17 +33,20 @@ class TextBatch(Movable):
 
     input_ids: torch.Tensor  # [B, T] int64
     attention_mask: torch.Tensor  # [B, T] int64
-    labels: torch.Tensor  # [B, T] int64, -100 where no loss is taken
+    labels: torch.Tensor  # [B, T] int64, -100 on tokens without loss
 
 
 @dataclass(frozen=True)
 class PairBatch(Movable):
-    """Preference pairs, padded on the right: row b of the first half is preferred to row b of the second."""
+    """Preference pairs, padded on the right.
+
+    Row b of the first half is preferred to row b of the second half.
+    """
 
     input_ids: torch.Tensor  # [2B, T] int64
     attention_mask: torch.Tensor  # [2B, T] int64
     labels: torch.Tensor  # [2B, T] int64, the answers' tokens, and -100 on prompts and padding
-    margins: torch.Tensor  # [2B] fp32, how much better the chosen answer is; 0: not known
+    margins: torch.Tensor  # [2B] fp32, how much better the chosen answer is; 0 if unknown
 
 
 @dataclass(frozen=True)
@@ -56,15 +60,16 @@ class PromptBatch(Movable):
 
 @dataclass(frozen=True)
 class Experience(Movable):
-    """The result of one rollout that the updates read. It is computed once, without gradient, then never changed."""
+    """The result of one rollout, which the updates read.
+
+    It is computed once, without gradient, and never changed.
+    """
 
     input_ids: torch.Tensor  # [B, P + R] int64, prompt padded left, answer padded right
-    attention_mask: (
-        torch.Tensor
-    )  # [B, P + R] int64, 1 on prompt and answer tokens (the closing EOS too)
-    response_mask: (
-        torch.Tensor
-    )  # [B, R] bool, True on answer tokens up to and including the first EOS
+    # [B, P + R] int64, 1 on prompt and answer tokens (the closing EOS too)
+    attention_mask: torch.Tensor
+    # [B, R] bool, True on answer tokens up to and including the first EOS
+    response_mask: torch.Tensor
     logprobs: torch.Tensor  # [B, R] fp32, of the sampled tokens under the policy that sampled them
     ref_logprobs: torch.Tensor  # [B, R] fp32
     values: torch.Tensor  # [B, R] fp32, the critic's before the update (zeros without a critic)
