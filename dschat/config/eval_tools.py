@@ -50,8 +50,8 @@ class Prompts:
     )
     prompt_format: PromptFormat = flag(
         "auto",
-        "Text format of prompts, like --prompt_format of step 1; auto: that of the run that made the "
-        "model, by its run.json.",
+        "Text format of prompts, like --prompt_format of step 1; auto: that of the run that made "
+        "the model, by its run.json.",
     )
     max_prompt_seq_len: int = flag(
         512, "Longest prompt in tokens; longer prompts lose their beginning."

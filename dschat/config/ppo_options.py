@@ -31,7 +31,8 @@ class PPOData(DataOptions):
     unsup_coef: float = flag(27.8, "Weight of the PTX loss.")
     preprocessing_num_workers: Optional[int] = flag(
         None,
-        "Accepted for compatibility, no effect: the tokenizer takes all cores, once, before training.",
+        "Accepted for compatibility, no effect: the tokenizer takes all cores, once, before "
+        "training.",
     )
     max_prompt_seq_len: int = flag(256, "Longest prompt in tokens; see --truncation.")
     max_answer_seq_len: int = flag(256, "Most tokens generated per answer.")

@@ -14,7 +14,7 @@ BLOCK_BYTES = 1 << 20
 
 
 def prepared_folder(folder: str | Path | None) -> Path:
-    """Return the folder of prepared rows below `folder`, or below the user's cache if it is None."""
+    """Return the folder of prepared rows in `folder`, or in the user's cache if it is None."""
     return (user_path(folder) if folder else cache_dir()) / "prepared"
 
 

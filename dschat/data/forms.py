@@ -220,7 +220,7 @@ def _prompt(value: object, name: str) -> str | list[dict]:
 
 
 def _split(messages: list[dict], name: str) -> tuple[list[dict], Answer | None]:
-    """Split a conversation into the prompt and the assistant's last message, if it ends with one."""
+    """Split a conversation into the prompt and the assistant's last message, None without one."""
     if messages[-1]["role"] != "assistant":
         return validate_messages(messages, name), None
     before = messages[:-1]

@@ -234,8 +234,8 @@ def build_prompt_data(
     _prepare_both(train, held_out, data)
     if len(held_out) < MIN_HELD_OUT_PROMPTS:
         raise ValueError(
-            f"step 3 takes the spread of scores over the held-out prompts, and there is {len(held_out)}. "
-            "Give more rows, a larger --eval_fraction, or an evaluation part."
+            "step 3 takes the spread of scores over the held-out prompts, and there is "
+            f"{len(held_out)}. Give more rows, a larger --eval_fraction, or an evaluation part."
         )
     return train, held_out
 

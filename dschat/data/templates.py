@@ -355,7 +355,10 @@ def _one_text(answer: Answer | None) -> str | None:
 
 def _with_thought(message: dict) -> str:
     """Return a message's thought and words as one text."""
-    return f"{OPEN_THOUGHT}\n{message['reasoning_content'].strip()}{CLOSED_THOUGHT}{message['content']}"
+    return (
+        f"{OPEN_THOUGHT}\n{message['reasoning_content'].strip()}{CLOSED_THOUGHT}"
+        f"{message['content']}"
+    )
 
 
 def _check_calls(messages: list[dict], text: str) -> None:
