@@ -49,11 +49,12 @@ RUDE_BEGINNINGS = re.compile(
 )
 RUDE_WORDS = frozenset(
     """
-    0228f90e92 095080134d 0f28c4960d 13a465fc66 2062f80093 2189c0ed71 25e82cf602 262f86db0a 30a989afc8
-    31506a8448 3e10139e1a 408567641e 566f532d48 5a9d9dcefb 6ac3c336e4 796e43a5a8 7bc671151c 819837a1df
-    85fc17f706 8f5083e3e5 937d56e497 954bafccc8 986c990041 9915ba2d82 99e367bcad 9ae315a94e a24efab8d9
-    ad505b0be8 affc875700 b690cdbe59 b81d6dc258 c2c3b68b48 c765305438 d28eb5f7b4 d75a838dc7 db10a79061
-    dc2abe4ed2 e1ce254422 e30c2ea7a7 e512a05583 f50c51ed23 f6952d6eef
+    0228f90e92 095080134d 0f28c4960d 13a465fc66 2062f80093 2189c0ed71 25e82cf602 262f86db0a
+    30a989afc8 31506a8448 3e10139e1a 408567641e 566f532d48 5a9d9dcefb 6ac3c336e4 796e43a5a8
+    7bc671151c 819837a1df 85fc17f706 8f5083e3e5 937d56e497 954bafccc8 986c990041 9915ba2d82
+    99e367bcad 9ae315a94e a24efab8d9 ad505b0be8 affc875700 b690cdbe59 b81d6dc258 c2c3b68b48
+    c765305438 d28eb5f7b4 d75a838dc7 db10a79061 dc2abe4ed2 e1ce254422 e30c2ea7a7 e512a05583
+    f50c51ed23 f6952d6eef
     """.split()
 )
 
@@ -194,7 +195,7 @@ def build_reviews(
         num_pairs_eval=num_pairs_eval,
         num_prompts_eval=num_prompts_eval,
     )
-    # This file's text is the version of the rules: after an edit, rows of the old ones are not used.
+    # This file's text is the version of the rules: after an edit, rows made before are not used.
     version = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
     key = _sha256(json.dumps([sizes, seed, version, ARCHIVE["sha256"]], sort_keys=True))[:16]
     folder = cache_dir() / f"reviews-{key}"
