@@ -15,7 +15,8 @@ README = HERE / "README.md"
 DEMO = ["gguf>=0.17", "matplotlib>=3.8"]
 # zstd: data files with the suffix .zst.
 ZSTD = ["zstandard>=0.22"]
-# test: pytest and what scripts/lint.sh runs; formatters change between versions, so that one is fixed.
+# test: pytest and what scripts/lint.sh runs. Formatters and type checkers change between versions,
+# so theirs are fixed.
 TEST = [
     "pytest>=8",
     "hypothesis>=6.100",

@@ -3,8 +3,9 @@
     deepspeed --num_gpus 1 scripts/bench_training.py --cases sft-1.3b --out results
     python scripts/bench_training.py --cases sft-1.3b sft-7b-lora --beside trl
 
-It runs the project's own update (`trainers.supervised.run_update`) on full batches of random tokens, and TRL's trainers on
-the same shape, rows and lengths. MFU counts 6 (frozen weights: 4) FLOP a parameter and token over --peak_tflops.
+It runs the project's own update (`trainers.supervised.run_update`) on full batches of random
+tokens, and TRL's trainers on the same shape, rows and lengths. MFU counts 6 (frozen weights: 4)
+FLOP per parameter and token, divided by --peak_tflops.
 """
 
 import argparse

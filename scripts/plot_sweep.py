@@ -1,6 +1,7 @@
-"""Draw the reward curves of a sweep over ZeRO stage, Hybrid Engine, offload and LoRA.
+r"""Draw the reward curves of a sweep over ZeRO stage, Hybrid Engine, offload and LoRA.
 
-    python scripts/plot_sweep.py OUTPUT [--figure sweep.png] [--metric objective/score] [--smooth 10]
+    python scripts/plot_sweep.py OUTPUT [--figure sweep.png] [--metric objective/score] \
+        [--smooth 10]
 
 OUTPUT holds the output folders of the runs, with the names that the sweep of step 3 gives them:
 z2_he_true_offload_false_lora_true and so on. Each has a metrics.jsonl. Of the sixteen runs those
