@@ -92,7 +92,8 @@ def test_no_penalty_is_hidden_by_the_clip_of_the_score():
 
 
 def test_gae_by_hand():
-    # gamma 0.5, lam 0.5: delta = (0 + 0.5*2 - 1, 1 + 0.5*4 - 2, 3 - 4) = (0, 1, -1); A2 = -1, A1 = 1 - 0.25, A0 = 0.1875
+    # gamma 0.5, lam 0.5: delta = (0 + 0.5*2 - 1, 1 + 0.5*4 - 2, 3 - 4) = (0, 1, -1).
+    # A2 = -1, A1 = 1 - 0.25, A0 = 0.1875.
     rewards, values = torch.tensor([[0.0, 1.0, 3.0, 50.0]]), torch.tensor([[1.0, 2.0, 4.0, 70.0]])
     mask = torch.tensor([[True, True, True, False]])
     advantages, returns = gae(rewards, values, mask, gamma=0.5, lam=0.5)
@@ -230,7 +231,8 @@ def test_the_gradient_of_the_entropy_is_finite_beside_barred_tokens():
 
 
 def test_policy_loss_by_hand():
-    # ratios 1.5 and 0.5, clip 0.2. A > 0: min(1.5, 1.2) = 1.2; A < 0: min(-0.5, -0.8) = -0.8; masked token: nothing.
+    # Ratios 1.5 and 0.5, clip 0.2. A > 0: min(1.5, 1.2) = 1.2; A < 0: min(-0.5, -0.8) = -0.8.
+    # The masked token adds nothing.
     old = torch.zeros(1, 3)
     logprobs = torch.tensor([[math.log(1.5), math.log(0.5), 4.0]])
     advantages, mask = torch.tensor([[2.0, -1.0, 5.0]]), torch.tensor([[True, True, False]])
@@ -243,7 +245,10 @@ def test_policy_loss_by_hand():
 
 
 def test_the_largest_ratio_is_that_of_an_answer_token():
-    """Outside of the mask the ratio is 1, which a policy that became less sure of every token would hide."""
+    """Check that the 1 of masked positions is left out.
+
+    It would hide a policy that became less sure of every token.
+    """
     mask = torch.tensor([[True, True, False]])
     logprobs, zeros = torch.full((1, 3), math.log(0.9)), torch.zeros(1, 3)
     assert policy_loss(logprobs, zeros, zeros, mask, cliprange=0.2)[1][
@@ -263,7 +268,8 @@ def test_policy_loss_has_no_gradient_where_the_clip_bites():
 
 
 def test_value_loss_by_hand():
-    # V moves 0 -> 1, may move 0.2. R = 2: max(1, 3.24) clipped; R = 0.1: max(0.81, 0.01) not clipped.
+    # V moves 0 -> 1, may move 0.2.
+    # R = 2: max(1, 3.24), clipped; R = 0.1: max(0.81, 0.01), not clipped.
     values, old = torch.tensor([[1.0, 1.0, 8.0]]), torch.zeros(1, 3)
     returns, mask = torch.tensor([[2.0, 0.1, 0.0]]), torch.tensor([[True, True, False]])
     loss, stats = value_loss(values, old, returns, mask, cliprange_value=0.2)

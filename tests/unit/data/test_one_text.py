@@ -1,4 +1,4 @@
-"""One conversation gives the same tokens in all steps, under the templates that models come with."""
+"""One conversation gives the same tokens in all steps, under the templates of real models."""
 
 import pytest
 from hypothesis import given, settings
