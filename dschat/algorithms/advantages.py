@@ -78,7 +78,7 @@ def group_advantages(
     - ``grpo``: (R_i - mean) / standard deviation of the group, the same at every token (Shao et al.
       2024, section 4.1.2).
     - ``reinforce_baseline``: the discounted rewards from each token to the last, minus the group's
-      mean R (Hu et al. 2025, REINFORCE++ with baseline). The caller whitens them.
+      mean R (Hu et al. 2025, REINFORCE++ with baseline). The caller can whiten them.
 
     Args:
         rewards: [B, R], 0 outside the mask. The answers to one prompt are neighbours, and B is a
