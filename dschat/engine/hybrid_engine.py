@@ -1,7 +1,8 @@
-"""Generators of answers: the training module's own generate, or the Hybrid Engine's inference replica.
+"""Response generators: the training module's own generate, or the Hybrid Engine's replica.
 
-Both implement DeepSpeed's RolloutEngine. DeepSpeed's own hybrid engine fits no model of transformers 5; ours needs
-nothing of a model but that it is a causal language model of transformers: see replica.py and decoding.py.
+Both implement DeepSpeed's RolloutEngine. DeepSpeed's own hybrid engine fits no model of
+transformers 5. This one takes any causal language model of transformers: see replica.py and
+decoding.py.
 """
 
 import contextlib
@@ -45,9 +46,9 @@ class Generator(RolloutEngine):
     def decode(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, generation: GenerationConfig
     ) -> Decoded:
-        """Answers [N, R] to prompts padded on the left, N = B * num_return_sequences, those of one prompt together.
+        """Return responses [N, R] to left-padded prompts; N = B * num_return_sequences.
 
-        What follows the first EOS of a row is arbitrary.
+        Responses to one prompt are adjacent. Tokens after the first EOS of a row are arbitrary.
 
         Args:
             input_ids, attention_mask: [B, P].
@@ -55,7 +56,10 @@ class Generator(RolloutEngine):
         raise NotImplementedError
 
     def generate(self, request: RolloutRequest, sampling: SamplingConfig) -> RolloutBatch:
-        """DeepSpeed's interface: greedy at temperature 0, ends and padding by the model's generation config."""
+        """Generate through DeepSpeed's interface; greedy at temperature 0.
+
+        EOS and padding tokens come from the model's generation config.
+        """
         own = self.engine.module.generation_config
         samples = sampling.n_samples_per_prompt
         copies = (
@@ -88,7 +92,7 @@ class Generator(RolloutEngine):
         """Take the current weights. Does nothing if the training weights themselves generate."""
 
     def end_rollout(self) -> None:
-        """All answers of a rollout are there: free what is not to be kept until the next one."""
+        """Free what is not kept until the next rollout."""
 
     def metrics(self) -> dict[str, float]:
         """Return the metrics of the last rollout."""
@@ -96,12 +100,16 @@ class Generator(RolloutEngine):
 
 
 class PlainGenerator(Generator):
-    """transformers' generate on the training module: slow under ZeRO-3, simple, and what the Hybrid Engine is tested
-    against.
+    """transformers' generate on the training module.
+
+    Simple, and slow under ZeRO-3. The Hybrid Engine is tested against it.
     """
 
     def decode(self, input_ids, attention_mask, generation) -> Decoded:
-        """As Generator, without logprobs; under ZeRO-3 processes step until the last one is done (synced_gpus)."""
+        """Generate responses as in Generator, without logprobs.
+
+        Under ZeRO-3 all ranks step until the last one is done (synced_gpus).
+        """
         self.engine.eval()
         with torch.no_grad(), _only(self.engine.module, generation):
             sequences = self.engine.module.generate(
@@ -139,14 +147,16 @@ class HybridEngine(Generator):
             cuda_graph: on a GPU, replay decode steps as CUDA graphs.
             compiled: run those through torch.compile.
             unpin: free gathered and merged weights after each rollout.
-            release_cache: free the key-value cache, those weights and the graphs after each rollout.
+            release_cache: free the key-value cache, those weights and the graphs after each
+                rollout.
             max_rows: answers at a time, for the check of memory.
             max_length: tokens of the longest prompt and answer together, likewise.
             group: the ranks that generate together, each with a slice of the weights; needs ZeRO-3.
             gather_layers: decoder layers that are gathered at a time.
 
         Raises:
-            ValueError: the copies and the cache do not fit into memory; says how much is missing and what frees it.
+            ValueError: the copies and the cache do not fit into memory; the message says how much
+                is missing and what frees it.
         """
         super().__init__(engine)
         self.unpin, self.release_cache = unpin, release_cache
@@ -181,8 +191,10 @@ class HybridEngine(Generator):
         logger.info(f"Hybrid Engine: {self._description()}")
 
     def decode(self, input_ids, attention_mask, generation) -> Decoded:
-        """As Generator. Every process must call it, since ZeRO-3's weights are gathered from all; ranks of a group with
-        as many rows each.
+        """Generate responses as in Generator.
+
+        Every rank must call it, since ZeRO-3's weights are gathered from all. Ranks of a group
+        must pass the same number of rows.
         """
         self.refresh_s += self.replica.refresh()
         with torch.no_grad():
@@ -199,7 +211,7 @@ class HybridEngine(Generator):
         return Decoded(*own)
 
     def _decode(self, input_ids, attention_mask, generation) -> Decoded:
-        """The answers to prompts that are the same on all ranks of a group."""
+        """Return the responses to prompts that are the same on all ranks of a group."""
         if self._graphs is not None:
             try:
                 return self._graphs.decode(
@@ -218,7 +230,7 @@ class HybridEngine(Generator):
         """Compare the group's logits after these prompts with those of the training module.
 
         Raises:
-            ValueError: they differ, on any process: the model's own plan does not say all that its layers need.
+            ValueError: they differ on any rank: the model's tensor-parallel plan is incomplete.
         """
         inputs = dict(input_ids=input_ids, attention_mask=attention_mask, logits_to_keep=1)
         self.engine.eval()
@@ -250,7 +262,7 @@ class HybridEngine(Generator):
             torch.cuda.empty_cache()
 
     def metrics(self) -> dict[str, float]:
-        """Seconds since the last call that went into weights and captures."""
+        """Return the seconds spent on weights and captures since the last call."""
         found = {"time/gather_s": self.refresh_s}
         self.refresh_s = 0.0
         if self._graphs is not None:
@@ -313,7 +325,7 @@ class HybridEngine(Generator):
 
 
 def cache_bytes(config, *, rows: int, length: int, itemsize: int) -> int:
-    """Bytes of a key-value cache of `rows` x `length` tokens."""
+    """Return the bytes of a key-value cache of `rows` x `length` tokens."""
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
@@ -322,8 +334,10 @@ def cache_bytes(config, *, rows: int, length: int, itemsize: int) -> int:
 
 @contextlib.contextmanager
 def _only(model, generation: GenerationConfig):
-    """Inside, `generation` is the model's own too: ``generate`` fills what is None from there (min_p, suppressed
-    tokens and the like), and neither a model's defaults nor transformers' may change what is sampled.
+    """Make `generation` the model's own generation config inside the context.
+
+    ``generate`` fills what is None from there (min_p, suppressed tokens and the like). Neither a
+    model's defaults nor transformers' may change what is sampled.
     """
     own = model.generation_config
     model.generation_config = generation
