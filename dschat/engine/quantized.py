@@ -1,9 +1,10 @@
-"""Frozen linear layers in int8, what DeepSpeed-Chat calls mixed-precision ZeRO++ (MixZ++): half the memory of all that
-LoRA does not train, and under ZeRO-3 half of what is gathered.
+"""Frozen linear layers in int8, which DeepSpeed-Chat calls mixed-precision ZeRO++ (MixZ++).
 
-DeepSpeed has a way of its own (zero_quantized_nontrainable_weights), which refuses bf16 and, as of 0.19.8, fails in the
-second step where parameters are fetched ahead. Here a weight is one int8 parameter like any other, without gradient:
-ZeRO-3 partitions and gathers it as it is, and no engine converts it to the precision of training.
+They halve the memory of all that LoRA does not train, and under ZeRO-3 the traffic of gathering.
+
+DeepSpeed's zero_quantized_nontrainable_weights refuses bf16 and, as of 0.19.8, fails in the second
+step if parameters are fetched ahead. Here a weight is an ordinary int8 parameter without gradient.
+ZeRO-3 partitions and gathers it as it is, and no engine converts it to the training precision.
 """
 
 from collections.abc import Iterable
@@ -21,15 +22,16 @@ LEVELS = 127  # symmetric: -128 is not used
 
 
 def group_size(in_features: int) -> int:
-    """The largest divisor of `in_features` that is at most LARGEST_GROUP."""
+    """Return the largest divisor of `in_features` that is at most LARGEST_GROUP."""
     return max(size for size in range(1, LARGEST_GROUP + 1) if in_features % size == 0)
 
 
 def quantize(weight: torch.Tensor) -> torch.Tensor:
-    """[out, in] to int8 [out, in + 4 * groups]: each row's values, and after them its groups' fp32 scales, as bytes.
+    """Pack a weight [out, in] into int8 [out, in + 4 * groups].
 
-    A group's largest magnitude becomes 127, so that no weight is off by more than half its scale (round to nearest;
-    Dettmers et al. 2022, LLM.int8(), equation 2, with groups of a row in the place of rows).
+    A row holds its values, then the fp32 scales of its groups as bytes. A group's largest magnitude
+    becomes 127, so no weight is off by more than half its scale (round to nearest; Dettmers et al.
+    2022, LLM.int8(), equation 2, with groups of a row instead of rows).
     """
     groups = weight.detach().float().unflatten(1, (-1, group_size(weight.shape[1])))
     scales = groups.abs().amax(-1) / LEVELS
@@ -39,7 +41,7 @@ def quantize(weight: torch.Tensor) -> torch.Tensor:
 
 
 def dequantize(packed: torch.Tensor, in_features: int, dtype: torch.dtype) -> torch.Tensor:
-    """The [out, in] weight that `quantize` packed, each value rounded once, to `dtype`."""
+    """Return the [out, in] weight that `quantize` packed, each value rounded once, to `dtype`."""
     size = group_size(in_features)
     values = packed[:, :in_features].unflatten(1, (-1, size))
     # The copy is aligned, which the bytes after the values need not be.
@@ -60,7 +62,7 @@ class _Linear(torch.autograd.Function):
     def forward(
         ctx, x: torch.Tensor, packed: torch.Tensor, bias: Optional[torch.Tensor], in_features: int
     ) -> torch.Tensor:
-        # The parameter itself is saved, not its data: under ZeRO-3 that is gone by the time of backward, and back.
+        # Save the parameter, not its data: ZeRO-3 frees the data and gathers it again for backward.
         ctx.save_for_backward(packed)
         ctx.in_features = in_features
         return F.linear(x, dequantize(packed, in_features, x.dtype), bias)
@@ -90,10 +92,10 @@ class QuantizedLinear(nn.Module):
     ):
         """
         Args:
-            packed: what ``quantize`` made of the weight [out, in].
+            packed: the weight [out, in] as packed by ``quantize``.
             bias: the layer's own, which may train.
             like: the layer that this one replaces.
-            dtype: that of the weight before.
+            dtype: the dtype of the weight before quantization.
         """
         super().__init__()
         self.is_conv1d = isinstance(like, Conv1D)
@@ -106,27 +108,34 @@ class QuantizedLinear(nn.Module):
         self.bias = bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., in] to [..., out], in the dtype of `x`."""
+        """Map [..., in] to [..., out], in the dtype of `x`."""
         return _Linear.apply(x, self.packed, self.bias, self.in_features)
 
     def dequantized_weight(self, packed: Optional[torch.Tensor] = None) -> torch.Tensor:
-        """The weight as the layer had it before, [out, in] (Conv1D: [in, out]), in the precision of training.
+        """Return the weight in the replaced layer's layout and the training precision.
+
+        The shape is [out, in], or [in, out] for Conv1D.
 
         Args:
-            packed: the whole packed weight, where it is not this layer's parameter itself. Under ZeRO-3 that has to
-                be gathered first.
+            packed: the whole packed weight, if it is not this layer's parameter itself. Under
+                ZeRO-3 the parameter has to be gathered first.
         """
         packed = self.packed if packed is None else packed
         weight = dequantize(packed.detach(), self.in_features, self.dtype)
         return weight.t().contiguous() if self.is_conv1d else weight
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}"
+        )
 
 
 def quantize_linears(model: nn.Module, names: Iterable[str]) -> int:
-    """Put a QuantizedLinear in the place of each named nn.Linear or Conv1D; where ZeRO-3 holds its weight in pieces,
-    the int8 weight is held in pieces too. Every process must call it, before the engine is built.
+    """Replace each named nn.Linear or Conv1D by a QuantizedLinear.
+
+    If ZeRO-3 partitions the weight, the int8 weight is partitioned too. Every rank must call it,
+    before the engine is built.
 
     Returns:
         The number of layers.
@@ -140,7 +149,7 @@ def quantize_linears(model: nn.Module, names: Iterable[str]) -> int:
         layer = QuantizedLinear(packed, linear.bias, like=linear, dtype=weight.dtype)
         if is_partitioned(weight):
             weight.convert_to_zero_parameters(param_list=[layer.packed])
-            # ZeRO's methods on a parameter keep it, in a cycle, until garbage is collected: its piece goes now.
+            # ZeRO's methods on a parameter form a cycle that keeps it alive: free its piece now.
             weight.ds_tensor.data = weight.ds_tensor.new_empty(0)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer)
@@ -150,9 +159,10 @@ def quantize_linears(model: nn.Module, names: Iterable[str]) -> int:
 def dequantized_state_dict(
     model: nn.Module, tensors: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """`tensors`, whole ones by the names of `model`.state_dict(), with all quantised weights in the precision of training.
+    """Return `tensors` with all quantized weights in the training precision.
 
-    They are what the layers computed with, and so not the weights that training began from, but rounded ones.
+    `tensors` are whole, under the names of `model`.state_dict(). The returned weights are those
+    that the layers computed with: rounded, so not the ones that training began from.
     """
     found = dict(tensors)
     for name, module in model.named_modules():
@@ -162,5 +172,5 @@ def dequantized_state_dict(
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters, whole, in the types that they are kept in."""
+    """Return the bytes of all parameters, whole, in their stored dtypes."""
     return sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in model.parameters())
