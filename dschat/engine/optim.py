@@ -20,7 +20,9 @@ def adamw(
     lora_learning_rate: float,
     cpu_offload: bool,
 ) -> torch.optim.Optimizer:
-    """AdamW over the trainable parameters; matrices decay, vectors (biases, norms) do not, LoRA has its own rate.
+    """Build AdamW over the trainable parameters.
+
+    Matrices decay, vectors (biases, norms) do not. LoRA has a separate learning rate.
 
     torch's own fused AdamW needs no compiler; with `cpu_offload` DeepSpeedCPUAdam steps on the host.
 
@@ -127,7 +129,10 @@ def step_together(*engines) -> bool:
 
 
 def gradient_norm(engine) -> float:
-    """The gradient norm of the last optimizer step; NaN where DeepSpeed does not tell it (fp32 without ZeRO)."""
+    """Return the gradient norm of the last optimizer step.
+
+    It is NaN if DeepSpeed does not report it (fp32 without ZeRO).
+    """
     norm = engine.get_global_grad_norm()
     return float("nan") if norm is None else float(norm)
 
@@ -180,14 +185,17 @@ def _step_with_norm(engine, norm: float) -> None:
 
 
 def _has_no_overflow_check(engine) -> bool:
-    """True for plain torch AdamW: fp32 without ZeRO."""
+    """Return whether the engine steps plain torch AdamW: fp32 without ZeRO."""
     return engine.zero_optimization_stage() == 0 and not (
         engine.fp16_enabled() or engine.bfloat16_enabled()
     )
 
 
 def _count_skipped_step(engine) -> None:
-    """Drop the gradients, and count as engine.step does at an overflow; its clipping fails without gradients."""
+    """Drop the gradients, and count as engine.step does at an overflow.
+
+    Calling engine.step instead would fail, since its clipping needs gradients.
+    """
     engine.zero_grad()
     engine.micro_steps += 1
     engine.global_steps += 1
@@ -200,7 +208,7 @@ def _spoil_gradients(engine) -> None:
     if getattr(optimizer, "cpu_offload", False):
         optimizer.local_overflow = True
     if getattr(optimizer, "cpu_offload", False) or getattr(optimizer, "offload_optimizer", False):
-        # Offloaded gradients are on the host already; what DeepSpeed still reads of them before a step are norms.
+        # Offloaded gradients are on the host already; DeepSpeed reads only their norms before a step.
         for key, norm in list(optimizer.norm_for_param_grads.items())[:1]:
             optimizer.norm_for_param_grads[key] = torch.full_like(norm, float("inf"))
     for gradient in _local_gradients(engine):
@@ -209,7 +217,7 @@ def _spoil_gradients(engine) -> None:
 
 
 def _local_gradients(engine):
-    """The gradients that this rank's optimizer will read, wherever this ZeRO stage keeps them."""
+    """Yield the gradients that this rank's optimizer will read, for any ZeRO stage."""
     optimizer = engine.optimizer
     stage = engine.zero_optimization_stage()
     if stage == 0:
