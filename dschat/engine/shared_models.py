@@ -1,4 +1,7 @@
-"""Engines that lend their model to another role: LoRA's frozen weights are the model that training began from."""
+"""Engines whose model serves another role too.
+
+LoRA's frozen weights are the model that training began from.
+"""
 
 import gc
 
@@ -8,9 +11,9 @@ from dschat.models.lora import adapters_disabled
 
 
 class AdaptersOff:
-    """An engine's model as it was before LoRA, called like the engine: with only_optimize_lora, the reference.
+    """An engine's model without LoRA, called like the engine; the reference with only_optimize_lora.
 
-    Of a RewardModel that keeps a reward head (``RewardModel.keep_reward_head``), the scores of that head.
+    A RewardModel with a reward head (``RewardModel.keep_reward_head``) returns that head's scores.
     """
 
     def __init__(self, engine):
@@ -38,7 +41,7 @@ class AdaptersOff:
 
 
 class Replaceable:
-    """Stands for an engine until another takes its place, so that whoever calls it need not know."""
+    """Stand-in for an engine that can be replaced without its callers knowing."""
 
     def __init__(self, engine):
         self.engine = engine
@@ -57,10 +60,10 @@ class Replaceable:
         self.engine.eval()
 
     def discard(self) -> None:
-        """Free the engine and the memory of its model; another engine has to be set before the next call."""
+        """Free the engine and its model's memory. Set another engine before the next call."""
         module, engine, self.engine = self.engine.module, self.engine, None
         engine.destroy()
-        # DeepSpeed (0.19.8) keeps a destroyed ZeRO-3 model in its hooks, so what is large is let go by hand.
+        # DeepSpeed (0.19.8) keeps a destroyed ZeRO-3 model in its hooks, so free large tensors here.
         for parameter in module.parameters():
             for tensor in (parameter, getattr(parameter, "ds_tensor", None)):
                 if tensor is not None:
