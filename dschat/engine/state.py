@@ -1,4 +1,7 @@
-"""The state of one DeepSpeed engine in a folder: weights, optimizer, schedule and loss scale, of every ZeRO stage."""
+"""The state of one DeepSpeed engine in a folder, for every ZeRO stage.
+
+The state is weights, optimizer, schedule and loss scale.
+"""
 
 import contextlib
 from pathlib import Path
@@ -10,7 +13,10 @@ from dschat.runtime.manifest import HashingFile
 
 
 class _Writer(TorchCheckpointEngine):
-    """Writes files to disk and knows their sums; a failure is kept, so that no rank leaves the others waiting."""
+    """Writes files to disk and records their checksums.
+
+    A failure is recorded, not raised, so that no rank leaves the others waiting.
+    """
 
     def __init__(self):
         super().__init__()
@@ -40,11 +46,12 @@ def save_engine(engine, folder: Path, name: str) -> tuple[dict[Path, dict], str]
     """Write the engine's state to `folder`/`name`. All ranks must call it.
 
     Returns:
-        The manifest entries of the files that this rank wrote, and what went wrong on this rank, or "".
+        The manifest entries of the files that this rank wrote, and the fault of this
+        rank, or "".
     """
     writer, usual = _Writer(), engine.checkpoint_engine
     engine.checkpoint_engine = writer
-    # A program for the user to run, in a folder that holds none otherwise; a full disk would stop rank 0 alone here.
+    # The script is not needed in this folder, and a full disk would stop rank 0 alone here.
     engine._copy_recovery_script = lambda path: None
     try:
         engine.save_checkpoint(str(folder), tag=name, save_latest=False)
@@ -55,10 +62,11 @@ def save_engine(engine, folder: Path, name: str) -> tuple[dict[Path, dict], str]
 
 
 def load_engine(engine, folder: Path, name: str) -> None:
-    """Load the state that as many ranks saved; `engine` is freshly built, of the same model and configuration.
+    """Load the state that the same number of ranks saved.
 
-    DeepSpeed reads these files by pickle, which can run any code: they must have been compared with their manifest,
-    and the folder must be one that the user named or that this run wrote.
+    `engine` is freshly built, of the same model and configuration. DeepSpeed reads these files by
+    pickle, which can run any code: they must have been compared with their manifest, and the folder
+    must be one that the user named or that this run wrote.
     """
     path, _ = engine.load_checkpoint(str(folder), tag=name)
     assert path is not None, f"{folder}/{name} holds no engine"
