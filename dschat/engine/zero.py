@@ -15,7 +15,7 @@ def is_partitioned(parameter: torch.Tensor) -> bool:
 
 @contextlib.contextmanager
 def gathered(parameters, *, modify: bool = False):
-    """Inside, the parameters are whole on every rank; with `modify`, rank 0's changes are kept by all."""
+    """Gather the parameters on every rank; with `modify`, all ranks keep rank 0's changes."""
     partitioned = [p for p in parameters if is_partitioned(p)]
     if not partitioned:
         yield
@@ -27,15 +27,15 @@ def gathered(parameters, *, modify: bool = False):
 def full_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Return the model's state dict as whole CPU tensors on rank 0, and {} on the others.
 
-    Gathered a parameter at a time, so that no rank ever holds a second whole model on its device. Tied parameters
-    keep both names and one storage. All ranks must call it.
+    Parameters are gathered one at a time, so no rank holds a second whole model on its device.
+    Tied parameters keep both names and one storage. All ranks must call it.
     """
     tensors: dict[str, torch.Tensor] = {}
     seen: dict[int, torch.Tensor] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) not in seen:
             with gathered([tensor]):
-                # Only rank 0 keeps anything; on a CPU a clone, since training changes the tensor itself.
+                # Only rank 0 keeps tensors; on a CPU a clone, since training changes the original.
                 seen[id(tensor)] = (
                     tensor.detach().to("cpu", copy=True) if dist.is_main() else tensor
                 )
