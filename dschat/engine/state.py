@@ -51,7 +51,8 @@ def save_engine(engine, folder: Path, name: str) -> tuple[dict[Path, dict], str]
     """
     writer, usual = _Writer(), engine.checkpoint_engine
     engine.checkpoint_engine = writer
-    # The script is not needed in this folder, and a full disk would stop rank 0 alone here.
+    # It copies a program for the user into a folder that holds no other, and a full disk would
+    # stop rank 0 alone here.
     engine._copy_recovery_script = lambda path: None
     try:
         engine.save_checkpoint(str(folder), tag=name, save_latest=False)
