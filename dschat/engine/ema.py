@@ -1,4 +1,7 @@
-"""An exponential moving average of the trained weights: fp32, each rank its own pieces of the master weights."""
+"""An exponential moving average of the trained weights.
+
+It is fp32. Each rank averages its pieces of the master weights.
+"""
 
 import torch
 from deepspeed.utils import safe_get_local_fp32_param
@@ -26,7 +29,10 @@ class MovingAverage:
             self._pieces[name].lerp_(piece.to(self._pieces[name].device), 1.0 - self.decay)
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict]:
-        """Return this rank's pieces, flat, and where each begins in its parameter; whole ones come from rank 0 alone."""
+        """Return this rank's flat pieces and the offset of each in its parameter.
+
+        Whole parameters come from rank 0 alone.
+        """
         if self.engine.zero_optimization_stage() == 0 and not dist.is_main():
             return {}, {"starts": {}}
         parameters = dict(self.engine.module.named_parameters())
@@ -37,8 +43,9 @@ class MovingAverage:
 
     @torch.no_grad()
     def restore(self, saved) -> None:
-        """Restore the state that ``state`` returned, for any number of ranks; `saved` has ``of_rank`` and
-        ``checkpoint.processes``.
+        """Restore the state that ``state`` returned, for any number of ranks.
+
+        `saved` has ``of_rank`` and ``checkpoint.processes``.
         """
         parameters = dict(self.engine.module.named_parameters())
         ranks = range(saved.checkpoint.processes)
@@ -61,7 +68,7 @@ class MovingAverage:
                     )
 
     def full_tensors(self) -> dict[str, torch.Tensor]:
-        """The model's state dict as ``full_tensors`` gives it, with the averages in place of the trained weights.
+        """Return the state dict of ``full_tensors``, with averages instead of trained weights.
 
         In the training weights' precision, on rank 0; {} on the others. All ranks must call it.
         """
@@ -76,7 +83,7 @@ class MovingAverage:
         return tensors
 
     def _masters(self):
-        """Names and local fp32 pieces [n] or whole fp32 tensors of the trainable parameters."""
+        """Yield names and local fp32 pieces [n] or whole fp32 tensors of the trainable parameters."""
         stage = self.engine.zero_optimization_stage()
         parameters = dict(self.engine.module.named_parameters())
         for name in self._names:
