@@ -27,11 +27,13 @@ def training_config(
     gradient_clipping: float = 1.0,
     ranks_per_node: int | None = None,
 ) -> dict:
-    """Configuration of an engine that trains. Stage 0 with half precision or offload becomes stage 1.
+    """Return the configuration of an engine that trains.
+
+    Stage 0 with half precision or offload becomes stage 1.
 
     Args:
         dtype: "fp16", "bf16" or "fp32".
-        micro_batch_size: rows per process and backward.
+        micro_batch_size: rows per rank and backward.
         on_cpu: offload then uses torch's AdamW, since DeepSpeedCPUAdam has to be compiled and gains nothing there.
         tensorboard_path: with it, the engine's own monitor writes below ``{path}/ds_tensorboard_logs/``.
         gradient_clipping: largest gradient norm; 0: no clipping.
@@ -67,9 +69,10 @@ def training_config(
 def inference_config(
     system: SystemOptions, *, dtype: str, micro_batch_size: int, world_size: int
 ) -> dict:
-    """Configuration of an engine that only evaluates: partitioned under ZeRO-3, whole otherwise.
+    """Return the configuration of an engine that only evaluates.
 
-    Weights that are offloaded need ZeRO-3, which brings them to the device a layer at a time, whatever the stage asked.
+    Its weights are partitioned under ZeRO-3, and whole otherwise. Offloaded weights need ZeRO-3,
+    whatever stage was asked for: it brings them to the device a layer at a time.
     """
     stage = 3 if system.zero_stage == 3 or system.offload else 0
     weights = SystemOptions(zero_stage=stage, offload=system.offload, pin_memory=system.pin_memory)
