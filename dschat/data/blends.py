@@ -22,7 +22,6 @@ logger = logging.getLogger(__name__)
 
 # Which part of a dataset with several training parts (train_sft, train_prefs, ...) a step takes.
 PREFERRED_PARTS = {1: ("sft", "gen"), 2: ("prefs", "preference"), 3: ("gen", "prefs", "sft")}
-COLUMN_FLAGS = ("prompt", "response", "chosen", "rejected", "messages", "system", "label")
 
 
 def open_blends(
@@ -84,7 +83,15 @@ def open_blends(
 
 def make_reading(data: DataOptions, *, step: int) -> Reading:
     """Return how raw rows are read; only step 2 makes several pairs of one row."""
-    columns = {name: getattr(data, f"{name}_key") for name in COLUMN_FLAGS}
+    columns = {
+        "prompt": data.prompt_key,
+        "response": data.response_key,
+        "chosen": data.chosen_key,
+        "rejected": data.rejected_key,
+        "messages": data.messages_key,
+        "system": data.system_key,
+        "label": data.label_key,
+    }
     named = {name: value for name, value in columns.items() if value is not None}
     pairs = data.pairs if step == 2 else "best_worst"
     return Reading(columns=named, pairs=pairs, min_margin=data.min_margin if step == 2 else 0.0)

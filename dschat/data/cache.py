@@ -8,9 +8,8 @@ from pathlib import Path
 import datasets
 
 from dschat.data.tables import Table
+from dschat.runtime.manifest import file_entry
 from dschat.runtime.paths import cache_dir, user_path
-
-BLOCK_BYTES = 1 << 20
 
 
 def prepared_folder(folder: str | Path | None) -> Path:
@@ -41,13 +40,10 @@ def table_digest(table: Table) -> bytes:
 @functools.lru_cache(maxsize=1024)
 def _file_digest(path: str, size: int, modified: int) -> bytes:
     """Hash a file once in a process, unless its size or time changes."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(BLOCK_BYTES):
-            digest.update(block)
-    return digest.digest()
+    return file_entry(Path(path))["sha256"].encode()
 
 
+@functools.cache
 def code_digest() -> bytes:
     """Return a hash of this package's code: a change of it makes the rows again."""
     digest = hashlib.sha256()

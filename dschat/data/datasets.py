@@ -7,18 +7,18 @@ training; the dataset then reads them from the prepared table.
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import get_args
 
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from dschat.config.options import TrainOn, Truncation
 from dschat.data.encoding import Encoded, Encoder, trim_prompt
 from dschat.data.row import Row
 from dschat.data.templates import Rendered
 
 IGNORED = -100
 MIN_CUT_ANSWER = 2
-TRUNCATIONS = ("keep_prompt", "share", "drop")
-TRAIN_ON = ("all_assistant", "last", "all")
 
 
 class LeftOut(ValueError):
@@ -46,6 +46,9 @@ class TextDataset(Dataset):
     """
 
     limit_flag = "--max_seq_len"
+    # The fields of a prepared item that are lists of int, and those that are numbers.
+    list_columns: tuple[str, ...] = ()
+    number_columns: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -57,7 +60,7 @@ class TextDataset(Dataset):
         end_token_id: int | None = None,
         truncation: str = "keep_prompt",
     ):
-        assert truncation in TRUNCATIONS
+        assert truncation in get_args(Truncation)
         self.rows = rows
         self.tokenizer = tokenizer
         self.limit = limit
@@ -82,6 +85,15 @@ class TextDataset(Dataset):
             return self.item(index, self.prepared[index])
         row = self.rows[index]
         return self.item(index, self.fit(row, self.encode(row)))
+
+    def options(self) -> dict:
+        """Return all options that decide what the prepared items are."""
+        return {
+            "limit": self.limit,
+            "truncation": self.truncation,
+            "format": self.encoder.format.prompt_format,
+            "end": self.encoder.end_token_id,
+        }
 
     def row(self, index: int) -> Row:
         """Return the row that item `index` is made of."""
@@ -174,6 +186,8 @@ class SFTDataset(TextDataset):
             one; "all": the prompt too.
     """
 
+    list_columns = ("input_ids", "labels")
+
     def __init__(
         self,
         rows: Sequence[Row],
@@ -185,7 +199,7 @@ class SFTDataset(TextDataset):
         truncation: str = "keep_prompt",
         train_on: str = "all_assistant",
     ):
-        assert train_on in TRAIN_ON
+        assert train_on in get_args(TrainOn)
         super().__init__(
             rows,
             tokenizer,
@@ -195,6 +209,10 @@ class SFTDataset(TextDataset):
             truncation=truncation,
         )
         self.train_on = train_on
+
+    def options(self) -> dict:
+        """Return all options that decide what the prepared items are."""
+        return {**super().options(), "train_on": self.train_on}
 
     @property
     def with_turns(self) -> bool:
@@ -249,6 +267,9 @@ class PairDataset(TextDataset):
             end token itself for quality.
         seed: with the row's index, decides which pairs are cut, and where.
     """
+
+    list_columns = ("prompt_ids", "chosen_ids", "rejected_ids")
+    number_columns = ("margin",)
 
     def __init__(
         self,
@@ -340,6 +361,7 @@ class PromptDataset(TextDataset):
     """
 
     limit_flag = "--max_prompt_seq_len"
+    list_columns = ("input_ids",)
 
     def __init__(
         self,

@@ -20,14 +20,13 @@ from dschat.data.messages import (
     validate_messages,
 )
 from dschat.data.row import Answer, Row, validate_pair
+from dschat.data.templates import ASSISTANT
 from dschat.data.text_checks import shorten, validate_text
 
 # The errors of reading a row whose fields are missing, null or of another type.
 ROW_FAULTS = (ValueError, KeyError, TypeError, IndexError, AttributeError)
-PAIR_RULES = ("best_worst", "all", "adjacent")
 QUESTION_FIELDS = ("question", "query", "problem", "instruction")
 RESPONSE_FIELDS = ("response", "output", "answer", "solution", "completion")
-ASSISTANT_MARK = "\n\nAssistant:"
 SCORE_FIELDS = ("score", "rating", "overall_score", "reward")
 ANSWER_TEXT_FIELDS = ("text", "answer", "content", "response", "completion")
 LIST_FIELDS = ("completions", "answers", "responses")
@@ -63,8 +62,8 @@ def read_rows(raw: dict, reading: Reading = Reading()) -> list[Row]:  # noqa: B0
         ValueError: no form fits, or a field is missing, wrongly typed or empty, or two answers are
             equal; says what to give instead.
     """
-    form = find_form(raw, reading)
     raw = _rename(raw, reading.columns)
+    form = _match(raw)
     rows = [validate_pair(row) for row in form.read(raw, reading)]
     return [row for row in rows if not _is_close(row, reading.min_margin)]
 
@@ -74,19 +73,16 @@ def read_row(raw: dict, reading: Reading = Reading()) -> Row:  # noqa: B008  fro
     return read_rows(raw, replace(reading, pairs="best_worst", min_margin=0.0))[0]
 
 
-def describe_fault(error: BaseException) -> str:
-    """Describe one of `ROW_FAULTS` in one line without its final full stop."""
-    text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-    return " ".join(text.split()).rstrip(".")[:500]
-
-
 def find_form(raw: dict, reading: Reading = Reading()) -> Form:  # noqa: B008  frozen
     """Return the form of a raw row.
 
     Raises:
         ValueError: none fits.
     """
-    raw = _rename(raw, reading.columns)
+    return _match(_rename(raw, reading.columns))
+
+
+def _match(raw: dict) -> Form:
     for form in FORMS:
         if form.matches(raw):
             return form
@@ -266,13 +262,13 @@ def _dialogue_pair(raw: dict, reading: Reading) -> list[Row]:
 def _transcript_pair(raw: dict, reading: Reading) -> list[Row]:
     chosen = validate_text(raw["chosen"], "chosen")
     rejected = validate_text(raw["rejected"], "rejected")
-    end = chosen.rfind(ASSISTANT_MARK, 0, _common_length(chosen, rejected))
+    end = chosen.rfind(ASSISTANT, 0, _common_length(chosen, rejected))
     if end < 0:
         raise ValueError(
             'fields "chosen" and "rejected" without a prompt: give a field "prompt", or whole '
             r'dialogues ("\n\nHuman: ...\n\nAssistant: ...") with a common beginning'
         )
-    end += len(ASSISTANT_MARK)
+    end += len(ASSISTANT)
     answers = (validate_text(chosen[end:], "chosen"), validate_text(rejected[end:], "rejected"))
     return [_build(raw, ("chosen", "rejected"), chosen[:end], *answers)]
 
@@ -374,7 +370,7 @@ def _ranked(
         used: its columns that are not kept.
         prompt: the prompt.
         answers: each with its score; higher is better. Equal scores make no pair.
-        rule: one of `PAIR_RULES`.
+        rule: a value of --pairs.
     """
     order = sorted(answers, key=lambda answer: -answer[1])
     if rule == "all":
@@ -403,7 +399,7 @@ def _any_prompt(raw: dict) -> tuple[str, str | list[dict]]:
     value = raw[name]
     if name == "question" and isinstance(value, dict):
         value = value.get("full_text")
-    if isinstance(value, str) and ASSISTANT_MARK not in value:
+    if isinstance(value, str) and ASSISTANT not in value:
         return name, _user(validate_text(value, name))
     return name, _prompt(value, name)
 

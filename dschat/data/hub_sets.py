@@ -6,17 +6,15 @@ ValueError (or another error over a null field). Users cannot fix published sets
 left out and counted.
 """
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from dschat.data.forms import Reading, read_row, read_rows
+from dschat.data.forms import CITATION, Reading, read_row, read_rows
 from dschat.data.row import Row, add_leading_space, validate_pair
 from dschat.data.text_checks import validate_text
 
 # From a raw row to its row.
 RowFunction = Callable[[dict], Row]
-CITATION = re.compile(r" ?[(\[].*?[)\]]")
 
 
 @dataclass(frozen=True)

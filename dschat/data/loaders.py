@@ -305,8 +305,8 @@ def _settle_template(dataset: TextDataset) -> None:
 
 
 def make_loaders(
-    train: Dataset,
-    held_out: Dataset,
+    train: TextDataset,
+    held_out: TextDataset,
     collate: Callable,
     *,
     pad_id: int,
@@ -348,7 +348,7 @@ def make_loaders(
         batch_size=train_batch_size,
         window=window,
         shuffle=True,
-        draws=getattr(train, "draws", None),
+        draws=train.draws,
         **shard,
     )
     eval_loader = make_loader(held_out, collate, batch_size=eval_batch_size, shuffle=False, **shard)

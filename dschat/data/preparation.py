@@ -23,7 +23,9 @@ from transformers import PreTrainedTokenizerBase
 
 from dschat.data.cache import code_digest, digest_of, table_digest
 from dschat.data.datasets import LeftOut, TextDataset
+from dschat.data.row import Row
 from dschat.data.splits import Blend
+from dschat.data.templates import Rendered
 from dschat.runtime.files import write_json
 
 logger = logging.getLogger(__name__)
@@ -31,16 +33,6 @@ logger = logging.getLogger(__name__)
 CHUNK_ROWS = 512
 PROGRESS_S = 10.0
 FAULTS_SHOWN = 5
-SCHEMAS = {
-    "SFTDataset": {"input_ids": "list", "labels": "list"},
-    "PairDataset": {
-        "prompt_ids": "list",
-        "chosen_ids": "list",
-        "rejected_ids": "list",
-        "margin": "number",
-    },
-    "PromptDataset": {"input_ids": "list"},
-}
 
 
 @dataclass
@@ -134,7 +126,7 @@ def _raise_or_warn(report: Report, *, skip: bool, name: str) -> None:
 
 def _in_memory(dataset: TextDataset, name: str) -> tuple[Report, list[dict]]:
     report = Report()
-    items = [item for chunk in _encode(dataset, report, name) for item in chunk]
+    items = [item for chunk in _prepare_items(dataset, report, name) for item in chunk]
     return report, items
 
 
@@ -164,73 +156,101 @@ def _in_cache(
 
 def _write(dataset: TextDataset, report: Report, path: Path, name: str) -> None:
     """Write the items as an Arrow stream, under their name only once they are complete."""
-    columns = SCHEMAS[type(dataset).__name__]
-    types = {"list": pyarrow.list_(pyarrow.int32()), "number": pyarrow.float64()}
-    schema = pyarrow.schema([(column, types[kind]) for column, kind in columns.items()])
+    columns = {name: pyarrow.list_(pyarrow.int32()) for name in dataset.list_columns}
+    columns |= {name: pyarrow.float64() for name in dataset.number_columns}
+    schema = pyarrow.schema(list(columns.items()))
     temporary = path.with_suffix(f".{os.getpid()}")
     with open(temporary, "wb") as file, pyarrow.ipc.new_stream(file, schema) as writer:
-        for items in _encode(dataset, report, name):
+        for items in _prepare_items(dataset, report, name):
             if items:
                 batch = {column: [item[column] for item in items] for column in columns}
                 writer.write_batch(pyarrow.RecordBatch.from_pydict(batch, schema=schema))
     os.replace(temporary, path)
 
 
-def _encode(dataset: TextDataset, report: Report, name: str) -> Iterator[list[dict]]:
-    """Encode all rows, a chunk at a time, and count what becomes of them in `report`."""
+@dataclass
+class EncodedRow:
+    """A row that could be shown, and what became of it."""
+
+    position: int
+    row: Row
+    rendered: Rendered
+    num_tokens: int  # before truncation
+    item: dict | None  # the prepared item; None if the row is left out
+
+
+def encode_rows(
+    dataset: TextDataset, report: Report, *, name: str, most_faults: int | None = FAULTS_SHOWN
+) -> Iterator[list[EncodedRow]]:
+    """Encode all rows, a chunk at a time, and count in `report` what becomes of them.
+
+    Args:
+        dataset: not changed.
+        report: an empty one.
+        name: what the rows are, for progress in the log.
+        most_faults: keep this many messages of faults; None: all.
+    """
     report.num_rows = len(dataset)
     begun = shown = time.monotonic()
-    digest = hashlib.sha256()
     for begin in range(0, len(dataset), CHUNK_ROWS):
-        items = _encode_chunk(dataset, range(begin, min(begin + CHUNK_ROWS, len(dataset))), report)
-        for item in items:
-            for name in sorted(item):
-                values = np.asarray(item[name], dtype=np.float64)
-                digest.update(f"{name} {values.size} ".encode())
-                digest.update(values.tobytes())
-        yield items
+        positions = range(begin, min(begin + CHUNK_ROWS, len(dataset)))
+        yield _encode_chunk(dataset, positions, report, most_faults)
         now = time.monotonic()
         if now - shown > PROGRESS_S:
             shown = now
-            done = begin + CHUNK_ROWS
+            done = positions.stop
             rest = (now - begun) * (len(dataset) - done) / done
             logger.info("%s: tokenized %d of %d rows, %.0f s left", name, done, len(dataset), rest)
-    report.items_digest = digest.hexdigest()
 
 
-def _encode_chunk(dataset: TextDataset, positions: range, report: Report) -> list[dict]:
-    rows, rendered = [], []
+def _encode_chunk(
+    dataset: TextDataset, positions: range, report: Report, most_faults: int | None
+) -> list[EncodedRow]:
+    def add_fault(error: ValueError) -> None:
+        report.num_faults += 1
+        if most_faults is None or len(report.faults) < most_faults:
+            report.faults.append(str(error))
+
+    shown: list[tuple[int, Row, Rendered]] = []
     for position in positions:
         try:
             row = dataset.row(position)
-            rendered.append(dataset.render(row))
-            rows.append((position, row))
+            shown.append((position, row, dataset.render(row)))
         except ValueError as error:
-            _add_fault(report, error)
-    items = []
-    for (position, row), encoded in zip(rows, dataset.encoder.encode_all(rendered), strict=True):
+            add_fault(error)
+    found = []
+    encoded_rows = dataset.encoder.encode_all([rendered for _, _, rendered in shown])
+    for (position, row, rendered), encoded in zip(shown, encoded_rows, strict=True):
         num_tokens = dataset.num_tokens(encoded)
         report.longest = max(report.longest, num_tokens)
+        item = None
         try:
             item = dataset.fit(row, encoded)
         except LeftOut as reason:
             report.left_out[reason.kind] += 1
-            continue
         except ValueError as error:
-            _add_fault(report, error)
-            continue
-        items.append(item)
-        report.kept.append(position)
-        report.num_cut += num_tokens > dataset.limit
-        report.num_tokens += min(num_tokens, dataset.limit)
-        report.num_hidden_turns += encoded.num_hidden_turns
-    return items
+            add_fault(error)
+        if item is not None:
+            report.kept.append(position)
+            report.num_cut += num_tokens > dataset.limit
+            report.num_tokens += min(num_tokens, dataset.limit)
+            report.num_hidden_turns += encoded.num_hidden_turns
+        found.append(EncodedRow(position, row, rendered, num_tokens, item))
+    return found
 
 
-def _add_fault(report: Report, error: ValueError) -> None:
-    report.num_faults += 1
-    if len(report.faults) < FAULTS_SHOWN:
-        report.faults.append(str(error))
+def _prepare_items(dataset: TextDataset, report: Report, name: str) -> Iterator[list[dict]]:
+    """Yield the items of all rows that are used, a chunk at a time, and set the report's digest."""
+    digest = hashlib.sha256()
+    for chunk in encode_rows(dataset, report, name=name):
+        items = [row.item for row in chunk if row.item is not None]
+        for item in items:
+            for column in sorted(item):
+                values = np.asarray(item[column], dtype=np.float64)
+                digest.update(f"{column} {values.size} ".encode())
+                digest.update(values.tobytes())
+        yield items
+    report.items_digest = digest.hexdigest()
 
 
 def _to_json(report: Report) -> dict:
@@ -245,14 +265,7 @@ def _key(dataset: TextDataset) -> str | None:
     """Return the name of the prepared rows in the cache, or None if they cannot be named."""
     if not isinstance(dataset.rows, Blend):
         return None
-    options = {
-        "kind": type(dataset).__name__,
-        "limit": dataset.limit,
-        "truncation": dataset.truncation,
-        "train_on": getattr(dataset, "train_on", None),
-        "format": dataset.encoder.format.prompt_format,
-        "end": dataset.encoder.end_token_id,
-    }
+    options = {"kind": type(dataset).__name__, **dataset.options()}
     parts = [json.dumps(options, sort_keys=True).encode(), code_digest()]
     parts.append(_tokenizer_digest(dataset.tokenizer))
     for source, part in dataset.rows.pieces:

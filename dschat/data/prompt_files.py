@@ -3,10 +3,10 @@
 from dataclasses import replace
 from pathlib import Path
 
-from dschat.data.forms import ROW_FAULTS, describe_fault, read_row
+from dschat.data.forms import ROW_FAULTS, read_row
 from dschat.data.readers import read_records
 from dschat.data.row import Row
-from dschat.data.text_checks import validate_text
+from dschat.data.text_checks import describe_fault, validate_text
 from dschat.runtime.paths import user_path
 
 FAULTS_SHOWN = 5

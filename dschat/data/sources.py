@@ -17,12 +17,13 @@ import datasets
 import numpy as np
 
 from dschat.data.cache import code_digest, digest_of, prepared_folder, table_digest
-from dschat.data.forms import ROW_FAULTS, Reading, describe_fault, find_form
+from dschat.data.forms import ROW_FAULTS, Reading, find_form
 from dschat.data.hub_sets import HUB_SETS, HubSet, local_json_row
 from dschat.data.messages import plain_text
 from dschat.data.row import Row
 from dschat.data.tables import LOCAL_JSON, Fault, Table, open_tables, parse_entry
 from dschat.data.templates import parse_turns
+from dschat.data.text_checks import describe_fault
 
 logger = logging.getLogger(__name__)
 
@@ -238,7 +239,7 @@ def _load_part(table: Table, file: Path) -> Part:
 def _check_table(table: Table, hub_set: HubSet, reading: Reading, *, skip: bool) -> Part:
     """Return all good rows of a table; raise ValueError for others, or leave them out if `skip`."""
     faults = table.faults
-    index, pick, group, whole = [], [], [], []
+    index, pick, group = [], [], []
     has: dict[str, list[bool]] = {"prompt": [], "chosen": [], "rejected": []}
     columns: Counter = Counter()
     for number, raw in enumerate(_iterate_rows(table.rows)):
@@ -252,7 +253,6 @@ def _check_table(table: Table, hub_set: HubSet, reading: Reading, *, skip: bool)
             index.append(number)
             pick.append(choice)
             group.append(groups[choice])
-            whole.append(_hash_text(f"{row.prompt} {row.chosen}"))
             has["prompt"].append(bool(row.prompt))
             has["chosen"].append(row.chosen is not None)
             has["rejected"].append(row.rejected is not None)
@@ -261,7 +261,10 @@ def _check_table(table: Table, hub_set: HubSet, reading: Reading, *, skip: bool)
             columns.update(name for name in further if raw.get(name) is not None)
     good = index
     if len(set(group)) == 1:
-        group = whole  # one prompt for all rows: their answers tell them apart
+        # One prompt for all rows: their answers tell them apart.
+        all_rows = (hub_set.read(table.rows[number], reading) for number in index)
+        alike = [rows[choice] for rows, choice in zip(all_rows, pick, strict=True)]
+        group = [_hash_text(f"{row.prompt} {row.chosen}") for row in alike]
     if faults and (not skip or not good or table.lost_after is not None):
         raise ValueError(_format_faults(table, sorted(faults), all_bad=not good))
     if faults:

@@ -1,22 +1,19 @@
 """What is in the rows of a source: their forms, columns, faults and token counts."""
 
-import logging
-import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from dschat.data.datasets import IGNORED, LeftOut, TextDataset
-from dschat.data.forms import ROW_FAULTS, describe_fault, find_form
+from dschat.data.datasets import IGNORED, TextDataset
+from dschat.data.forms import ROW_FAULTS, find_form
 from dschat.data.messages import ROLE_FIELDS
-from dschat.data.preparation import CHUNK_ROWS, PROGRESS_S, Report
+from dschat.data.preparation import EncodedRow, Report, encode_rows
 from dschat.data.row import Row
 from dschat.data.sources import Part, Source, conversation_group
 from dschat.data.tables import Fault
-
-logger = logging.getLogger(__name__)
+from dschat.data.text_checks import describe_fault
 
 SAMPLE_ROWS = 1000
 # The texts of a row that each step reads.
@@ -110,28 +107,26 @@ def survey_rows(dataset: TextDataset, *, num_examples: int, name: str) -> Survey
         name: what the rows are, for progress in the log.
     """
     survey = Survey()
-    report = survey.report
-    report.num_rows = len(dataset)
-    begun = shown = time.monotonic()
-    for begin in range(0, len(dataset), CHUNK_ROWS):
-        positions = range(begin, min(begin + CHUNK_ROWS, len(dataset)))
-        for position, row, item, num_tokens in _encode(dataset, positions, survey):
-            report.kept.append(position)
-            report.num_cut += num_tokens > dataset.limit
-            report.num_tokens += min(num_tokens, dataset.limit)
-            num_learned, num_item_tokens = count_learned(item)
-            survey.num_learned += num_learned
-            survey.num_item_tokens += num_item_tokens
-            if len(survey.examples) < num_examples:
-                survey.examples.append(Example(row, item, num_tokens))
-        now = time.monotonic()
-        if now - shown > PROGRESS_S:
-            shown = now
-            done = positions.stop
-            rest = (now - begun) * (len(dataset) - done) / done
-            logger.info("%s: tokenized %d of %d rows, %.0f s left", name, done, len(dataset), rest)
-    report.longest = max(survey.lengths, default=0)
+    for chunk in encode_rows(dataset, survey.report, name=name, most_faults=None):
+        for encoded in chunk:
+            _count_row(survey, dataset, encoded, num_examples=num_examples)
     return survey
+
+
+def _count_row(
+    survey: Survey, dataset: TextDataset, encoded: EncodedRow, *, num_examples: int
+) -> None:
+    survey.formats[dataset.encoder.format.resolve(encoded.row)] += 1
+    end = dataset.tokenizer.convert_ids_to_tokens(dataset.encoder.end_id(encoded.rendered))
+    survey.ends[end] += 1
+    survey.lengths.append(encoded.num_tokens)
+    if encoded.item is None:
+        return
+    num_learned, num_item_tokens = count_learned(encoded.item)
+    survey.num_learned += num_learned
+    survey.num_item_tokens += num_item_tokens
+    if len(survey.examples) < num_examples:
+        survey.examples.append(Example(encoded.row, encoded.item, encoded.num_tokens))
 
 
 def learned_mask(item: dict) -> list[bool]:
@@ -219,45 +214,6 @@ def _add_bad_rows(found: BadRows, source: Source, part: Part) -> None:
         else:
             found.num_close += not rows
     found.faults += sorted(faults)
-
-
-def _encode(
-    dataset: TextDataset, positions: Iterable[int], survey: Survey
-) -> Iterator[tuple[int, Row, dict, int]]:
-    """Yield position, row, item and length of the rows that are used; count the others."""
-    report = survey.report
-    rows: list[tuple[int, Row]] = []
-    rendered = []
-    for position in positions:
-        try:
-            row = dataset.row(position)
-            text = dataset.render(row)
-        except ValueError as error:
-            _add_fault(report, error)
-            continue
-        rows.append((position, row))
-        rendered.append(text)
-        survey.formats[dataset.encoder.format.resolve(row)] += 1
-        end = dataset.tokenizer.convert_ids_to_tokens(dataset.encoder.end_id(text))
-        survey.ends[end] += 1
-    for (position, row), encoded in zip(rows, dataset.encoder.encode_all(rendered), strict=True):
-        num_tokens = dataset.num_tokens(encoded)
-        survey.lengths.append(num_tokens)
-        try:
-            item = dataset.fit(row, encoded)
-        except LeftOut as reason:
-            report.left_out[reason.kind] += 1
-            continue
-        except ValueError as error:
-            _add_fault(report, error)
-            continue
-        report.num_hidden_turns += encoded.num_hidden_turns
-        yield position, row, item, num_tokens
-
-
-def _add_fault(report: Report, error: ValueError) -> None:
-    report.num_faults += 1
-    report.faults.append(str(error))
 
 
 def percentile(lengths: Sequence[int], share: float) -> int:

@@ -21,6 +21,7 @@ from dschat.data.readers import (
     file_suffix,
     read_records,
 )
+from dschat.data.text_checks import describe_fault
 from dschat.runtime.paths import user_path
 
 logger = logging.getLogger(__name__)
@@ -308,7 +309,7 @@ def _load_from_disk(path: Path) -> datasets.Dataset | datasets.DatasetDict:
         return datasets.load_from_disk(str(path))
     except Exception as error:  # damaged files raise many kinds of errors
         raise ValueError(
-            f"{path}: not readable as a folder of datasets.save_to_disk: {format_error(error)}"
+            f"{path}: not readable as a folder of datasets.save_to_disk: {describe_fault(error)}"
         ) from error
 
 
@@ -464,7 +465,7 @@ def _open_files(paths: list[Path], title: str, cache_dir: str | None) -> Table:
         return Table(datasets.concatenate_datasets(arrow), title, chunks)
     except (ValueError, TypeError, pyarrow.ArrowException) as error:
         raise ValueError(
-            f"{title}: its {len(paths)} files have different columns ({format_error(error)}). Give "
+            f"{title}: its {len(paths)} files have different columns ({describe_fault(error)}). Give "
             "each kind as an entry of --data_path."
         ) from error
 
@@ -497,7 +498,7 @@ def _open_arrow(path: Path) -> Table:
             table = pyarrow.ipc.open_file(pyarrow.memory_map(str(path))).read_all()
             rows = datasets.Dataset(datasets.table.InMemoryTable(table))
     except Exception as error:  # damaged files raise many kinds of errors
-        raise ValueError(f"{path}: not readable as Arrow: {format_error(error)}") from error
+        raise ValueError(f"{path}: not readable as Arrow: {describe_fault(error)}") from error
     return _make_table(rows if len(rows) else [], str(path))
 
 
@@ -511,7 +512,7 @@ def _open_parquet(path: Path, cache_dir: str | None) -> Table:
         pattern = glob.escape(str(path))
         table = datasets.Dataset.from_parquet(pattern, cache_dir=cache_dir, batch_size=1000)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = format_error(error.__cause__ or error)
+        reason = describe_fault(error.__cause__ or error)
         raise ValueError(f"{path}: not readable as Parquet: {reason}") from error
     return _make_table(table, str(path))
 
@@ -527,7 +528,7 @@ def _open_hub_set(
     try:
         stored = _load_from_hub(repository, config, options)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        message = format_error(error)
+        message = describe_fault(error)
         if "onfig name is missing" in message or "BuilderConfig" in message:
             raise ValueError(
                 f"--data_path {name}: no such configuration, or none given ({message}). Add one "
@@ -583,9 +584,3 @@ def _select_parts(
 
 def _make_table(rows: Sequence, title: str) -> Table:
     return Table(rows, title, (Chunk(title, len(rows)),))
-
-
-def format_error(error: BaseException) -> str:
-    """Format an error as one line without its final full stop."""
-    text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-    return " ".join(text.split()).rstrip(".")[:500]

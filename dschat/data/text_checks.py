@@ -67,5 +67,11 @@ def shorten(value: object) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
+def describe_fault(error: BaseException) -> str:
+    """Describe an error in one line without its final full stop."""
+    text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+    return " ".join(text.split()).rstrip(".")[:500]
+
+
 def _is_visible(char: str) -> bool:
     return unicodedata.category(char) not in INVISIBLE and not MORE_INVISIBLE.match(char)

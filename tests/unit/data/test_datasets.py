@@ -1,6 +1,7 @@
 import pytest
 
 from dschat.config.sft import SFTData
+from dschat.data import preparation
 from dschat.data.blends import open_blends
 from dschat.data.collate import collate_pairs, collate_prompts, collate_text
 from dschat.data.datasets import LeftOut, PairDataset, PromptDataset, SFTDataset
@@ -357,3 +358,11 @@ def test_the_cache_holds_the_same_items_and_follows_what_decides_them(tmp_path, 
     assert len(changed) == len(dataset) and changed.items_digest != dataset.items_digest
     assert len(list(cache.glob("*.arrow"))) == 5
     assert not list(cache.glob("*.tmp"))
+
+
+def test_progress_names_the_rows(caplog, monkeypatch):
+    monkeypatch.setattr(preparation, "PROGRESS_S", -1)
+    data = SFTDataset([Row("p", "a")] * 3, make_tokenizer(), max_seq_len=9, prompt_format="plain")
+    with caplog.at_level("INFO"):
+        prepare(data, cache_dir=None, skip_bad_rows=False, name="training data")
+    assert "training data: tokenized 3 of 3 rows" in caplog.text
