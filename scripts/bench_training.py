@@ -54,7 +54,7 @@ CASES = {
 
 
 def main() -> None:
-    """Measure the cases that were asked for, each in a process of its own."""
+    """Measure the cases that were asked for, each in a separate process."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", nargs="+", default=["sft-1.3b"], choices=list(CASES))
     parser.add_argument("--updates", type=int, default=12, help="Measured after 4 for warm-up.")

@@ -116,7 +116,7 @@ def override(ds_config: dict, path: str | None) -> dict:
         )
     try:
         DeepSpeedZeroConfig(**zero)
-    except ValueError as error:  # of pydantic: a line of its own, then two lines a fault and a link
+    except ValueError as error:  # of pydantic: one line, then two lines a fault and a link
         faults = " ".join(
             line.strip() for line in str(error).splitlines()[1:] if "https://" not in line
         )

@@ -92,8 +92,8 @@ class GradientCheck:
     def step(self) -> None:
         """Step all engines, or none if any gradient of any of them on any rank is not finite.
 
-        DeepSpeed's optimizers skip a step of their own on overflow; what they cannot know is the
-        other engine's. A skipped step of fp16 lowers the loss scale.
+        Each of DeepSpeed's optimizers skips its step on overflow, but knows nothing of the other
+        engine's. A skipped step of fp16 lowers the loss scale.
         """
         for engine, norm in zip(self.engines, self._norms, strict=True):
             if not self.finite and _has_no_overflow_check(engine):
@@ -155,11 +155,15 @@ def _square_norm(engine) -> torch.Tensor:
 
 def _takes_norm(engine) -> bool:
     """Return whether DeepSpeed's optimizer can be given the norm: ZeRO without offload."""
-    optimizer = engine.optimizer
-    offloads = getattr(optimizer, "cpu_offload", False) or getattr(
-        optimizer, "offload_optimizer", False
+    return engine.zero_optimization_stage() > 0 and not _is_offloaded(engine.optimizer)
+
+
+def _is_offloaded(optimizer) -> bool:
+    """Return whether ZeRO keeps the optimizer's states in host memory."""
+    # The first is an attribute of stages 1 and 2, the second of stage 3.
+    return bool(
+        getattr(optimizer, "cpu_offload", False) or getattr(optimizer, "offload_optimizer", False)
     )
-    return engine.zero_optimization_stage() in (1, 2, 3) and not offloads
 
 
 def _step_with_norm(engine, norm: float) -> None:
@@ -207,7 +211,7 @@ def _spoil_gradients(engine) -> None:
     optimizer = engine.optimizer
     if getattr(optimizer, "cpu_offload", False):
         optimizer.local_overflow = True
-    if getattr(optimizer, "cpu_offload", False) or getattr(optimizer, "offload_optimizer", False):
+    if _is_offloaded(optimizer):
         # Offloaded gradients are on the host already; DeepSpeed reads only their norms before a step.
         for key, norm in list(optimizer.norm_for_param_grads.items())[:1]:
             optimizer.norm_for_param_grads[key] = torch.full_like(norm, float("inf"))

@@ -275,11 +275,13 @@ def decode_answers(tokenizer, prompts: torch.Tensor, answers: list[torch.Tensor]
     joint = [torch.cat([ids, answer]) for ids, answer in zip(context, answers, strict=True)]
     context_texts = tokenizer.batch_decode(context, skip_special_tokens=True)
     joint_texts = tokenizer.batch_decode(joint, skip_special_tokens=True)
-    answer_texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
-    return [
-        whole[len(head) :] if whole.startswith(head) else text
-        for head, whole, text in zip(context_texts, joint_texts, answer_texts, strict=True)
-    ]
+    texts = []
+    for head, whole, answer in zip(context_texts, joint_texts, answers, strict=True):
+        if whole.startswith(head):
+            texts.append(whole[len(head) :])
+        else:
+            texts.append(tokenizer.decode(answer, skip_special_tokens=True))
+    return texts
 
 
 def _is_finite(score: object) -> bool:
