@@ -69,7 +69,7 @@ def test_adapters_are_merged_and_given_tensors_replace_the_weights(tmp_path, mod
     torch.manual_seed(0)
     with torch.no_grad():
         for name in lora_parameter_names(model):
-            model.get_parameter(name).normal_()
+            model.get_parameter(name).normal_(std=0.1)
     ids = torch.arange(3, 13)[None]
     save_model(model, tokenizer, tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
