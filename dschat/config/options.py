@@ -175,6 +175,13 @@ class RunOptions:
     deepscale: bool = flag(False, "Old name of --deepspeed, no effect.")
     deepscale_config: Optional[str] = flag(None, "Old name of --deepspeed_config.")
 
+    @property
+    def deepspeed_file(self) -> tuple[str | None, str]:
+        """The file that is merged into the DeepSpeed configuration, and the flag that names it."""
+        if self.deepspeed_config is None and self.deepscale_config is not None:
+            return self.deepscale_config, "--deepscale_config"
+        return self.deepspeed_config, "--deepspeed_config"
+
     def problems(self) -> list[str]:
         """Return everything that is wrong with these options, one sentence each."""
         found = fields_at_least(self, ("save_interval", "save_total_limit", "log_interval_s"), 0)

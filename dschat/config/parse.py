@@ -11,6 +11,8 @@ from typing import Any, NoReturn
 import yaml
 from transformers import HfArgumentParser
 
+from dschat.config.value_checks import integers_in_64_bits, usable_text
+
 # DeepSpeed-Chat's names of step 3 before its batch flags were renamed.
 OLD_NAMES = {
     "--per_device_train_batch_size": "--per_device_generation_batch_size",
@@ -59,6 +61,13 @@ def parse_config(config_class: Any, argv: list[str] | None = None) -> Any:
     for group in values:
         if hasattr(group, "problems"):
             problems += group.problems()
+    for group in values:
+        # A check of the flag itself says more.
+        problems += [
+            problem
+            for problem in integers_in_64_bits(group)
+            if not any(other.startswith(problem.split(" ")[0] + " ") for other in problems)
+        ]
     if problems:
         raise ValueError("\n".join(problems))
     return config
@@ -86,17 +95,35 @@ def _from_flags(parser: _Parser, argv: list[str], title: str) -> list[Any]:
         if step3:
             name = OLD_NAMES.get(name, name)
         words.append(name + equals + value)
+    problems = _unusable(words)
+    if problems:
+        raise ValueError("\n".join(problems))
     *values, rest = parser.parse_args_into_dataclasses(
         words, return_remaining_strings=True, look_for_args_file=False
     )
     if rest:
         # Words after an unknown flag are its values.
         unknown = [word for word in rest if word.startswith("--")] or rest
-        raise ValueError("\n".join(_unknown(word, known, title) for word in unknown))
+        raise ValueError("\n".join(_unknown(word, words, known, title) for word in unknown))
     return list(values)
 
 
-def _unknown(word: str, known: set[str], title: str) -> str:
+def _unusable(words: list[str]) -> list[str]:
+    """Return the problems of the words that cannot be the value of any flag."""
+    found = []
+    flag = ""
+    for word in words:
+        value = word
+        if word.startswith("--") and word != "--":
+            flag, _, value = word.partition("=")
+        found += usable_text(flag, value)
+    return found
+
+
+def _unknown(word: str, words: list[str], known: set[str], title: str) -> str:
+    before = words[words.index(word) - 1] if word in words[1:] else ""
+    if not word.startswith("--") and word.startswith("-") and before in known:
+        return f"{before} {word}: write a value that begins with - as {before}={word}"
     if word.endswith(FILE_SUFFIXES):
         return f"{word}: a configuration file takes no flags beside it. Write them into the file."
     near = difflib.get_close_matches(word.partition("=")[0], sorted(known), n=1)
@@ -113,6 +140,7 @@ def _from_file(parser: _Parser, path: Path, title: str) -> list[Any]:
     except (
         OSError,
         ValueError,
+        RecursionError,
         yaml.YAMLError,
     ) as error:  # PyYAML raises a ValueError for a bad date
         raise ValueError(f"{path}: not readable as {path.suffix[1:].upper()}: {error}") from error

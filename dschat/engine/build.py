@@ -86,33 +86,31 @@ def partitioned_loading(ds_config: dict):
     del keep
 
 
-def override(ds_config: dict, path: str | None) -> dict:
+def override(ds_config: dict, path: str | None, flag: str = "--deepspeed_config") -> dict:
     """`ds_config` with the JSON file `path` merged over it, key by key.
 
     Raises:
-        ValueError: no such file, no JSON object in it, or values that DeepSpeed does not take; names --deepspeed_config.
+        ValueError: no such file, no JSON object in it, or values that DeepSpeed does not take; names `flag`.
     """
     if path is None:
         return ds_config
     try:
         extra = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"--deepspeed_config {path}: {error}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{flag} {path}: {error}") from error
     if not isinstance(extra, dict):
-        raise ValueError(
-            f"--deepspeed_config {path}: expected a JSON object, found {type(extra).__name__}."
-        )
+        raise ValueError(f"{flag} {path}: expected a JSON object, found {type(extra).__name__}.")
     owned = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
     clash = [key for key in owned if key in extra and extra[key] != ds_config[key]]
     if clash:
         raise ValueError(
-            f"--deepspeed_config {path}: {', '.join(clash)} follow from the batch-size and accumulation flags; take "
+            f"{flag} {path}: {', '.join(clash)} follow from the batch-size and accumulation flags; take "
             "them out of the file."
         )
     merged = _merge(ds_config, extra)
     if not isinstance(zero := merged.get("zero_optimization", {}), dict):
         raise ValueError(
-            f"--deepspeed_config {path}: zero_optimization is {json.dumps(zero)[:60]}, not an object."
+            f"{flag} {path}: zero_optimization is {json.dumps(zero)[:60]}, not an object."
         )
     try:
         DeepSpeedZeroConfig(**zero)
@@ -120,11 +118,11 @@ def override(ds_config: dict, path: str | None) -> dict:
         faults = " ".join(
             line.strip() for line in str(error).splitlines()[1:] if "https://" not in line
         )
-        raise ValueError(f"--deepspeed_config {path}: zero_optimization: {faults}.") from error
+        raise ValueError(f"{flag} {path}: zero_optimization: {faults}.") from error
     halves = [merged.get(name) for name in ("fp16", "bf16")]
     if all(isinstance(half, dict) and half.get("enabled") for half in halves):
         raise ValueError(
-            f"--deepspeed_config {path}: fp16 and bf16 are both enabled; leave the choice to --dtype."
+            f"{flag} {path}: fp16 and bf16 are both enabled; leave the choice to --dtype."
         )
     return merged
 

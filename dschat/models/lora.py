@@ -53,10 +53,12 @@ def add_lora(
         The number of adapted layers.
 
     Raises:
-        ValueError: no layer's name contains `module_name`; the message lists names that exist.
+        ValueError: no layer's name contains `module_name`; the message lists names that exist. Or
+            `dim` is larger than every adapted matrix.
     """
     inner = pretrained(model)
     targets = target_names(inner, module_name, flag=flag)
+    _check_rank(dim, [inner.get_submodule(name) for name in targets], flag=flag)
     trainable = {id(p) for p in model.parameters() if p.requires_grad}
     config = LoraConfig(
         r=dim,
@@ -90,6 +92,21 @@ def target_names(
             f"{', '.join(last_parts)} (in full: {first_names(names, 2)})."
         )
     return targets
+
+
+def _check_rank(dim: int, layers: list[nn.Module], *, flag: str) -> None:
+    """Check that a rank is not larger than every matrix that it adapts."""
+    widest = 0
+    for layer in layers:
+        if isinstance(layer, Conv1D):
+            widest = max(widest, layer.nx, layer.nf)
+        else:
+            widest = max(widest, layer.in_features, layer.out_features)
+    if dim > widest:
+        raise ValueError(
+            f"{flag.replace('lora_module_name', 'lora_dim')} {dim}: the largest adapted matrix has "
+            f"{widest} rows or columns, and a higher rank adds nothing. Give a smaller one."
+        )
 
 
 def _set_trainable(

@@ -1,5 +1,6 @@
 """Loading of tokenizers, only from the place the user named, and the ids that end or pad a text."""
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -32,10 +33,10 @@ def model_source(path: str, *, flag: str) -> tuple[str, bool]:
             files.
     """
     local = user_path(path)
-    if local.is_dir():
+    if os.path.isdir(local):  # unlike Path.is_dir, it does not fail for a folder without access
         check_json_files(local, flag=flag)
         return str(local), True
-    if local.exists():
+    if os.path.exists(local):
         raise ValueError(f"{flag} {path!r} is a file; give the folder that holds it.")
     # A hub name is "name" or "owner/name".
     if str(path).startswith((".", "/", "~")) or str(path).count("/") > 1:

@@ -110,7 +110,12 @@ def advice(error: Exception) -> str:
             "or raise the ZeRO stage. python -m dschat.plan shows what fits."
         )
     if isinstance(error, MemoryError) or "can't allocate memory" in text:
-        return "\nThe host is out of memory. Leave --offload out, or run fewer ranks on each node."
+        return (
+            "\nThe host is out of memory. Leave --offload out, lower the batch sizes and lengths "
+            "(--per_device_train_batch_size, --max_seq_len; step 3: "
+            "--per_device_generation_batch_size, --per_device_training_batch_size, "
+            "--max_answer_seq_len), or run fewer ranks on each node."
+        )
     is_full = isinstance(error, OSError) and error.errno == errno.ENOSPC
     # safetensors raises another type, without errno.
     if is_full or "No space left on device" in text:

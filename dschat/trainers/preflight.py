@@ -134,7 +134,6 @@ def ds_configs(config, *, dtype: str, world_size: int) -> dict[str, dict]:
         on_cpu=False,
         tensorboard_path=config.run.tensorboard_path if config.run.enable_tensorboard else None,
     )
-    file = config.run.deepspeed_config or config.run.deepscale_config
     if not isinstance(config, PPOConfig):
         step = 1 if isinstance(config, SFTConfig) else 2
         found = training_config(
@@ -143,7 +142,7 @@ def ds_configs(config, *, dtype: str, world_size: int) -> dict[str, dict]:
             tensorboard_name=f"step{step}_model",
             **shared,
         )
-        return {"model": override(found, file)}
+        return {"model": override(found, *config.run.deepspeed_file)}
     systems = {"actor": config.actor_system}
     if config.has_critic:
         systems["critic"] = config.critic_system
@@ -155,5 +154,5 @@ def ds_configs(config, *, dtype: str, world_size: int) -> dict[str, dict]:
             tensorboard_name=f"step3_{role}",
             **shared,
         )
-        configs[role] = override(found, file)
+        configs[role] = override(found, *config.run.deepspeed_file)
     return configs

@@ -230,7 +230,7 @@ class DeepSpeedRLHFEngine:
             tensorboard_name=f"step3_{options.role}",
             ranks_per_node=dist.ranks_per_node(),
         )
-        return override(ds_config, config.run.deepspeed_config or config.run.deepscale_config)
+        return override(ds_config, *config.run.deepspeed_file)
 
     def _build_training_engine(
         self, options: TrainingOptions, ds_config: dict, model: torch.nn.Module

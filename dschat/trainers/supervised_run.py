@@ -176,7 +176,7 @@ def build_engine(
         tensorboard_name=f"step{run.number}_model",
         ranks_per_node=dist.ranks_per_node(),
     )
-    ds_config = override(ds_config, config.run.deepspeed_config or config.run.deepscale_config)
+    ds_config = override(ds_config, *config.run.deepspeed_file)
     model = load_start(run, load_model, ds_config, dropout=config.system.dropout)
     lora_names = prepare_for_training(model, lora=config.lora, system=config.system)
     if config.system.enable_mixed_precision_lora:
