@@ -7,13 +7,23 @@ GPU can get wrong; see tests/gpu.
 """
 
 import contextlib
+import weakref
 from unittest import mock
 
 import torch
 
 from dschat.engine.hybrid_engine import HybridEngine
 from dschat.generation.cuda_graphs import GraphDecoder
+from dschat.generation.graph_slots import GraphSlotDecoder
 from dschat.generation.kernels import attention
+
+
+class Pool:
+    """A pool of memory, which ends with the last graph that was captured into it."""
+
+    def __init__(self) -> None:
+        self.graphs = weakref.WeakSet()
+        self.began = False
 
 
 class Graph:
@@ -26,8 +36,11 @@ class Graph:
 
 
 @contextlib.contextmanager
-def capture(graph: Graph, pool=None):
+def capture(graph: Graph, pool: Pool):
     """Record the step instead of running it; a stand-in for torch.cuda.graph."""
+    assert pool.graphs or not pool.began, "the pool has ended with its last graph"
+    pool.graphs.add(graph)
+    pool.began = True
     Graph.captured_now = graph
     try:
         yield
@@ -35,27 +48,40 @@ def capture(graph: Graph, pool=None):
         Graph.captured_now = None
 
 
+def record(decoder, rows: int, step) -> None:
+    """Run `step(rows)`, or, inside ``capture``, have the graph do so at its replays."""
+    if Graph.captured_now is None:
+        step(rows)
+        return
+    held = addresses(decoder)
+
+    def replayed() -> None:
+        assert addresses(decoder) == held, "a graph holds weights or buffers that have moved"
+        step(rows)
+
+    Graph.captured_now.step = replayed
+
+
+def addresses(decoder) -> list[int]:
+    buffers = [tensor for layer in decoder.cache.layers for tensor in (layer.keys, layer.values)]
+    return [
+        tensor.data_ptr()
+        for tensor in (*decoder.model.parameters(), *buffers, *vars(decoder.state).values())
+    ]
+
+
 class StandInDecoder(GraphDecoder):
     """A GraphDecoder with stand-in graphs."""
 
     def _step(self, rows: int) -> None:
-        if Graph.captured_now is None:
-            super()._step(rows)
-            return
-        held = self._places()
+        record(self, rows, super()._step)
 
-        def step() -> None:
-            assert self._places() == held, "a graph holds weights or buffers that have moved"
-            super(StandInDecoder, self)._step(rows)
 
-        Graph.captured_now.step = step
+class StandInSlotDecoder(GraphSlotDecoder):
+    """A GraphSlotDecoder with stand-in graphs."""
 
-    def _places(self) -> list[int]:
-        buffers = [tensor for layer in self.cache.layers for tensor in (layer.keys, layer.values)]
-        return [
-            tensor.data_ptr()
-            for tensor in (*self.model.parameters(), *buffers, *vars(self.state).values())
-        ]
+    def _advance(self, rows: int) -> None:
+        record(self, rows, super()._advance)
 
 
 def attend(query, key, value, new_key, new_value, bounds, scale) -> torch.Tensor:
@@ -80,7 +106,7 @@ def graphs_on_cpu():
     names = {
         "CUDAGraph": Graph,
         "graph": capture,
-        "graph_pool_handle": object,
+        "graph_pool_handle": Pool,
         "Event": mock.Mock,
         "Stream": mock.Mock,
         "stream": lambda stream: contextlib.nullcontext(),
@@ -97,5 +123,11 @@ def graphs_on_cpu():
 def with_graphs(engine, **options) -> HybridEngine:
     """Build a Hybrid Engine that decodes by graphs, not compiled; `options` are HybridEngine's."""
     hybrid = HybridEngine(engine, compiled=False, **options)
-    hybrid._graphs = StandInDecoder(hybrid.replica.model, compiled=False, group=hybrid.group)
+    same = dict(compiled=False, group=hybrid.group)
+    if hybrid.slots:
+        hybrid._decoder = StandInSlotDecoder(
+            hybrid.replica.model, slots=hybrid._group_slots, **same
+        )
+    else:
+        hybrid._decoder = StandInDecoder(hybrid.replica.model, **same)
     return hybrid

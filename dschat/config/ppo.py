@@ -81,6 +81,16 @@ class PPOConfig:
         )
 
     @property
+    def generation_rows(self) -> int:
+        """Most responses per rank that are generated at a time, evaluation included."""
+        batch = self.batch
+        if self.system.generation_slots:
+            most = max(self.rollout_rows, batch.per_device_eval_batch_size)
+            return min(self.system.generation_slots, most)
+        rows = batch.per_device_generation_batch_size * batch.num_samples_per_prompt
+        return max(rows, batch.per_device_eval_batch_size)
+
+    @property
     def rows_per_update(self) -> int:
         """Responses per rank and optimizer step."""
         return self.batch.per_device_training_batch_size * self.schedule.gradient_accumulation_steps
@@ -210,6 +220,11 @@ class PPOConfig:
     def _system_problems(self) -> list[str]:
         system = self.system
         found = fields_at_least(system, ("inference_tp_size", "tp_gather_partition_size"), 1)
+        found += fields_at_least(system, ("generation_slots",), 0)
+        if system.generation_slots > 0 and not system.enable_hybrid_engine:
+            found.append(
+                f"--generation_slots {system.generation_slots} needs --enable_hybrid_engine."
+            )
         if system.inference_tp_size > 1 and system.actor_zero_stage != 3:
             found.append(
                 f"--inference_tp_size {system.inference_tp_size} needs --actor_zero_stage 3, "

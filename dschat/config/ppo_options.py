@@ -255,6 +255,12 @@ class PPOSystem:
     compile: bool = flag(
         True, "Hybrid Engine: compile the decoder layers of those steps with torch.compile."
     )
+    generation_slots: int = flag(
+        0,
+        "Hybrid Engine: this many answers decode together, and one that ends makes room for the "
+        "next prompt of the rollout. Samples do not depend on the number. 0: each generation batch "
+        "is decoded by itself.",
+    )
     hybrid_lora: Literal["merge", "attach", "auto"] = flag(
         "auto",
         "Hybrid Engine with LoRA: merge (merged copies of the adapted weights), attach (low-rank "

@@ -27,7 +27,9 @@ from dschat.generation.decoding import (
     prefill,
     takes_graphs,
 )
+from dschat.generation.graph_slots import GraphSlotDecoder
 from dschat.generation.sampling import eos_ids, keep_tokens
+from dschat.generation.slots import Prompts, SlotDecoder, SlotStats, takes_slots
 from dschat.generation.tensor_parallel import TensorGroup, gather_prompts
 from dschat.models.forward import forward_logits
 from dschat.runtime import dist
@@ -54,6 +56,10 @@ class Generator(RolloutEngine):
             input_ids, attention_mask: [B, P].
         """
         raise NotImplementedError
+
+    def decode_all(self, batches: list[Prompts], generation: GenerationConfig) -> list[Decoded]:
+        """Return the responses to several batches of prompts, as ``decode`` does for one."""
+        return [self.decode(*batch, generation) for batch in batches]
 
     def generate(self, request: RolloutRequest, sampling: SamplingConfig) -> RolloutBatch:
         """Generate through DeepSpeed's interface; greedy at temperature 0.
@@ -139,6 +145,7 @@ class HybridEngine(Generator):
         max_length: int = 0,
         group: TensorGroup | None = None,
         gather_layers: int = 1,
+        slots: int = 0,
     ):
         """
         Args:
@@ -153,6 +160,7 @@ class HybridEngine(Generator):
             max_length: tokens of the longest prompt and answer together, likewise.
             group: the ranks that generate together, each with a slice of the weights; needs ZeRO-3.
             gather_layers: decoder layers that are gathered at a time.
+            slots: answers that decode together, refilled from a queue; 0: each batch by itself.
 
         Raises:
             ValueError: the copies and the cache do not fit into memory; the message says how much
@@ -163,32 +171,44 @@ class HybridEngine(Generator):
         self.replica = Replica(
             engine, lora_mode=lora_mode, group=group, gather_layers=gather_layers
         )
-        self.group, self._is_checked = group, group is None
-        self._graphs: GraphDecoder | None = None
+        self.group = group
+        self._is_checked = group is None
+        self._warned = False
         self.refresh_s = 0.0
-        self._check_memory(max_rows, max_length)
-        reason = (
-            takes_graphs(self.replica.model)
-            if cuda_graph and engine.device.type == "cuda"
-            else None
-        )
+        self.slots = slots
+        self._stats = SlotStats()
+        self._check_memory(slots or max_rows, max_length)
+        self._decoder = self._build_decoder(cuda_graph, compiled, max_rows, max_length)
+        logger.info(f"Hybrid Engine: {self._description()}")
+
+    def _build_decoder(
+        self, cuda_graph: bool, compiled: bool, max_rows: int, max_length: int
+    ) -> GraphDecoder | GraphSlotDecoder | None:
+        """Return a decoder that replays CUDA graphs, or None if decoding is eager."""
+        if not cuda_graph or self.engine.device.type != "cuda":
+            return None
+        reason = takes_graphs(self.replica.model)
         if reason is not None:
             logger.warning(
-                f"Hybrid Engine: no CUDA graphs for {type(engine.module).__name__}, since {reason}"
+                f"Hybrid Engine: no CUDA graphs for {type(self.engine.module).__name__}, since "
+                f"{reason}"
             )
-        elif cuda_graph and engine.device.type == "cuda":
-            if compiled and group is not None:
-                logger.info(
-                    "Hybrid Engine: decode steps are not compiled, since they hold the group's sums"
-                )
-            self._graphs = GraphDecoder(
-                self.replica.model,
-                compiled=compiled and group is None,
-                max_rows=max_rows * (1 if group is None else group.size),
-                max_length=max_length,
-                group=group,
+            return None
+        group = self.group
+        if compiled and group is not None:
+            logger.info(
+                "Hybrid Engine: decode steps are not compiled, since they hold the group's sums"
             )
-        logger.info(f"Hybrid Engine: {self._description()}")
+        options = dict(compiled=compiled and group is None, max_length=max_length, group=group)
+        if self.slots:
+            return GraphSlotDecoder(self.replica.model, slots=self._group_slots, **options)
+        rows = max_rows * (1 if group is None else group.size)
+        return GraphDecoder(self.replica.model, max_rows=rows, **options)
+
+    @property
+    def _group_slots(self) -> int:
+        """Slots of all ranks that generate together: each caches its part of the heads."""
+        return self.slots * (1 if self.group is None else self.group.size)
 
     def decode(self, input_ids, attention_mask, generation) -> Decoded:
         """Generate responses as in Generator.
@@ -196,35 +216,106 @@ class HybridEngine(Generator):
         Every rank must call it, since ZeRO-3's weights are gathered from all. Ranks of a group
         must pass the same number of rows.
         """
+        return self.decode_all([(input_ids, attention_mask)], generation)[0]
+
+    def decode_all(self, batches, generation) -> list[Decoded]:
+        """Generate responses to several batches of prompts, as in Generator.
+
+        With slots, the batches wait in one queue. Every rank must call it; ranks of a group with
+        as many batches.
+        """
         self.refresh_s += self.replica.refresh()
         with torch.no_grad():
             if self.group is None:
-                return self._decode(input_ids, attention_mask, generation)
+                return self._decode_batches(batches, generation)
             if not self._is_checked:
+                input_ids, attention_mask = batches[0]
                 self._check_split(input_ids[:CHECKED_ROWS], attention_mask[:CHECKED_ROWS])
-            decoded = self._decode(
-                *gather_prompts(self.group, input_ids, attention_mask), generation
+            batches = [gather_prompts(self.group, *batch) for batch in batches]
+            return [self._own(found) for found in self._decode_batches(batches, generation)]
+
+    def _own(self, decoded: Decoded) -> Decoded:
+        """Return this rank's part of a group's responses."""
+        parts = (decoded.tokens, decoded.logprobs)
+        return Decoded(*(part.chunk(self.group.size)[self.group.index] for part in parts))
+
+    def _decode_batches(self, batches, generation) -> list[Decoded]:
+        """Return the responses to batches that are the same on all ranks of a group."""
+        if self.slots == 0:
+            return [self._decode(*batch, generation) for batch in batches]
+        reason = takes_slots(self.replica.model, generation)
+        if reason is None:
+            return self._decode_in_slots(batches, generation)
+        if not self._warned:
+            self._warned = True
+            logger.warning(
+                f"Hybrid Engine: {type(self.engine.module).__name__} decodes batch by batch in "
+                f"spite of --generation_slots, since {reason}"
             )
-        own = [
-            t.chunk(self.group.size)[self.group.index] for t in (decoded.tokens, decoded.logprobs)
-        ]
-        return Decoded(*own)
+        return [self._decode_eagerly(*batch, generation) for batch in batches]
+
+    def _decode_in_slots(self, batches, generation) -> list[Decoded]:
+        """Return the responses, decoded in slots; once more with half the slots if memory ends."""
+        # From the generator that a checkpoint holds, so a resumed run draws the same seed.
+        seed = int(torch.randint(2**62, ()))
+        try:
+            return self._run_slots(batches, generation, seed)
+        except torch.OutOfMemoryError:
+            # The other ranks of a group may have memory left, and would wait for this one.
+            if self.slots == 1 or self.group is not None:
+                raise
+        # Outside of the handler, whose traceback would keep the buffers alive.
+        self.slots = -(-self.slots // 2)
+        logger.warning(
+            f"Hybrid Engine: out of memory; trying again with {self.slots} slots. Give "
+            f"--generation_slots {self.slots} to begin with that."
+        )
+        if self._decoder is not None:
+            self._decoder.release()
+            self._decoder.slots = self.slots
+        if self.engine.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return self._run_slots(batches, generation, seed)
+
+    def _run_slots(self, batches, generation, seed: int) -> list[Decoded]:
+        if self._decoder is not None:
+            self._decoder.addresses = self.replica.addresses()
+            try:
+                return self._finish(self._decoder, batches, generation, seed)
+            except GraphMismatch as mismatch:
+                self._warn_of_mismatch(mismatch)
+                self._drop_graphs()
+        agree = keep_tokens if self.group is None else self.group.agree
+        decoder = SlotDecoder(self.replica.model, slots=self._group_slots, agree=agree)
+        return self._finish(decoder, batches, generation, seed)
+
+    def _finish(self, decoder: SlotDecoder, batches, generation, seed: int) -> list[Decoded]:
+        decoded = decoder.decode(batches, generation, seed=seed)
+        self._stats = decoder.stats
+        logger.info(f"Hybrid Engine: {decoder.stats}")
+        return decoded
 
     def _decode(self, input_ids, attention_mask, generation) -> Decoded:
         """Return the responses to prompts that are the same on all ranks of a group."""
-        if self._graphs is not None:
+        if self._decoder is not None:
             try:
-                return self._graphs.decode(
+                return self._decoder.decode(
                     input_ids, attention_mask, generation, self.replica.addresses()
                 )
             except GraphMismatch as mismatch:
-                logger.warning(
-                    f"Hybrid Engine: CUDA graphs are off for {type(self.engine.module).__name__}, whose captured "
-                    f"steps fail or compute something else ({mismatch})"
-                )
+                self._warn_of_mismatch(mismatch)
                 self._drop_graphs()
+        return self._decode_eagerly(input_ids, attention_mask, generation)
+
+    def _decode_eagerly(self, input_ids, attention_mask, generation) -> Decoded:
         agree = keep_tokens if self.group is None else self.group.agree
         return eager_decode(self.replica.model, input_ids, attention_mask, generation, agree)
+
+    def _warn_of_mismatch(self, mismatch: GraphMismatch) -> None:
+        logger.warning(
+            f"Hybrid Engine: CUDA graphs are off for {type(self.engine.module).__name__}, whose "
+            f"captured steps fail or compute something else ({mismatch})"
+        )
 
     def _check_split(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> None:
         """Compare the group's logits after these prompts with those of the training module.
@@ -254,8 +345,8 @@ class HybridEngine(Generator):
 
     def end_rollout(self) -> None:
         """Free what --unpin_actor_parameters and --release_inference_cache say."""
-        if self.release_cache and self._graphs is not None:
-            self._graphs.release()
+        if self.release_cache and self._decoder is not None:
+            self._decoder.release()
         if self.unpin or self.release_cache:
             self.replica.release()
         if self.release_cache and self.engine.device.type == "cuda":
@@ -265,8 +356,11 @@ class HybridEngine(Generator):
         """Return the seconds spent on weights and captures since the last call."""
         found = {"time/gather_s": self.refresh_s}
         self.refresh_s = 0.0
-        if self._graphs is not None:
-            found["time/capture_s"], self._graphs.capture_s = self._graphs.capture_s, 0.0
+        if self._decoder is not None:
+            found["time/capture_s"] = self._decoder.graphs.capture_s
+            self._decoder.graphs.capture_s = 0.0
+        if self.slots:
+            found |= self._stats.metrics()
         return found
 
     def shutdown(self) -> None:
@@ -275,9 +369,9 @@ class HybridEngine(Generator):
         self.replica.release()
 
     def _drop_graphs(self) -> None:
-        if self._graphs is not None:
-            self._graphs.undo()
-        self._graphs = None
+        if self._decoder is not None:
+            self._decoder.undo()
+        self._decoder = None
 
     def _description(self) -> str:
         replica = self.replica
@@ -295,9 +389,9 @@ class HybridEngine(Generator):
             weights = f"the training weights, and merged copies of adapted layers, {replica.copied_bytes / GIB:.2f} GiB"
         else:
             weights = "the training weights"
-        if self._graphs is None:
+        if self._decoder is None:
             return f"{weights}; eager decoding"
-        return f"{weights}; CUDA graphs, {'compiled' if self._graphs.compiled else 'not compiled'}"
+        return f"{weights}; CUDA graphs, {'compiled' if self._decoder.graphs.compiled else 'not compiled'}"
 
     def _check_memory(self, rows: int, length: int) -> None:
         # A group of N ranks caches N times the rows, each rank an Nth of the heads.
@@ -307,8 +401,9 @@ class HybridEngine(Generator):
         copies, free = self.replica.copied_bytes, free_memory(self.engine.device)
         if copies + cache <= MEMORY_SHARE * free:
             return
+        rows_flag = "--generation_slots" if self.slots else "--per_device_generation_batch_size"
         remedies = [
-            "smaller --per_device_generation_batch_size",
+            f"smaller {rows_flag}",
             "leave out --enable_hybrid_engine",
         ]
         if self.replica.partitioned:

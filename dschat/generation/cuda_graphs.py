@@ -7,6 +7,7 @@ of fewer rows.
 
 import contextlib
 import time
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -36,6 +37,90 @@ from dschat.runtime.log import logger
 AHEAD = 8  # steps by which the host may be ahead of the device
 SMALLEST = 8  # the smallest graph holds an eighth of the rows
 LENGTH_STEP = 64  # cache lengths are multiples of it
+
+
+class StepGraphs:
+    """Graphs of a decode step, captured once for each number of rows, in one pool of memory."""
+
+    def __init__(self, layers: nn.ModuleList, *, compiled: bool):
+        """
+        Args:
+            layers: the model's decoder layers.
+            compiled: run them through torch.compile.
+        """
+        self.compiled = compiled
+        self.capture_s = 0.0
+        self.captures = 0
+        self._layers = CompiledLayers(layers) if compiled else contextlib.nullcontext()
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._pool = None
+
+    def __contains__(self, rows: int) -> bool:
+        return rows in self._graphs
+
+    def get(
+        self, rows: int, *, step: Callable[[int], None], prepare: Callable[[], None], cache, state
+    ) -> torch.cuda.CUDAGraph:
+        """Return the graph of a step of the first `rows` slots, captured at its first use.
+
+        Args:
+            rows: slots of the step.
+            step: runs the step.
+            prepare: sets `state` such that a step writes the cache's last position only.
+            cache: the SlotCache of the step.
+            state: a dataclass of buffers; the same after the call as before it.
+        """
+        if rows in self._graphs:
+            return self._graphs[rows]
+        started = time.monotonic()
+        if self.compiled:
+            self._layers.cache = cache
+        saved = {name: buffer.clone() for name, buffer in vars(state).items()}
+        held = cache.layers[0].rows
+        cache.start(rows=rows, filled=0, captured=True)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        # The draws of these steps must not count: a run that captures again, for example after it
+        # has resumed, must sample the same.
+        device = cache.layers[0].keys.device
+        with (
+            torch.random.fork_rng([device] if device.type == "cuda" else []),
+            torch.cuda.stream(stream),
+            self._layers,
+        ):
+            # This compiles and allocates before the capture, and writes the cache's last position.
+            for _ in range(2):
+                prepare()
+                step(rows)
+        torch.cuda.current_stream().wait_stream(stream)
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool), self._layers:
+            step(rows)
+        for name, buffer in saved.items():
+            getattr(state, name).copy_(buffer)
+        cache.start(rows=held, filled=0, captured=True)
+        torch.cuda.synchronize()
+        self._graphs[rows] = graph
+        seconds = time.monotonic() - started
+        self.captures += 1
+        self.capture_s += seconds
+        compiled = "with" if self.compiled else "without"
+        logger.info(
+            f"Hybrid Engine: captured a decode step of {rows} rows {compiled} "
+            f"torch.compile in {seconds:.1f} s; KV cache {cache.nbytes / 2**30:.2f} GiB"
+        )
+        return graph
+
+    def clear(self) -> None:
+        """Free all graphs, with their pool of memory, and let go of the cache."""
+        if self._graphs:
+            torch.cuda.synchronize()  # a graph must not be freed while it runs
+        self._graphs.clear()
+        # A pool ends with its last graph. A capture into a pool that has ended fails.
+        self._pool = None
+        if self.compiled:
+            self._layers.cache = None
 
 
 class GraphDecoder:
@@ -77,12 +162,8 @@ class GraphDecoder:
         self.state: GraphBuffers | None = None
         self.sampler: Sampler | None = None
         self.pad_token_id = 0
-        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        self.capture_s = 0.0
-        self.captures = 0
+        self.graphs = StepGraphs(layers, compiled=compiled)
         self._key: tuple = ()
-        self._pool = None
-        self._compiled = CompiledLayers(layers) if compiled else contextlib.nullcontext()
         self._counts = torch.zeros(AHEAD, dtype=torch.int64, pin_memory=torch.cuda.is_available())
         self._events = [torch.cuda.Event() for _ in range(AHEAD)]
 
@@ -138,11 +219,9 @@ class GraphDecoder:
 
     def release(self) -> None:
         """Free graphs, cache and buffers. The next call allocates them again."""
-        if self.graphs:
-            torch.cuda.synchronize()  # a graph must not be freed while it runs
         attention.newest_token.clear()
         self.graphs.clear()
-        self.cache = self.state = self.sampler = self._pool = None
+        self.cache = self.state = self.sampler = None
         self._key = ()
 
     def undo(self) -> None:
@@ -166,8 +245,6 @@ class GraphDecoder:
         length = -(-self.max_length // LENGTH_STEP) * LENGTH_STEP
         self.cache = self.state = None  # freed before the new ones are allocated
         self.cache = SlotCache(shapes, rows=self.max_rows, length=length)
-        if isinstance(self._compiled, CompiledLayers):
-            self._compiled.cache = self.cache
         self.state = GraphBuffers.allocate(
             slots=self.max_rows,
             num_new=num_new,
@@ -178,53 +255,18 @@ class GraphDecoder:
         )
 
     def _graph(self, rows: int) -> torch.cuda.CUDAGraph:
-        """Return the graph of a step of the first `rows` slots, captured at its first use.
+        """Return the graph of a step of the first `rows` slots, captured at its first use."""
 
-        The state does not change.
-        """
-        if rows in self.graphs:
-            return self.graphs[rows]
-        started = time.monotonic()
-        s = self.state
-        saved = {name: buffer.clone() for name, buffer in vars(s).items()}
-        held = self.cache.layers[0].rows
-        last = self.cache.layers[0].get_max_length() - 1
-        self.cache.start(rows=rows, filled=0, captured=True)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        # The draws of these steps must not count: a run that captures again, for example after it
-        # has resumed, must sample the same.
-        with (
-            torch.random.fork_rng([s.step.device] if s.step.is_cuda else []),
-            torch.cuda.stream(stream),
-            self._compiled,
-        ):
-            # This compiles and allocates before the capture, and writes the cache's last position.
-            for _ in range(2):
-                s.position.fill_(last)
-                s.step.zero_()
-                s.bounds[..., 0] = last
-                s.bounds[..., 1] = last + 1
-                self._step(rows)
-        torch.cuda.current_stream().wait_stream(stream)
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool), self._compiled:
-            self._step(rows)
-        for name, buffer in saved.items():
-            getattr(s, name).copy_(buffer)
-        self.cache.start(rows=held, filled=0, captured=True)
-        torch.cuda.synchronize()
-        self.graphs[rows] = graph
-        seconds = time.monotonic() - started
-        self.captures += 1
-        self.capture_s += seconds
-        compiled = "with" if self.compiled else "without"
-        logger.info(
-            f"Hybrid Engine: captured a decode step of {rows} rows {compiled} "
-            f"torch.compile in {seconds:.1f} s; KV cache {self.cache.nbytes / 2**30:.2f} GiB"
+        def prepare() -> None:
+            last = self.cache.layers[0].get_max_length() - 1
+            self.state.position.fill_(last)
+            self.state.step.zero_()
+            self.state.bounds[..., 0] = last
+            self.state.bounds[..., 1] = last + 1
+
+        return self.graphs.get(
+            rows, step=self._step, prepare=prepare, cache=self.cache, state=self.state
         )
-        return graph
 
     def _graph_or_mismatch(self, rows: int) -> torch.cuda.CUDAGraph:
         """Return ``_graph(rows)``.

@@ -39,7 +39,8 @@ class SlotLayer(CacheLayerMixin):
 
     In a `captured` step ``update`` returns the whole buffers, so that the step serves every length,
     and decode_attention's kernel writes the new token where the row's bounds end. Otherwise new
-    tokens are written after the `filled` positions, and ``update`` returns the filled part.
+    tokens are written after the `filled` positions, or, one of each row, at the positions `newest`,
+    and ``update`` returns the filled part.
     """
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor):
@@ -47,6 +48,7 @@ class SlotLayer(CacheLayerMixin):
         self.keys, self.values = keys, values
         self.rows, self.filled = keys.shape[0], 0
         self.captured = False
+        self.newest: torch.Tensor | None = None  # [rows]
         self.is_initialized = True
 
     def lazy_initialization(
@@ -61,8 +63,13 @@ class SlotLayer(CacheLayerMixin):
             return self.keys, self.values
         keys, values = self.keys[: self.rows], self.values[: self.rows]
         end = self.filled + key_states.shape[2]
-        keys[:, :, self.filled : end] = key_states
-        values[:, :, self.filled : end] = value_states
+        if self.newest is None:
+            keys[:, :, self.filled : end] = key_states
+            values[:, :, self.filled : end] = value_states
+        else:
+            rows = torch.arange(self.rows, device=keys.device)
+            keys[rows, :, self.newest] = key_states[:, :, 0]
+            values[rows, :, self.newest] = value_states[:, :, 0]
         self.filled = end
         return keys[:, :, :end], values[:, :, :end]
 
@@ -110,10 +117,27 @@ class SlotCache(Cache):
         """Bytes of all buffers."""
         return sum(2 * layer.keys.nbytes for layer in self.layers)
 
-    def start(self, *, rows: int, filled: int, captured: bool = False) -> None:
-        """Use the first `rows` rows, of which `filled` positions hold tokens."""
+    def start(
+        self,
+        *,
+        rows: int,
+        filled: int,
+        captured: bool = False,
+        newest: torch.Tensor | None = None,
+    ) -> None:
+        """Use the first `rows` rows, of which `filled` positions hold tokens.
+
+        Args:
+            rows: number of rows.
+            filled: positions with tokens; of the longest row if `newest` is given.
+            captured: see SlotLayer.
+            newest: [rows], the position of each row's next token, if rows differ in it.
+        """
         for layer in self.layers:
-            layer.rows, layer.filled, layer.captured = rows, filled, captured
+            layer.rows = rows
+            layer.filled = filled
+            layer.captured = captured
+            layer.newest = newest
 
     def newest(self, *, rows: int, position: int) -> list[torch.Tensor]:
         """Return views of the keys and values [rows, heads, width] of one position, by layer."""
@@ -123,20 +147,19 @@ class SlotCache(Cache):
             for buffer in (layer.keys, layer.values)
         ]
 
-    def fill(self, cache: Cache, rows: torch.Tensor, *, copies: int, end: int) -> None:
-        """Copy the prompts in `cache` to positions [end - T, end) of `copies` slots per row.
+    def fill(self, cache: Cache, slots: torch.Tensor, rows: torch.Tensor, *, end: int) -> None:
+        """Copy prompts in `cache` to positions [end - T, end) of `slots`.
 
         Args:
             cache: a prefilled cache of prompts [n, T].
-            rows: [n], the numbers of these prompts in the batch.
-            copies: slots of each prompt.
+            slots: [m].
+            rows: [m], the prompt of each slot, as a row of `cache`.
             end: position after the prompts.
         """
-        slots = (rows[:, None] * copies + torch.arange(copies, device=rows.device)).view(-1)
         for slot_layer, layer in zip(self.layers, cache.layers):
             start = end - layer.keys.shape[2]
-            slot_layer.keys[slots, :, start:end] = layer.keys.repeat_interleave(copies, dim=0)
-            slot_layer.values[slots, :, start:end] = layer.values.repeat_interleave(copies, dim=0)
+            slot_layer.keys[slots, :, start:end] = layer.keys[rows]
+            slot_layer.values[slots, :, start:end] = layer.values[rows]
 
 
 class GraphMismatch(Exception):
@@ -249,7 +272,9 @@ def prefill_slots(
             cache = make_cache([(layer.keys, layer.values) for layer in group.layers])
             logits = found.new_empty(len(input_ids), found.shape[-1])
         logits[rows] = found
-        cache.fill(group, rows, copies=copies, end=input_ids.shape[1])
+        slots = (rows[:, None] * copies + torch.arange(copies, device=rows.device)).view(-1)
+        sources = torch.arange(len(rows), device=rows.device).repeat_interleave(copies)
+        cache.fill(group, slots, sources, end=input_ids.shape[1])
     return logits.repeat_interleave(copies, dim=0), cache
 
 

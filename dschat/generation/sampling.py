@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from transformers import GenerationConfig
 from transformers.generation.logits_process import (
@@ -12,7 +13,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from dschat.generation.kernels.sample import draw, triton
+from dschat.generation.kernels.sample import draw, exponential_noise, triton
 
 Agree = Callable[[torch.Tensor], torch.Tensor]
 
@@ -73,41 +74,44 @@ class Sampler:
         self.fused = triton is not None and self.do_sample and not changed and agree is keep_tokens
 
     def __call__(
-        self, logits: torch.Tensor, texts: torch.Tensor | None, step: torch.Tensor | int
+        self,
+        logits: torch.Tensor,
+        texts: torch.Tensor | None,
+        step: torch.Tensor | int,
+        noise: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Choose the next token of each row.
 
         Args:
             logits: [B, V] of the last position.
             texts: [B, T], the tokens so far; only the repetition penalty reads them.
-            step: number of response tokens so far, an int or an int64 scalar on the device.
+            step: number of response tokens so far, an int, or on the device an int64 scalar or one
+                number for each row [B].
+            noise: [B, V] fp32, standard exponential; None: drawn from torch's generator.
 
         Returns:
             Tokens [B] int64, and their logprobs [B] fp32. The logprobs are of the full softmax at
             the sampling temperature, which PPO's ratio needs: top-k, top-p and the repetition
             penalty do not enter.
         """
+        if self.do_sample and noise is None:
+            noise = torch.empty(logits.shape, device=logits.device).exponential_()
         if self.fused and logits.is_cuda:
-            return draw(
-                logits,
-                torch.empty(logits.shape, device=logits.device).exponential_(),
-                self.temperature,
-            )
+            return draw(logits, noise, self.temperature)
         scores = logits = logits.float()
         if self.penalty is not None:
             scores = self.penalty(texts, scores)
         if self.min_new_tokens:
             barred = scores.index_fill(1, self.eos, -float("inf"))
             early = torch.as_tensor(step, device=scores.device) < self.min_new_tokens
-            scores = torch.where(early, barred, scores)
+            scores = torch.where(early.view(-1, 1), barred, scores)
         scores = self.warpers(texts, scores)
         if self.do_sample:
             # argmax(score_i + G_i) with standard Gumbel noise G = -log E, E ~ Exp(1), draws i with
             # its softmax probability.
             # torch.multinomial checks its input, which costs a synchronization on some devices.
-            tokens = (scores - torch.empty_like(scores).exponential_().log_()).argmax(-1)
-        else:
-            tokens = scores.argmax(-1)
+            scores = scores - noise.log()
+        tokens = scores.argmax(-1)
         tokens = self.agree(tokens)
         scaled = logits / self.temperature if self.temperature != 1.0 else logits
         logprobs = torch.log_softmax(scaled, dim=-1).gather(-1, tokens[:, None]).squeeze(-1)
@@ -116,6 +120,31 @@ class Sampler:
     def is_end(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return a mask [B] that is True if the token ends a response."""
         return (tokens[:, None] == self.eos).any(-1)
+
+
+def row_noise(
+    seed: torch.Tensor, rows: torch.Tensor, steps: torch.Tensor, vocab: int
+) -> torch.Tensor:
+    """Return standard exponential noise [B, V] that depends on seed, row and step alone.
+
+    The generator is counter-based (Philox, Salmon et al. 2011), so that no state has to follow a
+    row from slot to slot. A CPU and a GPU give different numbers.
+
+    Args:
+        seed: [1] int64, at least 0.
+        rows: [B] int64, the number of each row.
+        steps: [B] int64, tokens that the row has drawn before.
+        vocab: V.
+    """
+    if seed.is_cuda and triton is not None:
+        return exponential_noise(seed, rows, steps, vocab)
+    noise = np.empty((len(rows), vocab), dtype=np.float32)
+    key = int(seed)
+    for out, row, step in zip(noise, rows.tolist(), steps.tolist()):
+        philox = np.random.Philox(key=[key, row], counter=[0, step, 0, 0])
+        np.random.Generator(philox).standard_exponential(dtype=np.float32, out=out)
+    # A noise of 0 would be the likeliest whatever its score.
+    return torch.from_numpy(noise).clamp_(min=torch.finfo(torch.float32).tiny).to(seed.device)
 
 
 def eos_ids(generation: GenerationConfig) -> list[int]:

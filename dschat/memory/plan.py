@@ -142,7 +142,8 @@ def _plan_ppo(config: PPOConfig, *, world_size: int, dtype: str) -> StepPlan:
     actor = sizes["actor"]
     rows = batch.per_device_generation_batch_size * batch.num_samples_per_prompt
     held = rows_of_evaluation(config, world_size=world_size)
-    resident, passing = _for_generation(config, actor, rows=max(rows, held), width=width)
+    decoded = config.generation_rows if system.generation_slots else max(rows, held)
+    resident, passing = _for_generation(config, actor, rows=decoded, width=width)
     there = sum_parts(resident, *map(resident_parts, models.values()))
     idle = list(models.values())
     if system.offload_idle_states:
@@ -158,9 +159,7 @@ def _plan_ppo(config: PPOConfig, *, world_size: int, dtype: str) -> StepPlan:
     logits = train * (answer + 1) * actor.vocab
     scored = loss_bytes(rows * (answer + 1) * actor.vocab, width=width, sliced=True, backward=False)
     group = _group_size(config)
-    prompts = inference_bytes(
-        actor, tokens=group * max(rows, held) * prompt, width=width, split=group
-    )
+    prompts = inference_bytes(actor, tokens=group * decoded * prompt, width=width, split=group)
     exact_kl = kl_bytes(held * (answer + 1) * actor.vocab, width=width)
     critic = models.get("critic")
     parts = {

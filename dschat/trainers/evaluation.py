@@ -98,10 +98,10 @@ class PolicyEvaluator:
         engines.eval()
         parts = []
         with _seeded(self.seed + dist.rank(), device):
-            for prompts in self.loader:
-                answers = generate(
-                    engines.generator, prompts.to(device), generation=self.generation
-                )
+            batches = [prompts.to(device) for prompts in self.loader]
+            sampled = generate(engines.generator, batches, generation=self.generation)
+            engines.generator.end_rollout()
+            for answers in sampled:
                 unused = self.generation.max_new_tokens - answers.tokens.shape[1]
                 columns = (
                     self.rewards(answers),
@@ -111,7 +111,6 @@ class PolicyEvaluator:
                     torch.nn.functional.pad(answers.tokens, (0, unused)),
                 )
                 parts.append(columns)
-        engines.generator.end_rollout()
         num_rows = len(self.loader.dataset)
         scores, kl, lengths, ended, tokens = (
             dist.gather_rows(torch.cat(column), num_rows).cpu() for column in zip(*parts)

@@ -126,10 +126,8 @@ class DeepSpeedPPOTrainer:
         started = time.monotonic()
         self.engines.eval()
         device, generator = self.engines.actor.device, self.engines.generator
-        answers = [
-            generate(generator, prompts.to(device), generation=self.generation)
-            for prompts in batches
-        ]
+        batches = [prompts.to(device) for prompts in batches]
+        answers = generate(generator, batches, generation=self.generation)
         generator.end_rollout()
         generated = time.monotonic()
         pieces = [

@@ -157,9 +157,8 @@ class DeepSpeedRLHFEngine:
         system = config.system
         if not system.enable_hybrid_engine:
             return PlainGenerator(self.actor)
-        batch = config.batch
         data = config.data
-        rollout_rows = batch.per_device_generation_batch_size * batch.num_samples_per_prompt
+        rows = config.generation_rows
         return HybridEngine(
             self.actor,
             lora_mode=system.hybrid_lora,
@@ -167,7 +166,8 @@ class DeepSpeedRLHFEngine:
             compiled=system.compile,
             unpin=system.unpin_actor_parameters,
             release_cache=system.release_inference_cache,
-            max_rows=max(rollout_rows, batch.per_device_eval_batch_size),
+            max_rows=rows,
+            slots=rows if system.generation_slots else 0,
             max_length=data.max_prompt_seq_len + data.max_answer_seq_len,
             group=tensor_group(system.inference_tp_size),
             gather_layers=system.tp_gather_partition_size if system.inference_tp_size > 1 else 1,

@@ -13,6 +13,7 @@ from dschat.algorithms.masks import last_index, masked_whiten, moments, response
 from dschat.algorithms.types import Experience, PromptBatch
 from dschat.config.ppo import PPOConfig
 from dschat.config.ppo_options import PPOSampling
+from dschat.generation.decoding import Decoded
 from dschat.models.forward import forward_logits
 from dschat.runtime import dist
 from dschat.runtime.log import logger
@@ -69,19 +70,32 @@ def sampling_config(
     )
 
 
-def generate(generator, prompts: PromptBatch, *, generation: GenerationConfig) -> SampledAnswers:
-    """Sample `generation.num_return_sequences` answers to each prompt.
+def generate(
+    generator, batches: list[PromptBatch], *, generation: GenerationConfig
+) -> list[SampledAnswers]:
+    """Sample `generation.num_return_sequences` answers to each prompt of all batches.
 
     Args:
-        generator: has ``decode(input_ids, attention_mask, generation) -> Decoded``; see
+        generator: has ``decode_all(batches, generation) -> list[Decoded]``; see
             engine/hybrid_engine.py.
-        prompts: on the generator's device.
+        batches: prompts on the generator's device.
         generation: from ``sampling_config``.
 
     Returns:
-        Answers; those to one prompt are adjacent rows.
+        Answers, batch by batch; those to one prompt are adjacent rows.
     """
-    decoded = generator.decode(prompts.input_ids, prompts.attention_mask, generation)
+    pairs = [(prompts.input_ids, prompts.attention_mask) for prompts in batches]
+    decoded = generator.decode_all(pairs, generation)
+    return [
+        _answers(prompts, found, generation)
+        for prompts, found in zip(batches, decoded, strict=True)
+    ]
+
+
+def _answers(
+    prompts: PromptBatch, decoded: Decoded, generation: GenerationConfig
+) -> SampledAnswers:
+    """Return one batch of prompts with the answers that a generator has decoded for them."""
     copies = torch.arange(len(prompts.index), device=prompts.index.device)
     prompts = prompts.rows(copies.repeat_interleave(generation.num_return_sequences))
     mask = response_mask(decoded.tokens, generation.eos_token_id)

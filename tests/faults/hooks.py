@@ -90,24 +90,27 @@ def nothing_to_say(rank: int) -> None:
     calls = []
 
     def silent(*args, **kwargs):
-        answers = generate(*args, **kwargs)
+        batches = generate(*args, **kwargs)
         calls.append(1)
         if len(calls) < BAD_STEP:
-            return answers
-        first = (
-            torch.arange(answers.response_mask.shape[1], device=answers.response_mask.device) == 0
-        )
-        mask = first.expand_as(answers.response_mask)
-        prompts = answers.attention_mask[:, : -mask.shape[1]]
-        attended = torch.cat([prompts, mask.to(prompts.dtype)], -1)
-        return replace(
-            answers,
-            response_mask=mask,
-            attention_mask=attended,
-            ended=torch.ones_like(answers.ended),
-        )
+            return batches
+        return [ended_at_once(answers) for answers in batches]
 
     ppo.generate = silent
+
+
+def ended_at_once(answers):
+    """Return `answers` with masks that leave their first tokens only."""
+    first = torch.arange(answers.response_mask.shape[1], device=answers.response_mask.device) == 0
+    mask = first.expand_as(answers.response_mask)
+    prompts = answers.attention_mask[:, : -mask.shape[1]]
+    attended = torch.cat([prompts, mask.to(prompts.dtype)], -1)
+    return replace(
+        answers,
+        response_mask=mask,
+        attention_mask=attended,
+        ended=torch.ones_like(answers.ended),
+    )
 
 
 def deaf(rank: int) -> None:

@@ -17,6 +17,7 @@ from dschat.generation import cuda_graphs
 from dschat.generation.kernels.attention import decode_attention
 from dschat.generation.kernels.linear import skinny_linear
 from dschat.generation.kernels.sample import draw as fused_draw
+from dschat.generation.sampling import row_noise
 from dschat.generation.tensor_parallel import TensorGroup
 from dschat.models.causal_lm import load_causal_lm
 from dschat.models.families import FAMILIES
@@ -135,6 +136,64 @@ def test_fused_draws_are_those_of_torch(vocab, temperature, dtype, device):
     assert tokens.unique().numel() > 3
 
 
+def test_noise_of_rows_is_exponential_and_each_row_has_its_own(device):
+    seed = torch.tensor([2**61 + 5], device=device)
+    rows = torch.arange(4000, device=device)
+    noise = row_noise(seed, rows, torch.zeros_like(rows), 3000)
+    assert (noise > 0).all() and len(noise[:, :8].unique(dim=0)) == 4000
+    # Kolmogorov and Smirnov: 1.95 is passed once in a thousand draws.
+    uniform = (-torch.expm1(-noise.double())).flatten().sort().values
+    grid = torch.linspace(0, 1, uniform.numel(), dtype=torch.float64, device=device)
+    assert (uniform - grid).abs().max().item() * uniform.numel() ** 0.5 < 1.95
+    seventh = row_noise(seed, rows[7:8], rows[3:4], 3000)
+    both = row_noise(seed, rows[6:8], rows[3:4].expand(2), 3000)
+    assert torch.equal(both[1:], seventh) and not torch.equal(both[0], both[1])
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["graph", "compiled"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_answers_in_slots_are_those_of_generate(family, compiled, device, tmp_path):
+    engine = stand_in(tiny(tmp_path, family), device)
+    ids, mask = prompts(device)
+    batches = [(ids, mask), (ids[:5, 20:], mask[:5, 20:])]
+    plain = PlainGenerator(engine).decode_all(batches, greedy())
+    expected = [row for batch in plain for row in answers(batch.tokens)]
+    for slots in (3, 8, 40):
+        hybrid = HybridEngine(engine, compiled=compiled, slots=slots)
+        for _ in range(2):
+            found = hybrid.decode_all(batches, greedy())
+            assert [row for batch in found for row in answers(batch.tokens)] == expected
+        assert hybrid._decoder is not None, "the captured steps should pass their check"
+        assert (hybrid.metrics()["rollout/refills"] > 0) == (slots < 13)
+        hybrid.shutdown()
+
+
+def test_samples_do_not_depend_on_the_slots(device, tmp_path):
+    engine = stand_in(tiny(tmp_path, "llama"), device)
+    settings = greedy(do_sample=True, top_k=0, num_return_sequences=4)
+    found = []
+    for slots in (3, 16, 32):
+        hybrid = HybridEngine(engine, slots=slots)
+        torch.manual_seed(1)
+        found.append(answers(hybrid.decode(*prompts(device), settings).tokens))
+        hybrid.shutdown()
+    assert found[0] == found[1] == found[2]
+
+
+def test_a_call_with_more_rows_captures_again(device, tmp_path):
+    engine = stand_in(tiny(tmp_path, "llama"), device)
+    ids, mask = prompts(device)
+    plain = PlainGenerator(engine)
+    for slots in (0, 8):
+        hybrid = HybridEngine(engine, slots=slots)
+        for copies in (1, 4):
+            many = (ids.repeat(copies, 1), mask.repeat(copies, 1))
+            expected = answers(plain.decode(*many, greedy()).tokens)
+            assert answers(hybrid.decode(*many, greedy()).tokens) == expected
+            assert hybrid._decoder is not None
+        hybrid.shutdown()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rows", [1, 7, 16])
 @pytest.mark.parametrize(
@@ -164,7 +223,7 @@ def test_bf16_steps_are_checked_and_pass(family, compiled, device, tmp_path):
     ids, mask = prompts(device)
     hybrid = HybridEngine(engine, compiled=compiled)
     decoded = hybrid.decode(ids, mask, greedy())
-    assert hybrid._graphs is not None and hybrid._graphs.captures > 0
+    assert hybrid._decoder is not None and hybrid._decoder.graphs.captures > 0
     assert logprob_gap(engine.module, ids, mask, decoded) < 0.05
 
 
@@ -179,8 +238,8 @@ def test_greedy_answers_are_those_of_generate(family, compiled, device, tmp_path
     assert max(len(set(row)) for row in expected) >= 8
     for _ in range(2):
         assert answers(hybrid.decode(ids, mask, greedy()).tokens) == expected
-    assert hybrid._graphs is not None
-    captures = hybrid._graphs.captures
+    assert hybrid._decoder is not None
+    captures = hybrid._decoder.graphs.captures
     assert captures > 1, "finished rows should have been dropped"
     # Other prompts of other lengths use the same graphs.
     expected = answers(PlainGenerator(engine).decode(ids[:, 20:], mask[:, 20:], greedy()).tokens)
@@ -188,9 +247,9 @@ def test_greedy_answers_are_those_of_generate(family, compiled, device, tmp_path
     # Fewer rows, and the same again, need no more buffers.
     expected = answers(PlainGenerator(engine).decode(ids[2:5], mask[2:5], greedy()).tokens)
     assert answers(hybrid.decode(ids[2:5], mask[2:5], greedy()).tokens) == expected
-    captured = hybrid._graphs.captures
+    captured = hybrid._decoder.graphs.captures
     assert answers(hybrid.decode(ids[2:5], mask[2:5], greedy()).tokens) == expected
-    assert hybrid._graphs.captures == captured
+    assert hybrid._decoder.graphs.captures == captured
 
 
 def test_a_step_that_caches_nothing_is_noticed(device, tmp_path, monkeypatch):
@@ -206,7 +265,7 @@ def test_a_step_that_caches_nothing_is_noticed(device, tmp_path, monkeypatch):
     hybrid = HybridEngine(engine, compiled=False)
     expected = answers(PlainGenerator(engine).decode(ids, mask, greedy()).tokens)
     assert answers(hybrid.decode(ids, mask, greedy()).tokens) == expected
-    assert hybrid._graphs is None, "graphs should be off"
+    assert hybrid._decoder is None, "graphs should be off"
 
 
 def test_copies_of_a_prompt_and_logits_processors(device, tmp_path):
@@ -363,7 +422,7 @@ def test_answers_follow_the_weights(zero, lora, offload, grouped, device, tmp_pa
         assert step_together(engine)
     assert texts[0] != texts[1] != texts[2]
     assert max(gaps) < 0.05, gaps
-    assert hybrid._graphs is not None and hybrid._graphs.captures > 0
+    assert hybrid._decoder is not None and hybrid._decoder.graphs.captures > 0
 
 
 def logprob_gap(engine, ids, mask, decoded) -> float:

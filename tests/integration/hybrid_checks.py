@@ -61,6 +61,7 @@ def greedy_tokens(stock: str, *, family: str, zero: int, lora: str, offload: boo
         "a hidden position shows": not torch.equal(hidden[1], endless[1]),
         "others do not see it": torch.equal(hidden[2:], endless[2:]),
         "copied or shared as it should be": sharing_is_right(hybrid, zero=zero, lora=lora),
+        "as generate in slots": slots_follow(engine, lora=lora, expected=expected),
         "as generate by captured steps": not on_cpu()
         or captured_steps_follow(engine, lora=lora, expected=expected),
     }
@@ -85,7 +86,24 @@ def captured_steps_follow(engine, *, lora: str, expected: torch.Tensor) -> bool:
     same = answers(first) == answers(freed) == answers(expected) and answers(moved) == answers(
         plain
     )
-    return same and hybrid._graphs is not None
+    return same and hybrid._decoder is not None
+
+
+def slots_follow(engine, *, lora: str, expected: torch.Tensor) -> bool:
+    """Check decoding in fewer slots than rows against generate, eager and by captured steps."""
+    ids, mask = prompts()
+    batches = [(ids[:4], mask[:4]), (ids[4:], mask[4:])]
+    hybrid = HybridEngine(engine, lora_mode=lora or "auto", compiled=False, slots=2)
+    found = [hybrid.decode_all(batches, greedy())]
+    if on_cpu():
+        with graphs_on_cpu():
+            captured = with_graphs(engine, lora_mode=lora or "auto", slots=2)
+            found.append(captured.decode_all(batches, greedy()))
+    same = all(
+        answers(torch.cat([batch.tokens for batch in batches])) == answers(expected)
+        for batches in found
+    )
+    return same and hybrid.metrics()["rollout/refills"] > 0
 
 
 def split_tokens(stock: str, *, family: str, lora: bool, gather_layers: int) -> dict:
@@ -116,10 +134,23 @@ def split_tokens(stock: str, *, family: str, lora: bool, gather_layers: int) -> 
         "logprobs are the training module's": logprob_gap(engine, *reads, sampled) < 1e-4,
         "slices give the weights": slices_give_the_weights(hybrid),
         "layers gathered at a time": gathers_are_right(hybrid, gather_layers),
+        "as generate in slots": split_slots_follow(engine, group, reads, expected),
         "one rank's wrong slice stops all": wrong_slices_are_refused(engine, group),
         "as generate by captured steps": not on_cpu()
         or captured_steps_agree(engine, group, reads, expected),
     }
+
+
+def split_slots_follow(engine, group, reads: tuple, expected: torch.Tensor) -> bool:
+    """Check that a group decodes generate's tokens in slots, which its ranks refill together."""
+    hybrid = HybridEngine(engine, group=group, compiled=False, slots=2)
+    found = [hybrid.decode(*reads, greedy())]
+    if on_cpu():
+        with graphs_on_cpu():
+            found.append(with_graphs(engine, group=group, slots=2).decode(*reads, greedy()))
+    sampled = drawn_twice(hybrid, reads)
+    same = all(answers(decoded.tokens) == answers(expected) for decoded in found)
+    return same and logprob_gap(engine, *reads, sampled) < 1e-4
 
 
 def drawn_twice(hybrid: HybridEngine, reads: tuple):
@@ -139,7 +170,7 @@ def captured_steps_agree(engine, group, reads: tuple, expected: torch.Tensor) ->
         found = [hybrid.decode(*reads, greedy()).tokens for _ in range(2)]
         sampled = drawn_twice(hybrid, reads)
     same = all(answers(tokens) == answers(expected) for tokens in found)
-    return same and hybrid._graphs is not None and logprob_gap(engine, *reads, sampled) < 1e-4
+    return same and hybrid._decoder is not None and logprob_gap(engine, *reads, sampled) < 1e-4
 
 
 def split_other_families(stock: str, *, out: str) -> dict:

@@ -31,9 +31,8 @@ def samplings(stock: str, flags: list[str]) -> list[list[list[int]]]:
             sampling=config.sampling,
         )
         torch.manual_seed(2)
-        found.append(
-            generate(trainer.engines.generator, prompts, generation=generation).tokens.tolist()
-        )
+        (answers,) = generate(trainer.engines.generator, [prompts], generation=generation)
+        found.append(answers.tokens.tolist())
     return found
 
 

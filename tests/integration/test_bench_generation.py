@@ -8,10 +8,10 @@ import pytest
 from launches import ROOT, environment
 
 
-def bench(*words: str) -> subprocess.CompletedProcess:
+def bench(*words: str, script: str = "bench_generation.py") -> subprocess.CompletedProcess:
     command = [
         sys.executable,
-        str(ROOT / "scripts" / "bench_generation.py"),
+        str(ROOT / "scripts" / script),
         "--shape",
         "tiny-llama",
         *words,
@@ -48,6 +48,18 @@ def test_two_processes_answer_under_zero_3_and_time_the_gathering(tmp_path):
     assert done.stdout.count("Hybrid Engine under ZeRO-3, tensor parallel") == 1, (
         "one process reports"
     )
+
+
+def test_slots_are_measured_beside_batches(tmp_path):
+    file = tmp_path / "rows.json"
+    sizes = "--rows 12 --batch 4 --slots 4 12 --mean 6 --answer 20 --repeats 1 --dtype float32"
+    prompts = "--shortest_prompt 3 --longest_prompt 9"
+    done = bench(*sizes.split(), *prompts.split(), "--json", str(file), script="bench_slots.py")
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = json.loads(file.read_text())["rows"]
+    assert [row["slots"] for row in rows] == [0, 4, 12]
+    assert all(row["tokens_per_s"] > 0 for row in rows)
+    assert rows[0]["busy"] is None and rows[1]["busy"] > 0.5
 
 
 @pytest.mark.parametrize(

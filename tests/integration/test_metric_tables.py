@@ -25,8 +25,8 @@ FLAGS = {
     2: "--per_device_train_batch_size 4 --max_seq_len 32",
     "dpo": "--per_device_train_batch_size 4 --max_seq_len 32",
     3: "--per_device_generation_batch_size 4 --per_device_training_batch_size 4 "
-    "--max_prompt_seq_len 16 "
-    "--max_answer_seq_len 4 --eval_prompts 8 --enable_hybrid_engine",
+    "--generation_batches 2 --max_prompt_seq_len 16 --max_answer_seq_len 4 --eval_prompts 8 "
+    "--enable_hybrid_engine --generation_slots 3",
 }
 
 

@@ -50,7 +50,41 @@ def draw(
     return tokens, logprobs
 
 
+def exponential_noise(
+    seed: torch.Tensor, rows: torch.Tensor, steps: torch.Tensor, vocab: int
+) -> torch.Tensor:
+    """Compute ``sampling.row_noise`` on a GPU, in one kernel, which a CUDA graph can hold.
+
+    Args:
+        seed: [1] int64.
+        rows: [B] int64.
+        steps: [B] int64.
+        vocab: V.
+
+    Returns:
+        [B, V] fp32, above 0.
+    """
+    noise = torch.empty(len(rows), vocab, dtype=torch.float32, device=rows.device)
+    grid = (len(rows), -(-vocab // BLOCK))
+    _exponential_noise[grid](seed, rows, steps, noise, vocab, BLOCK=BLOCK)
+    return noise
+
+
 if triton is not None:
+
+    @triton.jit
+    def _exponential_noise(seed, rows, steps, noise, vocab, BLOCK: tl.constexpr):
+        b, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
+        at = chunk * BLOCK + tl.arange(0, BLOCK)
+        row = tl.load(rows + b).to(tl.uint32)
+        step = tl.load(steps + b).to(tl.uint32)
+        zeros = at.to(tl.uint32) * 0
+        bits, _, _, _ = tl.philox(tl.load(seed), at.to(tl.uint32), zeros + step, zeros + row, zeros)
+        # U is in (0, 1). -log(1 - U), by its series if U is small: 1 - U has 24 bits, and the most
+        # likely tokens are those with the smallest noise.
+        u = ((bits >> 1).to(tl.float32) + 0.5) * (1.0 / 2147483648.0)
+        value = tl.where(u < 0.001, u * (1.0 + u * (0.5 + u / 3.0)), -tl.log(1.0 - u))
+        tl.store(noise + b * vocab + at, value, mask=at < vocab)
 
     @triton.jit
     def _draw_chunk(

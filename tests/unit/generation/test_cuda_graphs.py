@@ -43,18 +43,20 @@ def test_answers_match_plain_generation(family):
     expected = plain.decode(*many, config(**early))
     for _ in range(2):
         same(hybrid.decode(*many, config(**early)), expected)
-    captured = hybrid._graphs.captures
+    captured = hybrid._decoder.graphs.captures
     assert captured > 1, "rows that have ended should leave"
     same(hybrid.decode(*few, config(**early)), plain.decode(*few, config(**early)))
-    more = hybrid._graphs.captures
+    more = hybrid._decoder.graphs.captures
     same(hybrid.decode(*many, config(**early)), expected)
-    assert hybrid._graphs.captures == more > captured, "what was captured should serve again"
+    assert hybrid._decoder.graphs.captures == more > captured, (
+        "what was captured should serve again"
+    )
     # Longer answers than the cache holds, other settings and freed buffers: captured again.
     for settings in (dict(max_new_tokens=90), dict(max_new_tokens=90, min_new_tokens=5)):
         same(hybrid.decode(*many, config(**settings)), plain.decode(*many, config(**settings)))
     hybrid.release_cache = True
     hybrid.end_rollout()
-    assert hybrid._graphs.cache is None
+    assert hybrid._decoder.cache is None
     same(hybrid.decode(*many, config(**early)), expected)
 
 
@@ -76,7 +78,7 @@ def test_settings_match_plain_generation(settings):
             hybrid.decode(*reads, config(**settings)),
             PlainGenerator(engine).decode(*reads, config(**settings)),
         )
-    assert hybrid._graphs is not None
+    assert hybrid._decoder is not None
 
 
 def test_logprobs_are_those_of_the_tokens():
@@ -101,9 +103,9 @@ def test_answers_that_all_begin_with_padding_keep_their_graphs():
         model.lm_head.weight[0] = torch.linalg.pinv(ends) @ torch.full((3,), 1e3)
     hybrid = with_graphs(engine)
     found = hybrid.decode(ids, mask, config(eos_token_id=[]))
-    assert found.tokens[:, 0].tolist() == [0, 0, 0] and hybrid._graphs is not None
+    assert found.tokens[:, 0].tolist() == [0, 0, 0] and hybrid._decoder is not None
     same(found, PlainGenerator(engine).decode(ids, mask, config(eos_token_id=[])))
-    keys, values = hybrid._graphs.cache.newest(rows=3, position=80)[:2]
+    keys, values = hybrid._decoder.cache.newest(rows=3, position=80)[:2]
     assert not keys.any() and not values.any(), "the first layer's should be zeros"
 
 
@@ -120,7 +122,7 @@ def test_a_wrong_captured_step_is_noticed(fault, monkeypatch):
     monkeypatch.setattr(attention, "decode_attention", wrong)
     hybrid = with_graphs(engine)
     same(hybrid.decode(*reads, config()), PlainGenerator(engine).decode(*reads, config()))
-    assert hybrid._graphs is None, "graphs should be off"
+    assert hybrid._decoder is None, "graphs should be off"
 
 
 def made(kind: str, **more):
@@ -148,7 +150,7 @@ def test_a_model_whose_steps_fail_answers_without_graphs():
     expected = PlainGenerator(engine).decode(*reads, config())
     hybrid = with_graphs(engine)
     same(hybrid.decode(*reads, config()), expected)
-    assert hybrid._graphs is None, "its attention takes no bounds"
+    assert hybrid._decoder is None, "its attention takes no bounds"
 
 
 def test_dropping_the_graphs_restores_the_layers():

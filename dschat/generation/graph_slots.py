@@ -1,0 +1,255 @@
+"""Slots on a GPU: a step of all slots, with sampling and bookkeeping, is one CUDA graph.
+
+The host runs a few steps ahead of the device, and learns from copies that have arrived by then
+which responses have ended. A slot so waits at most that many steps for a newcomer, and no step
+waits for the host.
+"""
+
+import torch
+from torch import nn
+from transformers import GenerationConfig
+
+from dschat.generation.cuda_graphs import AHEAD, LENGTH_STEP, SMALLEST, StepGraphs
+from dschat.generation.decoding import (
+    MISSING,
+    TOLERANCE,
+    GraphMismatch,
+    SlotCache,
+    cache_gap,
+    logit_gap,
+)
+from dschat.generation.kernels import attention
+from dschat.generation.kernels.linear import plain_products, use_plain_linears, use_skinny_linears
+from dschat.generation.sampling import Sampler, keep_tokens
+from dschat.generation.slots import FREE, ResponseQueue, SlotDecoder, SlotState
+from dschat.generation.tensor_parallel import TensorGroup
+from dschat.models.forward import takes_position_ids
+from dschat.models.structure import cache_argument, decoder_layers
+
+
+class GraphSlotDecoder(SlotDecoder):
+    """A SlotDecoder whose steps are graphs, captured once for each number of slots.
+
+    The graphs hold the addresses of weights and buffers. They are captured again if a call has
+    other sampling settings, more or longer responses, or weights at other addresses.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        slots: int,
+        compiled: bool,
+        max_length: int = 0,
+        group: TensorGroup | None = None,
+    ):
+        """
+        Args:
+            model: the replica's module; its attention becomes decode_attention's.
+            slots: most responses that decode together.
+            compiled: run each decoder layer of a decode step through torch.compile.
+            max_length: tokens of a prompt and its response, for the size of the cache; more is
+                allocated if a call needs it.
+            group: see ``GraphDecoder``.
+        """
+        super().__init__(model, slots=slots, agree=keep_tokens if group is None else group.agree)
+        attention.register()
+        self.group = group
+        self._own_attention = model.config._attn_implementation
+        model.config._attn_implementation = attention.NAME
+        _, layers = decoder_layers(model)
+        use_skinny_linears(layers)
+        self.graphs = StepGraphs(layers, compiled=compiled)
+        self.max_length = max_length
+        self.addresses: tuple[int, ...] = ()  # of the replica's weights now
+        self._key: tuple = ()
+        self._unchecked = False  # no captured step has been compared with a plain one
+        self._logits_seen = torch.empty(0)  # [N, V], of the last step
+        self._flags = torch.empty(0)
+        self._events = [torch.cuda.Event() for _ in range(AHEAD)]
+        self._sizes: list[int] = []
+
+    def release(self) -> None:
+        """Free graphs, cache and buffers. The next call allocates them again."""
+        attention.newest_token.clear()
+        self.graphs.clear()
+        self.cache = self.state = self.sampler = None
+        self._logits_seen = torch.empty(0)
+        self._key = ()
+
+    def undo(self) -> None:
+        """Free everything and restore the model's layers."""
+        self.release()
+        self.model.config._attn_implementation = self._own_attention
+        use_plain_linears(decoder_layers(self.model)[1])
+
+    def _prepare(
+        self, queue: ResponseQueue, generation: GenerationConfig, rows: int, seed: int
+    ) -> None:
+        """Keep sampler, cache and state, with their graphs, if they serve this call as well."""
+        device = queue.prompts[0].device
+        settings = generation.to_dict()
+        settings.pop("num_return_sequences")
+        key = (str(settings), self.addresses)
+        fresh = key != self._key
+        if self.group is not None:
+            # Weights may have moved on one rank alone; the others capture with it.
+            fresh = bool(self.group.gather(torch.tensor(fresh, device=device)).any())
+        if fresh:
+            self.release()
+            self.sampler = Sampler(generation, device, self.agree)
+            self._key = key
+            self._unchecked = True
+        num_new = generation.max_new_tokens
+        self.max_length = max(self.max_length, queue.longest + num_new)
+        length = -(-self.max_length // LENGTH_STEP) * LENGTH_STEP
+        self._cache_size = (self.slots, length)
+        if self.cache is not None and self.cache.layers[0].get_max_length() < length:
+            self.graphs.clear()
+            self.cache = None
+        if self.state is None or len(self.state.tokens) <= queue.num_responses:
+            self.graphs.clear()
+            self.state = SlotState.allocate(
+                slots=self.slots, responses=queue.num_responses, num_new=num_new, device=device
+            )
+        self.state.reset(seed=seed, pad_token_id=generation.pad_token_id)
+        self._flags = torch.zeros(
+            AHEAD, self.slots, dtype=torch.bool, pin_memory=torch.cuda.is_available()
+        )
+        self._sizes = sorted({-(-rows // divisor) for divisor in (1, 2, 4, SMALLEST)})
+
+    def _step(self, rows: int) -> None:
+        """Replay the graph of one step, and have the flags of what has ended copied to the host."""
+        expected = self._plain_step(rows) if self._unchecked else None
+        self.cache.start(rows=rows, filled=0, captured=True)
+        self._graph_or_mismatch(rows).replay()
+        place = self.stats.steps % AHEAD
+        self._flags[place].copy_(self.state.finished, non_blocking=True)
+        self._events[place].record()
+        if expected is not None:
+            self._compare(*expected)
+            self._unchecked = False
+
+    def _graph_or_mismatch(self, rows: int) -> torch.cuda.CUDAGraph:
+        """Return the graph of a step of `rows` slots.
+
+        Raises:
+            GraphMismatch: the model or GPU does not support graphs.
+        """
+        try:
+            return self.graphs.get(
+                rows,
+                step=self._advance,
+                prepare=self._point_at_the_end,
+                cache=self.cache,
+                state=self.state,
+            )
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            if self.group is not None:
+                raise  # the other ranks of the group may have none, and would wait
+            raise GraphMismatch(f"{type(error).__name__}: {error}") from error
+
+    def _point_at_the_end(self) -> None:
+        """Let all slots write the last position of the cache, which no response has reached."""
+        last = self.cache.layers[0].get_max_length() - 1
+        self.state.bounds[..., 0] = last
+        self.state.bounds[..., 1] = last + 1
+        self.state.finished.fill_(True)
+
+    def _logits(self, rows: int) -> torch.Tensor:
+        """Return the logits [rows, V] after the newest tokens, by the kernel that takes bounds."""
+        s = self.state
+        inputs = dict(input_ids=s.token[:rows], attention_mask=s.bounds[:rows], use_cache=True)
+        if takes_position_ids(self.model):
+            inputs["position_ids"] = s.positions[:rows]
+        logits = self.model(**inputs, **{cache_argument(self.model): self.cache}).logits[:, -1]
+        self._logits_seen[:rows] = logits
+        return logits
+
+    def _cache_for(self, shapes) -> SlotCache:
+        """Return the cache. The buffer of logits, which has its dtype, comes with it."""
+        cache = super()._cache_for(shapes)
+        if len(self._logits_seen) == 0:
+            vocab = self.model.config.get_text_config().vocab_size
+            self._logits_seen = shapes[0][0].new_zeros(self.slots, vocab)
+        return cache
+
+    def _sees_at_once(self) -> bool:
+        return False
+
+    def _finished(self) -> tuple[list[bool], int] | None:
+        """Return the flags of AHEAD - 1 steps ago, which have arrived or soon will."""
+        step = self.stats.steps - AHEAD  # counted from 0
+        if step < 0:
+            return None
+        place = step % AHEAD
+        self._events[place].synchronize()
+        # This step has not seen slots that were filled after it.
+        return self._flags[place].tolist(), step
+
+    def _shrink(self, rows: int, queue: ResponseQueue) -> int:
+        """Return how many slots to step: few sizes, so that few graphs are captured."""
+        if queue.waiting:
+            return rows
+        busy = [slot for slot in range(rows) if self._held[slot] != FREE]
+        fitting = next(size for size in self._sizes if size >= len(busy))
+        if fitting < rows:
+            free = [slot for slot in range(rows) if self._held[slot] == FREE]
+            self._compact(busy + free[: fitting - len(busy)])
+        return min(rows, fitting)
+
+    def _compact(self, kept: list[int]) -> None:
+        """Move the slots `kept` to the front."""
+        super()._compact(kept)
+        # Flags that are under way are in the old order.
+        self._since = [self.stats.steps] * len(kept)
+
+    def _newest(self, rows: int) -> list[tuple[torch.Tensor, tuple]]:
+        """Return each layer's keys and values, with the index of the newest tokens in them."""
+        newest = self.state.bounds[:rows, 0, 0, 1].long() - 1
+        index = (torch.arange(rows, device=newest.device), slice(None), newest)
+        return [
+            (buffer, index) for layer in self.cache.layers for buffer in (layer.keys, layer.values)
+        ]
+
+    def _plain_step(self, rows: int) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+        """Run a step without graph, compilation and the kernels.
+
+        Returns:
+            Bounds before the step, logits [rows, V], and the keys and values that it caches.
+        """
+        with plain_products():
+            logits = super()._logits(rows)
+        places = self._newest(rows)
+        cached = [buffer[index].clone() for buffer, index in places]
+        for buffer, index in places:
+            buffer[index] = 0  # so that what the captured step does not write is noticed
+        return self.state.bounds[:rows].clone(), logits, cached
+
+    def _compare(
+        self, bounds: torch.Tensor, logits: torch.Tensor, cached: list[torch.Tensor]
+    ) -> None:
+        """Compare a replayed step with a plain one.
+
+        Raises:
+            GraphMismatch: the logits differ, or a layer has not cached the token.
+        """
+        rows = len(bounds)
+        now = self.state.bounds[:rows].clone()
+        self.state.bounds[:rows] = bounds
+        found = [buffer[index] for buffer, index in self._newest(rows)]
+        self.state.bounds[:rows] = now
+        gap = logit_gap(self._logits_seen[:rows], logits)
+        missing = cache_gap(found, cached)
+        # All ranks of a group continue, or none.
+        if self.group is not None:
+            gap, missing = (self.group.gather(value).max() for value in (gap, missing))
+        # Not `gap > tolerance`, which is False for NaN.
+        if not gap.item() <= TOLERANCE[logits.dtype]:
+            raise GraphMismatch(f"logits differ by {gap.item():.3g} standard deviations")
+        if not missing.item() <= MISSING:
+            raise GraphMismatch(
+                f"keys and values in the cache differ by {missing.item():.3g} of their norm"
+            )
