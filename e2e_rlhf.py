@@ -41,7 +41,12 @@ from dschat.pipeline.summary import (  # noqa: E402
     supervised_section,
 )
 from dschat.runtime.files import write_json  # noqa: E402
-from dschat.runtime.hardware import cpu_cores, hardware, op_build_name, versions  # noqa: E402
+from dschat.runtime.hardware import (  # noqa: E402
+    hardware,
+    op_build_name,
+    threads_per_rank,
+    versions,
+)
 from dschat.runtime.log import set_up_logging  # noqa: E402
 from dschat.runtime.paths import cache_dir  # noqa: E402
 from dschat.runtime.ports import free_port  # noqa: E402
@@ -86,6 +91,12 @@ def parse_args(argv=None) -> argparse.Namespace:
     )
     parser.add_argument("--actor-zero-stage", default="", choices=("", "0", "1", "2", "3"))
     parser.add_argument("--reward-zero-stage", default="", choices=("", "0", "1", "2", "3"))
+    parser.add_argument(
+        "--dtype",
+        default="",
+        choices=("auto", "bf16", "fp16", "fp32"),
+        help="precision of all steps; default: fp32 for tiny models, else auto, the fastest here",
+    )
     parser.add_argument(
         "--output-dir",
         type=lambda path: os.path.abspath(os.path.expanduser(path)),
@@ -202,6 +213,7 @@ def step_command(step: int, plan: Plan, args: argparse.Namespace, *, on_gpu: boo
         single_gpu=args.deployment_type == "single_gpu",
         actor_stage=args.actor_zero_stage,
         reward_stage=args.reward_zero_stage,
+        dtype=args.dtype,
     )
     if args.save_interval:
         flags += ["--save_interval", str(args.save_interval)]
@@ -243,7 +255,7 @@ def run_step(command: list[str], log: Path, args: argparse.Namespace, *, on_gpu:
     count = num_processes(args, on_gpu=on_gpu)
     defaults = {}
     if not on_gpu:
-        defaults["OMP_NUM_THREADS"] = str(max(1, cpu_cores() // max(count, 1)))
+        defaults["OMP_NUM_THREADS"] = str(threads_per_rank(count))
     environment = child_environment(defaults)
     if count and "CUDA_VISIBLE_DEVICES" not in os.environ:
         from dschat.engine.fork_launcher import start_launcher

@@ -156,6 +156,11 @@ def find_checkpoint(config) -> Checkpoint | None:
     return checkpoint
 
 
+def saved_dtype(checkpoint: Checkpoint | None) -> str | None:
+    """Return the precision of the run that saved `checkpoint`; None if it does not say."""
+    return checkpoint.facts.get("dtype") if checkpoint else None
+
+
 def unit_name(config) -> str:
     """Return what a run counts, as a word: "rollout" for step 3, "update" for the others."""
     return "rollout" if isinstance(config, PPOConfig) else "update"

@@ -110,7 +110,9 @@ class ModelOptions:
     _argument_group_name = "model"
 
     dtype: Dtype = flag(
-        "auto", "Training precision; auto: bf16 if the device supports it, else fp16."
+        "auto",
+        "Training precision; auto: bf16 if the GPU supports it, else fp16; on a CPU bf16 if it has "
+        "instructions for it (AMX, AVX-512-BF16, Arm's), else fp32.",
     )
     add_eot_token: bool = flag(
         False, "Add --eot_token as a special token and end every answer with it."

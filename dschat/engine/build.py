@@ -21,7 +21,7 @@ from dschat.engine.launch_env import process_variables, shared_buffers
 from dschat.engine.optim import adamw
 from dschat.models.structure import decoder_layers
 from dschat.runtime import dist
-from dschat.runtime.hardware import can_compile
+from dschat.runtime.hardware import can_compile, threads_per_rank
 from dschat.runtime.log import logger
 
 # Where the environment has no DEEPSPEED_TIMEOUT (minutes): time to write 180 GB at 100 MB/s.
@@ -59,6 +59,8 @@ def start_processes(local_rank: int = -1) -> torch.device:
             f"MASTER_ADDR:MASTER_PORT {address}: {error}. Give a free port of the first host."
         ) from error
     if on_cpu():
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(threads_per_rank(dist.ranks_per_node()))
         # DeepSpeed's shared memory stays mapped without its name, and with it 66 MiB a process would outlive the run.
         torch.distributed.barrier()
         for file in shared_buffers(os.environ, rank=dist.rank()):

@@ -26,14 +26,12 @@ DEMO_GPU = {
     "--lr_scheduler_type constant_with_warmup --enable_hybrid_engine --no_compile",
 }
 TINY_RUN = {
-    1: "--learning_rate 1e-3 --per_device_train_batch_size 8 --max_seq_len 64 "
-    "--max_train_steps 20 --dtype fp32",
-    2: "--learning_rate 1e-3 --per_device_train_batch_size 8 --max_seq_len 64 "
-    "--max_train_steps 20 --dtype fp32",
+    1: "--learning_rate 1e-3 --per_device_train_batch_size 8 --max_seq_len 64 --max_train_steps 20",
+    2: "--learning_rate 1e-3 --per_device_train_batch_size 8 --max_seq_len 64 --max_train_steps 20",
     3: "--actor_learning_rate 1e-3 --critic_learning_rate 1e-3 "
     "--per_device_generation_batch_size 8 --per_device_training_batch_size 8 "
     "--max_prompt_seq_len 32 --max_answer_seq_len 16 --num_warmup_steps 0 --eval_prompts 32 "
-    "--max_train_steps 8 --dtype fp32 --enable_hybrid_engine",
+    "--max_train_steps 8 --enable_hybrid_engine",
 }
 # One set for all published sizes. The launch scripts have DeepSpeed-Chat's own set for each size.
 REAL = {
@@ -52,7 +50,14 @@ REAL = {
 
 
 def step_flags(
-    step: int, *, kind: str, on_gpu: bool, single_gpu: bool, actor_stage: str, reward_stage: str
+    step: int,
+    *,
+    kind: str,
+    on_gpu: bool,
+    single_gpu: bool,
+    actor_stage: str,
+    reward_stage: str,
+    dtype: str = "",
 ) -> list[str]:
     """Return the flags of a step, without its model, data and output paths.
 
@@ -63,9 +68,13 @@ def step_flags(
         single_gpu: whether the step runs with one rank.
         actor_stage: ZeRO stage of the actor; "": 3 for a real size with several ranks, else 0.
         reward_stage: likewise, of the reward model and the critic.
+        dtype: the precision; "": fp32 for tiny models, else auto.
     """
     table = {"demo": DEMO_GPU if on_gpu else DEMO_CPU, "tiny": TINY_RUN, "real": REAL}[kind]
     words = table[step].split()
+    dtype = dtype or ("fp32" if kind == "tiny" else "")
+    if dtype:
+        words += ["--dtype", dtype]
     default = "0" if single_gpu or kind != "real" else "3"
     actor = actor_stage or default
     reward = reward_stage or default

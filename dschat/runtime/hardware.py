@@ -1,6 +1,7 @@
 """Hardware and package versions of a run."""
 
 import importlib.metadata
+import math
 import os
 import platform
 import re
@@ -9,6 +10,14 @@ from pathlib import Path
 
 import torch
 from torch.utils._triton import has_triton
+
+CPU_INFO = Path("/proc/cpuinfo")
+CGROUP_LIMIT = Path("/sys/fs/cgroup/cpu.max")
+# Instructions that multiply bf16 numbers, as /proc/cpuinfo spells them: AMX and AVX-512 on x86, and
+# the extension of Arm.
+BF16_UNITS = ("amx_bf16", "avx512_bf16", "bf16")
+# Values of ONEDNN_MAX_CPU_ISA that keep oneDNN, torch's library of matrix products, from using them.
+ISA_WITHOUT_BF16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX512_CORE", "AVX512_CORE_VNNI")
 
 
 def hardware() -> dict[str, str | int | float]:
@@ -32,6 +41,31 @@ def cpu_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def threads_per_rank(ranks: int) -> int:
+    """Return how many threads each of `ranks` on this machine should compute with, at least 1.
+
+    They are the physical cores that this process may use, divided among the ranks: two hardware
+    threads of a core share its vector units. The CPU limit of a container counts, too.
+    """
+    import psutil
+
+    threads = psutil.cpu_count() or 1
+    threads_per_core = max(1, threads // (psutil.cpu_count(logical=False) or threads))
+    cores = min(cpu_cores() // threads_per_core, _cgroup_cores())
+    return max(1, math.floor(cores) // max(ranks, 1))
+
+
+def bf16_unit() -> str:
+    """Return the name of this CPU's instructions that multiply bf16 numbers; "" if it has none.
+
+    Without them torch converts every number to fp32 and back, and bf16 is slower than fp32.
+    """
+    if os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper() in ISA_WITHOUT_BF16:
+        return ""
+    flags = (_cpu_info("flags") or _cpu_info("Features")).split()
+    return next((name for name in BF16_UNITS if name in flags), "")
 
 
 def can_compile() -> bool:
@@ -62,10 +96,26 @@ def op_build_name() -> str:
 
 
 def _cpu_name() -> str:
+    return _cpu_info("model name") or platform.processor() or platform.machine()
+
+
+def _cpu_info(key: str) -> str:
+    """Return the value of `key` for the first processor of /proc/cpuinfo; "" if it has none."""
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
+        lines = CPU_INFO.read_text().splitlines()
     except OSError:
-        pass
-    return platform.processor() or platform.machine()
+        return ""
+    for line in lines:
+        name, _, value = line.partition(":")
+        if name.strip() == key:
+            return value.strip()
+    return ""
+
+
+def _cgroup_cores() -> float:
+    """Return the cores that the container's CPU limit allows (cgroup v2); infinity without one."""
+    try:
+        quota, period = CGROUP_LIMIT.read_text().split()
+        return float("inf") if quota == "max" else int(quota) / int(period)
+    except (OSError, ValueError):
+        return float("inf")

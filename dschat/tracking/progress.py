@@ -43,6 +43,35 @@ class Progress:
         logger.info("  ".join(parts))
 
 
+class ReportedBatches:
+    """Batches of a loader; while they are read, rank 0 prints a line every `interval_s` seconds.
+
+    ``SFT  evaluation  batch 3/12  25%  mem 3.1/24.0 GiB  left 0:43``
+    """
+
+    def __init__(self, loader, name: str, *, interval_s: float = 5.0):
+        """Set the loader, what the line begins with, and the seconds between two lines."""
+        self.loader = loader
+        self.name = name
+        self.interval_s = interval_s
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self):
+        start = last = time.monotonic()
+        for done, batch in enumerate(self.loader):
+            now = time.monotonic()
+            if done and dist.is_main() and now - last >= self.interval_s:
+                last = now
+                left = (now - start) / done * (len(self) - done)
+                logger.info(
+                    f"{self.name}  batch {done}/{len(self)}  {100 * done // len(self)}%  "
+                    f"mem {memory_text()}  left {clock(left)}"
+                )
+            yield batch
+
+
 def clock(seconds: float) -> str:
     """Format seconds as m:ss or h:mm:ss."""
     minutes, seconds = divmod(int(round(seconds)), 60)

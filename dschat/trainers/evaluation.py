@@ -9,6 +9,7 @@ import torch
 
 from dschat.runtime import dist
 from dschat.runtime.log import logger
+from dschat.tracking.progress import ReportedBatches
 from dschat.trainers.rollout import exact_kl, generate, sampling_config
 
 
@@ -47,6 +48,7 @@ class PolicyEvaluator:
         eos_token_ids: tuple[int, ...],
         seed: int,
         output_dir: str | None,
+        log_interval_s: float = 5.0,
     ):
         """Set the models, the prompts and the sampling.
 
@@ -59,6 +61,7 @@ class PolicyEvaluator:
             eos_token_ids: the ids that end an answer.
             seed: of the samples; rank r draws from seed + r.
             output_dir: answers are written to evaluation/rollout_N.jsonl in it; None: not written.
+            log_interval_s: seconds between progress lines.
         """
         self.engines = engines
         self.rewards = rewards
@@ -66,6 +69,7 @@ class PolicyEvaluator:
         self.tokenizer = tokenizer
         self.seed = seed
         self.output_dir = output_dir
+        self.log_interval_s = log_interval_s
         self.generation = sampling_config(
             max_new_tokens=max_new_tokens,
             eos_token_ids=eos_token_ids,
@@ -101,7 +105,10 @@ class PolicyEvaluator:
             batches = [prompts.to(device) for prompts in self.loader]
             sampled = generate(engines.generator, batches, generation=self.generation)
             engines.generator.end_rollout()
-            for answers in sampled:
+            scored = ReportedBatches(
+                sampled, "PPO  evaluation, scoring", interval_s=self.log_interval_s
+            )
+            for answers in scored:
                 unused = self.generation.max_new_tokens - answers.tokens.shape[1]
                 columns = (
                     self.rewards(answers),

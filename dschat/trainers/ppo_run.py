@@ -31,7 +31,7 @@ def run_state(trainer: DeepSpeedPPOTrainer, loader, metrics: MetricsWriter) -> R
     )
     parts: dict[str, Any] = {"trainer": trainer, "ema": trainer.ema, "ptx": trainer.ptx}
     state.parts = {name: part for name, part in parts.items() if part is not None}
-    state.facts = {"score_std": trainer.score_std}
+    state.facts = {"score_std": trainer.score_std, "dtype": trainer.engines.dtype}
     return state
 
 

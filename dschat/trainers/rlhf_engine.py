@@ -73,7 +73,7 @@ class DeepSpeedRLHFEngine:
                 updates that its model does not take part in.
         """
         self._config = config
-        self._dtype = dtype
+        self.dtype = dtype
         self._total_steps = total_steps
         path = config.model.actor_model_name_or_path
         source = ModelSource(load_causal_lm, path, "--actor_model_name_or_path", tokenizer)
@@ -178,7 +178,7 @@ class DeepSpeedRLHFEngine:
         with partitioned_loading(ds_config):
             model = source.load(
                 source.path,
-                dtype=TORCH_DTYPES[self._dtype],
+                dtype=TORCH_DTYPES[self.dtype],
                 tokenizer=source.tokenizer,
                 dropout=0.0,
                 trust_remote_code=self._config.model.trust_remote_code,
@@ -221,7 +221,7 @@ class DeepSpeedRLHFEngine:
         config = self._config
         ds_config = training_config(
             options.system,
-            dtype=self._dtype,
+            dtype=self.dtype,
             micro_batch_size=config.batch.per_device_training_batch_size,
             gradient_accumulation_steps=config.schedule.gradient_accumulation_steps,
             world_size=dist.world_size(),
@@ -270,7 +270,7 @@ class DeepSpeedRLHFEngine:
         config = self._config
         ds_config = inference_config(
             SystemOptions(zero_stage=stage, offload=offload, pin_memory=config.system.pin_memory),
-            dtype=self._dtype,
+            dtype=self.dtype,
             micro_batch_size=config.batch.per_device_training_batch_size,
             world_size=dist.world_size(),
         )

@@ -21,7 +21,7 @@ from dschat.models.forward import forward_logits
 from dschat.runtime import dist
 from dschat.runtime.log import logger
 from dschat.tracking.metrics import MetricsWriter
-from dschat.tracking.progress import Progress, memory_gib
+from dschat.tracking.progress import Progress, ReportedBatches, memory_gib
 
 
 class Objective(Protocol):
@@ -140,6 +140,9 @@ def train_supervised(
         ValueError: the loss is not finite; the weights are as before.
         Stopped: a signal was received; the state has been saved if possible.
     """
+    eval_loader = ReportedBatches(
+        eval_loader, f"{objective.name}  evaluation", interval_s=log_interval_s
+    )
     if run.step == 0:
         evaluated = objective.evaluate(engine, eval_loader, num_eval_rows)
         _report_evaluation(objective, "before training", evaluated)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from dschat.checkpoint.run_checkpoint import Checkpoint
-from dschat.checkpoint.run_state import RunState, find_checkpoint
+from dschat.checkpoint.run_state import RunState, find_checkpoint, saved_dtype
 from dschat.checkpoint.save_model import save_model
 from dschat.config.no_effect import announce
 from dschat.config.parse import step_title
@@ -73,7 +73,7 @@ def start_run(config, *, number: int) -> SupervisedRun:
         trust_remote_code=model.trust_remote_code,
     )
     end = end_token_id(tokenizer, add_eot_token=model.add_eot_token, eot_token=model.eot_token)
-    dtype = resolve_dtype(model.dtype)
+    dtype = resolve_dtype(model.dtype, saved=saved_dtype(checkpoint))
     show_plan(config, dtype=dtype)
     return SupervisedRun(number, config, device, dtype, tokenizer, end, checkpoint)
 
@@ -124,6 +124,7 @@ def train_run(
         engines={"model": engine},
         metrics=metrics,
     )
+    state.facts = {"dtype": run.dtype}
     state.restore(run.checkpoint)
     train_supervised(
         engine,

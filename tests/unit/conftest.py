@@ -1,10 +1,13 @@
 """Fixtures that the unit tests share."""
 
 import importlib.util
+import logging
 from pathlib import Path
 
 import pytest
 import torch
+
+from dschat.runtime.log import logger
 
 
 @pytest.fixture(scope="module")
@@ -22,3 +25,16 @@ def as_rank_1(monkeypatch):
     """Set the launcher's rank to 1, without a process group."""
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
     monkeypatch.setenv("RANK", "1")
+
+
+@pytest.fixture
+def shown(monkeypatch) -> list[str]:
+    """Collect the messages of the package's logger."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    monkeypatch.setattr(logger, "handlers", [handler])
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    yield lines
+    logger.setLevel(level)

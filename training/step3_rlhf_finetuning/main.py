@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from dschat.checkpoint.run_checkpoint import Checkpoint
-from dschat.checkpoint.run_state import find_checkpoint
+from dschat.checkpoint.run_state import find_checkpoint, saved_dtype
 from dschat.checkpoint.save_model import save_model
 from dschat.config.no_effect import announce
 from dschat.config.parse import parse_config, step_title
@@ -43,7 +43,7 @@ def main() -> None:
     prepare_output_dir(run.output_dir, step=step_title(PPOConfig), below=MODEL_FOLDERS)
     checkpoint = find_checkpoint(config)
     seed_everything(run.seed)
-    dtype = resolve_dtype(config.model.dtype)
+    dtype = resolve_dtype(config.model.dtype, saved=saved_dtype(checkpoint))
     tokenizer = actor_tokenizer(config)
     plan = plan_rewards(config, tokenizer)
     show_plan(config, dtype=dtype, rewards=plan.models_reading_actor_tokens())
@@ -63,6 +63,7 @@ def main() -> None:
         eos_token_ids=eos_ids,
         seed=run.seed,
         output_dir=run.output_dir,
+        log_interval_s=run.log_interval_s,
     )
     if checkpoint:
         before = None

@@ -10,6 +10,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import nn
 
 from dschat.engine import build
+from dschat.engine import device as device_module
 from dschat.engine.build import override
 from dschat.engine.device import resolve_dtype
 from dschat.engine.optim import BETAS, adamw
@@ -154,9 +155,31 @@ def device(monkeypatch):
 @pytest.mark.parametrize(
     "bf16, fp16, found", [(True, True, "bf16"), (False, True, "fp16"), (True, False, "bf16")]
 )
-def test_auto_is_what_the_device_does_best(device, bf16, fp16, found):
+def test_auto_is_what_the_device_does_best(device, bf16, fp16, found, monkeypatch):
     device(bf16=bf16, fp16=fp16)
+    monkeypatch.setattr(device_module, "on_cpu", lambda: False)
     assert resolve_dtype("auto") == found
+
+
+@pytest.mark.parametrize(
+    "unit, least, found, reason",
+    [
+        ("amx_bf16", 1, "bf16", "this CPU has instructions for it (amx_bf16)"),
+        ("", 0, "fp32", "this CPU has no instructions for bf16"),
+        ("amx_bf16", 0, "fp32", "the CPU of another rank has no instructions for bf16"),
+    ],
+)
+def test_auto_on_a_cpu_is_bf16_only_with_instructions_for_it(
+    unit, least, found, reason, shown, monkeypatch
+):
+    monkeypatch.setattr(device_module, "bf16_unit", lambda: unit)
+    monkeypatch.setattr(device_module.dist, "all_reduce", lambda value, op: torch.tensor(least))
+    assert resolve_dtype("auto") == found
+    assert len(shown) == 1 and shown[0].startswith(f"--dtype auto is {found} here: {reason}")
+    assert resolve_dtype("fp32") == "fp32" and len(shown) == 1
+    # A run that continues keeps its precision: its optimizer's states would not fit another.
+    for saved in ("bf16", "fp32"):
+        assert resolve_dtype("auto", saved=saved) == saved
 
 
 def test_a_precision_that_the_device_lacks_is_an_error_with_the_ones_it_has(device):

@@ -66,6 +66,20 @@ def test_the_mains_accept_every_recipe(step, kind, on_gpu, single_gpu):
     assert system.zero_stage == stage
 
 
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_the_precision_goes_to_every_step(step, e2e):
+    def dtype(*words):
+        args = e2e.parse_args(list(words))
+        plan = e2e.Plan(kind, "a", "b", {number: [] for number in e2e.MAINS}, outputs)
+        return parse_config(
+            CONFIGS[step], e2e.step_command(step, plan, args, on_gpu=False)[1:]
+        ).model.dtype
+
+    outputs = {number: Path(f"out{number}") for number in e2e.MAINS}
+    for kind, default in (("demo", "auto"), ("tiny", "fp32"), ("real", "auto")):
+        assert [dtype(), dtype("--dtype", "bf16")] == [default, "bf16"]
+
+
 def test_commands_of_real_sizes(e2e):
     args = e2e.parse_args(
         "--actor-model facebook/opt-1.3b --reward-model facebook/opt-350m "

@@ -230,3 +230,56 @@ def test_nothing_is_compiled_without_a_gpu_or_a_compiler(monkeypatch):
     assert not hardware.can_compile()
     monkeypatch.setenv("CC", "/usr/bin/cc")
     assert hardware.can_compile()
+
+
+@pytest.mark.parametrize(
+    "lines, isa, unit",
+    [
+        ("flags\t\t: fpu avx2 amx_bf16 amx_tile avx512_bf16", None, "amx_bf16"),
+        ("flags\t\t: fpu avx512f avx512_bf16", None, "avx512_bf16"),
+        ("flags\t\t: fpu avx512f avx512_bf16", "AVX512_CORE_BF16", "avx512_bf16"),
+        ("flags\t\t: fpu avx512f avx512_bf16", "avx512_core", ""),
+        ("flags\t\t: fpu avx2 avx512f avx512_vnni", None, ""),
+        ("Features\t: fp asimd bf16", None, "bf16"),
+        ("Features\t: fp asimd asimdhp", None, ""),
+        ("processor\t: 0", None, ""),
+    ],
+)
+def test_a_cpu_multiplies_bf16_only_with_instructions_for_it(
+    lines, isa, unit, tmp_path, monkeypatch
+):
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\n{lines}\n\n")
+    monkeypatch.setattr(hardware, "CPU_INFO", tmp_path / "cpuinfo")
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    if isa:
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", isa)
+    assert hardware.bf16_unit() == unit
+    monkeypatch.setattr(hardware, "CPU_INFO", tmp_path / "none")
+    assert hardware.bf16_unit() == ""
+
+
+@pytest.mark.parametrize(
+    "allowed, logical, physical, limit, ranks, threads",
+    [
+        (8, 8, 8, None, 1, 8),
+        (8, 8, 4, None, 1, 4),  # two hardware threads a core
+        (8, 16, 8, None, 2, 2),  # half of the machine
+        (64, 64, 64, "200000 100000", 1, 2),  # a container with --cpus 2
+        (64, 64, 64, "max 100000", 1, 64),
+        (2, 2, 2, "50000 100000", 1, 1),
+        (2, 2, 2, None, 4, 1),
+        (2, None, None, None, 1, 2),
+    ],
+)
+def test_threads_are_the_physical_cores_of_a_rank(
+    allowed, logical, physical, limit, ranks, threads, tmp_path, monkeypatch
+):
+    import psutil
+
+    monkeypatch.setattr(hardware, "cpu_cores", lambda: allowed)
+    monkeypatch.setattr(psutil, "cpu_count", lambda logical=True: counts[logical])
+    counts = {True: logical, False: physical}
+    monkeypatch.setattr(hardware, "CGROUP_LIMIT", tmp_path / "cpu.max")
+    if limit:
+        (tmp_path / "cpu.max").write_text(limit + "\n")
+    assert hardware.threads_per_rank(ranks) == threads

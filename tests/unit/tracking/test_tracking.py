@@ -1,13 +1,11 @@
 """Metrics, progress and tables."""
 
 import json
-import logging
 import math
 from pathlib import Path
 
 import pytest
 
-from dschat.runtime import log
 from dschat.tracking import progress, table
 from dschat.tracking.metrics import MetricsWriter
 
@@ -90,19 +88,6 @@ def test_other_ranks_write_no_metrics(tmp_path, as_rank_1):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.fixture
-def shown(monkeypatch) -> list[str]:
-    """Collect the messages of the package's logger."""
-    lines: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())
-    monkeypatch.setattr(log.logger, "handlers", [handler])
-    level = log.logger.level
-    log.logger.setLevel(logging.INFO)
-    yield lines
-    log.logger.setLevel(level)
-
-
 def test_progress_shows_the_first_the_last_and_a_line_every_interval(shown, monkeypatch):
     now = [100.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
@@ -117,8 +102,25 @@ def test_progress_shows_the_first_the_last_and_a_line_every_interval(shown, monk
     assert shown[-1].endswith("left 0:00")
 
 
+def test_long_evaluations_show_a_line_every_interval_and_short_ones_none(shown, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(progress, "memory_text", lambda: "1.0/2.0 GiB")
+    batches = progress.ReportedBatches("abcdefghij", "SFT  evaluation", interval_s=5.0)
+    for seconds, numbers in ((0.4, []), (2.0, [3, 6, 9])):
+        shown.clear()
+        found = []
+        for batch in batches:
+            now[0] += seconds
+            found.append(batch)
+        assert found == list("abcdefghij") and len(batches) == 10
+        assert [int(line.split("batch ")[1].split("/")[0]) for line in shown] == numbers
+    assert shown[0] == "SFT  evaluation  batch 3/10  30%  mem 1.0/2.0 GiB  left 0:14"
+
+
 def test_only_rank_0_shows_progress(shown, as_rank_1):
     progress.Progress("SFT", 1).update(1, {})
+    assert len(list(progress.ReportedBatches("abc", "SFT", interval_s=0.0))) == 3
     assert shown == []
 
 
