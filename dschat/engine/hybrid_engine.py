@@ -17,26 +17,22 @@ from deepspeed.runtime.rollout.base import (
 from transformers import GenerationConfig
 
 from dschat.engine.replica import MEMORY_SHARE, LoraMode, Replica, free_memory
+from dschat.engine.split_check import check_split
 from dschat.generation.cuda_graphs import GraphDecoder
 from dschat.generation.decoding import (
-    TOLERANCE,
     Decoded,
     GraphMismatch,
     eager_decode,
-    logit_gap,
-    prefill,
     takes_graphs,
 )
 from dschat.generation.graph_slots import GraphSlotDecoder
 from dschat.generation.sampling import eos_ids, keep_tokens
 from dschat.generation.slots import Prompts, SlotDecoder, SlotStats, takes_slots
 from dschat.generation.tensor_parallel import TensorGroup, gather_prompts
-from dschat.models.forward import forward_logits
 from dschat.runtime import dist
 from dschat.runtime.log import logger
 
 GIB = 2**30
-CHECKED_ROWS = 2  # prompts of each rank in the comparison of the split model with the whole one
 
 
 class Generator(RolloutEngine):
@@ -229,8 +225,8 @@ class HybridEngine(Generator):
             if self.group is None:
                 return self._decode_batches(batches, generation)
             if not self._is_checked:
-                input_ids, attention_mask = batches[0]
-                self._check_split(input_ids[:CHECKED_ROWS], attention_mask[:CHECKED_ROWS])
+                check_split(self.engine, self.replica.model, self.group, *batches[0])
+                self._is_checked = True
             batches = [gather_prompts(self.group, *batch) for batch in batches]
             return [self._own(found) for found in self._decode_batches(batches, generation)]
 
@@ -316,28 +312,6 @@ class HybridEngine(Generator):
             f"Hybrid Engine: CUDA graphs are off for {type(self.engine.module).__name__}, whose "
             f"captured steps fail or compute something else ({mismatch})"
         )
-
-    def _check_split(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> None:
-        """Compare the group's logits after these prompts with those of the training module.
-
-        Raises:
-            ValueError: they differ on any rank: the model's tensor-parallel plan is incomplete.
-        """
-        inputs = dict(input_ids=input_ids, attention_mask=attention_mask, logits_to_keep=1)
-        self.engine.eval()
-        expected = forward_logits(self.engine, self.engine.module, **inputs)[:, -1]
-        found, _ = prefill(
-            self.replica.model, *gather_prompts(self.group, input_ids, attention_mask)
-        )
-        gap = logit_gap(found.chunk(self.group.size)[self.group.index], expected)
-        # Written so that NaN fails.
-        fails = dist.all_reduce((~(gap <= TOLERANCE[expected.dtype])).long(), "max")
-        if fails.item():
-            raise ValueError(
-                f"--inference_tp_size {self.group.size}: {type(self.engine.module).__name__}, split, computes something "
-                f"else than whole (logits differ by {gap.item():.3g} standard deviations): give --inference_tp_size 1."
-            )
-        self._is_checked = True
 
     def sync_weights(self, step: int) -> None:
         """Read the engine's weights again, also if they changed without an optimizer step."""
