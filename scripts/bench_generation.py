@@ -213,7 +213,7 @@ def measure(
         # the rows.
         weights /= args.inference_tp_size
     mean_length = args.prompt + num_new // 2
-    cache = cache_bytes(model.config, rows=batch, length=mean_length, itemsize=model.dtype.itemsize)
+    cache = cache_bytes(model, rows=batch, length=mean_length, itemsize=model.dtype.itemsize)
     limit_s = (weights + cache) / bandwidth
     row = {
         "path": path,

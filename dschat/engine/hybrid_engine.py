@@ -18,6 +18,7 @@ from transformers import GenerationConfig
 
 from dschat.engine.replica import MEMORY_SHARE, LoraMode, Replica, free_memory
 from dschat.engine.split_check import check_split
+from dschat.generation.cache_size import class_cache
 from dschat.generation.cuda_graphs import GraphDecoder
 from dschat.generation.decoding import (
     Decoded,
@@ -29,6 +30,7 @@ from dschat.generation.graph_slots import GraphSlotDecoder
 from dschat.generation.sampling import eos_ids, keep_tokens
 from dschat.generation.slots import Prompts, SlotDecoder, SlotStats, takes_slots
 from dschat.generation.tensor_parallel import TensorGroup, gather_prompts
+from dschat.models.structure import pretrained
 from dschat.runtime import dist
 from dschat.runtime.log import logger
 
@@ -370,7 +372,7 @@ class HybridEngine(Generator):
     def _check_memory(self, rows: int, length: int) -> None:
         # A group of N ranks caches N times the rows, each rank an Nth of the heads.
         cache = cache_bytes(
-            self.engine.module.config, rows=rows, length=length, itemsize=self.replica.itemsize
+            self.engine.module, rows=rows, length=length, itemsize=self.replica.itemsize
         )
         copies, free = self.replica.copied_bytes, free_memory(self.engine.device)
         if copies + cache <= MEMORY_SHARE * free:
@@ -393,12 +395,10 @@ class HybridEngine(Generator):
         )
 
 
-def cache_bytes(config, *, rows: int, length: int, itemsize: int) -> int:
-    """Return the bytes of a key-value cache of `rows` x `length` tokens."""
-    heads = config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    return 2 * config.num_hidden_layers * rows * length * kv_heads * width * itemsize
+def cache_bytes(model: torch.nn.Module, *, rows: int, length: int, itemsize: int) -> int:
+    """Return the bytes of the cache of `model` for `rows` texts of `length` tokens."""
+    inner = pretrained(model)
+    return itemsize * class_cache(type(inner), inner.config).elements(rows=rows, positions=length)
 
 
 @contextlib.contextmanager

@@ -115,7 +115,7 @@ class SlotCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes of all buffers."""
-        return sum(2 * layer.keys.nbytes for layer in self.layers)
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.layers)
 
     def start(
         self,

@@ -8,6 +8,7 @@ all ranks.
 """
 
 import functools
+import math
 from dataclasses import dataclass
 
 import torch
@@ -89,6 +90,8 @@ def split_problems(config: PreTrainedConfig, size: int, *, world_size: int) -> l
         or size,
     }
     for what, count in counts.items():
+        if not isinstance(count, int):  # a list, with a number for each layer
+            count = math.gcd(*count)
         if count % size:
             found.append(
                 f"{flag} does not divide the model's {count} {what}: "

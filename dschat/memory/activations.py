@@ -10,6 +10,9 @@ from collections.abc import Callable
 from dschat.algorithms.logprobs import CHUNK_ELEMENTS
 from dschat.memory.model_size import ModelSize
 
+# Families whose predictions were compared with measurements.
+MEASURED = ("opt", "gpt2", "gpt_neox", "llama", "qwen2", "mistral")
+
 
 def layer_bytes(size: ModelSize, *, width: int) -> float:
     """Return the bytes per token that one decoder layer keeps for backward.

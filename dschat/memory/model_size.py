@@ -6,6 +6,7 @@ They are counted on the meta device, so nothing is loaded or allocated.
 import copy
 import functools
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dschat.config.options import LoraOptions, SystemOptions
 from dschat.engine.quantized import group_size
+from dschat.generation.cache_size import CacheSize, count_cache
 from dschat.generation.kernels.limits import next_power_of_two
 from dschat.generation.tensor_parallel import split_plan
 from dschat.models.causal_lm import load_config
@@ -37,7 +39,6 @@ class ModelSize:
     layers: int
     hidden: int
     heads: int
-    kv_width: int  # key elements of a token in one layer: kv_heads x width of a head
     intermediate: int
     vocab: int  # columns of the logits; 0 for a reward model
     trained_layers: int  # the layers that backward passes through
@@ -52,6 +53,7 @@ class ModelSize:
     largest_int8: int = 0
     split: int = 0  # parameters that tensor-parallel generation divides
     positions: int | None = None  # learned positions; None if the model computes them
+    cache: CacheSize = CacheSize()  # of one text; empty for a reward model
 
     @property
     def trained(self) -> int:
@@ -152,40 +154,41 @@ def model_size(
         ValueError: more layers to freeze than the model has, or a LoRA scope that matches nothing.
     """
     text = config.get_text_config()
-    layers = text.num_hidden_layers
-    shallow = _enough_layers(config, lora, system)
+    fewer = _enough_layers(config, lora, system)
     model = _on_meta(
-        _with_layers(config, shallow), reward=reward, trust_remote_code=trust_remote_code
+        config if fewer is None else _with_layers(config, fewer),
+        reward=reward,
+        trust_remote_code=trust_remote_code,
     )
+    unbuilt = 0 if fewer is None else text.num_hidden_layers - fewer
+    cache = CacheSize() if reward else count_cache(model, unbuilt=unbuilt)
     if system is None:
         model.requires_grad_(False)
     else:
         prepare_for_training(model, lora=lora, system=system, role=role)
     prefix, built = decoder_layers(model)
     # The layers that were not built are like the last one.
-    repeated = dict(last=f"{prefix}.{len(built) - 1}.", repeats=1 + layers - shallow)
+    repeated: dict[str, Any] = dict(last=f"{prefix}.{len(built) - 1}.", repeats=1 + unbuilt)
     counts = _parameter_counts(model, **repeated)
     if system is not None and system.enable_mixed_precision_lora:
         counts |= _int8_counts(model, **repeated)
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    heads = text.num_attention_heads
-    head_width = getattr(text, "head_dim", None) or text.hidden_size // heads
     return ModelSize(
         family=config.model_type,
         largest=max(p.numel() for p in model.parameters()),
         largest_trained=max((p.numel() for _, p in trained), default=0),
-        layers=layers,
+        layers=len(built) + unbuilt,
         hidden=text.hidden_size,
-        heads=heads,
-        kv_width=(getattr(text, "num_key_value_heads", None) or heads) * head_width,
-        intermediate=_intermediate(built[0]),
+        heads=getattr(text, "num_attention_heads", 0),  # recurrent models may have none
+        intermediate=max(_intermediate(layer, text) for layer in built),
         vocab=0 if reward else text.vocab_size,
-        trained_layers=layers - shallow + _trained_layers(model, prefix, shallow) if trained else 0,
+        trained_layers=unbuilt + _trained_layers(model, prefix, len(built)) if trained else 0,
         trains_norms=any(p.dim() == 1 for _, p in trained),
         lora_width=sum(p.shape[0] for name, p in built[-1].named_parameters() if "lora_A" in name),
         dropout=_dropout(text, system),
         split=_split_count(model, **repeated),
         positions=_learned_positions(model, text),
+        cache=cache,
         **counts,
     )
 
@@ -217,16 +220,23 @@ def _parameter_counts(model: nn.Module, *, last: str, repeats: int) -> dict:
 
 def _enough_layers(
     config: PreTrainedConfig, lora: LoraOptions, system: SystemOptions | None
-) -> int:
-    """Return the number of decoder layers to build for counting.
+) -> int | None:
+    """Return the number of decoder layers to build for counting; None for all of them.
 
     A few are enough if all are alike, which saves seconds.
     """
+    if config.model_type not in (*FAMILIES, "bloom"):
+        return None
     layers = config.get_text_config().num_hidden_layers
     frozen = 0 if system is None else system.freeze_layers
     one_layer_named = any(letter.isdigit() for letter in lora.lora_module_name or "")
-    alike = config.model_type in (*FAMILIES, "bloom") and not one_layer_named
-    return frozen + 2 if alike and 0 <= frozen < layers - 2 else layers
+    are_enough = 0 <= frozen < layers - 2 and not one_layer_named
+    return frozen + 2 if are_enough and _are_alike(config) else None
+
+
+def _are_alike(config: PreTrainedConfig) -> bool:
+    """Return whether all layers of a configuration have the same kind of attention."""
+    return len(set(getattr(config, "layer_types", None) or ())) <= 1
 
 
 def _with_layers(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
@@ -287,13 +297,17 @@ def _learned_positions(model: nn.Module, text: PreTrainedConfig) -> int | None:
     return most if most and any(most <= m.num_embeddings <= most + 8 for m in others) else None
 
 
-def _intermediate(layer: nn.Module) -> int:
-    """Return the columns of the feed-forward part.
+def _intermediate(layer: nn.Module, text: PreTrainedConfig) -> int:
+    """Return the columns of the feed-forward part of one token.
 
-    That is the longest side of all matrices outside the attention.
+    That is the longest side of all matrices outside the attention. Experts are stacked in tensors
+    of three dimensions, of which a token passes through a few.
     """
-    matrices = [p for name, p in layer.named_parameters() if p.dim() == 2 and "att" not in name]
-    return max(max(p.shape) for p in matrices)
+    outside = [p for name, p in layer.named_parameters() if "att" not in name]
+    dense = max((max(p.shape) for p in outside if p.dim() == 2), default=0)
+    expert = max((max(p.shape[1:]) for p in outside if p.dim() == 3), default=0)
+    active = getattr(text, "num_experts_per_tok", None) or 1
+    return max(dense, active * expert, text.hidden_size)
 
 
 def _trained_layers(model: nn.Module, prefix: str, layers: int) -> int:

@@ -323,7 +323,7 @@ def _for_generation(
     positions = config.data.max_prompt_seq_len + config.data.max_answer_seq_len
     # A tensor-parallel group of N ranks generates N times the rows; each rank caches 1/N of the
     # heads.
-    cache = width * 2 * actor.layers * actor.kv_width * rows * positions
+    cache = width * actor.cache.elements(rows=rows, positions=positions)
     frees_cache = system.release_inference_cache or not system.enable_hybrid_engine
     frees_replica = system.unpin_actor_parameters or system.release_inference_cache
     resident: dict[str, float] = {}

@@ -1,5 +1,6 @@
 """The memory plan as text, whether it fits, and what would make it fit."""
 
+from dschat.memory.activations import MEASURED
 from dschat.memory.advice import (
     GIB,
     MOST_GPUS,
@@ -46,10 +47,31 @@ def plan_text(
             _models_table(plan),
             "",
             _phases_table(plan, processes=processes),
+            *sureness_lines(plan),
             f"peak {_gib(peak)} GiB ({phase}); with {_gib(OVERHEAD)} GiB for CUDA "
             f"and libraries it {verdict}",
         ]
     )
+
+
+def sureness_lines(plan: StepPlan) -> list[str]:
+    """Return a line for each model whose memory is less certain than a measured family's."""
+    lines = []
+    for name, size in plan.sizes.items():
+        estimates = []
+        if size.family not in MEASURED:
+            estimates.append(
+                "activations are counted as those of Llama's layers (an estimate: this family was "
+                "not measured)"
+            )
+        if not size.cache.counted:
+            estimates.append(
+                "the KV cache is an upper bound from the widths of attention (the model does not "
+                "run without weights)"
+            )
+        if estimates:
+            lines.append(f"{name} ({size.family}): parameters are exact; {'; '.join(estimates)}")
+    return lines
 
 
 def _models_table(plan: StepPlan) -> str:

@@ -10,11 +10,10 @@ from transformers import GenerationConfig
 
 from dschat.demo.tiny_models import make_tiny_model
 from dschat.engine import hybrid_engine
-from dschat.engine.hybrid_engine import HybridEngine, PlainGenerator, cache_bytes
+from dschat.engine.hybrid_engine import HybridEngine, PlainGenerator
 from dschat.generation.decoding import MISSING, cache_gap, length_groups
 from dschat.generation.sampling import Sampler
 from dschat.models.causal_lm import load_causal_lm
-from dschat.models.families import shape_config
 from dschat.models.lora import add_lora
 from tests.unit.models_helpers import tiny
 
@@ -200,13 +199,3 @@ def test_too_large_a_cache_is_refused_with_the_flag_that_helps(engine, monkeypat
     add_lora(model, dim=4, alpha=4, only_optimize_lora=True)
     with pytest.raises(ValueError, match="--hybrid_lora attach"):
         HybridEngine(stand_in(model), lora_mode="merge", max_rows=4096, max_length=512)
-
-
-def test_bytes_of_a_cache():
-    # 2 x 32 layers x 16 rows x 512 tokens x 32 heads x 128 x 2 bytes.
-    assert cache_bytes(shape_config("llama-2-7b"), rows=16, length=512, itemsize=2) == 4 * 2**30
-    # 8 of Llama-2-70B's 64 heads hold keys and values.
-    assert (
-        cache_bytes(shape_config("llama-2-70b"), rows=1, length=1, itemsize=2)
-        == 2 * 80 * 8 * 128 * 2
-    )

@@ -233,7 +233,7 @@ def test_graphs_serve_again_until_a_call_needs_more():
 
 def test_too_many_slots_are_refused_with_the_flag(monkeypatch):
     engine = engine_of("llama")
-    row = hybrid_engine.cache_bytes(engine.module.config, rows=1, length=100, itemsize=4)
+    row = hybrid_engine.cache_bytes(engine.module, rows=1, length=100, itemsize=4)
     monkeypatch.setattr(hybrid_engine, "free_memory", lambda device: 50 * row)
     HybridEngine(engine, slots=45, max_rows=400, max_length=100)
     with pytest.raises(ValueError, match="smaller --generation_slots"):

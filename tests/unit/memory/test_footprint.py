@@ -12,6 +12,7 @@ from dschat.config.parse import parse_config
 from dschat.config.ppo import PPOConfig
 from dschat.config.reward import RewardConfig
 from dschat.config.sft import SFTConfig
+from dschat.generation.cache_size import CacheSize, LayerCache
 from dschat.memory import activations
 from dschat.memory.advice import GIB, OVERHEAD
 from dschat.memory.footprint import inference_footprint, training_footprint
@@ -33,7 +34,7 @@ SIZE = ModelSize(
     layers=4,
     hidden=8,
     heads=2,
-    kv_width=8,
+    cache=CacheSize(((LayerCache(16), 4),)),
     intermediate=16,
     vocab=50,
     trained_layers=4,
@@ -238,10 +239,9 @@ def test_counting_a_few_layers_gives_the_size_of_all(family, reward, lora, freez
 
 def test_llama_2_70b_groups_its_keys():
     size = named_size("meta-llama/Llama-2-70b-hf", flag="--model")
-    assert (size.parameters, size.trained, size.kv_width, size.layers) == (
+    assert (size.parameters, size.trained, size.layers) == (
         68_976_648_192,
         0,
-        1024,
         80,
     )
 
