@@ -125,9 +125,9 @@ def with_graphs(engine, **options) -> HybridEngine:
     hybrid = HybridEngine(engine, compiled=False, **options)
     same = dict(compiled=False, group=hybrid.group)
     if hybrid.slots:
-        hybrid._decoder = StandInSlotDecoder(
+        hybrid._slot_graphs = StandInSlotDecoder(
             hybrid.replica.model, slots=hybrid._group_slots, **same
         )
     else:
-        hybrid._decoder = StandInDecoder(hybrid.replica.model, **same)
+        hybrid._graphs = StandInDecoder(hybrid.replica.model, **same)
     return hybrid

@@ -176,32 +176,48 @@ class HybridEngine(Generator):
         self.slots = slots
         self._stats = SlotStats()
         self._check_memory(slots or max_rows, max_length)
-        self._decoder = self._build_decoder(cuda_graph, compiled, max_rows, max_length)
+        # On a GPU, one of the two decodes: batches as they come, or all of them in slots.
+        self._graphs: GraphDecoder | None = None
+        self._slot_graphs: GraphSlotDecoder | None = None
+        if cuda_graph and engine.device.type == "cuda":
+            self._build_graphs(compiled, max_rows, max_length)
         logger.info(f"Hybrid Engine: {self._description()}")
 
-    def _build_decoder(
-        self, cuda_graph: bool, compiled: bool, max_rows: int, max_length: int
-    ) -> GraphDecoder | GraphSlotDecoder | None:
-        """Return a decoder that replays CUDA graphs, or None if decoding is eager."""
-        if not cuda_graph or self.engine.device.type != "cuda":
-            return None
+    def _build_graphs(self, compiled: bool, max_rows: int, max_length: int) -> None:
+        """Set up decoding by CUDA graphs, unless the model does not support it."""
         reason = takes_graphs(self.replica.model)
         if reason is not None:
             logger.warning(
                 f"Hybrid Engine: no CUDA graphs for {type(self.engine.module).__name__}, since "
                 f"{reason}"
             )
-            return None
-        group = self.group
-        if compiled and group is not None:
+            return
+        if compiled and self.group is not None:
             logger.info(
                 "Hybrid Engine: decode steps are not compiled, since they hold the group's sums"
             )
-        options = dict(compiled=compiled and group is None, max_length=max_length, group=group)
+            compiled = False
         if self.slots:
-            return GraphSlotDecoder(self.replica.model, slots=self._group_slots, **options)
-        rows = max_rows * (1 if group is None else group.size)
-        return GraphDecoder(self.replica.model, max_rows=rows, **options)
+            self._slot_graphs = GraphSlotDecoder(
+                self.replica.model,
+                slots=self._group_slots,
+                compiled=compiled,
+                max_length=max_length,
+                group=self.group,
+            )
+            return
+        self._graphs = GraphDecoder(
+            self.replica.model,
+            compiled=compiled,
+            max_rows=max_rows * (1 if self.group is None else self.group.size),
+            max_length=max_length,
+            group=self.group,
+        )
+
+    @property
+    def _decoder(self) -> GraphDecoder | GraphSlotDecoder | None:
+        """The decoder that replays CUDA graphs; None if decoding is eager."""
+        return self._slot_graphs if self.slots else self._graphs
 
     @property
     def _group_slots(self) -> int:
@@ -240,7 +256,7 @@ class HybridEngine(Generator):
     def _decode_batches(self, batches, generation) -> list[Decoded]:
         """Return the responses to batches that are the same on all ranks of a group."""
         if self.slots == 0:
-            return [self._decode(*batch, generation) for batch in batches]
+            return [self._decode(ids, mask, generation) for ids, mask in batches]
         reason = takes_slots(self.replica.model, generation)
         if reason is None:
             return self._decode_in_slots(batches, generation)
@@ -250,7 +266,7 @@ class HybridEngine(Generator):
                 f"Hybrid Engine: {type(self.engine.module).__name__} decodes batch by batch in "
                 f"spite of --generation_slots, since {reason}"
             )
-        return [self._decode_eagerly(*batch, generation) for batch in batches]
+        return [self._decode_eagerly(ids, mask, generation) for ids, mask in batches]
 
     def _decode_in_slots(self, batches, generation) -> list[Decoded]:
         """Return the responses, decoded in slots; once more with half the slots if memory ends."""
@@ -268,18 +284,18 @@ class HybridEngine(Generator):
             f"Hybrid Engine: out of memory; trying again with {self.slots} slots. Give "
             f"--generation_slots {self.slots} to begin with that."
         )
-        if self._decoder is not None:
-            self._decoder.release()
-            self._decoder.slots = self.slots
+        if self._slot_graphs is not None:
+            self._slot_graphs.release()
+            self._slot_graphs.slots = self.slots
         if self.engine.device.type == "cuda":
             torch.cuda.empty_cache()
         return self._run_slots(batches, generation, seed)
 
     def _run_slots(self, batches, generation, seed: int) -> list[Decoded]:
-        if self._decoder is not None:
-            self._decoder.addresses = self.replica.addresses()
+        if self._slot_graphs is not None:
+            self._slot_graphs.addresses = self.replica.addresses()
             try:
-                return self._finish(self._decoder, batches, generation, seed)
+                return self._finish(self._slot_graphs, batches, generation, seed)
             except GraphMismatch as mismatch:
                 self._warn_of_mismatch(mismatch)
                 self._drop_graphs()
@@ -295,9 +311,9 @@ class HybridEngine(Generator):
 
     def _decode(self, input_ids, attention_mask, generation) -> Decoded:
         """Return the responses to prompts that are the same on all ranks of a group."""
-        if self._decoder is not None:
+        if self._graphs is not None:
             try:
-                return self._decoder.decode(
+                return self._graphs.decode(
                     input_ids, attention_mask, generation, self.replica.addresses()
                 )
             except GraphMismatch as mismatch:
@@ -347,7 +363,8 @@ class HybridEngine(Generator):
     def _drop_graphs(self) -> None:
         if self._decoder is not None:
             self._decoder.undo()
-        self._decoder = None
+        self._graphs = None
+        self._slot_graphs = None
 
     def _description(self) -> str:
         replica = self.replica

@@ -51,7 +51,7 @@ class StepGraphs:
         self.compiled = compiled
         self.capture_s = 0.0
         self.captures = 0
-        self._layers = CompiledLayers(layers) if compiled else contextlib.nullcontext()
+        self._layers = CompiledLayers(layers) if compiled else None
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._pool = None
 
@@ -73,8 +73,9 @@ class StepGraphs:
         if rows in self._graphs:
             return self._graphs[rows]
         started = time.monotonic()
-        if self.compiled:
+        if self._layers is not None:
             self._layers.cache = cache
+        run_compiled = self._layers or contextlib.nullcontext()
         saved = {name: buffer.clone() for name, buffer in vars(state).items()}
         held = cache.layers[0].rows
         cache.start(rows=rows, filled=0, captured=True)
@@ -86,7 +87,7 @@ class StepGraphs:
         with (
             torch.random.fork_rng([device] if device.type == "cuda" else []),
             torch.cuda.stream(stream),
-            self._layers,
+            run_compiled,
         ):
             # This compiles and allocates before the capture, and writes the cache's last position.
             for _ in range(2):
@@ -95,7 +96,7 @@ class StepGraphs:
         torch.cuda.current_stream().wait_stream(stream)
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool), self._layers:
+        with torch.cuda.graph(graph, pool=self._pool), run_compiled:
             step(rows)
         for name, buffer in saved.items():
             getattr(state, name).copy_(buffer)
@@ -119,7 +120,7 @@ class StepGraphs:
         self._graphs.clear()
         # A pool ends with its last graph. A capture into a pool that has ended fails.
         self._pool = None
-        if self.compiled:
+        if self._layers is not None:
             self._layers.cache = None
 
 
