@@ -1,5 +1,6 @@
 """Tokenization that gives a conversation the same ids in every step."""
 
+import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -133,11 +134,16 @@ class Encoder:
             rendered.prompt, add_special_tokens=False, return_offsets_mapping=True, verbose=False
         )["offset_mapping"]
         shift = len(prompt) - len(spans)
+        # Tokens without characters, as some tokenizers add, are in no turn.
+        tokens = [(i, b, e) for i, (b, e) in enumerate(spans) if e > b]
+        begins = [b for _, b, _ in tokens]
+        ends = [e for _, _, e in tokens]
         found = []
         for begin, end in rendered.turns:
-            inside = [i for i, (b, e) in enumerate(spans) if begin <= b and e <= end and e > b]
-            if inside:
-                found.append((inside[0] + shift, inside[-1] + 1 + shift))
+            first = bisect.bisect_left(begins, begin)
+            last = bisect.bisect_right(ends, end) - 1
+            if first <= last:
+                found.append((tokens[first][0] + shift, tokens[last][0] + 1 + shift))
         return tuple(found)
 
     def _tokenize(self, texts: list[str]) -> list[list[int]]:

@@ -23,8 +23,8 @@ from dschat.data.row import Answer, Row, validate_pair
 from dschat.data.templates import ASSISTANT
 from dschat.data.text_checks import shorten, validate_text
 
-# The errors of reading a row whose fields are missing, null or of another type.
-ROW_FAULTS = (ValueError, KeyError, TypeError, IndexError, AttributeError)
+# The errors of reading a row whose fields are missing, null, of another type or nested too deeply.
+ROW_FAULTS = (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError)
 QUESTION_FIELDS = ("question", "query", "problem", "instruction")
 RESPONSE_FIELDS = ("response", "output", "answer", "solution", "completion")
 SCORE_FIELDS = ("score", "rating", "overall_score", "reward")

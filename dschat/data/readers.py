@@ -12,6 +12,7 @@ import os
 import re
 import zlib
 from array import array
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,9 @@ RECORD_SUFFIXES = (".json", *JSON_LINES, ".csv", ".tsv")
 COMPRESSED_SUFFIXES = tuple(
     suffix + compression for suffix in RECORD_SUFFIXES for compression in (".gz", ".zst")
 )
+# Levels of lists and objects in a row. Code that walks through a row calls itself for each level.
+MAX_DEPTH = 200
+NAMES_SHOWN = 5
 # Fields under which exports put their list of rows.
 WRAPPERS = ("data", "rows", "records", "examples", "instances", "items", "train")
 
@@ -248,10 +252,27 @@ def _parse_line(records: Records, number: int, line: bytes) -> dict | None:
     except (ValueError, RecursionError) as error:  # ValueError: also for thousands of digits
         records.faults.append((number, _describe_json_error(error, line)))
         return None
+    if line.count(b"[") + line.count(b"{") > MAX_DEPTH and _is_deep(value):
+        records.faults.append((number, _describe_json_error(RecursionError(), line)))
+        return None
     if not isinstance(value, dict):
         records.faults.append((number, _describe_other(value)))
         return None
     return value
+
+
+def _is_deep(value: object) -> bool:
+    """Return whether lists and objects are nested more than MAX_DEPTH levels deep in `value`."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        inner: list[object] = []
+        for item in level:
+            if isinstance(item, dict):
+                inner += item.values()
+            elif isinstance(item, list):
+                inner += item
+        level = [item for item in inner if isinstance(item, dict | list)]
+    return bool(level)
 
 
 def _read_json_list(data: bytes) -> Records:
@@ -268,13 +289,19 @@ def _read_json_list(data: bytes) -> Records:
     while more:
         line = bisect.bisect(newlines, position) + 1
         try:
+            begin = position
             value, position = decoder.raw_decode(text, position)
         except (ValueError, RecursionError) as error:
             if isinstance(error, json.JSONDecodeError):
                 line = error.lineno
             shown = text[position : position + 60].encode()
             return records.stop(line, _describe_json_error(error, shown))
-        records.add(line, value)
+        openings = text.count("[", begin, position) + text.count("{", begin, position)
+        if openings > MAX_DEPTH and _is_deep(value):
+            shown = text[begin : begin + 60].encode()
+            records.faults.append((line, _describe_json_error(RecursionError(), shown)))
+        else:
+            records.add(line, value)
         position = _skip_space(text, position)
         more = text[position : position + 1] == ","
         if more:
@@ -329,9 +356,11 @@ def _read_csv(data: bytes, delimiter: str) -> Records:
             )
         elif header is None:
             header = cells
-            repeated = sorted({cell for cell in cells if cell and cells.count(cell) > 1})
+            repeated = sorted(name for name, count in Counter(cells).items() if name and count > 1)
             if repeated:
-                names = ", ".join(map(repr, repeated))
+                names = ", ".join(map(repr, repeated[:NAMES_SHOWN]))
+                if len(repeated) > NAMES_SHOWN:
+                    names += f" and {len(repeated) - NAMES_SHOWN} others"
                 records.faults.append((first_line, f"the header has {names} more than once"))
                 return records
         elif len(cells) == len(header):
@@ -364,7 +393,7 @@ def _describe_json_error(error: Exception, line: bytes) -> str:
     if isinstance(error, json.JSONDecodeError):
         reason = f"{error.msg} at column {error.colno}"
     elif isinstance(error, RecursionError):
-        reason = "nested too deeply"
+        reason = f"nested too deeply, the limit is {MAX_DEPTH} levels"
     else:
         reason = "a number of too many digits"
     shown = line.decode("utf-8", errors="replace").strip()[:60]

@@ -22,6 +22,9 @@ IN_FORM = re.compile(r"\s*Human:.*Assistant:\s*", re.DOTALL)
 # White space without line ends, since each line end may begin a turn itself: matching them here
 # would make the time grow with the square of their number.
 TURN = re.compile(r"(?:^|\n)[^\S\n]*(Human|Assistant):")
+# Messages of a conversation whose earlier answers are learned. Finding them takes time that grows
+# with the square of their number: seconds for so many.
+MAX_MESSAGES = 1000
 OPEN_THOUGHT = "<think>"
 CLOSED_THOUGHT = "\n</think>\n\n"
 GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -136,6 +139,8 @@ class TextFormat:
             )
         if kind == "plain":
             return _render_plain(row)
+        if with_turns and not self.tokenizer.is_fast and isinstance(row.prompt, list):
+            _check_number(row.prompt, row.place)
         return _render_human_assistant(row, with_turns)
 
     def _conversation_format(self) -> str:
@@ -158,6 +163,8 @@ class TextFormat:
 
     def _render_by_template(self, row: Row, with_turns: bool) -> Rendered:
         messages = parse_turns(row.prompt) if isinstance(row.prompt, str) else row.prompt
+        if with_turns and not self._marks_turns:
+            _check_number(messages, row.place)
         messages = self._place_system(messages)
         prompt = self._apply(messages, row.tools, open_answer=True)
         if row.tools and self._apply(messages, None, open_answer=True) == prompt:
@@ -263,7 +270,8 @@ class TextFormat:
         spans = list(marked[0])
         if len(spans) != len(answers):
             return tuple(spans), max(0, len(wanted) - len(spans))
-        kept = [tuple(span) for i, span in zip(answers, spans, strict=True) if i in wanted]
+        learned = set(wanted)
+        kept = [tuple(span) for i, span in zip(answers, spans, strict=True) if i in learned]
         return tuple(kept), 0
 
     def _num_after_end(self, text: str) -> int:
@@ -361,12 +369,20 @@ def _with_thought(message: dict) -> str:
     )
 
 
+def _check_number(messages: list[dict], place: str | None) -> None:
+    if len(messages) > MAX_MESSAGES:
+        raise ValueError(
+            f"{place or 'a row'}: it has {len(messages):,} messages, and the limit for learning "
+            f"all answers is {MAX_MESSAGES:,}. Split it into rows, give --train_on last, or leave "
+            "such rows out with --skip_bad_rows."
+        )
+
+
 def _check_calls(messages: list[dict], text: str) -> None:
-    for message in messages:
-        for call in message.get("tool_calls", ()):
-            name = call["function"]["name"]
-            if name not in text:
-                raise _NotShown(f"a call of the function {shorten(name)}")
+    calls = (call for message in messages for call in message.get("tool_calls", ()))
+    for name in {call["function"]["name"]: None for call in calls}:
+        if name not in text:
+            raise _NotShown(f"a call of the function {shorten(name)}")
 
 
 def _continue_thought(prompt: str, content: str) -> str:

@@ -63,13 +63,18 @@ def strip_invisible(text: str) -> str:
 
 def shorten(value: object) -> str:
     """Return `value` as JSON of at most 80 characters, safe to print."""
-    text = json.dumps(value, default=str)
+    try:
+        text = json.dumps(value, default=str)
+    except RecursionError:
+        text = f"a {type(value).__name__} nested too deeply"
     return text if len(text) <= 80 else text[:77] + "..."
 
 
 def describe_fault(error: BaseException) -> str:
     """Describe an error in one line without its final full stop."""
     text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+    if isinstance(error, RecursionError):
+        text = "lists or objects are nested too deeply"
     return " ".join(text.split()).rstrip(".")[:500]
 
 
