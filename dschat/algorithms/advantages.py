@@ -4,6 +4,9 @@ import torch
 
 from dschat.algorithms.masks import last_index
 
+# Added to standard deviations that divide.
+SMALLEST_DEVIATION = 1e-6
+
 
 def shape_rewards(
     scores: torch.Tensor,
@@ -36,8 +39,44 @@ def shape_rewards(
     return rewards.scatter_add(-1, last_index(mask)[:, None], last[:, None])
 
 
+def overlong_penalty(
+    lengths: torch.Tensor, *, max_length: int, buffer: int, penalty: float
+) -> torch.Tensor:
+    """Return the soft penalty of long answers (Yu et al. 2025, DAPO, equation 13), as [B].
+
+    It is 0 up to `buffer` tokens below the limit, rises linearly, and is `penalty` at the limit.
+
+    Args:
+        lengths: [B], tokens of the answers.
+        max_length: the length limit.
+        buffer: tokens below the limit in which the penalty rises; 0: no penalty.
+        penalty: at the limit, in units of the divided reward.
+    """
+    if buffer == 0:
+        return torch.zeros_like(lengths, dtype=torch.float32)
+    excess = (lengths - (max_length - buffer)).float() / buffer
+    return penalty * excess.clamp(0.0, 1.0)
+
+
+def length_adaptive_lam(lengths: torch.Tensor, *, alpha: float) -> torch.Tensor:
+    """Return lambda = 1 - 1 / (alpha * length) of each answer, at least 0, as [B].
+
+    The weights of GAE then sum to about alpha * length (Yue et al. 2025, VAPO, equation 8).
+
+    Args:
+        lengths: [B], tokens of the answers.
+        alpha: 0.05 in the paper.
+    """
+    return (1.0 - 1.0 / (alpha * lengths.float())).clamp(min=0.0)
+
+
 def gae(
-    rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, *, gamma: float, lam: float
+    rewards: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor,
+    *,
+    gamma: float,
+    lam: float | torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute the generalised advantage estimate (Schulman et al. 2016, equations 11 and 16).
 
@@ -48,6 +87,8 @@ def gae(
         rewards: [B, R].
         values: [B, R].
         mask: [B, R], True on answer tokens, which form one run from position 0.
+        gamma: the discount.
+        lam: lambda of all rows, or of each, [B].
 
     Returns:
         advantages [B, R] and returns = advantages + values [B, R], both 0 outside the mask.
@@ -66,7 +107,13 @@ def gae(
 
 
 def group_advantages(
-    rewards: torch.Tensor, mask: torch.Tensor, *, estimator: str, num_samples: int, gamma: float
+    rewards: torch.Tensor,
+    mask: torch.Tensor,
+    *,
+    estimator: str,
+    num_samples: int,
+    gamma: float,
+    scale: str = "auto",
 ) -> torch.Tensor:
     """Compute advantages from the other answers to the same prompt, without a critic.
 
@@ -87,6 +134,9 @@ def group_advantages(
         estimator: ``rloo``, ``grpo`` or ``reinforce_baseline``.
         num_samples: answers per prompt, at least 2.
         gamma: the discount, read by ``reinforce_baseline`` alone.
+        scale: ``group`` divides by the standard deviation of R in the group, and ``none`` does not
+            (Liu et al. 2025, Dr. GRPO, section 3.1). ``auto`` divides for ``grpo`` alone.
+            ``batch`` does not divide here; see ``batch_scaled``.
 
     Returns:
         [B, R], 0 outside the mask.
@@ -101,13 +151,10 @@ def group_advantages(
     mean = totals.mean(-1, keepdim=True)
     if estimator == "rloo":
         # R_i - mean of the others = (R_i - mean of all) * n / (n - 1)
-        advantages = (
-            ((totals - mean) * (num_samples / (num_samples - 1))).view(-1, 1).expand_as(rewards)
-        )
+        centred = (totals - mean) * (num_samples / (num_samples - 1))
+        advantages = centred.view(-1, 1).expand_as(rewards)
     elif estimator == "grpo":
-        advantages = (
-            ((totals - mean) / (totals.std(-1, keepdim=True) + 1e-6)).view(-1, 1).expand_as(rewards)
-        )
+        advantages = (totals - mean).view(-1, 1).expand_as(rewards)
     elif estimator == "reinforce_baseline":
         reward_to_go, _ = gae(exact, torch.zeros_like(exact), mask, gamma=gamma, lam=1.0)
         advantages = reward_to_go - mean.expand_as(totals).reshape(-1, 1)
@@ -115,4 +162,26 @@ def group_advantages(
         raise ValueError(
             f"advantage estimator {estimator!r}: rloo, grpo and reinforce_baseline need no critic."
         )
+    if scale == "group" or (scale == "auto" and estimator == "grpo"):
+        deviation = totals.std(-1, keepdim=True) + SMALLEST_DEVIATION
+        advantages = advantages / deviation.expand_as(totals).reshape(-1, 1)
     return torch.where(mask.bool(), advantages, torch.zeros_like(exact)).to(rewards.dtype)
+
+
+def batch_scaled(advantages: torch.Tensor, totals: torch.Tensor) -> torch.Tensor:
+    """Divide advantages by the standard deviation of the answers' R over a whole rollout.
+
+    Liu et al. 2025, "Part I: Tricks or Traps?" (Lite PPO), section 3.1: groups of nearly equal
+    rewards are then not blown up.
+
+    Args:
+        advantages: [B, R].
+        totals: ``moments`` of R, the sum of the rewards of an answer, summed over all ranks.
+
+    Returns:
+        [B, R].
+    """
+    count, total, squares = totals
+    variance = (squares - total * total / count).clamp(min=0) / (count - 1).clamp(min=1)
+    scaled: torch.Tensor = advantages.double() / (variance.sqrt() + SMALLEST_DEVIATION)
+    return scaled.to(advantages.dtype)

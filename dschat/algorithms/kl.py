@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 import torch
 
+LOG_RATIO_BOUND = 20.0  # nats
+K3_BOUND = 10.0  # nats per token
+
 
 def kl_estimate(
     logprobs: torch.Tensor, ref_logprobs: torch.Tensor, estimator: str = "k1"
@@ -14,7 +17,8 @@ def kl_estimate(
 
     - ``k1`` = x: unbiased, may be negative.
     - ``k2`` = x^2 / 2: biased, low variance.
-    - ``k3`` = exp(-x) - 1 + x: unbiased, never negative.
+    - ``k3`` = exp(-x) - 1 + x: unbiased, never negative. x is bounded to [-20, 20] and k3 to 10,
+      so that one token that the policy has almost ruled out does not decide an update.
 
     Args:
         logprobs: [B, R], of the policy.
@@ -33,7 +37,8 @@ def kl_estimate(
     if estimator == "k2":
         return 0.5 * log_ratio**2
     if estimator == "k3":
-        return torch.expm1(-log_ratio) + log_ratio
+        bounded = log_ratio.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
+        return (torch.expm1(-bounded) + bounded).clamp(max=K3_BOUND)
     raise ValueError(f"KL estimator {estimator!r}: k1, k2 and k3 are known.")
 
 

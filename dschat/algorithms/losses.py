@@ -6,6 +6,9 @@ import torch.nn.functional as F
 from dschat.algorithms.logprobs import token_logprobs
 from dschat.algorithms.masks import masked_sum
 
+# exp(20) is 5e8: ratios and their products stay finite in fp32.
+LOG_RATIO_BOUND = 20.0
+
 
 def lm_loss_rows(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute the next-token negative log-likelihood per row.
@@ -81,17 +84,31 @@ def policy_loss(
     mask: torch.Tensor,
     *,
     cliprange: float,
+    cliprange_high: float | None = None,
+    dual_clip: float | None = None,
+    cispo: bool = False,
+    ratio_level: str = "token",
+    weights: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Compute PPO's clipped objective, negated and summed over answer tokens.
+    """Compute the clipped objective, negated and summed over answer tokens.
 
-    Schulman et al. 2017, equation 7.
+    By default it is PPO's, Schulman et al. 2017, equation 7. With `cispo`, it is
+    -clip(ratio) * A * log p without gradient through clip(ratio), so that each token keeps its
+    gradient (MiniMax 2025, MiniMax-M1, equations 4 and 5).
 
     Args:
         logprobs: [B, R], of the policy in training.
         old_logprobs: [B, R], of the policy that sampled the tokens.
         advantages: [B, R].
         mask: [B, R], True on answer tokens.
-        cliprange: the ratio is clipped to [1 - cliprange, 1 + cliprange].
+        cliprange: the ratio is clipped to [1 - cliprange, 1 + cliprange_high].
+        cliprange_high: default: `cliprange`. A larger one is the clip-higher of Yu et al. 2025
+            (DAPO, section 3.1).
+        dual_clip: the loss of a token with a negative advantage is at most -dual_clip * A (Ye et
+            al. 2020, "Mastering Complex Control in MOBA Games", equation 5). None: no bound.
+        cispo: see above.
+        ratio_level: see ``bounded_log_ratio``.
+        weights: of the tokens in the sum, [B, R] or [B, 1]. None: 1 each.
 
     Returns:
         The loss sum (scalar), and statistics without gradient:
@@ -100,19 +117,102 @@ def policy_loss(
         - ``approx_kl``: the sum of (ratio - 1) - log ratio (k3 of old against new policy).
         - ``ratio_max``: the largest ratio of an answer token, 0 if there is no answer token.
     """
-    log_ratio = torch.where(mask.bool(), logprobs - old_logprobs, torch.zeros_like(logprobs))
+    log_ratio = bounded_log_ratio(logprobs, old_logprobs, mask, level=ratio_level)
     ratio = log_ratio.exp()
-    unclipped = -advantages * ratio
-    clipped = -advantages * ratio.clamp(1.0 - cliprange, 1.0 + cliprange)
-    loss = masked_sum(torch.maximum(unclipped, clipped), mask)
+    high = cliprange if cliprange_high is None else cliprange_high
+    bounded = ratio.clamp(1.0 - cliprange, 1.0 + high)
+    if cispo:
+        losses = -bounded.detach() * advantages * logprobs
+        is_clipped = bounded != ratio
+    else:
+        unclipped = -advantages * ratio
+        clipped = -advantages * bounded
+        losses = torch.maximum(unclipped, clipped)
+        is_clipped = clipped > unclipped
+        if dual_clip is not None:
+            most = -dual_clip * advantages
+            is_bounded = (advantages < 0) & (losses > most)
+            losses = torch.where(is_bounded, most, losses)
+            is_clipped = is_clipped | is_bounded
+    loss = masked_sum(losses if weights is None else losses * weights, mask)
     with torch.no_grad():
         stats = {
-            "clipped": masked_sum((clipped > unclipped).float(), mask),
+            "clipped": masked_sum(is_clipped.float(), mask),
             "approx_kl": masked_sum(torch.expm1(log_ratio) - log_ratio, mask),
             # Ratios are above 0, so that the zeros outside the mask never win.
             "ratio_max": torch.where(mask.bool(), ratio, torch.zeros_like(ratio)).max(),
         }
     return loss, stats
+
+
+def bounded_log_ratio(
+    logprobs: torch.Tensor, old_logprobs: torch.Tensor, mask: torch.Tensor, *, level: str
+) -> torch.Tensor:
+    """Return the log of the probability ratio [B, R], in [-20, 20] and 0 outside the mask.
+
+    The bound keeps the ratio and its products finite in fp32; beyond it there is no gradient.
+
+    Args:
+        logprobs: [B, R], of the policy in training.
+        old_logprobs: [B, R], of the policy that sampled the tokens.
+        mask: [B, R], True on answer tokens.
+        level: ``token``: log p - log p_old of each token. ``sequence``: its mean over the answer,
+            the same value at each token, with the gradient of the token's own log p (Zheng et al.
+            2025, GSPO, equations 7 and 13).
+
+    Raises:
+        ValueError: the level is unknown.
+    """
+    log_ratio = torch.where(mask.bool(), logprobs - old_logprobs, torch.zeros_like(logprobs))
+    if level == "sequence":
+        lengths = mask.sum(-1, keepdim=True).clamp(min=1)
+        mean = log_ratio.detach().sum(-1, keepdim=True) / lengths
+        log_ratio = torch.where(mask.bool(), mean + (log_ratio - log_ratio.detach()), 0.0)
+    elif level != "token":
+        raise ValueError(f"ratio level {level!r}: token and sequence are known.")
+    return log_ratio.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
+
+
+def aggregation_weights(mask: torch.Tensor, aggregation: str) -> torch.Tensor | None:
+    """Return the weight [B, 1] of each row's tokens in the sum of the loss; None if all are 1.
+
+    With ``aggregation_count`` as the divisor:
+
+    - ``token``: the mean over all tokens of the update (Yu et al. 2025, DAPO, section 3.3).
+    - ``sequence``: the mean over answers of the mean over an answer's tokens (Shao et al. 2024,
+      GRPO, equation 3).
+    - ``constant``: the sum over tokens, divided by answers times the length limit (Liu et al. 2025,
+      Dr. GRPO, section 3.2), so that no length enters.
+
+    Args:
+        mask: [B, R], True on the tokens that are learned.
+        aggregation: ``token``, ``sequence`` or ``constant``.
+    """
+    if aggregation == "sequence":
+        return 1.0 / mask.sum(-1, keepdim=True).clamp(min=1).float()
+    return None
+
+
+def aggregation_count(mask: torch.Tensor, aggregation: str, *, max_length: int) -> torch.Tensor:
+    """Return the number (int64 scalar) that divides the sum of these rows' losses.
+
+    Add those of all micro-batches and ranks of an update. See ``aggregation_weights``.
+
+    Args:
+        mask: [B, R], True on the tokens that are learned.
+        aggregation: ``token``, ``sequence`` or ``constant``.
+        max_length: the length limit of answers, in tokens.
+
+    Raises:
+        ValueError: the aggregation is unknown.
+    """
+    if aggregation == "token":
+        return mask.sum()
+    if aggregation == "sequence":
+        return mask.any(-1).sum()
+    if aggregation == "constant":
+        return mask.any(-1).sum() * max_length
+    raise ValueError(f"loss aggregation {aggregation!r}: token, sequence and constant are known.")
 
 
 def value_loss(

@@ -70,8 +70,11 @@ class Experience(Movable):
     attention_mask: torch.Tensor
     # [B, R] bool, True on answer tokens up to and including the first EOS
     response_mask: torch.Tensor
+    # [B, R] bool, True on the tokens that are learned: the response mask, less left-out answers
+    loss_mask: torch.Tensor
+    importance: torch.Tensor  # [B, R] fp32, weight of each token's policy loss, usually 1
     logprobs: torch.Tensor  # [B, R] fp32, of the sampled tokens under the policy that sampled them
-    ref_logprobs: torch.Tensor  # [B, R] fp32
+    ref_logprobs: torch.Tensor  # [B, R] fp32 (those of the policy without a reference)
     values: torch.Tensor  # [B, R] fp32, the critic's before the update (zeros without a critic)
     rewards: torch.Tensor  # [B, R] fp32, score on the last answer token plus the KL penalty
     advantages: torch.Tensor  # [B, R] fp32, whitened if asked

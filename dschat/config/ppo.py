@@ -9,6 +9,7 @@ from dschat.config.group_checks import (
     schedule_problems,
 )
 from dschat.config.options import LoraOptions, SystemOptions
+from dschat.config.ppo_objective import PPOObjective, objective_problems
 from dschat.config.ppo_options import (
     MODEL_FOLDERS,
     PPOAlgorithm,
@@ -48,6 +49,7 @@ class PPOConfig:
     system: PPOSystem
     sampling: PPOSampling
     ppo: PPOAlgorithm
+    objective: PPOObjective
     run: PPORun
 
     @property
@@ -101,6 +103,11 @@ class PPOConfig:
         return self.ppo.advantage_estimator == "gae"
 
     @property
+    def has_reference(self) -> bool:
+        """Whether a reference model is built and read, for the KL."""
+        return self.ppo.kl_coef > 0
+
+    @property
     def reward_models(self) -> list[str]:
         """Folders or hub ids of the reward models; empty if all rewards are functions."""
         if self.model.reward_model_name_or_path or self.model.reward_fn:
@@ -110,7 +117,11 @@ class PPOConfig:
     @property
     def shares_reference(self) -> bool:
         """Whether the reference is the actor with its adapters off."""
-        return self.system.share_reference and self.actor_lora.only_optimize_lora
+        return (
+            self.has_reference
+            and self.system.share_reference
+            and self.actor_lora.only_optimize_lora
+        )
 
     @property
     def shares_reward(self) -> bool:
@@ -156,6 +167,12 @@ class PPOConfig:
         found += self._system_problems()
         found += self._reward_problems()
         found += self._algorithm_problems()
+        found += objective_problems(
+            self.objective,
+            self.ppo,
+            max_answer_tokens=self.data.max_answer_seq_len,
+            hybrid_engine=self.system.enable_hybrid_engine,
+        )
         found += self._sampling_problems()
         found += in_range("--ema_decay", self.model.ema_decay, 0.0, 1.0)
         found += at_least("--unsup_coef", self.data.unsup_coef, 0)

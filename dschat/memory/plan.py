@@ -160,7 +160,9 @@ def _plan_ppo(config: PPOConfig, *, world_size: int, dtype: str) -> StepPlan:
     scored = loss_bytes(rows * (answer + 1) * actor.vocab, width=width, sliced=True, backward=False)
     group = _group_size(config)
     prompts = inference_bytes(actor, tokens=group * decoded * prompt, width=width, split=group)
-    exact_kl = kl_bytes(held * (answer + 1) * actor.vocab, width=width)
+    exact_kl = 0.0
+    if config.has_reference:
+        exact_kl = kl_bytes(held * (answer + 1) * actor.vocab, width=width)
     critic = models.get("critic")
     parts = {
         "build": sum_parts(
@@ -279,7 +281,7 @@ def _ppo_models(config: PPOConfig, *, world_size: int, dtype: str) -> tuple[dict
     own = size_of(actor, flags[0], lora=config.actor_lora, system=config.actor_system, role="actor")
     sizes = {"actor": own}
     models = {"actor": trained(own, config.actor_system, average=options.enable_ema)}
-    if not config.shares_reference:
+    if config.has_reference and not config.shares_reference:
         # In int8 if the actor is.
         packed = {name: getattr(own, name) for name in ("int8", "scales", "largest_int8")}
         sizes["reference"] = replace(size_of(actor, flags[0]), **packed)

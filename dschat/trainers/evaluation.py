@@ -18,17 +18,19 @@ class PolicyEvaluation:
     """One sampled answer to each of N held-out prompts."""
 
     scores: torch.Tensor  # [N] of the reward, before division by its spread
-    kl: torch.Tensor  # [N] exact KL(policy || reference) summed over the answer, nats
+    # [N] exact KL(policy || reference) summed over the answer, nats; None without a reference
+    kl: torch.Tensor | None
     lengths: torch.Tensor  # [N] int64, tokens with the closing EOS
     ended: torch.Tensor  # [N] bool
     tokens: torch.Tensor  # [N, R] int64; arbitrary after lengths
 
     def summary(self) -> dict[str, float]:
         """Return means, the scores' standard deviation, and the share of answers with an EOS."""
+        kl = {} if self.kl is None else {"eval/kl": self.kl.mean().item()}
         return {
             "eval/score": self.scores.mean().item(),
             "eval/score_sd": self.scores.std().item(),
-            "eval/kl": self.kl.mean().item(),
+            **kl,
             "eval/length": self.lengths.double().mean().item(),
             "eval/eos_rate": self.ended.double().mean().item(),
         }
@@ -112,7 +114,7 @@ class PolicyEvaluator:
                 unused = self.generation.max_new_tokens - answers.tokens.shape[1]
                 columns = (
                     self.rewards(answers),
-                    exact_kl(engines, answers),
+                    self._kl(answers),
                     answers.response_mask.sum(-1),
                     answers.ended.long(),
                     torch.nn.functional.pad(answers.tokens, (0, unused)),
@@ -122,7 +124,15 @@ class PolicyEvaluator:
         scores, kl, lengths, ended, tokens = (
             dist.gather_rows(torch.cat(column), num_rows).cpu() for column in zip(*parts)
         )
+        if engines.ref is None:
+            kl = None
         return PolicyEvaluation(scores, kl, lengths, ended.bool(), tokens)
+
+    def _kl(self, answers) -> torch.Tensor:
+        """Return the exact KL of each answer [B], zeros without a reference."""
+        if self.engines.ref is None:
+            return torch.zeros(len(answers.ended), device=answers.ended.device)
+        return exact_kl(self.engines, answers)
 
     def _write(self, result: PolicyEvaluation, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -135,7 +145,7 @@ class PolicyEvaluator:
                         result.tokens[i, :length], skip_special_tokens=True
                     ),
                     "score": result.scores[i].item(),
-                    "kl": result.kl[i].item(),
+                    **({} if result.kl is None else {"kl": result.kl[i].item()}),
                     "length": length,
                     "ended": bool(result.ended[i]),
                 }

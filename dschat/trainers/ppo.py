@@ -10,9 +10,15 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from dschat.algorithms.kl import KLController
+from dschat.algorithms.kl import KLController, kl_estimate
 from dschat.algorithms.logprobs import token_logprobs
-from dschat.algorithms.losses import lm_loss_rows, policy_loss, value_loss
+from dschat.algorithms.losses import (
+    aggregation_count,
+    aggregation_weights,
+    lm_loss_rows,
+    policy_loss,
+    value_loss,
+)
 from dschat.algorithms.masks import masked_sum
 from dschat.algorithms.types import Experience, PromptBatch, TextBatch
 from dschat.checkpoint.run_state import SavedState
@@ -30,9 +36,11 @@ from dschat.trainers.rollout import (
     answer_logits,
     answer_values,
     concatenate,
+    correct_importance,
     generate,
     make_experience,
     sampling_config,
+    scale_by_batch,
     trim,
     whiten,
 )
@@ -82,6 +90,7 @@ class DeepSpeedPPOTrainer:
             num_samples=config.batch.num_samples_per_prompt,
         )
         self.kl = KLController(config.ppo.kl_coef, config.ppo.kl_target, config.ppo.kl_horizon)
+        self._rollout_kl_coef = self.kl.coef  # of the rollout that is learned from
         # The average starts from the master weights, which an evaluation may have left in host
         # memory.
         engines.train()
@@ -147,7 +156,12 @@ class DeepSpeedPPOTrainer:
                 for piece, batch in zip(pieces, answers, strict=True)
             ]
         )
+        if self.config.objective.importance_correction != "none":
+            pieces, weights = correct_importance(pieces, answers, self.config.objective)
+            gap |= weights
         experience = concatenate(pieces, pad_token_id=self.pad_token_id)
+        if self.config.objective.advantage_scale == "batch":
+            experience = scale_by_batch(experience)
         ended = torch.cat([batch.ended for batch in answers])
         metrics = rollout_metrics(
             experience,
@@ -155,10 +169,12 @@ class DeepSpeedPPOTrainer:
             score_std=self.score_std,
             reward_clip=self.config.ppo.reward_clip,
             has_critic=self.config.has_critic,
+            has_reference=self.config.has_reference,
         )
-        metrics["kl_coef"] = self.kl.coef
+        metrics["kl_coef"] = self._rollout_kl_coef = self.kl.coef
         self._check_rollout(metrics)
-        self.kl.update(metrics["objective/kl"], len(ended) * dist.world_size())
+        if self.config.has_reference:
+            self.kl.update(metrics["objective/kl"], len(ended) * dist.world_size())
         is_whitened = self.config.ppo.advantage_estimator in WHITENED_ESTIMATORS
         if is_whitened and self.config.ppo.whiten_advantages:
             experience = whiten(experience)
@@ -203,7 +219,11 @@ class DeepSpeedPPOTrainer:
         Raises:
             ValueError: a loss is not finite; the weights are as before.
         """
-        tokens = dist.all_reduce(torch.stack([batch.response_mask.sum() for batch in window]).sum())
+        counts = [
+            torch.stack([batch.loss_mask.sum(), self._policy_count(batch)]) for batch in window
+        ]
+        # At least 1: --mask_truncated may leave nothing to learn, and the losses are 0 then.
+        tokens, policy_count = dist.all_reduce(torch.stack(counts).sum(0)).clamp(min=1)
         # DeepSpeed averages gradients over ranks and divides by the accumulation steps; undo both.
         undo = dist.world_size() * len(window)
         actor, critic = self.engines.actor, self.engines.critic
@@ -215,14 +235,15 @@ class DeepSpeedPPOTrainer:
             if actor in learning:
                 loss, sums, ratio_max = self._actor_loss(batch)
                 _add(losses, "policy", loss)
-                self._backward_actor(loss * undo / tokens, totals, losses, undo)
-                totals.add(sums, batch.response_mask.sum(), ratio_max)
+                self._backward_actor(loss * undo / policy_count, totals, losses, undo)
+                totals.add({"policy/loss": loss}, self._policy_count(batch))
+                totals.add(sums, batch.loss_mask.sum(), ratio_max)
                 approx_kl += sums["policy/approx_kl"]
             if critic is not None:
                 loss, sums = self._critic_loss(batch)
                 _add(losses, "value", loss)
                 critic.backward(loss * undo / tokens)
-                totals.add(sums, batch.response_mask.sum())
+                totals.add(sums, batch.loss_mask.sum())
             if number < len(window):
                 for engine in learning:
                     engine.step()
@@ -291,23 +312,43 @@ class DeepSpeedPPOTrainer:
         logprobs, entropy = token_logprobs(
             logits, tokens, temperature=self.config.sampling.temperature
         )
+        ppo = self.config.ppo
+        options = self.config.objective
+        mask = batch.loss_mask
+        weights = aggregation_weights(mask, options.loss_aggregation)
+        importance = batch.importance if options.importance_correction != "none" else None
         loss, stats = policy_loss(
             logprobs,
             batch.logprobs,
             batch.advantages,
-            batch.response_mask,
-            cliprange=self.config.ppo.cliprange,
+            mask,
+            cliprange=ppo.cliprange,
+            cliprange_high=options.cliprange_high,
+            dual_clip=options.dual_clip,
+            cispo=options.cispo,
+            ratio_level=options.ratio_level,
+            weights=product(weights, importance),
         )
-        entropy_sum = masked_sum(entropy, batch.response_mask)
-        if self.config.ppo.entropy_coef:
-            loss = loss - self.config.ppo.entropy_coef * entropy_sum
+        if ppo.entropy_coef:
+            loss = loss - ppo.entropy_coef * masked_sum(product(entropy, weights), mask)
         sums = {
-            "policy/loss": loss,
             "policy/clipfrac": stats["clipped"],
             "policy/approx_kl": stats["approx_kl"],
-            "objective/entropy": entropy_sum,
+            "objective/entropy": masked_sum(entropy, mask),
         }
+        if options.kl_in == "loss":
+            kl = kl_estimate(logprobs, batch.ref_logprobs, ppo.kl_estimator)
+            loss = loss + self._rollout_kl_coef * masked_sum(product(kl, weights), mask)
+            sums["policy/kl_loss"] = masked_sum(kl, mask)
         return loss, sums, stats["ratio_max"]
+
+    def _policy_count(self, batch: Experience) -> torch.Tensor:
+        """Return the number that divides the sum of a micro-batch's policy losses."""
+        return aggregation_count(
+            batch.loss_mask,
+            self.config.objective.loss_aggregation,
+            max_length=self.config.data.max_answer_seq_len,
+        )
 
     def _critic_loss(self, batch: Experience) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         num_tokens = batch.response_mask.shape[1]
@@ -318,7 +359,7 @@ class DeepSpeedPPOTrainer:
             values,
             batch.values,
             batch.returns,
-            batch.response_mask,
+            batch.loss_mask,
             cliprange_value=self.config.ppo.cliprange_value,
         )
         return loss, {"value/loss": loss, "value/clipfrac": stats["clipped"]}
@@ -331,7 +372,7 @@ class DeepSpeedPPOTrainer:
                 "--min_answer_len, or check what --actor_model_name_or_path was trained to answer "
                 "to such prompts."
             )
-        if not abs(metrics["objective/kl"]) < float("inf"):
+        if self.config.has_reference and not abs(metrics["objective/kl"]) < float("inf"):
             raise ValueError(
                 f"Rollout {number}: the KL to the reference is {metrics['objective/kl']}. Lower "
                 "--actor_learning_rate or raise --kl_coef; instead of --dtype fp16, take bf16 or "
@@ -351,3 +392,10 @@ class DeepSpeedPPOTrainer:
 def _add(losses: dict[str, torch.Tensor], name: str, loss: torch.Tensor) -> None:
     """Add the loss of a micro-batch to the sum called `name`."""
     losses[name] = losses.get(name, 0.0) + loss.detach().double()
+
+
+def product(values: torch.Tensor | None, weights: torch.Tensor | None) -> torch.Tensor | None:
+    """Return the product of both, or the one that is there; None stands for 1 everywhere."""
+    if values is None:
+        return weights
+    return values if weights is None else values * weights

@@ -15,6 +15,7 @@ def rollout_metrics(
     score_std: float,
     reward_clip: float,
     has_critic: bool,
+    has_reference: bool = True,
 ) -> dict[str, float]:
     """Return statistics of one rollout. Advantages must not be whitened yet.
 
@@ -24,6 +25,7 @@ def rollout_metrics(
         score_std: divisor of the scores before the clip.
         reward_clip: the clip.
         has_critic: whether to add statistics of the values.
+        has_reference: whether to add the KL to the reference.
     """
     mask = experience.response_mask
     lengths = mask.sum(-1).double()
@@ -54,6 +56,8 @@ def rollout_metrics(
         "advantage/mean": advantage_mean.item(),
         "advantage/std": advantage_std.item(),
     }
+    if not has_reference:
+        del metrics["objective/kl"]
     if has_critic:
         metrics["value/mean"] = (value_sum / advantages[0]).item()
         metrics["value/explained_variance"] = explained_variance(value_sums)
@@ -143,7 +147,7 @@ class UpdateTotals:
         """Return per-token means over all ranks, and a rank's number of micro-batches per model."""
         reduced = dist.all_reduce(torch.stack([*self._sums.values(), *self._tokens.values()]))
         sums, tokens = reduced.chunk(2)
-        means = dict(zip(self._sums, (sums / tokens).tolist()))
+        means = dict(zip(self._sums, (sums / tokens.clamp(min=1)).tolist()))
         if self._ratio_max is not None:
             means["policy/ratio_max"] = dist.all_reduce(self._ratio_max, "max").item()
         for name in ("policy", "value"):

@@ -113,7 +113,7 @@ def _speed(
     roles = (("policy", engines.actor), ("value", engines.critic))
     flops = rollout_flops(
         generated=[engines.actor.module],
-        scored=[engine.module for engine in (*engines.trained, engines.ref, *engines.rewards)],
+        scored=[engine.module for engine in (*engines.trained, *engines.frozen)],
         trained=[
             (engine.module, values.get(f"{name}/micro_batches", 0.0) / one_pass)
             for name, engine in roles
@@ -141,13 +141,16 @@ def _pipeline_tags(values: dict[str, float]) -> dict[str, float]:
 
 def _progress_fields(values: dict[str, float]) -> dict[str, str]:
     """Return the fields of the progress line."""
+    kl = {}
+    if "objective/kl" in values:
+        kl["KL"] = f"{values['objective/kl']:.2f}"
     critic = {}
     if "value/explained_variance" in values:
         critic["ev"] = f"{values['value/explained_variance']:.2f}"
     seconds = [f"{values[f'time/{phase}_s']:.1f}" for phase in ("generate", "score", "train")]
     return {
         "score": f"{values['objective/score']:.3f}",
-        "KL": f"{values['objective/kl']:.2f}",
+        **kl,
         "len": f"{values['response/length_mean']:.1f}",
         **critic,
         "s gen/score/train": "/".join(seconds),

@@ -59,7 +59,7 @@ class DeepSpeedRLHFEngine:
     Actor and reference start from the SFT model. The critic starts from
     --critic_model_name_or_path, which is also the reward model unless others are named. The critic
     is built last, by ``build_critic``: its head is scaled by the spread of the rewards, which the
-    other models give. Critic-free estimators build none.
+    other models give. Critic-free estimators build none. --kl_coef 0 builds no reference.
     """
 
     def __init__(self, config: PPOConfig, *, tokenizer, dtype: str, total_steps: int):
@@ -78,7 +78,10 @@ class DeepSpeedRLHFEngine:
         path = config.model.actor_model_name_or_path
         source = ModelSource(load_causal_lm, path, "--actor_model_name_or_path", tokenizer)
         self.actor = self._build_actor(source)
-        if config.shares_reference:
+        self.ref = None
+        if not config.has_reference:
+            self._say_what_no_reference_saves()
+        elif config.shares_reference:
             self.ref = AdaptersOff(self.actor)
         else:
             self.ref = self._build_reference(source)
@@ -129,6 +132,11 @@ class DeepSpeedRLHFEngine:
         """The engines that are trained."""
         return [engine for engine in (self.actor, self.critic) if engine is not None]
 
+    @property
+    def frozen(self) -> list:
+        """The engines that are not trained: the reference, if there is one, and the rewards."""
+        return [engine for engine in (self.ref, *self.rewards) if engine is not None]
+
     def eval(self) -> None:
         """Switch all engines to evaluation.
 
@@ -139,7 +147,7 @@ class DeepSpeedRLHFEngine:
                 if engine not in self._offloaded:
                     offload_idle_states(engine, pin_memory=self._config.system.pin_memory)
                     self._offloaded.append(engine)
-        for engine in (*self.trained, self.ref, *self.rewards):
+        for engine in (*self.trained, *self.frozen):
             engine.eval()
 
     def train(self) -> None:
@@ -252,6 +260,15 @@ class DeepSpeedRLHFEngine:
             lora_names=lora_names,
             lora_learning_rate=options.lora.lora_learning_rate,
             compile_layers=system.compile_layers and not system.enable_mixed_precision_lora,
+        )
+
+    def _say_what_no_reference_saves(self) -> None:
+        parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self.actor.module.parameters())
+        size = parameters * TORCH_DTYPES[self.dtype].itemsize / 2**30
+        logger.info(
+            f"--kl_coef 0: no reference model is built. That saves {size:.2f} GiB of weights "
+            "(divided by the ranks under ZeRO-3) and a forward of each rollout. The KL is not "
+            "measured; to measure it, give --kl_coef 1e-9."
         )
 
     def _build_reference(self, source: ModelSource):

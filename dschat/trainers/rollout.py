@@ -6,12 +6,21 @@ import torch
 import torch.nn.functional as F
 from transformers import GenerationConfig
 
-from dschat.algorithms.advantages import gae, group_advantages, shape_rewards
+from dschat.algorithms.advantages import (
+    batch_scaled,
+    gae,
+    group_advantages,
+    length_adaptive_lam,
+    overlong_penalty,
+    shape_rewards,
+)
+from dschat.algorithms.importance import importance_weights
 from dschat.algorithms.kl import kl_estimate
 from dschat.algorithms.logprobs import full_kl, token_logprobs
 from dschat.algorithms.masks import last_index, masked_whiten, moments, response_mask
 from dschat.algorithms.types import Experience, PromptBatch
 from dschat.config.ppo import PPOConfig
+from dschat.config.ppo_objective import PPOObjective
 from dschat.config.ppo_options import PPOSampling
 from dschat.generation.decoding import Decoded
 from dschat.models.forward import forward_logits
@@ -161,44 +170,36 @@ def make_experience(
         score_std: divisor of the scores, before they are clipped.
         kl_coef: weight of the KL penalty.
     """
-    ppo = config.ppo
-    temperature = config.sampling.temperature
     mask = answers.response_mask
     inputs = (answers.input_ids, answers.attention_mask, answers.tokens.shape[1])
     engines.eval()
     with torch.no_grad():
         # The logits of one model at a time: those of both would be the memory peak.
-        logprobs, _ = token_logprobs(
-            answer_logits(engines.actor, *inputs), answers.tokens, temperature=temperature
-        )
-        ref_logprobs, _ = token_logprobs(
-            answer_logits(engines.ref, *inputs), answers.tokens, temperature=temperature
-        )
+        logprobs = _sampled_logprobs(engines.actor, answers, config.sampling.temperature)
+        ref_logprobs = logprobs
+        if config.has_reference:
+            ref_logprobs = _sampled_logprobs(engines.ref, answers, config.sampling.temperature)
         zeros = torch.zeros_like(logprobs)
         values = answer_values(engines.critic, *inputs) if config.has_critic else zeros
-        kl = kl_estimate(logprobs, ref_logprobs, ppo.kl_estimator)
+        kl = kl_estimate(logprobs, ref_logprobs, config.ppo.kl_estimator)
         rewards = shape_rewards(
             scores / score_std,
             kl,
             mask,
-            kl_coef=kl_coef,
-            reward_clip=ppo.reward_clip,
-            penalties=ppo.missing_eos_penalty * (~answers.ended).to(kl.dtype),
+            kl_coef=kl_coef if config.objective.kl_in == "reward" else 0.0,
+            reward_clip=config.ppo.reward_clip,
+            penalties=_answer_penalties(answers, config).to(kl.dtype),
         )
-        if config.has_critic:
-            advantages, returns = gae(rewards, values, mask, gamma=ppo.gamma, lam=ppo.lam)
-        else:
-            advantages = returns = group_advantages(
-                rewards,
-                mask,
-                estimator=ppo.advantage_estimator,
-                num_samples=config.batch.num_samples_per_prompt,
-                gamma=ppo.gamma,
-            )
+        advantages, returns = _advantages(rewards, values, mask, config)
+    loss_mask = mask
+    if config.objective.mask_truncated:
+        loss_mask = mask & answers.ended[:, None]
     return Experience(
         input_ids=answers.input_ids,
         attention_mask=answers.attention_mask,
         response_mask=mask,
+        loss_mask=loss_mask,
+        importance=torch.ones_like(zeros),
         logprobs=torch.where(mask, logprobs, zeros),
         ref_logprobs=torch.where(mask, ref_logprobs, zeros),
         values=torch.where(mask, values, zeros),
@@ -209,12 +210,103 @@ def make_experience(
     )
 
 
+def _sampled_logprobs(engine, answers: SampledAnswers, temperature: float) -> torch.Tensor:
+    """Return the logprobs [B, R] of the answers' tokens under the model inside `engine`."""
+    num_tokens = answers.tokens.shape[1]
+    logits = answer_logits(engine, answers.input_ids, answers.attention_mask, num_tokens)
+    return token_logprobs(logits, answers.tokens, temperature=temperature)[0]
+
+
+def _answer_penalties(answers: SampledAnswers, config: PPOConfig) -> torch.Tensor:
+    """Return what is subtracted from each score [B]: for a missing end, and for length."""
+    options = config.objective
+    missing = config.ppo.missing_eos_penalty * (~answers.ended).float()
+    return missing + overlong_penalty(
+        answers.response_mask.sum(-1),
+        max_length=config.data.max_answer_seq_len,
+        buffer=options.overlong_buffer,
+        penalty=options.overlong_penalty,
+    )
+
+
+def _advantages(
+    rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, config: PPOConfig
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return advantages and returns [B, R], by the run's estimator."""
+    ppo = config.ppo
+    options = config.objective
+    if not config.has_critic:
+        advantages = group_advantages(
+            rewards,
+            mask,
+            estimator=ppo.advantage_estimator,
+            num_samples=config.batch.num_samples_per_prompt,
+            gamma=ppo.gamma,
+            scale=options.advantage_scale,
+        )
+        return advantages, advantages
+    lam: float | torch.Tensor = ppo.lam
+    if options.lam_alpha is not None:
+        lam = length_adaptive_lam(mask.sum(-1), alpha=options.lam_alpha)
+    advantages, returns = gae(rewards, values, mask, gamma=ppo.gamma, lam=lam)
+    if options.critic_lam is not None:
+        _, returns = gae(rewards, values, mask, gamma=ppo.gamma, lam=options.critic_lam)
+    return advantages, returns
+
+
+def correct_importance(
+    pieces: list[Experience], answers: list[SampledAnswers], options: PPOObjective
+) -> tuple[list[Experience], dict[str, float]]:
+    """Weight tokens by what the trainer computes over what the generator computed.
+
+    Args:
+        pieces: the experience of each batch of answers.
+        answers: the batches, with the generator's log-probabilities.
+        options: the objective.
+
+    Returns:
+        The pieces with their weights, and metrics over all ranks: "rollout/importance_mean" and
+        "_max" of the weights before the bound, "_ess" (their effective sample size, as a share of
+        the tokens), and "_bounded" (share of tokens whose weight was changed).
+    """
+    corrected = []
+    sums = []
+    largest = []
+    for piece, batch in zip(pieces, answers, strict=True):
+        weights, stats = importance_weights(
+            piece.logprobs,
+            batch.sampled_logprobs,
+            piece.response_mask,
+            correction=options.importance_correction,
+            level=options.importance_level,
+            cap=options.importance_cap,
+        )
+        corrected.append(replace(piece, importance=weights))
+        tokens = piece.response_mask.sum().double()
+        sums.append(torch.stack([tokens, stats["sum"], stats["squares"], stats["bounded"]]))
+        largest.append(stats["max"])
+    tokens, total, squares, bounded = dist.all_reduce(torch.stack(sums).sum(0)).tolist()
+    return corrected, {
+        "rollout/importance_mean": total / tokens,
+        "rollout/importance_max": dist.all_reduce(torch.stack(largest).max(), "max").item(),
+        "rollout/importance_ess": total * total / (tokens * squares),
+        "rollout/importance_bounded": bounded / tokens,
+    }
+
+
+def scale_by_batch(experience: Experience) -> Experience:
+    """Divide advantages by the standard deviation of all answers' rewards, over all ranks."""
+    totals = experience.rewards.sum(-1)
+    everything = dist.all_reduce(moments(totals, torch.ones_like(totals)))
+    return replace(experience, advantages=batch_scaled(experience.advantages, everything))
+
+
 def whiten(experience: Experience) -> Experience:
-    """Normalize advantages to mean 0 and standard deviation 1 over answer tokens of all ranks."""
-    totals = dist.all_reduce(moments(experience.advantages, experience.response_mask))
+    """Normalize advantages to mean 0 and deviation 1 over the learned tokens of all ranks."""
+    totals = dist.all_reduce(moments(experience.advantages, experience.loss_mask))
     return replace(
         experience,
-        advantages=masked_whiten(experience.advantages, experience.response_mask, totals),
+        advantages=masked_whiten(experience.advantages, experience.loss_mask, totals),
     )
 
 

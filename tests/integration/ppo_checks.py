@@ -161,7 +161,8 @@ def fixed_rollout(
     tensors["input_ids"] = torch.where(
         live, tensors["input_ids"], torch.full_like(tensors["input_ids"], fill)
     )
-    return Experience(**tensors)
+    mask = tensors["response_mask"]
+    return Experience(loss_mask=mask, importance=mask.float(), **tensors)
 
 
 def gradient_descent(model, **_) -> torch.optim.Optimizer:
