@@ -185,7 +185,7 @@ class HybridEngine(Generator):
 
     def _build_graphs(self, compiled: bool, max_rows: int, max_length: int) -> None:
         """Set up decoding by CUDA graphs, unless the model does not support it."""
-        reason = takes_graphs(self.replica.model)
+        reason = takes_graphs(self.replica.model, windows=self.slots > 0)
         if reason is not None:
             logger.warning(
                 f"Hybrid Engine: no CUDA graphs for {type(self.engine.module).__name__}, since "

@@ -10,7 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from transformers import DynamicCache, GenerationConfig
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+)
 
 from dschat.generation.kernels import attention
 from dschat.generation.sampling import Agree, Sampler, keep_tokens
@@ -177,11 +182,20 @@ def length_groups(attention_mask: torch.Tensor) -> Iterator[torch.Tensor]:
 
 
 def prefill(
-    model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor
+    model: nn.Module,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    *,
+    whole: bool = False,
 ) -> tuple[torch.Tensor, Cache]:
     """Return logits [n, V] of the last position and a cache of the prompts [n, P].
 
     Columns that are padding in all rows are left out.
+
+    Args:
+        model: the module.
+        input_ids, attention_mask: [n, P].
+        whole: cache all positions in layers with a sliding window, too.
     """
     start = int(attention_mask.argmax(-1).min())
     input_ids, attention_mask = input_ids[:, start:], attention_mask[:, start:]
@@ -190,7 +204,7 @@ def prefill(
         inputs["position_ids"] = position_ids_from_mask(attention_mask)
     if forward_takes(model, "logits_to_keep"):
         inputs["logits_to_keep"] = 1
-    cache = DynamicCache(config=model.config)
+    cache = DynamicCache() if whole else DynamicCache(config=model.config)
     return model(**inputs, **{cache_argument(model): cache}).logits[:, -1], cache
 
 
@@ -202,12 +216,43 @@ def has_plain_cache(model: nn.Module) -> bool:
     return all(type(layer) is DynamicLayer for layer in layers)
 
 
-def takes_graphs(model: nn.Module) -> str | None:
-    """Return None if a GraphDecoder can run `model`, else the reason why not."""
+def cache_problem(model: nn.Module) -> str | None:
+    """Return None if keys and values of whole texts are all that `model` caches, else what more.
+
+    Sliding windows are allowed: they hide positions that a cache may hold.
+    """
+    config = model.config.get_text_config()
+    layers = DynamicCache(config=model.config).layers
+    if any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers):
+        return "its cache holds recurrent or other states"
+    kinds = set(getattr(config, "layer_types", None) or [])
+    if not kinds <= {"full_attention", "sliding_attention"}:
+        return "its attention has other kinds of layers"
+    if getattr(config, "num_kv_shared_layers", None):
+        return "its layers share keys and values"
+    return None
+
+
+def sliding_window(model: nn.Module) -> int | None:
+    """Return how many positions layers with a sliding window attend to; None: no layer has one."""
+    layers = DynamicCache(config=model.config).layers
+    sizes = {layer.sliding_window for layer in layers if type(layer) is DynamicSlidingWindowLayer}
+    return min(sizes) if sizes else None
+
+
+def takes_graphs(model: nn.Module, *, windows: bool = False) -> str | None:
+    """Return None if captured steps can run `model`, else the reason why not.
+
+    Args:
+        model: the module.
+        windows: the decoder knows sliding windows.
+    """
     if attention.triton is None:
         return "Triton is not installed"
-    if not has_plain_cache(model):
+    if not has_plain_cache(model) and not (windows and cache_problem(model) is None):
         return "its cache has sliding windows or other states"
+    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
+        return "its attention caps its scores"
     if not getattr(model, "_supports_sdpa", False):
         return "its attention cannot be exchanged"
     if has_length_dependent_rope(model):
@@ -225,19 +270,27 @@ def has_length_dependent_rope(model: nn.Module) -> bool:
 
 
 def decode_step(
-    model: nn.Module, tokens: torch.Tensor, mask: torch.Tensor, cache: Cache
+    model: nn.Module,
+    tokens: torch.Tensor,
+    mask: torch.Tensor | dict[str, torch.Tensor],
+    cache: Cache,
+    positions: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return logits [N, V] after one more token of each row.
 
     Args:
         model: the module.
         tokens: [N], the newest tokens.
-        mask: [N, T], the attention mask of the texts with these tokens.
+        mask: [N, T], the attention mask of the texts with these tokens, or what else the model
+            takes as a mask.
         cache: keys and values of the texts before them; receives theirs.
+        positions: [N, 1], position ids of these tokens; None: they follow from the mask.
     """
     inputs = dict(input_ids=tokens[:, None], attention_mask=mask, use_cache=True)
     if takes_position_ids(model):
-        inputs["position_ids"] = (mask.sum(-1, keepdim=True) - 1).clamp(min=0)
+        if positions is None:
+            positions = (mask.sum(-1, keepdim=True) - 1).clamp(min=0)
+        inputs["position_ids"] = positions
     return model(**inputs, **{cache_argument(model): cache}).logits[:, -1]
 
 
@@ -312,9 +365,10 @@ def eager_decode(
         )
         cache.start(rows=num_rows, filled=num_prompt)
     else:
+        # The masks of later steps continue from the columns that the prefill reads.
+        start = int(mask.argmax(-1).min())
+        texts, mask = texts[:, start:], mask[:, start:]
         logits, cache = prefill(model, texts, mask)
-        # The prefill left out the columns that all pad; its masks continue from there.
-        texts, mask = texts[:, -cache.get_seq_length() :], mask[:, -cache.get_seq_length() :]
     tokens = texts.new_full((num_rows, num_new), generation.pad_token_id)
     logprobs = torch.zeros(num_rows, num_new, device=texts.device)
     rows = torch.arange(num_rows, device=texts.device)

@@ -21,7 +21,7 @@ from dschat.generation.decoding import (
 from dschat.generation.kernels import attention
 from dschat.generation.kernels.linear import plain_products, use_plain_linears, use_skinny_linears
 from dschat.generation.sampling import Sampler, keep_tokens
-from dschat.generation.slots import FREE, ResponseQueue, SlotDecoder, SlotState
+from dschat.generation.slots import FREE, ResponseQueue, SlotDecoder, SlotState, by_layer
 from dschat.generation.tensor_parallel import TensorGroup
 from dschat.models.forward import takes_position_ids
 from dschat.models.structure import cache_argument, decoder_layers
@@ -161,7 +161,10 @@ class GraphSlotDecoder(SlotDecoder):
     def _logits(self, rows: int) -> torch.Tensor:
         """Return the logits [rows, V] after the newest tokens, by the kernel that takes bounds."""
         s = self.state
-        inputs = dict(input_ids=s.token[:rows], attention_mask=s.bounds[:rows], use_cache=True)
+        bounds = s.bounds[:rows]
+        if self.window is not None:
+            bounds = by_layer(self.model, bounds, bounds)  # attention_forward knows its window
+        inputs = dict(input_ids=s.token[:rows], attention_mask=bounds, use_cache=True)
         if takes_position_ids(self.model):
             inputs["position_ids"] = s.positions[:rows]
         logits = self.model(**inputs, **{cache_argument(self.model): self.cache}).logits[:, -1]

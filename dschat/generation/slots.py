@@ -23,10 +23,11 @@ from dschat.generation.decoding import (
     POLL_STEPS,
     Decoded,
     SlotCache,
+    cache_problem,
     decode_step,
     has_length_dependent_rope,
-    has_plain_cache,
     prefill,
+    sliding_window,
 )
 from dschat.generation.sampling import Agree, Sampler, keep_tokens, row_noise
 
@@ -160,13 +161,30 @@ class ResponseQueue:
 
 def takes_slots(model: nn.Module, generation: GenerationConfig) -> str | None:
     """Return None if a SlotDecoder can run `model` with these settings, else the reason."""
-    if not has_plain_cache(model):
-        return "its cache has sliding windows or other states"
+    problem = cache_problem(model)
+    if problem is not None:
+        return problem
     if has_length_dependent_rope(model):
         return "its rotary embedding depends on the longest text"
     if generation.repetition_penalty not in (None, 1.0):
         return "a repetition penalty reads whole batches"
     return None
+
+
+def additive(mask: torch.Tensor, model: nn.Module) -> torch.Tensor:
+    """Return a mask [n, T] as numbers to add to scores [n, 1, 1, T]: 0 where it is True."""
+    hidden = torch.finfo(model.dtype).min
+    zeros = torch.zeros(mask.shape, dtype=model.dtype, device=mask.device)
+    return zeros.masked_fill(~mask, hidden)[:, None, None]
+
+
+def by_layer(
+    model: nn.Module, full: torch.Tensor, sliding: torch.Tensor
+) -> torch.Tensor | dict[str, torch.Tensor]:
+    """Return the masks of full and sliding layers as a model with sliding windows takes them."""
+    if getattr(model.config.get_text_config(), "layer_types", None):
+        return {"full_attention": full, "sliding_attention": sliding}
+    return sliding  # all layers have the window
 
 
 class SlotDecoder:
@@ -182,6 +200,7 @@ class SlotDecoder:
         self.model = model
         self.slots = slots
         self.agree = agree
+        self.window = sliding_window(model)
         self.cache: SlotCache | None = None
         self.state: SlotState | None = None
         self.sampler: Sampler | None = None
@@ -296,7 +315,7 @@ class SlotDecoder:
         owners = [number // queue.copies for _, number in pairs]
         prompts = list(dict.fromkeys(owners))
         ids, masks = queue.batch(prompts)
-        logits, cache = prefill(self.model, ids, masks)
+        logits, cache = prefill(self.model, ids, masks, whole=True)
         device = ids.device
         slots, numbers = (torch.tensor(column, device=device) for column in zip(*pairs))
         rows = torch.tensor([prompts.index(owner) for owner in owners], device=device)
@@ -353,12 +372,26 @@ class SlotDecoder:
 
     def _logits(self, rows: int) -> torch.Tensor:
         """Return the logits [rows, V] after the newest tokens of the first slots."""
-        bounds = self.state.bounds[:rows, 0, 0].long()
+        s = self.state
+        bounds = s.bounds[:rows, 0, 0].long()
         width = int(bounds[:, 1].max())
-        places = torch.arange(width, device=bounds.device)
-        mask = (places >= bounds[:, :1]) & (places < bounds[:, 1:])
         self.cache.start(rows=rows, filled=width - 1, newest=bounds[:, 1] - 1)
-        return decode_step(self.model, self.state.token[:rows, 0], mask.long(), self.cache)
+        mask = self._masks(bounds, width)
+        return decode_step(self.model, s.token[:rows, 0], mask, self.cache, s.positions[:rows])
+
+    def _masks(self, bounds: torch.Tensor, width: int) -> torch.Tensor | dict[str, torch.Tensor]:
+        """Return the attention mask of slots with `bounds` [n, 2], as the model takes it.
+
+        transformers derives windows from the column of the newest token, which here differs from
+        slot to slot. So models with sliding windows get one mask for each kind of layer.
+        """
+        places = torch.arange(width, device=bounds.device)
+        first, end = bounds[:, :1], bounds[:, 1:]
+        mask = (places >= first) & (places < end)
+        if self.window is None:
+            return mask.long()
+        near = mask & (places >= end - self.window)
+        return by_layer(self.model, additive(mask, self.model), additive(near, self.model))
 
     def _sees_at_once(self) -> bool:
         """Return whether ``_finished`` knows the last step."""

@@ -74,14 +74,26 @@ def attention_forward(
         attention_mask: bounds [B, 1, 1, 2] int32 for a decode step (T = 1), else a mask as sdpa
             takes it. A decode step writes the key and value in `newest_token` to `key` and `value`.
         dropout, scaling: as sdpa takes them.
+        kwargs: sliding_window, positions that the newest token attends to, itself included; None
+            or absent: all.
 
     Returns:
         The output [B, T, H, D], and None for the attention weights.
+
+    Raises:
+        ValueError: the attention has options that the kernel does not know.
     """
     if attention_mask is None or attention_mask.dtype != torch.int32:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
+    for option in ("softcap", "s_aux"):
+        if kwargs.get(option) is not None:
+            raise ValueError(f"the decode kernel has no {option}")
+    window = kwargs.get("sliding_window")
+    if window is not None:
+        first, end = attention_mask.unbind(-1)
+        attention_mask = torch.stack([torch.maximum(first, end - window), end], dim=-1)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     new_key, new_value = newest_token.take()
     output = decode_attention(query, key, value, new_key, new_value, attention_mask, scale)
