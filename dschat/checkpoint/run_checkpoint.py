@@ -6,6 +6,7 @@ complete. The file `latest` names the newest.
 """
 
 import json
+import os
 import re
 import shutil
 import uuid
@@ -49,9 +50,18 @@ class Checkpoint:
             engines: by the name under which each was saved.
 
         Raises:
-            ValueError: another number of ranks saved it, and it cannot be converted.
+            ValueError: another number of ranks saved it, and it cannot be converted, or its folder
+                is not writable.
         """
         scratch = self.path.parent / f".{self.path.name}.universal"
+        converts = self.processes != dist.world_size() and any(
+            engine.zero_optimization_stage() for engine in engines.values()
+        )
+        if converts and not os.access(self.path.parent, os.W_OK | os.X_OK):
+            raise ValueError(
+                f"--resume {self.path}: another number of ranks saved it, it is converted in its "
+                f"folder, and {self.path.parent} is not writable. Copy it to a folder that is."
+            )
         for name, engine in engines.items():
             # Without ZeRO, every rank has the whole state.
             if self.processes == dist.world_size() or engine.zero_optimization_stage() == 0:

@@ -5,6 +5,7 @@ at the start and hands it to ``RunState``. The training loop takes its batches f
 reports every update (steps 1, 2 and DPO) or rollout (step 3).
 """
 
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -109,7 +110,7 @@ def find_checkpoint(config) -> Checkpoint | None:
     Raises:
         ValueError: --resume names no whole checkpoint, or one of a run with other flags; or
             --output_dir holds checkpoints, and --resume is missing or names one from elsewhere; or
-            ranks see different folders.
+            the folder of checkpoints is not writable; or ranks see different folders.
     """
     run = config.run
     if run.output_dir is None:
@@ -121,6 +122,12 @@ def find_checkpoint(config) -> Checkpoint | None:
             "out --save_interval and --resume: rank 0 alone writes the finished model."
         )
     root = checkpoint_root(run.output_dir)
+    is_locked = root.is_dir() and not os.access(root, os.W_OK | os.X_OK)
+    if dist.first_fault("not writable" if is_locked else ""):
+        raise ValueError(
+            f"--output_dir {run.output_dir}: its folder {root.name} is not writable. Make it "
+            "writable, or give another --output_dir."
+        )
     if run.resume is None:
         step = last_step(root)
         if step is not None:
@@ -192,6 +199,10 @@ class RunState:
         self.unit = unit_name(config)
         self.parts: dict[str, Stateful] = {}
         self.facts: dict = {}
+        # Hashes by flag, besides that of the training rows. Other texts are refused on resume,
+        # other programs are only reported: a reward may have been repaired.
+        self.texts: dict[str, str] = {}
+        self.programs: dict[str, str] = {}
         self.step = 0  # updates or rollouts that are done
         self._saved_step = 0  # `step` of the newest checkpoint
         self._restored: Checkpoint | None = None
@@ -216,6 +227,7 @@ class RunState:
         if checkpoint is None:
             return
         self._check_rows(checkpoint)
+        self._check_texts_and_programs(checkpoint)
         checkpoint.load_engines(self.engines)
         for name, part in self.parts.items():
             part.restore(SavedState(checkpoint, name))
@@ -302,6 +314,8 @@ class RunState:
             "data": getattr(self.loader.dataset, "items_digest", None),
             "window_rows": self._window_rows,
             "config": config_dict(self.config),
+            "texts": self.texts,
+            "programs": self.programs,
             **self.facts,
         }
         self.metrics.sync()
@@ -359,6 +373,29 @@ class RunState:
                 f"rows x {self.window} batches). Change the batch size or the number of batches "
                 f"to get {facts['window_rows']} again."
             )
+
+    def _check_texts_and_programs(self, checkpoint: Checkpoint) -> None:
+        """Check that other texts than the training rows are as before; report changed programs.
+
+        Checkpoints of earlier versions have no hashes: then nothing is checked.
+
+        Raises:
+            ValueError: texts have changed.
+        """
+        texts = checkpoint.facts.get("texts", {})
+        for flag, digest in self.texts.items():
+            if texts.get(flag, digest) != digest:
+                raise ValueError(
+                    f"--resume {self.config.run.resume}: the texts of {flag} have changed since. "
+                    "Give those of that run, or start a new run in another --output_dir."
+                )
+        programs = checkpoint.facts.get("programs", {})
+        for flag, digest in self.programs.items():
+            if programs.get(flag, digest) != digest and dist.is_main():
+                logger.warning(
+                    f"{flag}: its file has changed since {self.unit} {checkpoint.step}, from which "
+                    f"the run resumes. Later {self.unit}s use the new one."
+                )
 
 
 def _check_flags(config, checkpoint: Checkpoint) -> None:

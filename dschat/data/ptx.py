@@ -1,5 +1,6 @@
 """General text for the PTX loss of step 3: an endless stream of blocks of equal length."""
 
+import hashlib
 import logging
 import random
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,7 @@ from dschat.runtime.paths import user_path
 
 logger = logging.getLogger(__name__)
 
+HASHED_TEXTS = 10_000  # of a hub dataset, which may be too large to read in full
 FLAG = "--unsupervised_dataset_name"
 TEXT_TYPES = ("string", "large_string", "string_view", "null")  # "null": a set without any text
 
@@ -78,6 +80,7 @@ class PTXBatches:
         self.block_size = block_size
         self.rank = rank
         self.world_size = world_size
+        self.digest = _digest(texts)
         self._epoch = 0
         self._place = 0  # texts of the epoch that are read
         self._held: list[int] = []  # tokens of these that are in no batch yet
@@ -126,6 +129,17 @@ class PTXBatches:
         random.Random(f"ptx {self.seed} {epoch}").shuffle(order)
         # With fewer texts than ranks, each rank reads all of them.
         return order[self.rank :: self.world_size] if len(order) >= self.world_size else order
+
+
+def _digest(texts: Sequence[str]) -> str:
+    """Return a hash of the texts: of all of a file's, or of a sample of a hub dataset's."""
+    stride = 1 if isinstance(texts, list) else max(1, len(texts) // HASHED_TEXTS)
+    digest = hashlib.sha256(str(len(texts)).encode())
+    for i in range(0, len(texts), stride):
+        encoded = texts[i].encode("utf-8", errors="surrogatepass")
+        digest.update(f" {len(encoded)} ".encode())
+        digest.update(encoded)
+    return digest.hexdigest()
 
 
 def _load_local_texts(path: Path) -> list[str]:

@@ -67,8 +67,8 @@ def run_main(main: Callable[[], object]) -> None:
     """Run ``main()`` and exit 0; on a failure exit 1 and print the cause last.
 
     A ValueError is for the user to fix: only its message is shown. Other exceptions are shown with
-    their traceback. Under the ``deepspeed`` launcher the message is printed again after the
-    launcher's own lines.
+    their traceback, unless they only say that another rank has ended. Under the ``deepspeed``
+    launcher the message is printed again after the launcher's own lines.
     """
     set_up_logging()
     try:
@@ -82,13 +82,14 @@ def run_main(main: Callable[[], object]) -> None:
     except Stopped as stop:
         _fail(str(stop), status=stop.status, word="stopped")
     except Exception as error:
-        traceback.print_exc()
         words = str(error)
         # Messages of torch's collectives when another rank is gone.
         lost = any(
             word in words
             for word in ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
         )
+        if not lost or os.environ.get("DSCHAT_DEBUG"):
+            traceback.print_exc()
         if lost:
             # Print now: the launcher may end this rank while _fail waits for the other rank.
             first_line = words.splitlines()[0]

@@ -6,7 +6,7 @@ PromptBatch -> generate -> SampledAnswers -> rewards -> make_experience -> Exper
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 
@@ -20,9 +20,10 @@ from dschat.algorithms.losses import (
     value_loss,
 )
 from dschat.algorithms.masks import masked_sum
-from dschat.algorithms.types import Experience, PromptBatch, TextBatch
+from dschat.algorithms.types import Experience, PromptBatch
 from dschat.checkpoint.run_state import SavedState
 from dschat.config.ppo import PPOConfig
+from dschat.data.ptx import PTXBatches
 from dschat.engine.ema import MovingAverage
 from dschat.engine.optim import GradientCheck, gradient_norm
 from dschat.models.forward import forward_logits
@@ -63,7 +64,7 @@ class DeepSpeedPPOTrainer:
         eos_token_ids: tuple[int, ...],
         pad_token_id: int,
         score_std: float = 1.0,
-        ptx: Iterator[TextBatch] | None = None,
+        ptx: PTXBatches | None = None,
     ):
         """Set up training from the first rollout.
 

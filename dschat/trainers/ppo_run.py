@@ -9,7 +9,7 @@ from dschat.tracking.metrics import MetricsWriter
 from dschat.tracking.progress import Progress
 from dschat.trainers.ppo import DeepSpeedPPOTrainer
 from dschat.trainers.ppo_metrics import rollout_flops
-from dschat.trainers.rewards import RewardFailure
+from dschat.trainers.rewards import RewardFailure, function_digest
 from dschat.trainers.rollout import print_answers
 
 
@@ -31,6 +31,10 @@ def run_state(trainer: DeepSpeedPPOTrainer, loader, metrics: MetricsWriter) -> R
     )
     parts: dict[str, Any] = {"trainer": trainer, "ema": trainer.ema, "ptx": trainer.ptx}
     state.parts = {name: part for name, part in parts.items() if part is not None}
+    if trainer.ptx is not None:
+        state.texts["--unsupervised_dataset_name"] = trainer.ptx.digest
+    for name in trainer.config.model.reward_fn:
+        state.programs[f"--reward_fn {name}"] = function_digest(name)
     state.facts = {"score_std": trainer.score_std, "dtype": trainer.engines.dtype}
     return state
 

@@ -15,6 +15,7 @@ from dschat.algorithms.masks import pool_last
 from dschat.data.encoding import Encoder
 from dschat.data.messages import plain_text
 from dschat.runtime import dist
+from dschat.runtime.manifest import file_entry
 from dschat.runtime.paths import user_path
 from dschat.trainers.rollout import SampledAnswers
 
@@ -321,6 +322,11 @@ def load_function(name: str) -> Callable:
     if not callable(found):
         raise ValueError(f"--reward_fn {name}: {path} has no function {function}.")
     return found
+
+
+def function_digest(name: str) -> str:
+    """Return the sha256 of the file that `name`, "file.py:function", names."""
+    return file_entry(user_path(name.rpartition(":")[0]))["sha256"]
 
 
 def same_tokens(tokenizer, other) -> bool:

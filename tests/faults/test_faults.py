@@ -370,6 +370,7 @@ def test_a_reward_that_fails_ends_the_run_after_a_checkpoint(fatal, done, zygote
     function.write_text(FAILING.replace("FATAL", "0"))
     resumed = zygote.run(3, tmp_path / "out", f"{argv} --resume latest")
     assert resumed.statuses == [0], resumed.log[-3000:]
+    assert f"{function}:reward: its file has changed since rollout {done}" in resumed.log
     assert f"resuming after rollout {done}" in resumed.log and steps_of(resumed) == list(range(7))
     record(injected=1, survived=1)
 

@@ -113,3 +113,13 @@ def test_ranks_read_different_texts():
         seen.append({tokenizer.decode(row) for row in next(batches).input_ids})
     assert not seen[0] & seen[1]
     assert len(seen[0] | seen[1]) == 6
+
+
+def test_the_digest_tells_other_texts():
+    def digest(texts):
+        options = dict(batch_size=1, block_size=2, rank=0, world_size=1, seed=1)
+        return PTXBatches(texts, byte_tokenizer(), **options).digest
+
+    assert digest(["a", "b"]) == digest(["a", "b"])
+    others = (["a", "c"], ["b", "a"], ["ab"], ["a", "b", ""], ["a 1 b"])
+    assert all(digest(other) != digest(["a", "b"]) for other in others)
