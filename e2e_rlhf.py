@@ -40,6 +40,7 @@ from dschat.pipeline.summary import (  # noqa: E402
     summary_text,
     supervised_section,
 )
+from dschat.report.page import write_report  # noqa: E402
 from dschat.runtime.files import write_json  # noqa: E402
 from dschat.runtime.hardware import (  # noqa: E402
     hardware,
@@ -392,11 +393,13 @@ def main() -> None:
     summary["seconds"]["total"] = total
     summary["seconds_not_counted"] = {"fetch_and_convert": prepare, "build_ops": build}
     write_json(path, summary)
+    report = write_report(args.output_dir)
     print(summary_text(summary))
     print(
         f"not counted, needed once: downloading and converting {prepare:.0f} s, "
         f"building ops {build:.0f} s"
     )
+    print(f"report: {report}")
     print(f"summary: {path}")
 
 

@@ -19,7 +19,8 @@ ROOT = Path(__file__).resolve().parents[1]
 ARROWS = {
     "trainers": (
         *("memory", "checkpoint", "engine", "generation", "models"),
-        *("data.encoding", "data.messages", "algorithms", "tracking", "config", "runtime"),
+        *("data.encoding", "data.messages", "algorithms", "report", "tracking", "config"),
+        "runtime",
     ),
     "memory": (
         *("engine", "generation", "models", "tracking.table", "algorithms.logprobs"),
@@ -33,6 +34,7 @@ ARROWS = {
     "demo": ("models", "config", "runtime"),
     "models": ("config", "runtime"),
     "pipeline": ("tracking", "config", "runtime"),
+    "report": ("runtime",),
     "tracking": ("runtime",),
     "config": ("runtime",),
     "runtime": (),

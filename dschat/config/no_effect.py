@@ -2,7 +2,10 @@
 
 from typing import Any
 
+import torch
+
 from dschat.config.parse import config_dict
+from dschat.runtime.hardware import bf16_unit
 from dschat.runtime.log import logger
 
 # Flags without effect, and why. Logged once at the start of a run that gives one of them.
@@ -28,7 +31,7 @@ def announce(config: Any) -> None:
             "--num_padding_at_beginning has no effect: positions come from the attention mask"
         )
     for name in ("zero_stage", "actor_zero_stage", "critic_zero_stage"):
-        if given.get(name) == 0 and given["dtype"] != "fp32":
+        if given.get(name) == 0 and _is_half(given["dtype"]):
             logger.info(f"--{name} 0 in half precision runs as stage 1, with the same result")
     if not given.get("enable_hybrid_engine"):
         for name, default in (
@@ -90,3 +93,10 @@ def _announce_memory(config: Any, given: dict[str, Any]) -> None:
         logger.info(
             "--enable_mixed_precision_lora: adapted weights are rounded to int8 and saved so"
         )
+
+
+def _is_half(dtype: str) -> bool:
+    """Return whether a value of --dtype is fp16 or bf16 on this machine."""
+    if dtype == "auto":
+        return torch.cuda.is_available() or bool(bf16_unit())
+    return dtype != "fp32"

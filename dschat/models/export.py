@@ -84,6 +84,7 @@ def save_pretrained_folder(
         tokenizer.save_pretrained(temporary)
         if write_more is not None:
             write_more(temporary)
+        _apply_umask(temporary)
         replace_folder(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -265,6 +266,14 @@ def _move_other_files(old: Path, path: Path) -> None:
     for entry in old.iterdir():
         if entry.name not in models and not (path / entry.name).exists():
             entry.rename(path / entry.name)
+
+
+def _apply_umask(folder: Path) -> None:
+    """Give every file in `folder` the mode of a new file; safetensors makes files private."""
+    mode = 0o666 & ~_umask()
+    for file in folder.rglob("*"):
+        if file.is_file():
+            file.chmod(mode)
 
 
 def _umask() -> int:

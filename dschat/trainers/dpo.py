@@ -44,6 +44,7 @@ class DPOObjective:
     """
 
     name = "DPO"
+    margins: torch.Tensor | None = None
 
     def __init__(self, reference, *, beta: float, label_smoothing: float):
         """Set the reference and the loss.
@@ -93,6 +94,7 @@ class DPOObjective:
         chosen_logprobs, rejected_logprobs, *ref_logprobs = rows.unbind(-1)
         chosen = implicit_rewards(chosen_logprobs, ref_logprobs[0], beta=self.beta)
         rejected = implicit_rewards(rejected_logprobs, ref_logprobs[1], beta=self.beta)
+        self.margins = chosen - rejected
         columns = {
             "eval/loss": dpo_loss(chosen, rejected, label_smoothing=self.label_smoothing),
             "eval/accuracy": chosen > rejected,

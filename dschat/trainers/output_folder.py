@@ -9,10 +9,14 @@ from pathlib import Path
 from dschat.config.parse import config_dict, step_title
 from dschat.config.ppo_options import MODEL_FOLDERS
 from dschat.models.export import model_files, repair_folder
+from dschat.report.model_card import CARD, write_model_card
+from dschat.report.page import write_report
+from dschat.report.run_files import read_run
 from dschat.runtime import dist
 from dschat.runtime.files import write_json
 from dschat.runtime.hardware import hardware, versions
 from dschat.runtime.lock import lock_folder
+from dschat.runtime.log import logger
 from dschat.runtime.run_record import RECORD
 
 
@@ -117,6 +121,27 @@ def _lock_and_repair(path: Path, step: str, below: Iterable[str]) -> str:
     except OSError as error:
         return f"not writable ({error.strerror})"
     return ""
+
+
+def write_pages(output_dir: str | None) -> None:
+    """Write report.html, and a model card beside each saved model; only rank 0 does.
+
+    The models are saved by then, so a fault is logged and does not end the run.
+    """
+    if output_dir is None or not dist.is_main():
+        return
+    folder = Path(output_dir)
+    try:
+        run = read_run(folder)
+        for place in (folder, *(folder / name for name in MODEL_FOLDERS)):
+            if (place / "config.json").exists() and not write_model_card(place, run):
+                logger.info(f"{place / CARD} is kept: dschat did not write it")
+        logger.info(f"report: {write_report(folder)}")
+    except Exception as error:
+        logger.warning(
+            f"no report was written ({type(error).__name__}: {error}). Once this is repaired, "
+            f"python -m dschat.report {output_dir} writes it."
+        )
 
 
 def record_run(config, output_dir: str | None, *, dtype: str, **facts) -> None:

@@ -14,6 +14,7 @@ from dschat.config.ppo import PPOConfig
 from dschat.config.sft import SFTConfig
 from dschat.engine.build import override
 from dschat.engine.ds_config import training_config
+from dschat.memory.advice import GIB, needed_bytes
 from dschat.memory.checks import checked_plan
 from dschat.memory.model_size import has_shape
 from dschat.memory.report import check_fit, plan_text
@@ -24,13 +25,18 @@ from dschat.runtime.log import logger
 EXAMPLE_NAMES = ("facebook/opt-1.3b", "meta-llama/Llama-2-7b-hf")
 
 
-def show_plan(config, *, dtype: str, rewards: Iterable[str] = ()) -> None:
+def show_plan(config, *, dtype: str, rewards: Iterable[str] = ()) -> dict[str, float]:
     """Log the memory plan of a run. The process group must have been initialized.
+
+    The plan is of GPUs: on a CPU only the options are checked.
 
     Args:
         config: of the run.
         dtype: "fp16", "bf16" or "fp32".
         rewards: step 3's reward models that read the actor's tokens.
+
+    Returns:
+        The planned GiB of "a GPU" and "a host"; empty on a CPU.
 
     Raises:
         ValueError: the run does not fit the GPU, and --ignore_memory_plan is not given; names flags
@@ -47,11 +53,18 @@ def show_plan(config, *, dtype: str, rewards: Iterable[str] = ()) -> None:
         all_host_bytes=float(psutil.virtual_memory().total) if gpu_bytes else 0.0,
     )
     plan = checked_plan(config, world_size=dist.world_size(), dtype=dtype, rewards=rewards)
+    if not gpu_bytes:
+        logger.info("memory plan: none on a CPU; python -m dschat.plan plans for GPUs")
+        return {}
     logger.info("memory plan\n" + plan_text(plan, processes=processes, **limits))
-    if gpu_bytes and not config.run.ignore_memory_plan:
+    if not config.run.ignore_memory_plan:
         check_fit(
             config, plan, world_size=dist.world_size(), processes=processes, dtype=dtype, **limits
         )
+    return {
+        "a GPU": needed_bytes(plan) / GIB,
+        "a host": plan.host_bytes(processes=processes) / GIB,
+    }
 
 
 def dry_run(config) -> None:

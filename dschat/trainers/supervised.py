@@ -8,6 +8,7 @@ change the gradient.
 
 import math
 import time
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -19,6 +20,7 @@ from dschat.checkpoint.run_state import RunState
 from dschat.engine.optim import GradientCheck, gradient_norm
 from dschat.models.forward import forward_logits
 from dschat.runtime import dist
+from dschat.runtime.files import write_json
 from dschat.runtime.log import logger
 from dschat.tracking.metrics import MetricsWriter
 from dschat.tracking.progress import Progress, ReportedBatches, memory_gib
@@ -28,6 +30,7 @@ class Objective(Protocol):
     """The objective of a supervised step."""
 
     name: str
+    margins: torch.Tensor | None  # [num_rows] of the last evaluation on pairs, else None
 
     def weight(self, batch) -> torch.Tensor:
         """Return the number of terms in the batch's loss sum, a scalar int64."""
@@ -46,6 +49,7 @@ class SFTObjective:
     """Cross-entropy over the tokens of answers."""
 
     name = "SFT"
+    margins: torch.Tensor | None = None
 
     def weight(self, batch: TextBatch) -> torch.Tensor:
         """Return the number of tokens with a label."""
@@ -77,6 +81,7 @@ class RewardObjective:
     """The Bradley-Terry loss on scores read at the last token."""
 
     name = "reward"
+    margins: torch.Tensor | None = None
 
     def weight(self, batch: PairBatch) -> torch.Tensor:
         """Return the number of pairs."""
@@ -95,6 +100,7 @@ class RewardObjective:
             engine, loader, num_rows, lambda batch: torch.stack(self._scores(engine, batch), -1)
         )
         chosen, rejected = rows.unbind(-1)
+        self.margins = chosen - rejected
         return {
             "eval/accuracy": (chosen > rejected).double().mean().item(),
             "eval/loss": pairwise_loss(chosen, rejected).mean().item(),
@@ -145,6 +151,7 @@ def train_supervised(
     )
     if run.step == 0:
         evaluated = objective.evaluate(engine, eval_loader, num_eval_rows)
+        _save_margins(objective, run)
         _report_evaluation(objective, "before training", evaluated)
         metrics.write(0, evaluated)
     progress = Progress(objective.name, total_steps, interval_s=log_interval_s, done=run.step)
@@ -158,6 +165,7 @@ def train_supervised(
             values = run_update(engine, objective, window, step)
             if step == total_steps or step % evaluate_every == 0:
                 values |= objective.evaluate(engine, eval_loader, num_eval_rows)
+                _save_margins(objective, run, step=step)
                 _report_evaluation(objective, f"update {step}", values)
             metrics.write(step, values)
             if print_loss:
@@ -241,6 +249,22 @@ def evaluate_rows(engine, loader, num_rows: int, columns_of) -> torch.Tensor:
     with torch.no_grad():
         local = torch.cat([columns_of(batch.to(engine.device)).double() for batch in loader])
     return dist.gather_rows(local, num_rows)
+
+
+def _save_margins(objective: Objective, run: RunState, *, step: int = 0) -> None:
+    """Write the margins of the last evaluation to evaluation/margins_N.json, for the report.
+
+    Before training, those of an earlier run in the folder are deleted.
+    """
+    output_dir = run.config.run.output_dir
+    if output_dir is None or objective.margins is None or not dist.is_main():
+        return
+    folder = Path(output_dir) / "evaluation"
+    if step == 0:
+        for file in folder.glob("margins_*.json"):
+            file.unlink()
+    margins = [round(value, 6) for value in objective.margins.tolist()]
+    write_json(folder / f"margins_{step:06d}.json", {"margins": margins})
 
 
 def _progress_fields(values: dict[str, float]) -> dict[str, str]:

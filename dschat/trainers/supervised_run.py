@@ -1,6 +1,6 @@
 """Setup and saving in steps 1, 2 and DPO; the mains call these functions in order."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from dschat.runtime import dist
 from dschat.runtime.log import logger
 from dschat.runtime.seeds import seed_everything
 from dschat.tracking.metrics import MetricsWriter
-from dschat.trainers.output_folder import prepare_output_dir, record_run
+from dschat.trainers.output_folder import prepare_output_dir, record_run, write_pages
 from dschat.trainers.preflight import show_plan
 from dschat.trainers.supervised import Objective, train_supervised
 
@@ -44,6 +44,7 @@ class SupervisedRun:
     tokenizer: object
     end_token_id: int
     checkpoint: Checkpoint | None  # to resume from
+    planned_memory_gib: dict[str, float] = field(default_factory=dict)  # see ``show_plan``
 
 
 def start_run(config, *, number: int) -> SupervisedRun:
@@ -74,8 +75,8 @@ def start_run(config, *, number: int) -> SupervisedRun:
     )
     end = end_token_id(tokenizer, add_eot_token=model.add_eot_token, eot_token=model.eot_token)
     dtype = resolve_dtype(model.dtype, saved=saved_dtype(checkpoint))
-    show_plan(config, dtype=dtype)
-    return SupervisedRun(number, config, device, dtype, tokenizer, end, checkpoint)
+    planned = show_plan(config, dtype=dtype)
+    return SupervisedRun(number, config, device, dtype, tokenizer, end, checkpoint, planned)
 
 
 def train_run(
@@ -116,6 +117,7 @@ def train_run(
         text_format=train_loader.dataset.text_format,
         total_steps=total_steps,
         resumed_from=done,
+        planned_memory_gib=run.planned_memory_gib,
     )
     state = RunState(
         config,
@@ -143,7 +145,7 @@ def train_run(
 
 
 def save_run(run: SupervisedRun, model: torch.nn.Module, tokenizer=None) -> None:
-    """Save the model to --output_dir, beside metrics.jsonl and run.json. Every rank must call it.
+    """Save the model to --output_dir, beside metrics.jsonl, run.json and a report. Every rank must call it.
 
     Args:
         run: from ``start_run``.
@@ -152,6 +154,7 @@ def save_run(run: SupervisedRun, model: torch.nn.Module, tokenizer=None) -> None
     """
     if run.config.run.output_dir is not None:
         save_model(model, tokenizer or run.tokenizer, Path(run.config.run.output_dir))
+        write_pages(run.config.run.output_dir)
 
 
 def build_engine(

@@ -20,7 +20,7 @@ from dschat.runtime.log import logger, run_main
 from dschat.runtime.seeds import seed_everything
 from dschat.tracking.metrics import MetricsWriter
 from dschat.trainers.evaluation import PolicyEvaluator
-from dschat.trainers.output_folder import prepare_output_dir, record_run
+from dschat.trainers.output_folder import prepare_output_dir, record_run, write_pages
 from dschat.trainers.ppo import DeepSpeedPPOTrainer
 from dschat.trainers.ppo_run import run_state, train_ppo
 from dschat.trainers.preflight import dry_run, show_plan
@@ -46,7 +46,7 @@ def main() -> None:
     dtype = resolve_dtype(config.model.dtype, saved=saved_dtype(checkpoint))
     tokenizer = actor_tokenizer(config)
     plan = plan_rewards(config, tokenizer)
-    show_plan(config, dtype=dtype, rewards=plan.models_reading_actor_tokens())
+    planned = show_plan(config, dtype=dtype, rewards=plan.models_reading_actor_tokens())
     train_loader, eval_loader, ptx = load_data(config, tokenizer)
     rollouts = config.num_rollouts(len(train_loader) // config.batch.generation_batches)
 
@@ -81,6 +81,7 @@ def main() -> None:
         rollouts=rollouts,
         score_std=score_std,
         resumed_from=checkpoint.step if checkpoint else None,
+        planned_memory_gib=planned,
     )
     trainer = DeepSpeedPPOTrainer(
         engines,
@@ -220,6 +221,7 @@ def save(config: PPOConfig, trainer: DeepSpeedPPOTrainer, tokenizer, critic_toke
             output / "actor_ema",
             tensors=trainer.ema.full_tensors(),
         )
+    write_pages(config.run.output_dir)
 
 
 if __name__ == "__main__":

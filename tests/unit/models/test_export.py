@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -63,6 +64,26 @@ def test_a_saved_model_loads_with_the_same_logits(family, overrides, tmp_path):
     mode = (tmp_path / "out").stat().st_mode
     assert not mode & 0o077 & ~0o755
     assert mode & 0o055
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+def test_files_of_a_saved_model_have_the_mode_of_the_umask(mask, tmp_path):
+    model, tokenizer = load(tiny("gpt2"))
+
+    def write_more(folder):
+        (folder / "adapter").mkdir()
+        (folder / "adapter" / "adapter_model.safetensors").touch(mode=0o600)
+
+    before = os.umask(mask)
+    try:
+        save_pretrained_folder(
+            model, full_copies(model), tokenizer, tmp_path / "out", write_more=write_more
+        )
+    finally:
+        os.umask(before)
+    files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert len(files) > 4
+    assert {oct(path.stat().st_mode & 0o777) for path in files} == {oct(0o666 & ~mask)}
 
 
 @pytest.mark.parametrize("keep", ["embedding", "head"])
