@@ -22,6 +22,7 @@ from dschat.generation.decoding import (
     SlotCache,
     cache_gap,
     decode_step,
+    last_positions,
     logit_gap,
     prefill_slots,
 )
@@ -351,7 +352,8 @@ class GraphDecoder:
         self.cache.start(rows=num_rows, filled=num_prompt)
         mask = torch.cat([attention_mask, attention_mask.new_ones(num_rows, 1)], dim=-1)
         with plain_products():
-            logits = decode_step(self.model, self.state.token[:num_rows, 0], mask, self.cache)
+            token = self.state.token[:num_rows, 0]
+            logits = decode_step(self.model, token, mask, self.cache, last_positions(mask))
         self.cache.start(rows=num_rows, filled=num_prompt, captured=True)
         places = self.cache.newest(rows=num_rows, position=num_prompt)
         cached = [place.clone() for place in places]

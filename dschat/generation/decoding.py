@@ -274,7 +274,7 @@ def decode_step(
     tokens: torch.Tensor,
     mask: torch.Tensor | dict[str, torch.Tensor],
     cache: Cache,
-    positions: torch.Tensor | None = None,
+    positions: torch.Tensor,
 ) -> torch.Tensor:
     """Return logits [N, V] after one more token of each row.
 
@@ -284,14 +284,17 @@ def decode_step(
         mask: [N, T], the attention mask of the texts with these tokens, or what else the model
             takes as a mask.
         cache: keys and values of the texts before them; receives theirs.
-        positions: [N, 1], position ids of these tokens; None: they follow from the mask.
+        positions: [N, 1], position ids of these tokens.
     """
     inputs = dict(input_ids=tokens[:, None], attention_mask=mask, use_cache=True)
     if takes_position_ids(model):
-        if positions is None:
-            positions = (mask.sum(-1, keepdim=True) - 1).clamp(min=0)
         inputs["position_ids"] = positions
     return model(**inputs, **{cache_argument(model): cache}).logits[:, -1]
+
+
+def last_positions(mask: torch.Tensor) -> torch.Tensor:
+    """Return position ids [N, 1] of the last column of attention masks [N, T]."""
+    return (mask.sum(-1, keepdim=True) - 1).clamp(min=0)
 
 
 def prefill_slots(
@@ -375,7 +378,7 @@ def eager_decode(
     finished = torch.zeros(num_rows, dtype=torch.bool, device=texts.device)
     for step in range(num_new):
         if step > 0:
-            logits = decode_step(model, texts[:, -1], mask, cache)
+            logits = decode_step(model, texts[:, -1], mask, cache, last_positions(mask))
         new, new_logprobs = sampler(logits, texts, step)
         new = torch.where(finished, generation.pad_token_id, new)
         tokens[rows, step] = new
