@@ -7,6 +7,7 @@ PromptBatch -> generate -> SampledAnswers -> rewards -> make_experience -> Exper
 import math
 import time
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 
@@ -20,10 +21,9 @@ from dschat.algorithms.losses import (
     value_loss,
 )
 from dschat.algorithms.masks import masked_sum
-from dschat.algorithms.types import Experience, PromptBatch
+from dschat.algorithms.types import Experience, PromptBatch, TextBatch
 from dschat.checkpoint.run_state import SavedState
 from dschat.config.ppo import PPOConfig
-from dschat.data.ptx import PTXBatches
 from dschat.engine.ema import MovingAverage
 from dschat.engine.optim import GradientCheck, gradient_norm
 from dschat.models.forward import forward_logits
@@ -49,6 +49,15 @@ from dschat.trainers.rollout import (
 WHITENED_ESTIMATORS = ("gae", "reinforce_baseline")
 
 
+class TextBatches(Protocol):
+    """Endless batches of general text."""
+
+    digest: str  # a hash of the texts
+
+    def __next__(self) -> TextBatch:
+        """Return the next batch."""
+
+
 class DeepSpeedPPOTrainer:
     """Proximal policy optimisation of the actor against rewards, with a critic and a KL penalty.
 
@@ -64,7 +73,7 @@ class DeepSpeedPPOTrainer:
         eos_token_ids: tuple[int, ...],
         pad_token_id: int,
         score_std: float = 1.0,
-        ptx: PTXBatches | None = None,
+        ptx: TextBatches | None = None,
     ):
         """Set up training from the first rollout.
 
