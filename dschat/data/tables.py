@@ -465,8 +465,8 @@ def _open_files(paths: list[Path], title: str, cache_dir: str | None) -> Table:
         return Table(datasets.concatenate_datasets(arrow), title, chunks)
     except (ValueError, TypeError, pyarrow.ArrowException) as error:
         raise ValueError(
-            f"{title}: its {len(paths)} files have different columns ({describe_fault(error)}). Give "
-            "each kind as an entry of --data_path."
+            f"{title}: its {len(paths)} files have different columns ({describe_fault(error)}). "
+            "Give each kind as an entry of --data_path."
         ) from error
 
 

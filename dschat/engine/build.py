@@ -1,4 +1,4 @@
-"""The one call of deepspeed.initialize, and the process group and precision that go before it."""
+"""Start the process group, and build DeepSpeed engines around models."""
 
 import contextlib
 import json
@@ -24,33 +24,40 @@ from dschat.runtime import dist
 from dschat.runtime.hardware import can_compile, threads_per_rank
 from dschat.runtime.log import logger
 
-# Where the environment has no DEEPSPEED_TIMEOUT (minutes): time to write 180 GB at 100 MB/s.
+# If DEEPSPEED_TIMEOUT (minutes) is not set. Enough to write 180 GB at 100 MB/s.
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 
 def start_processes(local_rank: int = -1) -> torch.device:
-    """Join the process group, and return this process's device.
+    """Join the process group, and return this rank's device.
 
-    Under a launcher (deepspeed, torchrun, srun) its environment is used; a plain ``python main.py`` is a group of one.
+    The rank comes from the environment of a launcher (deepspeed, torchrun, srun); a plain
+    ``python main.py`` is a group of one.
+
+    Args:
+        local_rank: the flag of old launchers; -1 if it is not given.
 
     Raises:
-        ValueError: an environment that lacks the first process's address, fewer devices than processes on this host, or a
-            port in use.
+        ValueError: the environment lacks the address of rank 0, this host has fewer devices than
+            ranks, or the port is in use.
     """
     os.environ.update(process_variables(os.environ, local_rank=local_rank))
-    accelerator, place = get_accelerator(), int(os.environ["LOCAL_RANK"])
-    # Before the group is made: NCCL binds a group to the device that is current then.
+    accelerator = get_accelerator()
+    local_rank = int(os.environ["LOCAL_RANK"])
+    # Set the device before the group is made: NCCL binds a group to the current device.
     if accelerator.device_name() != "cpu":
-        if place >= accelerator.device_count():
+        count = accelerator.device_count()
+        if local_rank >= count:
             raise ValueError(
-                f"LOCAL_RANK {place}: {accelerator.device_count()} {accelerator.device_name()} device(s) to be seen on this "
-                "host. Start as many processes on it, or look at CUDA_VISIBLE_DEVICES."
+                f"LOCAL_RANK {local_rank}: this host shows {count} {accelerator.device_name()} "
+                "device(s). Start no more processes on it than that, or check "
+                "CUDA_VISIBLE_DEVICES."
             )
-        accelerator.set_device(place)
-    elif place == 0:
+        accelerator.set_device(local_rank)
+    elif local_rank == 0:
         _warn_of_stale_locks()
     try:
-        # The others wait in a collective while the first process writes a model.
+        # The other ranks wait in a collective while rank 0 writes a model.
         timeout = {} if os.environ.get("DEEPSPEED_TIMEOUT") else dict(timeout=COLLECTIVE_TIMEOUT)
         deepspeed.init_distributed(**timeout)
     except torch.distributed.DistNetworkError as error:
@@ -61,7 +68,8 @@ def start_processes(local_rank: int = -1) -> torch.device:
     if on_cpu():
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(threads_per_rank(dist.ranks_per_node()))
-        # DeepSpeed's shared memory stays mapped without its name, and with it 66 MiB a process would outlive the run.
+        # Each rank's 66 MiB of shared memory would outlive the run. Without its file it stays
+        # mapped until the process ends.
         torch.distributed.barrier()
         for file in shared_buffers(os.environ, rank=dist.rank()):
             file.unlink(missing_ok=True)
@@ -69,17 +77,18 @@ def start_processes(local_rank: int = -1) -> torch.device:
 
 
 def _warn_of_stale_locks() -> None:
+    """Warn if a killed build of an operator left a lock."""
     for op in needed_ops():
         if op.lock is not None:
             logger.warning(
-                f"a build that was killed left {op.lock}, and this run may wait for it without end: python -m dschat.doctor "
-                "--build_ops clears it"
+                f"A killed build left the lock {op.lock}, and this run may hang at it. Clear it "
+                "with python -m dschat.doctor --build_ops."
             )
 
 
 @contextlib.contextmanager
 def partitioned_loading(ds_config: dict):
-    """Inside, transformers' from_pretrained loads under ZeRO-3 straight into partitions; else as ever."""
+    """Make transformers' from_pretrained load straight into partitions, if the stage is ZeRO-3."""
     if ds_config["zero_optimization"]["stage"] != 3:
         yield
         return
@@ -89,10 +98,15 @@ def partitioned_loading(ds_config: dict):
 
 
 def override(ds_config: dict, path: str | None, flag: str = "--deepspeed_config") -> dict:
-    """`ds_config` with the JSON file `path` merged over it, key by key.
+    """Return `ds_config` with the JSON file `path` merged over it, key by key.
+
+    Args:
+        ds_config: the configuration that follows from the other flags.
+        path: the file; None: `ds_config` is returned as it is.
+        flag: the flag that gave `path`, for messages.
 
     Raises:
-        ValueError: no such file, no JSON object in it, or values that DeepSpeed does not take; names `flag`.
+        ValueError: the file does not exist or holds no JSON object, or DeepSpeed refuses a value.
     """
     if path is None:
         return ds_config
@@ -106,27 +120,37 @@ def override(ds_config: dict, path: str | None, flag: str = "--deepspeed_config"
     clash = [key for key in owned if key in extra and extra[key] != ds_config[key]]
     if clash:
         raise ValueError(
-            f"{flag} {path}: {', '.join(clash)} follow from the batch-size and accumulation flags; take "
-            "them out of the file."
+            f"{flag} {path}: {', '.join(clash)} follow from the batch-size and accumulation "
+            "flags. Remove them from the file."
         )
     merged = _merge(ds_config, extra)
-    if not isinstance(zero := merged.get("zero_optimization", {}), dict):
-        raise ValueError(
-            f"{flag} {path}: zero_optimization is {json.dumps(zero)[:60]}, not an object."
-        )
+    fault = _zero_fault(merged.get("zero_optimization", {})) or _precision_fault(merged)
+    if fault:
+        raise ValueError(f"{flag} {path}: {fault}.")
+    return merged
+
+
+def _zero_fault(zero) -> str:
+    """Return why DeepSpeed would refuse the section `zero_optimization`, or ""."""
+    if not isinstance(zero, dict):
+        return f"zero_optimization is {json.dumps(zero)[:60]}, not an object"
     try:
         DeepSpeedZeroConfig(**zero)
-    except ValueError as error:  # of pydantic: one line, then two lines a fault and a link
-        faults = " ".join(
-            line.strip() for line in str(error).splitlines()[1:] if "https://" not in line
-        )
-        raise ValueError(f"{flag} {path}: zero_optimization: {faults}.") from error
-    halves = [merged.get(name) for name in ("fp16", "bf16")]
-    if all(isinstance(half, dict) and half.get("enabled") for half in halves):
-        raise ValueError(
-            f"{flag} {path}: fp16 and bf16 are both enabled; leave the choice to --dtype."
-        )
-    return merged
+    except ValueError as error:
+        # pydantic's message: one line, then two lines and a link for each fault.
+        lines = str(error).splitlines()[1:]
+        faults = " ".join(line.strip() for line in lines if "https://" not in line)
+        return f"zero_optimization: {faults}"
+    return ""
+
+
+def _precision_fault(config: dict) -> str:
+    """Return a message if fp16 and bf16 are both enabled, else ""."""
+    for name in ("fp16", "bf16"):
+        section = config.get(name)
+        if not isinstance(section, dict) or not section.get("enabled"):
+            return ""
+    return "fp16 and bf16 are both enabled; leave the choice to --dtype"
 
 
 def build_training_engine(
@@ -141,11 +165,17 @@ def build_training_engine(
     lora_learning_rate: float = 0.0,
     compile_layers: bool = False,
 ):
-    """A DeepSpeed engine around `model`, with AdamW and a schedule of transformers.
+    """Return a DeepSpeed engine that trains `model`, with AdamW and a schedule of transformers.
 
     Args:
+        model: the module; only parameters that require gradients are trained.
+        ds_config: DeepSpeed's configuration.
+        schedule: the kind of the schedule and its warm-up.
         total_steps: optimizer steps of the whole run, the schedule's length.
-        lora_names: names of LoRA parameters, which get `lora_learning_rate`.
+        learning_rate: of the parameters that are not LoRA's.
+        weight_decay: of matrices; vectors do not decay.
+        lora_names: names of LoRA parameters.
+        lora_learning_rate: of those.
         compile_layers: train with compiled decoder layers, on a GPU and below ZeRO-3.
     """
     optimizer = adamw(
@@ -167,15 +197,24 @@ def build_training_engine(
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, lr_scheduler=scheduler, config=ds_config
     )
-    trained = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
-    total = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
     if compile_layers and engine.zero_optimization_stage() < 3 and can_compile():
         _compile_layers(model)
+    _log_sizes(model, stage=engine.zero_optimization_stage())
+    return engine
+
+
+def _log_sizes(model: torch.nn.Module, *, stage: int) -> None:
+    """Log how many parameters the model has, and how many of them are trained."""
+    total, trained = 0, 0
+    for parameter in model.parameters():
+        size = getattr(parameter, "ds_numel", parameter.numel())
+        total += size
+        if parameter.requires_grad:
+            trained += size
     logger.info(
         f"{type(model).__name__}: {total / 1e6:,.1f}M parameters, {trained / 1e6:,.1f}M trained "
-        f"({100 * trained / total:.1f}%), ZeRO-{engine.zero_optimization_stage()}, {dist.world_size()} process(es)"
+        f"({100 * trained / total:.1f}%), ZeRO-{stage}, {dist.world_size()} process(es)"
     )
-    return engine
 
 
 def _fetch_whole_layers(model: torch.nn.Module, ds_config: dict) -> None:
@@ -201,7 +240,7 @@ def _compile_layers(model: torch.nn.Module) -> None:
 
 
 def build_inference_engine(model: torch.nn.Module, *, ds_config: dict):
-    """A DeepSpeed engine around a model that is not trained; its parameters need no gradient and it is in eval mode."""
+    """Return a DeepSpeed engine in evaluation mode; its parameters require no gradients."""
     model.requires_grad_(False)
     engine, *_ = deepspeed.initialize(model=model, config=ds_config)
     engine.eval()
@@ -209,8 +248,11 @@ def build_inference_engine(model: torch.nn.Module, *, ds_config: dict):
 
 
 def _merge(base: dict, extra: dict) -> dict:
+    """Return `base` with the values of `extra`; an object in both is merged in turn."""
     merged = dict(base)
     for key, value in extra.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
+        if isinstance(value, dict) and isinstance(merged.get(key), dict):
+            merged[key] = _merge(merged[key], value)
+        else:
+            merged[key] = value
     return merged

@@ -1,4 +1,4 @@
-"""DeepSpeed's compiled operators: which a run needs, whether they are built, and locks that a killed build left."""
+"""Build DeepSpeed's compiled operators, and find locks that a killed build left."""
 
 import os
 import time
@@ -12,25 +12,33 @@ from torch.utils import cpp_extension
 
 from dschat.engine.device import on_cpu
 
-# What may be compiled at a start: communication between processes on a CPU, and the host's Adam of --offload on a GPU.
-# Everything else that runs here is torch's own.
+# Operators that a run compiles when it starts: the communication between ranks on a CPU, and on a
+# GPU the host's Adam for --offload. All others are torch's.
 CPU_OPS = {"ShareMemCommBuilder": "every run"}
 GPU_OPS = {"CPUAdamBuilder": "--offload"}
 
 
 @dataclass(frozen=True)
 class Op:
-    """One operator on this machine."""
+    """One operator on this machine.
+
+    Attributes:
+        name: DeepSpeed's name of it.
+        needed_by: the flag that needs it, or "every run".
+        folder: the folder in which it is built.
+        built: whether it is built.
+        lock: a lock that no running build holds, or None.
+    """
 
     name: str
     needed_by: str
-    folder: Path  # of its build
+    folder: Path
     built: bool
-    lock: Path | None  # a lock that no running build holds
+    lock: Path | None
 
 
 def needed_ops() -> list[Op]:
-    """The operators that runs on this accelerator use."""
+    """Return the operators that runs on this accelerator use."""
     found = []
     for builder_name, needed_by in (CPU_OPS if on_cpu() else GPU_OPS).items():
         name = get_accelerator().create_op_builder(builder_name).name
@@ -41,15 +49,18 @@ def needed_ops() -> list[Op]:
 
 
 def build_root() -> Path:
-    """The folder below which torch compiles extensions."""
+    """Return the folder below which torch compiles extensions."""
     if os.environ.get("TORCH_EXTENSIONS_DIR"):
         return Path(os.environ["TORCH_EXTENSIONS_DIR"])
-    # torch knows the part below its default root only together with an extension's name, whose folder it makes.
+    # torch tells its default root only with the name of an extension, and makes that folder.
     return Path(cpp_extension._get_build_directory("dschat", verbose=False)).parent
 
 
 def stale_lock(folder: Path) -> Path | None:
-    """The lock in a build folder, where no process works there: what waits for it would wait without end."""
+    """Return the lock in a build folder if no process works there, else None.
+
+    A run that waits for this lock would never continue.
+    """
     lock = folder / "lock"
     if not lock.exists():
         return None
@@ -61,16 +72,18 @@ def stale_lock(folder: Path) -> Path | None:
 
 
 def build_ops() -> dict[str, float]:
-    """Build what is not built yet, stale locks cleared first; seconds by operator.
+    """Clear stale locks, and build the operators that are not built yet.
+
+    Returns:
+        The seconds of each build, by the operator's name.
 
     Raises:
-        RuntimeError: a build failed, with the compiler's words.
+        RuntimeError: a build failed; holds the compiler's messages.
     """
     seconds = {}
-    builders = {
-        get_accelerator().create_op_builder(name).name: name
-        for name in (CPU_OPS if on_cpu() else GPU_OPS)
-    }
+    builders = {}
+    for builder_name in CPU_OPS if on_cpu() else GPU_OPS:
+        builders[get_accelerator().create_op_builder(builder_name).name] = builder_name
     for op in needed_ops():
         if op.lock is not None:
             op.lock.unlink(missing_ok=True)

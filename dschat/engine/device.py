@@ -41,7 +41,8 @@ def resolve_dtype(dtype: str, *, saved: str | None = None) -> str:
     if dtype in supported and not supported[dtype]():
         others = [name for name, is_supported in supported.items() if is_supported()] + ["fp32"]
         raise ValueError(
-            f"--dtype {dtype}: this {accelerator.device_name()} has none. Give {' or '.join(others)}."
+            f"--dtype {dtype}: this {accelerator.device_name()} has none. Give "
+            f"{' or '.join(others)}."
         )
     return dtype
 

@@ -1,4 +1,4 @@
-"""From options to DeepSpeed's configuration. Pure: no DeepSpeed, no process group, no device."""
+"""Turn options into DeepSpeed's configuration, without DeepSpeed, a process group or a device."""
 
 from dataclasses import replace
 
@@ -10,7 +10,7 @@ ZERO3_MAX_LIVE = int(1e9)
 ZERO3_PREFETCH = int(2e8)
 # Norms, biases and adapters stay whole on every rank: gathering each alone costs more than memory.
 ZERO3_PERSISTENT = int(3e5)
-# Steps without overflow after which a dynamic fp16 loss scale doubles.
+# Updates without overflow after which a dynamic fp16 loss scale doubles.
 FP16_LOSS_SCALE_WINDOW = 100
 
 
@@ -34,16 +34,20 @@ def training_config(
     Args:
         dtype: "fp16", "bf16" or "fp32".
         micro_batch_size: rows per rank and backward.
-        on_cpu: offload then uses torch's AdamW, since DeepSpeedCPUAdam has to be compiled and gains nothing there.
-        tensorboard_path: with it, the engine's own monitor writes below ``{path}/ds_tensorboard_logs/``.
+        on_cpu: whether the run has no accelerator. Offload then uses torch's AdamW:
+            DeepSpeedCPUAdam has to be compiled, and would gain nothing.
+        tensorboard_path: if given, the engine's monitor writes below
+            ``{path}/ds_tensorboard_logs/``.
         gradient_clipping: largest gradient norm; 0: no clipping.
-        ranks_per_node: with MixZ++ under ZeRO-3 on several nodes, each node keeps a second set of partitions of the
-            whole model, so that backward gathers within it (Wang et al. 2023, ZeRO++, hpZ). None: one node.
+        ranks_per_node: with MixZ++ under ZeRO-3 on several nodes, each node keeps a second set of
+            partitions of the whole model, so that backward gathers within the node (Wang et al.
+            2023, ZeRO++, hpZ). None: one node.
     """
     if system.zero_stage == 0 and (dtype != "fp32" or system.offload):
-        # Without ZeRO nothing is offloaded, and DeepSpeed's half-precision optimizer (0.19.8) starts with a step on
-        # zero gradients, which spoils Adam's bias correction, and in fp16 divides the gradients by a loss scale that
-        # backward never put on. Stage 1 takes the steps that stage 0 should.
+        # Without ZeRO nothing is offloaded. DeepSpeed's half-precision optimizer (0.19.8) begins
+        # with a step on zero gradients, which spoils Adam's bias correction. In fp16 it also
+        # divides the gradients by a loss scale by which the loss was never multiplied. Stage 1
+        # takes the steps that stage 0 should.
         system = replace(system, zero_stage=1)
     config = _common(system, dtype=dtype, offload_optimizer=system.offload)
     config.update(

@@ -13,8 +13,9 @@ from dschat.runtime import dist
 class MovingAverage:
     """ema = decay * ema + (1 - decay) * weights, of an engine's trainable parameters.
 
-    DeepSpeed's optimizers keep fp32 master weights, whole (ZeRO 0) or in pieces; each rank averages the pieces it
-    owns, without communication. Half precision would lose most of it: a step of 1 - decay is below its resolution.
+    DeepSpeed's optimizers keep fp32 master weights, whole (ZeRO 0) or in pieces. Each rank averages
+    the pieces that it owns, without communication. In half precision most of the average would be
+    lost, since 1 - decay is below its resolution.
     """
 
     def __init__(self, engine, *, decay: float):
@@ -52,20 +53,20 @@ class MovingAverage:
         if self.engine.zero_optimization_stage() == 0:
             ranks = ranks[:1]
         elif len(ranks) == dist.world_size():
-            ranks = ranks[dist.rank() :][:1]  # the pieces are the same
+            ranks = [dist.rank()]  # each rank's piece is the one that it saved
         for rank in ranks:
             tensors, values = saved.of_rank(rank)
             for name in tensors.keys() & self._pieces.keys():
-                own, first = (
-                    self._pieces[name].view(-1),
-                    self._start(parameters[name], self._pieces[name]),
-                )
-                other, begin = tensors[name], values["starts"][name]
-                low, high = max(first, begin), min(first + len(own), begin + len(other))
+                own = self._pieces[name].view(-1)
+                own_start = self._start(parameters[name], self._pieces[name])
+                other = tensors[name]
+                other_start = values["starts"][name]
+                # The two pieces overlap from low to high, counted in the flat parameter.
+                low = max(own_start, other_start)
+                high = min(own_start + len(own), other_start + len(other))
                 if low < high:
-                    own[low - first : high - first] = other[low - begin : high - begin].to(
-                        own.device
-                    )
+                    overlap = other[low - other_start : high - other_start]
+                    own[low - own_start : high - own_start] = overlap.to(own.device)
 
     def full_tensors(self) -> dict[str, torch.Tensor]:
         """Return the state dict of ``full_tensors``, with averages instead of trained weights.
@@ -83,7 +84,7 @@ class MovingAverage:
         return tensors
 
     def _masters(self):
-        """Yield names and local fp32 pieces [n] or whole fp32 tensors of the trainable parameters."""
+        """Yield the name and local fp32 piece [n] or whole fp32 tensor of each trained parameter."""
         stage = self.engine.zero_optimization_stage()
         parameters = dict(self.engine.module.named_parameters())
         for name in self._names:
@@ -100,11 +101,9 @@ class MovingAverage:
         stage = self.engine.zero_optimization_stage()
         if stage == 0:
             return 0
-        return (
-            dist.rank() * piece.numel()
-            if stage == 3
-            else parameter._hp_mapping.lp_fragment_address.start
-        )
+        if stage == 3:
+            return dist.rank() * piece.numel()
+        return parameter._hp_mapping.lp_fragment_address.start
 
     def _whole(self, parameter: torch.Tensor, piece: torch.Tensor | None) -> torch.Tensor:
         """Return the whole average of one parameter, on every rank."""

@@ -1,7 +1,8 @@
-"""DeepSpeed's launcher for the processes of this machine, run in a fork of the calling program.
+"""Run DeepSpeed's launcher for the ranks of this machine in a fork of the calling program.
 
-`deepspeed main.py` imports DeepSpeed three times, one after the other: the command, the launcher that it starts, and
-main.py. A program that starts several steps pays for the first two once, when it imports this module.
+`deepspeed main.py` imports DeepSpeed three times in a row: in the command, in the launcher that it
+starts, and in main.py. A program that starts several steps pays for the first two only once, when
+it imports this module.
 """
 
 import base64
@@ -17,30 +18,32 @@ from deepspeed.launcher import launch
 def start_launcher(
     words: list[str], *, num_processes: int, master_port: int, environment: dict[str, str]
 ) -> tuple[int, TextIO]:
-    """Start `words`, a script and its arguments, in `num_processes` processes on this machine.
+    """Start a script in `num_processes` ranks on this machine.
 
     Args:
-        environment: variables to set for them.
+        words: the script and its arguments.
+        num_processes: the number of ranks.
+        master_port: a free port.
+        environment: variables to set for the ranks.
 
     Returns:
-        The launcher's process id, to be waited for, and the output of it and of its processes.
+        The launcher's process id, for which the caller must wait, and the output of the launcher
+        and its ranks.
     """
-    world = base64.urlsafe_b64encode(
-        json.dumps({"localhost": list(range(num_processes))}).encode()
-    ).decode()
+    slots = json.dumps({"localhost": list(range(num_processes))})
+    world = base64.urlsafe_b64encode(slots.encode()).decode()
     sys.stdout.flush()
     sys.stderr.flush()
     readable, writable = os.pipe()
     pid = os.fork()
     if pid == 0:
-        # Nothing that this program holds is used in here but modules: threads and devices do not survive a fork.
+        # Use only modules of this program from here on: threads and devices do not survive a fork.
         status = 1
         try:
-            os.setsid()  # a terminal's Ctrl-C goes to the caller, which hands it on
+            os.setsid()  # a terminal sends Ctrl-C to the caller alone, which forwards it
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                if callable(
-                    signal.getsignal(number)
-                ):  # the caller's, who would hand it on to itself
+                # A handler here is the caller's, which forwards signals to this process.
+                if callable(signal.getsignal(number)):
                     signal.signal(number, signal.SIG_DFL)
             os.dup2(writable, 1)
             os.dup2(writable, 2)

@@ -1,5 +1,7 @@
-"""Offloading: states that only updates need move to host memory while an engine generates or waits: Adam's moments, fp32 master weights and
-gradient buffers. Never the weights in training precision: generation reads them.
+"""Offload the states that only updates need to host memory while an engine generates or waits.
+
+These are Adam's moments, fp32 master weights and gradient buffers. The weights in training
+precision stay on the device, since generation reads them.
 """
 
 from deepspeed.accelerator import get_accelerator
@@ -10,7 +12,7 @@ from dschat.engine.optim import torch_optimizer
 
 
 def offload_idle_states(engine, *, pin_memory: bool = True) -> None:
-    """Move the optimizer's states of `engine` to host memory; nothing where --offload keeps them there anyway."""
+    """Move the optimizer's states of `engine` to host memory, unless --offload keeps them there."""
     if engine.zero_use_cpu_optimizer():
         return
     stage = engine.zero_optimization_stage()
@@ -19,7 +21,7 @@ def offload_idle_states(engine, *, pin_memory: bool = True) -> None:
         return
     if stage == 3:
         engine.offload_states(include=[State.contiguous_grad_buffer], pin_memory=pin_memory)
-        # DeepSpeed (0.19.8) itself moves no other optimizer's states than FusedAdam's, which has to be compiled.
+        # DeepSpeed (0.19.8) moves only FusedAdam's states by itself, and that has to be compiled.
         for master in engine.optimizer.fp32_partitioned_groups_flat:
             master.data = _copy(master.data, pin_memory)
     offload_optimizer_states(torch_optimizer(engine), "cpu", pin_memory=pin_memory)
@@ -27,7 +29,7 @@ def offload_idle_states(engine, *, pin_memory: bool = True) -> None:
 
 
 def reload_idle_states(engine) -> None:
-    """Bring back what ``offload_idle_states`` moved away."""
+    """Move the states back that ``offload_idle_states`` moved away."""
     if engine.zero_use_cpu_optimizer():
         return
     stage = engine.zero_optimization_stage()
@@ -42,5 +44,8 @@ def reload_idle_states(engine) -> None:
 
 
 def _copy(tensor, pin_memory: bool):
+    """Return a copy of `tensor` in host memory."""
     host = tensor.new_empty(tensor.shape, device="cpu")
-    return (get_accelerator().pin_memory(host) if pin_memory else host).copy_(tensor)
+    if pin_memory:
+        host = get_accelerator().pin_memory(host)
+    return host.copy_(tensor)

@@ -24,7 +24,14 @@ def adamw(
 
     Matrices decay, vectors (biases, norms) do not. LoRA has a separate learning rate.
 
-    torch's own fused AdamW needs no compiler; with `cpu_offload` DeepSpeedCPUAdam steps on the host.
+    Args:
+        model: only its parameters that require gradients are stepped.
+        learning_rate: of the parameters that are not LoRA's.
+        weight_decay: of matrices.
+        lora_names: names of LoRA parameters.
+        lora_learning_rate: of those.
+        cpu_offload: step on the host with DeepSpeedCPUAdam, which has to be compiled; otherwise
+            with torch's fused AdamW.
 
     Raises:
         ValueError: nothing is trainable.
@@ -60,15 +67,15 @@ def torch_optimizer(engine) -> torch.optim.Optimizer:
 
 
 class GradientCheck:
-    """The check of all gradients of an update, before any engine steps.
+    """A check of all gradients of an update, before any engine steps.
 
-    Every rank must make it, at a gradient-accumulation boundary. It takes the gradient norm of each
-    engine in one pass, sums it over the ranks together with what the caller measured, and reads
-    all of it in one transfer. DeepSpeed then steps with this norm, instead of taking its own and
-    looking for overflows in passes over every single gradient.
+    Every rank must make it, at a gradient-accumulation boundary. It computes the gradient norm of
+    each engine in one pass, sums the squares over the ranks together with what the caller measured,
+    and reads all of it in one transfer. DeepSpeed then steps with this norm. It would otherwise
+    compute the norm again, and look for overflows in passes over every single gradient.
 
     Args:
-        engines: those that step.
+        engines: the engines that step.
         measured: [K] float64 sums of this rank, to be read with the norms.
 
     Attributes:
@@ -82,10 +89,9 @@ class GradientCheck:
         if measured is not None:
             squares = torch.cat([squares, measured.to(squares)])
         found = dist.all_reduce(squares).tolist()
-        self._norms = [
-            math.sqrt(max(square, 0.0)) if square == square else square
-            for square in found[: len(engines)]
-        ]
+        self._norms = []
+        for square in found[: len(engines)]:
+            self._norms.append(square if math.isnan(square) else math.sqrt(max(square, 0.0)))
         self.finite = all(math.isfinite(norm) for norm in self._norms)
         self.measured = found[len(engines) :]
 
@@ -106,7 +112,7 @@ class GradientCheck:
                 _spoil_gradients(engine)
             engine.step()
             if not self.finite and engine.zero_optimization_stage() == 3:
-                # A rank that owns nothing of the first parameter would keep what was planted there.
+                # A rank that owns no part of the first parameter would keep the planted infinity.
                 engine.optimizer.grad_partitions_flat_buffer.zero_()
 
 
@@ -160,10 +166,9 @@ def _takes_norm(engine) -> bool:
 
 def _is_offloaded(optimizer) -> bool:
     """Return whether ZeRO keeps the optimizer's states in host memory."""
-    # The first is an attribute of stages 1 and 2, the second of stage 3.
-    return bool(
-        getattr(optimizer, "cpu_offload", False) or getattr(optimizer, "offload_optimizer", False)
-    )
+    if getattr(optimizer, "cpu_offload", False):  # an attribute of stages 1 and 2
+        return True
+    return bool(getattr(optimizer, "offload_optimizer", False))  # of stage 3
 
 
 def _step_with_norm(engine, norm: float) -> None:
@@ -208,11 +213,12 @@ def _count_skipped_step(engine) -> None:
 
 
 def _spoil_gradients(engine) -> None:
+    """Plant an infinity in the gradients, so that DeepSpeed skips the step as an overflow."""
     optimizer = engine.optimizer
     if getattr(optimizer, "cpu_offload", False):
         optimizer.local_overflow = True
     if _is_offloaded(optimizer):
-        # Offloaded gradients are on the host already; DeepSpeed reads only their norms before a step.
+        # Offloaded gradients are already on the host; before a step DeepSpeed reads only their norms.
         for key, norm in list(optimizer.norm_for_param_grads.items())[:1]:
             optimizer.norm_for_param_grads[key] = torch.full_like(norm, float("inf"))
     for gradient in _local_gradients(engine):

@@ -1,19 +1,22 @@
-"""The inference replica: a plain transformers module that generates with a training engine's weights.
+"""The inference replica: a plain transformers module that generates with the training weights.
 
-It has the actor's class and configuration but no DeepSpeed hooks and no LoRA wrappers. Its weights are
-- the training weights themselves, the same storage, where ZeRO 0 to 2 hold them whole and no adapter touches them;
-- for adapted layers a merged copy W + s B A (rounded once; the training weights are never touched), or, attached, the
-  shared W with the low-rank product beside it;
-- copies gathered from the partitions under ZeRO-3, where merging is free; with a tensor-parallel group this rank's slices
-  of them (tensor_parallel.py).
+It has the actor's class and configuration, but no DeepSpeed hooks and no LoRA wrappers.
+
+| weights | what the replica holds |
+|-|-|
+| ZeRO 0 to 2, no adapter | the training weights themselves, in the same storage |
+| ZeRO 0 to 2, adapter, merged | a copy W + s B A, rounded once; W itself is never written |
+| ZeRO 0 to 2, adapter, attached | the shared W, and the low-rank product next to it |
+| ZeRO-3 | copies gathered from the partitions, adapters merged |
+| ZeRO-3, a tensor-parallel group | this rank's slices of those copies (tensor_parallel.py) |
 """
 
 import copy
-import itertools
 import time
 from dataclasses import dataclass
 from typing import Literal, Optional
 
+import psutil
 import torch
 import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
@@ -26,37 +29,52 @@ from dschat.models.structure import decoder_layers
 from dschat.runtime.log import logger
 
 LoraMode = Literal["merge", "attach", "auto"]
-MEMORY_SHARE = 0.9  # of the free memory, which copies and KV cache may take
+MEMORY_SHARE = 0.9  # the part of the free memory that copies and key-value cache may take
 
 
 @dataclass
 class Weight:
-    """One parameter of the replica and where it comes from."""
+    """One parameter of the replica and its source in the training module.
 
-    module: nn.Module  # of the replica
+    Attributes:
+        module: the replica's module that holds the parameter.
+        leaf: the parameter's name in that module.
+        source: the training parameter; None if `base` stores it quantized.
+        base: the training module that holds the source.
+        lora: the adapter to merge into the copy, if any.
+        block: the name of the parameters that are gathered together under ZeRO-3.
+        cut: the dimension of which the replica holds a slice; None: it holds the whole.
+        group: the ranks that hold a slice each.
+    """
+
+    module: nn.Module
     leaf: str
-    source: torch.Tensor | None  # the training parameter; None where `base` has to be de-quantised
-    base: nn.Module  # the training module that holds it
-    lora: Optional[LoraLayer] = None  # the adapter to merge into it
-    block: str = ""  # what is gathered together under ZeRO-3
-    cut: Optional[int] = None  # the dimension of which the replica holds a slice
+    source: torch.Tensor | None
+    base: nn.Module
+    lora: Optional[LoraLayer] = None
+    block: str = ""
+    cut: Optional[int] = None
     group: Optional[TensorGroup] = None
 
     def parts(self) -> list[torch.Tensor]:
-        """The training parameters that it is made of."""
-        parts = list(self.base.parameters(recurse=False)) if self.source is None else [self.source]
-        return parts + (
-            [lora_matrix(self.lora, "A"), lora_matrix(self.lora, "B")]
-            if self.lora is not None
-            else []
-        )
+        """Return the training parameters from which the weight is computed."""
+        parts = [self.source]
+        if self.source is None:
+            parts = list(self.base.parameters(recurse=False))
+        if self.lora is not None:
+            parts += [lora_matrix(self.lora, "A"), lora_matrix(self.lora, "B")]
+        return parts
 
     @property
     def shape(self) -> torch.Size:
+        """The shape of the replica's parameter: the slice's, if it holds one."""
         return self.module._parameters[self.leaf].shape
 
     def write(self, buffer: torch.Tensor) -> None:
-        """The current weight or this rank's slice of it, adapter merged, into `buffer`; the parts must be whole."""
+        """Write the current weight, or this rank's slice of it, to `buffer`.
+
+        The adapter is merged. The parts must be gathered before.
+        """
         weight = self.base.dequantized_weight() if self.source is None else self.source.detach()
         if self.cut is not None:
             weight = self.group.slice(weight, self.cut)
@@ -64,42 +82,43 @@ class Weight:
             buffer.copy_(weight)
             return
         a, b = lora_matrix(self.lora, "A").detach(), lora_matrix(self.lora, "B").detach()
-        # addmm accumulates in fp32 and rounds once.
         if self.lora.fan_in_fan_out:
             a, b = b.T, a.T
         if self.cut == 0:
             b = self.group.slice(b, 0)
         elif self.cut == 1:
             a = self.group.slice(a, 1)
+        # addmm accumulates in fp32 and rounds once.
         torch.addmm(weight.to(buffer.dtype), b, a, alpha=self.lora.scaling[ADAPTER], out=buffer)
 
 
 class LowRankLinear(nn.Module):
-    """W x + s B (A x), with W inside `base` and the matrices of an adapter: LoRA without a copy of W."""
+    """LoRA without a copy of W: W x + s B (A x), with W in `base` and the adapter's A and B."""
 
     def __init__(self, base: nn.Module, lora: LoraLayer):
         super().__init__()
-        self.base, self.scale = base, lora.scaling[ADAPTER]
+        self.base = base
+        self.scale = lora.scaling[ADAPTER]
         for name in ("A", "B"):
             self.register_parameter(name, shared(lora_matrix(lora, name)))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Like the adapted layer: [..., in] to [..., out]."""
+        """Map [..., in] to [..., out], as the adapted layer does."""
         return self.base(x) + self.scale * F.linear(F.linear(x, self.A), self.B)
 
 
 def lora_matrix(layer: LoraLayer, name: str) -> nn.Parameter:
-    """A [dim, in] or B [out, dim] of an adapted layer."""
+    """Return the matrix A [dim, in] or B [out, dim] of an adapted layer."""
     return getattr(layer, f"lora_{name}")[ADAPTER].weight
 
 
 def shared(parameter: torch.Tensor) -> nn.Parameter:
-    """A parameter without gradient over the same storage."""
+    """Return a parameter without gradient over the same storage."""
     return nn.Parameter(parameter.detach(), requires_grad=False)
 
 
 class Replica:
-    """`model` generates with the weights that `engine` had at the last ``refresh``."""
+    """A module, `model`, that generates with the weights of `engine` at the last ``refresh``."""
 
     def __init__(
         self,
@@ -112,23 +131,20 @@ class Replica:
         """
         Args:
             engine: the actor's training engine.
-            lora_mode: merge: merged copies of adapted layers; attach: no copy, two small products a layer more;
-                auto: merge where memory allows. Under ZeRO-3 everything is a copy, and merged.
+            lora_mode: "merge": merged copies of adapted layers; "attach": no copies, but two more
+                small products per layer; "auto": merge if the copies fit. Under ZeRO-3 all weights
+                are merged copies.
             group: the ranks that hold a slice each; needs ZeRO-3.
             gather_layers: decoder layers gathered at a time under ZeRO-3.
         """
-        self.engine, self.device, self.group, self.gather_layers = (
-            engine,
-            engine.device,
-            group,
-            gather_layers,
-        )
+        self.engine = engine
+        self.device = engine.device
+        self.group = group
+        self.gather_layers = gather_layers
         source = engine.module
         config = copy.deepcopy(source.config)
-        with (
-            torch.random.fork_rng(devices=[]),
-            torch.device("meta"),
-        ):  # initialisation draws random numbers
+        # Initialization draws random numbers: leave the run's generator as it was.
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
             self.model = type(source)(config)
         self.model.eval().requires_grad_(False)
         self._layers = lora_layers(source)
@@ -148,7 +164,10 @@ class Replica:
         self.hold_shared()
 
     def _collect(self, source: nn.Module) -> None:
-        """Find the source of every parameter, once for tied ones, and sort into shared and copied."""
+        """Find the source of every parameter, and sort the parameters into shared and copied.
+
+        Tied parameters have one source; the others of them are aliases.
+        """
         prefix, _ = decoder_layers(source)
         seen: dict[int, Weight] = {}
         for name, _ in self.model.named_parameters(remove_duplicate=False):
@@ -157,31 +176,31 @@ class Replica:
             lora = self._layers.get(path) if leaf == "weight" else None
             base = found.base_layer if isinstance(found, LoraLayer) else found
             parameter = base._parameters.get(leaf)
-            quantised = (
+            is_quantized = (
                 parameter is None and leaf == "weight" and hasattr(base, "dequantized_weight")
             )
-            assert parameter is not None or quantised, f"{name} of the replica has no source"
+            assert parameter is not None or is_quantized, f"{name} of the replica has no source"
             module = self.model.get_submodule(path)
             if parameter is not None and id(parameter) in seen:
                 self._aliases.append((module, leaf, seen[id(parameter)]))
                 continue
-            block = (
-                ".".join(name.split(".")[: len(prefix.split(".")) + 1])
-                if name.startswith(f"{prefix}.")
-                else name
-            )
+            block = name
+            if name.startswith(f"{prefix}."):
+                block = ".".join(name.split(".")[: len(prefix.split(".")) + 1])
             cut = self._cut.get((module, leaf))
             weight = Weight(module, leaf, parameter, base, lora, block, cut, self.group)
             if parameter is not None:
                 seen[id(parameter)] = weight
-            copied = self.partitioned or lora is not None or quantised
-            (self._copied if copied else self._shared).append(weight)
+            if self.partitioned or lora is not None or is_quantized:
+                self._copied.append(weight)
+            else:
+                self._shared.append(weight)
 
     def _copy_buffers(self, source: nn.Module) -> None:
-        """Buffers and plain tensors of modules (rotary frequencies and the like) off the meta device.
+        """Copy buffers and plain tensors of modules, such as rotary frequencies.
 
-        load_state_dict would leave the non-persistent ones there. They are small, and copied, since a forward of the
-        replica may change its own.
+        They are on the meta device until then. They are small, and not shared, since a forward pass
+        may change them. load_state_dict would leave out the non-persistent ones.
         """
         for path, module in self.model.named_modules():
             found = source.get_submodule(path)
@@ -193,30 +212,33 @@ class Replica:
 
     @property
     def copied_bytes(self) -> int:
-        """Bytes of the copies that ``refresh`` fills."""
+        """Bytes of the copies that ``refresh`` writes."""
         return self.itemsize * sum(weight.shape.numel() for weight in self._copied)
 
     @property
     def itemsize(self) -> int:
-        """Bytes of a weight or of a number in the key-value cache."""
-        return next(
-            p for p in self.engine.module.parameters() if p.is_floating_point()
-        ).element_size()
+        """Bytes of a weight, or of a number in the key-value cache."""
+        weights = self.engine.module.parameters()
+        return next(w for w in weights if w.is_floating_point()).element_size()
 
     def _attaches(self, lora_mode: LoraMode) -> bool:
+        """Return whether adapters are attached, and not merged: in "auto", if copies do not fit."""
         if lora_mode != "auto":
             return lora_mode == "attach"
         free = free_memory(self.device)
         attaches = self.copied_bytes > MEMORY_SHARE * free
         if attaches:
             logger.info(
-                f"Hybrid Engine: merged copies take {self.copied_bytes / 2**30:.1f} GiB of {free / 2**30:.1f} GiB "
-                "free: LoRA is attached instead (--hybrid_lora merge overrides)"
+                f"Hybrid Engine: LoRA is attached, since merged copies would take "
+                f"{self.copied_bytes / 2**30:.1f} GiB of {free / 2**30:.1f} GiB free. Give "
+                "--hybrid_lora merge to merge all the same."
             )
         return attaches
 
     def _attach(self) -> None:
-        for weight in [w for w in self._copied if w.lora is not None and w.source is not None]:
+        """Replace each adapted layer by a LowRankLinear over the shared weight."""
+        adapted = [w for w in self._copied if w.lora is not None and w.source is not None]
+        for weight in adapted:
             path = next(
                 name for name, module in self.model.named_modules() if module is weight.module
             )
@@ -225,32 +247,39 @@ class Replica:
             setattr(self.model.get_submodule(parent), leaf, attached)
             self._copied.remove(weight)
             self._shared.append(Weight(weight.module, weight.leaf, weight.source, weight.base))
-            # The adapter's matrices are shared like W, and followed like it where their storage moves.
-            self._shared += [
-                Weight(attached, n, lora_matrix(weight.lora, n), weight.base) for n in ("A", "B")
-            ]
+            # The adapter's matrices are shared as W is: hold_shared follows them if they move.
+            for name in ("A", "B"):
+                matrix = lora_matrix(weight.lora, name)
+                self._shared.append(Weight(attached, name, matrix, weight.base))
 
     def hold_shared(self) -> None:
-        """Point the shared weights at the training weights' storage; again where that has moved."""
+        """Point the shared weights at the training weights' storage, if they do not yet.
+
+        Offloading, for example, moves the training weights to other storage.
+        """
         for weight in self._shared:
             if weight.module._parameters[weight.leaf].data_ptr() != weight.source.data_ptr():
                 weight.module._parameters[weight.leaf] = shared(weight.source)
         self._tie()
 
     def _tie(self) -> None:
+        """Give tied parameters the tensor of their first name."""
         for module, leaf, weight in self._aliases:
             module._parameters[leaf] = weight.module._parameters[weight.leaf]
 
     def refresh(self, *, force: bool = False) -> float:
-        """Bring the replica to the engine's weights; returns the seconds of it. All ranks must call it.
+        """Update the replica to the engine's current weights. All ranks must call it.
 
-        Copies are made only where an optimizer step has gone by since the last call, they were freed, or `force`.
+        Copies are written only if an optimizer step was taken since the last call, if they were
+        freed, or with `force`.
+
+        Returns:
+            The seconds that it took.
         """
         started = time.monotonic()
         self.hold_shared()
-        if not self._copied or (
-            self._held and self._version == self.engine.global_steps and not force
-        ):
+        is_current = self._held and self._version == self.engine.global_steps and not force
+        if not self._copied or is_current:
             return time.monotonic() - started
         if not self._held:
             self._allocate()
@@ -265,46 +294,55 @@ class Replica:
         return time.monotonic() - started
 
     def _gathers(self) -> list[list[Weight]]:
-        """The copied weights by what is gathered at a time: so many decoder layers, and each of the others alone."""
+        """Return the copied weights, one list for each gather.
+
+        `gather_layers` decoder layers are gathered at a time, and every other block alone.
+        """
         blocks: dict[str, list[Weight]] = {}
         for weight in self._copied:
             blocks.setdefault(weight.block, []).append(weight)
         prefix, _ = decoder_layers(self.model)
-        layers = [weights for block, weights in blocks.items() if block.startswith(f"{prefix}.")]
-        others = [
-            weights for block, weights in blocks.items() if not block.startswith(f"{prefix}.")
-        ]
-        starts = range(0, len(layers), self.gather_layers)
-        return others + [list(itertools.chain(*layers[i : i + self.gather_layers])) for i in starts]
+        layers, gathers = [], []
+        for block, weights in blocks.items():
+            if block.startswith(f"{prefix}."):
+                layers.append(weights)
+            else:
+                gathers.append(weights)
+        for start in range(0, len(layers), self.gather_layers):
+            together = layers[start : start + self.gather_layers]
+            gathers.append([weight for weights in together for weight in weights])
+        return gathers
 
     def _allocate(self) -> None:
+        """Allocate the copies, in the dtype of their source."""
         for weight in self._copied:
-            dtype = (weight.parts()[-1] if weight.source is None else weight.source).dtype
+            source = weight.parts()[-1] if weight.source is None else weight.source
+            dtype = source.dtype
             empty = torch.empty(weight.shape, dtype=dtype, device=self.device)
             weight.module._parameters[weight.leaf] = nn.Parameter(empty, requires_grad=False)
         self._tie()
         self._held = True
 
     def release(self) -> None:
-        """Free the copies; the next ``refresh`` makes them again, at other addresses."""
+        """Free the copies. The next ``refresh`` allocates them again, at other addresses."""
         for weight in self._copied:
-            hollow = torch.empty(
-                weight.shape, dtype=weight.module._parameters[weight.leaf].dtype, device="meta"
-            )
-            weight.module._parameters[weight.leaf] = nn.Parameter(hollow, requires_grad=False)
+            dtype = weight.module._parameters[weight.leaf].dtype
+            empty = torch.empty(weight.shape, dtype=dtype, device="meta")
+            weight.module._parameters[weight.leaf] = nn.Parameter(empty, requires_grad=False)
         self._tie()
         self._held = False
 
     def addresses(self) -> tuple[int, ...]:
-        """Return the addresses of all weights. A CUDA graph is valid only for those it was captured with."""
+        """Return the addresses of all weights.
+
+        A CUDA graph is valid only for the addresses that it was captured with.
+        """
         return tuple(p.data_ptr() for p in self.model.parameters())
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can still be allocated on the device."""
+    """Return the bytes that can still be allocated on the device."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
-    import psutil
-
     return psutil.virtual_memory().available

@@ -1,7 +1,7 @@
-"""An engine's state for another number of processes, through DeepSpeed's universal checkpoint.
+"""Load an engine's state on another number of ranks, through DeepSpeed's universal checkpoint.
 
-Every ZeRO stage above 0 keeps pieces that belong to ranks. The universal form has one file a parameter and kind of
-state, whole; each process then takes its piece of it.
+Every ZeRO stage above 0 saves each rank's pieces. The universal form has one file for each
+parameter and kind of state, from which each rank then takes its new piece.
 """
 
 import argparse
@@ -20,13 +20,19 @@ from dschat.runtime.log import logger
 
 
 def load_engine_universally(engine, folder: Path, name: str, *, scratch: Path) -> None:
-    """Take the state that another number of processes saved to `folder`/`name`. Every process must call it.
+    """Load the state that another number of ranks saved to `folder`/`name`.
+
+    All ranks must call it.
 
     Args:
-        scratch: a folder that all processes see, with room for another copy of the state; it is deleted again.
+        engine: the engine that takes the state.
+        folder: the folder of the checkpoint's engines.
+        name: the engine's folder in it.
+        scratch: a folder that all ranks see, with room for another copy of the state. The copy is
+            deleted at the end.
 
     Raises:
-        ValueError: the conversion failed; on every process.
+        ValueError: the conversion failed; raised on every rank.
     """
     logger.info(f"converting {folder / name} for {dist.world_size()} processes")
     fault = dist.first_fault(_convert(folder / name, scratch / name) if dist.is_main() else "")
@@ -47,7 +53,7 @@ def load_engine_universally(engine, folder: Path, name: str, *, scratch: Path) -
         # At stage 3 DeepSpeed (0.19.8) gives every group the rate and the decay of the first.
         group.update(own, lr=rate)
     for state in torch_optimizer(engine).state.values():
-        # There all share one step tensor as well, which each would count up.
+        # At stage 3 all parameters also share one step tensor, which each would increment.
         if torch.is_tensor(state.get("step")):
             state["step"] = state["step"].clone()
     dist.barrier()
@@ -56,7 +62,7 @@ def load_engine_universally(engine, folder: Path, name: str, *, scratch: Path) -
 
 
 def _convert(source: Path, target: Path) -> str:
-    """Write the universal form of `source` to `target`; returns what went wrong, or ""."""
+    """Write the universal form of `source` to `target`, and return the fault or ""."""
     shutil.rmtree(target, ignore_errors=True)
     options = argparse.Namespace(
         input_folder=str(source),
@@ -72,7 +78,7 @@ def _convert(source: Path, target: Path) -> str:
         target.mkdir(parents=True)
         with contextlib.redirect_stdout(talk), contextlib.redirect_stderr(talk):
             ds_to_universal.main(options)
-    except Exception as error:  # the other processes wait for this one's word
+    except Exception as error:  # of any kind: the other ranks wait for this one's answer
         logging.getLogger(__name__).debug("converting %s", source, exc_info=True)
         return f"{type(error).__name__}: {error}"
     return ""

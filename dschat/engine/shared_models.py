@@ -1,6 +1,6 @@
-"""Engines whose model serves another role too.
+"""Let one engine's model serve another role too, and let an engine be replaced.
 
-LoRA's frozen weights are the model that training began from.
+LoRA's frozen weights are the model from which training began, so they can be the reference model.
 """
 
 import gc
@@ -11,7 +11,9 @@ from dschat.models.lora import adapters_disabled
 
 
 class AdaptersOff:
-    """An engine's model without LoRA, called like the engine; the reference with only_optimize_lora.
+    """An engine's model without LoRA, called like the engine: the reference model.
+
+    It needs only_optimize_lora, which trains nothing but the adapters.
 
     A RewardModel with a reward head (``RewardModel.keep_reward_head``) returns that head's scores.
     """
@@ -21,7 +23,7 @@ class AdaptersOff:
 
     @property
     def module(self):
-        """The model, adapters and all: ask it for its configuration, but call this object."""
+        """The model with its adapters. Read its configuration, but call this object."""
         return self.engine.module
 
     def __call__(self, **inputs):
@@ -41,7 +43,7 @@ class AdaptersOff:
 
 
 class Replaceable:
-    """Stand-in for an engine that can be replaced without its callers knowing."""
+    """A stand-in for an engine, which can be replaced without a change in its callers."""
 
     def __init__(self, engine):
         self.engine = engine
@@ -63,7 +65,7 @@ class Replaceable:
         """Free the engine and its model's memory. Set another engine before the next call."""
         module, engine, self.engine = self.engine.module, self.engine, None
         engine.destroy()
-        # DeepSpeed (0.19.8) keeps a destroyed ZeRO-3 model in its hooks, so free large tensors here.
+        # DeepSpeed (0.19.8) keeps a destroyed ZeRO-3 model in its hooks: free large tensors here.
         for parameter in module.parameters():
             for tensor in (parameter, getattr(parameter, "ds_tensor", None)):
                 if tensor is not None:
