@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from dschat.engine.hybrid_engine import HybridEngine  # noqa: E402
+from dschat.generation.sampling import response_mask  # noqa: E402
 from dschat.models.families import shape_config  # noqa: E402
 from dschat.runtime.files import write_json  # noqa: E402
 from dschat.runtime.hardware import hardware, versions  # noqa: E402
@@ -96,7 +97,6 @@ def measure(model, args: argparse.Namespace, slots: int, device: torch.device) -
         max_rows=slots or args.batch,
         max_length=args.longest_prompt + args.answer,
     )
-    ends = torch.tensor(settings.eos_token_id, device=device)
     rates = []
     for repeat in range(args.repeats + (device.type == "cuda")):
         torch.manual_seed(repeat)
@@ -104,17 +104,12 @@ def measure(model, args: argparse.Namespace, slots: int, device: torch.device) -
         seconds = timed(
             lambda out=decoded: out.extend(hybrid.decode_all(batches, settings)), device
         )
-        tokens = sum(num_tokens(one.tokens, ends) for one in decoded)
+        masks = [response_mask(one.tokens, settings.eos_token_id) for one in decoded]
+        tokens = sum(int(mask.sum()) for mask in masks)
         rates.append(tokens / seconds)
     busy = hybrid.metrics().get("rollout/slots_busy")
     hybrid.shutdown()
     return {"slots": slots, "tokens_per_s": max(rates), "busy": busy}
-
-
-def num_tokens(tokens: torch.Tensor, ends: torch.Tensor) -> int:
-    """Return the number of tokens [N, R] up to each row's end."""
-    is_end = torch.isin(tokens, ends).long()
-    return int(((is_end.cumsum(-1) - is_end) == 0).sum())
 
 
 def main() -> int:

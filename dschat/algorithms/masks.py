@@ -1,29 +1,6 @@
-"""Masks over responses, and statistics under them.
-
-Lengths decide, never ``token != pad``: pad and EOS may be the same token.
-"""
-
-from collections.abc import Iterable
+"""Statistics under masks over responses."""
 
 import torch
-
-
-def response_mask(tokens: torch.Tensor, eos_token_ids: Iterable[int]) -> torch.Tensor:
-    """Return a mask of the answer positions that count: all up to and including the first EOS.
-
-    Args:
-        tokens: [B, R] int64, generated tokens; what follows the first EOS is arbitrary.
-        eos_token_ids: the ids that end an answer.
-
-    Returns:
-        [B, R] bool, True on answer tokens. The EOS is an action and counts: an immediate EOS is an
-        answer of length 1.
-    """
-    is_eos = torch.isin(
-        tokens, torch.as_tensor(list(eos_token_ids), device=tokens.device, dtype=tokens.dtype)
-    )
-    ended_before = is_eos.long().cumsum(-1) - is_eos.long()
-    return ended_before == 0
 
 
 def last_index(mask: torch.Tensor) -> torch.Tensor:

@@ -84,7 +84,7 @@ class MovingAverage:
         return tensors
 
     def _masters(self):
-        """Yield the name and local fp32 piece [n] or whole fp32 tensor of each trained parameter."""
+        """Yield each trained parameter's name and its local fp32 piece [n] or whole tensor."""
         stage = self.engine.zero_optimization_stage()
         parameters = dict(self.engine.module.named_parameters())
         for name in self._names:

@@ -27,7 +27,7 @@ from dschat.generation.decoding import (
     takes_graphs,
 )
 from dschat.generation.graph_slots import GraphSlotDecoder
-from dschat.generation.sampling import eos_ids, keep_tokens
+from dschat.generation.sampling import eos_ids, keep_tokens, response_mask
 from dschat.generation.slots import Prompts, SlotDecoder, SlotStats, takes_slots
 from dschat.generation.tensor_parallel import TensorGroup, gather_prompts
 from dschat.models.structure import pretrained
@@ -66,9 +66,8 @@ class Generator(RolloutEngine):
         """
         own = self.engine.module.generation_config
         samples = sampling.n_samples_per_prompt
-        copies = (
-            samples if sampling.temperature > 0 else 1
-        )  # greedy answers to one prompt are the same
+        # Greedy responses to one prompt are the same.
+        copies = samples if sampling.temperature > 0 else 1
         eos = eos_ids(own)
         generation = GenerationConfig(
             do_sample=sampling.temperature > 0,
@@ -80,16 +79,16 @@ class Generator(RolloutEngine):
             eos_token_id=eos,
             pad_token_id=next(iter(eos), 0) if own.pad_token_id is None else own.pad_token_id,
         )
-        prompts, mask = request.prompt_ids, request.prompt_attention_mask
-        tokens = self.decode(prompts, mask, generation).tokens.repeat_interleave(
-            samples // copies, dim=0
-        )
-        prompts, mask = (t.repeat_interleave(samples, dim=0) for t in (prompts, mask))
-        is_end = torch.isin(tokens, torch.tensor(generation.eos_token_id, device=tokens.device))
-        live = (is_end.long().cumsum(-1) - is_end.long()) == 0
-        starts = torch.full((len(tokens),), prompts.shape[1], device=tokens.device)
+        prompts, prompt_mask = request.prompt_ids, request.prompt_attention_mask
+        tokens = self.decode(prompts, prompt_mask, generation).tokens
+        tokens = tokens.repeat_interleave(samples // copies, dim=0)
+        prompts = prompts.repeat_interleave(samples, dim=0)
+        prompt_mask = prompt_mask.repeat_interleave(samples, dim=0)
+        mask = response_mask(tokens, eos).to(prompt_mask.dtype)
         return RolloutBatch(
-            torch.cat([prompts, tokens], -1), torch.cat([mask, live.to(mask.dtype)], -1), starts
+            torch.cat([prompts, tokens], -1),
+            torch.cat([prompt_mask, mask], -1),
+            torch.full((len(tokens),), prompts.shape[1], device=tokens.device),
         )
 
     def sync_weights(self, step: int) -> None:
@@ -148,7 +147,7 @@ class HybridEngine(Generator):
         """
         Args:
             engine: the actor's training engine.
-            lora_mode: how adapters get into the replica, see Replica.
+            lora_mode: how the replica applies adapters, see Replica.
             cuda_graph: on a GPU, replay decode steps as CUDA graphs.
             compiled: run those through torch.compile.
             unpin: free gathered and merged weights after each rollout.
@@ -187,10 +186,7 @@ class HybridEngine(Generator):
         """Set up decoding by CUDA graphs, unless the model does not support it."""
         reason = takes_graphs(self.replica.model, windows=self.slots > 0)
         if reason is not None:
-            logger.warning(
-                f"Hybrid Engine: no CUDA graphs for {type(self.engine.module).__name__}, since "
-                f"{reason}"
-            )
+            logger.warning(f"Hybrid Engine: no CUDA graphs for {self._model_name}, since {reason}")
             return
         if compiled and self.group is not None:
             logger.info(
@@ -218,6 +214,11 @@ class HybridEngine(Generator):
     def _decoder(self) -> GraphDecoder | GraphSlotDecoder | None:
         """The decoder that replays CUDA graphs; None if decoding is eager."""
         return self._slot_graphs if self.slots else self._graphs
+
+    @property
+    def _model_name(self) -> str:
+        """The class of the model, for messages."""
+        return type(self.engine.module).__name__
 
     @property
     def _group_slots(self) -> int:
@@ -263,8 +264,8 @@ class HybridEngine(Generator):
         if not self._warned:
             self._warned = True
             logger.warning(
-                f"Hybrid Engine: {type(self.engine.module).__name__} decodes batch by batch in "
-                f"spite of --generation_slots, since {reason}"
+                f"Hybrid Engine: {self._model_name} decodes batch by batch in spite of "
+                f"--generation_slots, since {reason}"
             )
         return [self._decode_eagerly(ids, mask, generation) for ids, mask in batches]
 
@@ -292,6 +293,7 @@ class HybridEngine(Generator):
         return self._run_slots(batches, generation, seed)
 
     def _run_slots(self, batches, generation, seed: int) -> list[Decoded]:
+        """Return the responses, decoded in slots: by graphs, unless they are off or fail."""
         if self._slot_graphs is not None:
             self._slot_graphs.addresses = self.replica.addresses()
             try:
@@ -304,6 +306,7 @@ class HybridEngine(Generator):
         return self._finish(decoder, batches, generation, seed)
 
     def _finish(self, decoder: SlotDecoder, batches, generation, seed: int) -> list[Decoded]:
+        """Return the decoder's responses, and keep and log its counts."""
         decoded = decoder.decode(batches, generation, seed=seed)
         self._stats = decoder.stats
         logger.info(f"Hybrid Engine: {decoder.stats}")
@@ -322,13 +325,14 @@ class HybridEngine(Generator):
         return self._decode_eagerly(input_ids, attention_mask, generation)
 
     def _decode_eagerly(self, input_ids, attention_mask, generation) -> Decoded:
+        """Return the responses, decoded without graphs."""
         agree = keep_tokens if self.group is None else self.group.agree
         return eager_decode(self.replica.model, input_ids, attention_mask, generation, agree)
 
     def _warn_of_mismatch(self, mismatch: GraphMismatch) -> None:
         logger.warning(
-            f"Hybrid Engine: CUDA graphs are off for {type(self.engine.module).__name__}, whose "
-            f"captured steps fail or compute something else ({mismatch})"
+            f"Hybrid Engine: CUDA graphs are off for {self._model_name}, whose captured steps fail "
+            f"or compute something else ({mismatch})"
         )
 
     def sync_weights(self, step: int) -> None:
@@ -336,7 +340,7 @@ class HybridEngine(Generator):
         self.refresh_s += self.replica.refresh(force=True)
 
     def end_rollout(self) -> None:
-        """Free what --unpin_actor_parameters and --release_inference_cache say."""
+        """Free memory as --unpin_actor_parameters and --release_inference_cache ask."""
         if self.release_cache and self._decoder is not None:
             self._decoder.release()
         if self.unpin or self.release_cache:
@@ -367,26 +371,31 @@ class HybridEngine(Generator):
         self._slot_graphs = None
 
     def _description(self) -> str:
-        replica = self.replica
-        if self.group is not None:
-            weights = (
-                f"decoder layers split over groups of {self.group.size} processes, embeddings, norms and head whole, "
-                f"gathered from ZeRO-3 {replica.gather_layers} layers at a time, {replica.copied_bytes / GIB:.2f} GiB on "
-                "every process"
-            )
-        elif replica.partitioned:
-            weights = f"weights gathered from ZeRO-3, {replica.copied_bytes / GIB:.2f} GiB on every process"
-        elif replica.attached:
-            weights = "the training weights, LoRA attached"
-        elif replica.copied_bytes:
-            weights = f"the training weights, and merged copies of adapted layers, {replica.copied_bytes / GIB:.2f} GiB"
-        else:
-            weights = "the training weights"
+        """Return which weights generate and how they decode, for the log."""
         if self._decoder is None:
-            return f"{weights}; eager decoding"
-        return f"{weights}; CUDA graphs, {'compiled' if self._decoder.graphs.compiled else 'not compiled'}"
+            return f"{self._weights_description()}; eager decoding"
+        compiled = "compiled" if self._decoder.graphs.compiled else "not compiled"
+        return f"{self._weights_description()}; CUDA graphs, {compiled}"
+
+    def _weights_description(self) -> str:
+        replica = self.replica
+        size = f"{replica.copied_bytes / GIB:.2f} GiB"
+        if self.group is not None:
+            return (
+                f"decoder layers split over groups of {self.group.size} ranks, embeddings, norms "
+                f"and head whole, gathered from ZeRO-3 {replica.gather_layers} layers at a time, "
+                f"{size} on every rank"
+            )
+        if replica.partitioned:
+            return f"weights gathered from ZeRO-3, {size} on every rank"
+        if replica.attached:
+            return "the training weights, LoRA attached"
+        if replica.copied_bytes:
+            return f"the training weights, and merged copies of adapted layers, {size}"
+        return "the training weights"
 
     def _check_memory(self, rows: int, length: int) -> None:
+        """Raise ValueError if the copies and a cache of `rows` x `length` tokens do not fit."""
         # A group of N ranks caches N times the rows, each rank an Nth of the heads.
         cache = cache_bytes(
             self.engine.module, rows=rows, length=length, itemsize=self.replica.itemsize
@@ -395,19 +404,17 @@ class HybridEngine(Generator):
         if copies + cache <= MEMORY_SHARE * free:
             return
         rows_flag = "--generation_slots" if self.slots else "--per_device_generation_batch_size"
-        remedies = [
-            f"smaller {rows_flag}",
-            "leave out --enable_hybrid_engine",
-        ]
+        remedies = []
         if self.replica.partitioned:
-            remedies.insert(
-                0, f"--inference_tp_size {2 if self.group is None else 2 * self.group.size}"
-            )
+            group_size = 1 if self.group is None else self.group.size
+            remedies.append(f"give --inference_tp_size {2 * group_size}")
         elif copies:
-            remedies.insert(0, "--hybrid_lora attach")
+            remedies.append("give --hybrid_lora attach")
+        remedies += [f"lower {rows_flag}", "leave out --enable_hybrid_engine"]
         raise ValueError(
-            f"--enable_hybrid_engine needs {(copies + cache) / GIB:.1f} GiB on each device, {copies / GIB:.1f} for "
-            f"weights and {cache / GIB:.1f} for the key-value cache of {rows} answers; {free / GIB:.1f} GiB are free. Give "
+            f"--enable_hybrid_engine needs {(copies + cache) / GIB:.1f} GiB on each device: "
+            f"{copies / GIB:.1f} for weights and {cache / GIB:.1f} for the key-value cache of "
+            f"{rows} answers. {free / GIB:.1f} GiB are free. To make it fit, "
             f"{', or '.join(remedies)}."
         )
 

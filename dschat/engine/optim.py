@@ -218,7 +218,7 @@ def _spoil_gradients(engine) -> None:
     if getattr(optimizer, "cpu_offload", False):
         optimizer.local_overflow = True
     if _is_offloaded(optimizer):
-        # Offloaded gradients are already on the host; before a step DeepSpeed reads only their norms.
+        # Offloaded gradients are already on the host. DeepSpeed reads only their norms then.
         for key, norm in list(optimizer.norm_for_param_grads.items())[:1]:
             optimizer.norm_for_param_grads[key] = torch.full_like(norm, float("inf"))
     for gradient in _local_gradients(engine):

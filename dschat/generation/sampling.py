@@ -1,6 +1,6 @@
 """Sampling: transformers' logits processors, then the most likely token or a random draw."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
@@ -153,3 +153,21 @@ def eos_ids(generation: GenerationConfig) -> list[int]:
     if ids is None:
         return []
     return [ids] if isinstance(ids, int) else list(ids)
+
+
+def response_mask(tokens: torch.Tensor, eos_token_ids: Iterable[int]) -> torch.Tensor:
+    """Return a mask of the response positions that count: all up to and including the first EOS.
+
+    Lengths decide, never ``token != pad``: pad and EOS may be the same token.
+
+    Args:
+        tokens: [B, R] int64, generated tokens; those after the first EOS are arbitrary.
+        eos_token_ids: the ids that end a response.
+
+    Returns:
+        [B, R] bool, True on response tokens. The EOS is an action and counts: an immediate EOS is
+        a response of length 1.
+    """
+    ids = torch.as_tensor(list(eos_token_ids), device=tokens.device, dtype=tokens.dtype)
+    is_eos = torch.isin(tokens, ids).long()
+    return is_eos.cumsum(-1) - is_eos == 0

@@ -29,7 +29,13 @@ from dschat.generation.decoding import (
     prefill,
     sliding_window,
 )
-from dschat.generation.sampling import Agree, Sampler, keep_tokens, row_noise
+from dschat.generation.sampling import (
+    Agree,
+    Sampler,
+    keep_tokens,
+    response_mask,
+    row_noise,
+)
 
 REFILL_SHARE = 16  # newcomers are prefilled together once a 16th of the slots is free
 FREE = -1  # the response of a slot that has none
@@ -46,7 +52,7 @@ class SlotState:
 
     token: torch.Tensor  # [N, 1] int64, the newest token
     positions: torch.Tensor  # [N, 1] int64, its position id
-    # [N, 1, 1, 2] int32, the cache positions that a slot attends to: first, and one after the newest
+    # [N, 1, 1, 2] int32, the cache positions that a slot attends to: the first, and the end
     bounds: torch.Tensor
     steps: torch.Tensor  # [N] int64, response tokens so far
     response: torch.Tensor  # [N] int64, the number of the response
@@ -250,9 +256,7 @@ class SlotDecoder:
     def _num_tokens(self, responses: int) -> int:
         """Return the number of tokens up to the ends of the first `responses`."""
         tokens = self.state.tokens[:responses]
-        is_end = self.sampler.is_end(tokens.reshape(-1)).view_as(tokens)
-        before_end = (is_end.long().cumsum(-1) - is_end.long()) == 0
-        return int(before_end.sum())
+        return int(response_mask(tokens, self.sampler.eos.tolist()).sum())
 
     def _prepare(
         self, queue: ResponseQueue, generation: GenerationConfig, rows: int, seed: int

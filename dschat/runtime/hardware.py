@@ -16,7 +16,8 @@ CGROUP_LIMIT = Path("/sys/fs/cgroup/cpu.max")
 # Instructions that multiply bf16 numbers, as /proc/cpuinfo spells them: AMX and AVX-512 on x86, and
 # the extension of Arm.
 BF16_UNITS = ("amx_bf16", "avx512_bf16", "bf16")
-# Values of ONEDNN_MAX_CPU_ISA that keep oneDNN, torch's library of matrix products, from using them.
+# Values of ONEDNN_MAX_CPU_ISA with which oneDNN, torch's library of matrix products, does not use
+# them.
 ISA_WITHOUT_BF16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX512_CORE", "AVX512_CORE_VNNI")
 
 

@@ -17,12 +17,13 @@ from dschat.algorithms.advantages import (
 from dschat.algorithms.importance import importance_weights
 from dschat.algorithms.kl import kl_estimate
 from dschat.algorithms.logprobs import full_kl, token_logprobs
-from dschat.algorithms.masks import last_index, masked_whiten, moments, response_mask
+from dschat.algorithms.masks import last_index, masked_whiten, moments
 from dschat.algorithms.types import Experience, PromptBatch
 from dschat.config.ppo import PPOConfig
 from dschat.config.ppo_objective import PPOObjective
 from dschat.config.ppo_options import PPOSampling
 from dschat.generation.decoding import Decoded
+from dschat.generation.sampling import response_mask
 from dschat.models.forward import forward_logits
 from dschat.runtime import dist
 from dschat.runtime.log import logger

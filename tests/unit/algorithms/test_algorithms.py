@@ -24,10 +24,7 @@ from dschat.algorithms.masks import (
     mean_and_std,
     moments,
     pool_last,
-    response_mask,
 )
-
-EOS = (2, 7)
 
 
 def random_rows(batch=5, length=7, seed=0):
@@ -36,16 +33,6 @@ def random_rows(batch=5, length=7, seed=0):
     lengths = torch.tensor([1 + i % length for i in range(batch)])
     mask = torch.arange(length) < lengths[:, None]
     return [torch.randn(batch, length, generator=draw, dtype=torch.float64) for _ in range(4)], mask
-
-
-def test_response_mask_ends_with_the_first_eos_and_knows_every_eos_id():
-    tokens = torch.tensor([[5, 2, 5, 2], [7, 2, 2, 2], [5, 6, 5, 6], [5, 6, 5, 7]])
-    assert response_mask(tokens, EOS).tolist() == [
-        [True, True, False, False],
-        [True, False, False, False],
-        [True, True, True, True],
-        [True, True, True, True],
-    ]
 
 
 def test_last_index_and_pooling_work_on_both_paddings():

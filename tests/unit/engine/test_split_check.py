@@ -1,4 +1,4 @@
-"""The comparison of a split model with the whole one: rounding passes at any depth, faults do not."""
+"""Compare a split model with the whole one: rounding passes at any depth, faults do not."""
 
 import copy
 from types import SimpleNamespace

@@ -285,5 +285,5 @@ def test_too_many_slots_are_refused_with_the_flag(monkeypatch):
     row = hybrid_engine.cache_bytes(engine.module, rows=1, length=100, itemsize=4)
     monkeypatch.setattr(hybrid_engine, "free_memory", lambda device: 50 * row)
     HybridEngine(engine, slots=45, max_rows=400, max_length=100)
-    with pytest.raises(ValueError, match="smaller --generation_slots"):
+    with pytest.raises(ValueError, match="lower --generation_slots"):
         HybridEngine(engine, slots=46, max_length=100)
