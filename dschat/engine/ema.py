@@ -49,7 +49,7 @@ class MovingAverage:
         `saved` has ``of_rank`` and ``checkpoint.processes``.
         """
         parameters = dict(self.engine.module.named_parameters())
-        ranks = range(saved.checkpoint.processes)
+        ranks = list(range(saved.checkpoint.processes))
         if self.engine.zero_optimization_stage() == 0:
             ranks = ranks[:1]
         elif len(ranks) == dist.world_size():
