@@ -27,7 +27,8 @@ h3 { font-size: 1.05rem; margin: 1.2rem 0 .4rem; }
 p { margin: .4rem 0; }
 .soft { color: var(--soft); }
 .charts {
-  display: grid; gap: .8rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 19rem), 1fr));
+  display: grid; gap: .8rem;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 19rem), 1fr));
 }
 figure { margin: 0; padding: .6rem; background: var(--panel); border-radius: .5rem; min-width: 0; }
 figcaption { font-weight: 600; font-size: .9rem; }

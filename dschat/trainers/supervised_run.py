@@ -145,7 +145,9 @@ def train_run(
 
 
 def save_run(run: SupervisedRun, model: torch.nn.Module, tokenizer=None) -> None:
-    """Save the model to --output_dir, beside metrics.jsonl, run.json and a report. Every rank must call it.
+    """Save the model to --output_dir, next to metrics.jsonl, run.json and a report.
+
+    All ranks must call it.
 
     Args:
         run: from ``start_run``.
