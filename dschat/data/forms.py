@@ -166,12 +166,18 @@ def _is_number(value: object) -> bool:
 
 
 def _has(*names: str) -> Callable[[dict], bool]:
-    return lambda raw: all(raw.get(name) is not None for name in names)
+    def has(raw: dict) -> bool:
+        return None not in map(raw.get, names)
+
+    return has
 
 
 def _field(raw: dict, names: Sequence[str]) -> str | None:
     """Return the first of `names` whose field is not null."""
-    return next((name for name in names if raw.get(name) is not None), None)
+    for name in names:
+        if raw.get(name) is not None:
+            return name
+    return None
 
 
 def _user(text: str) -> list[dict]:
@@ -464,7 +470,10 @@ def _winner(value: object) -> int:
 
 
 def _find_two_answers(raw: dict) -> tuple | None:
-    return next((entry for entry in TWO_ANSWERS if _has(*entry[:3])(raw)), None)
+    for entry in TWO_ANSWERS:
+        if None not in map(raw.get, entry[:3]):
+            return entry
+    return None
 
 
 def _two_answers(raw: dict, reading: Reading) -> list[Row]:

@@ -10,8 +10,9 @@ import json
 import logging
 import os
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,10 +28,12 @@ from dschat.data.row import Row
 from dschat.data.splits import Blend
 from dschat.data.templates import Rendered
 from dschat.runtime.files import write_json
+from dschat.runtime.hardware import cpu_cores
 
 logger = logging.getLogger(__name__)
 
 CHUNK_ROWS = 512
+MAX_THREADS = 16
 PROGRESS_S = 10.0
 FAULTS_SHOWN = 5
 
@@ -126,8 +129,8 @@ def _raise_or_warn(report: Report, *, skip: bool, name: str) -> None:
 
 def _in_memory(dataset: TextDataset, name: str) -> tuple[Report, list[dict]]:
     report = Report()
-    items = [item for chunk in _prepare_items(dataset, report, name) for item in chunk]
-    return report, items
+    batches = _prepare_items(dataset, report, name)
+    return report, [item for batch in batches for item in batch.to_pylist()]
 
 
 def _in_cache(
@@ -156,16 +159,18 @@ def _in_cache(
 
 def _write(dataset: TextDataset, report: Report, path: Path, name: str) -> None:
     """Write the items as an Arrow stream, under their name only once they are complete."""
+    temporary = path.with_suffix(f".{os.getpid()}")
+    schema = _schema(dataset)
+    with open(temporary, "wb") as file, pyarrow.ipc.new_stream(file, schema) as writer:
+        for batch in _prepare_items(dataset, report, name):
+            writer.write_batch(batch)
+    os.replace(temporary, path)
+
+
+def _schema(dataset: TextDataset) -> pyarrow.Schema:
     columns = {name: pyarrow.list_(pyarrow.int32()) for name in dataset.list_columns}
     columns |= {name: pyarrow.float64() for name in dataset.number_columns}
-    schema = pyarrow.schema(list(columns.items()))
-    temporary = path.with_suffix(f".{os.getpid()}")
-    with open(temporary, "wb") as file, pyarrow.ipc.new_stream(file, schema) as writer:
-        for items in _prepare_items(dataset, report, name):
-            if items:
-                batch = {column: [item[column] for item in items] for column in columns}
-                writer.write_batch(pyarrow.RecordBatch.from_pydict(batch, schema=schema))
-    os.replace(temporary, path)
+    return pyarrow.schema(list(columns.items()))
 
 
 @dataclass
@@ -184,6 +189,8 @@ def encode_rows(
 ) -> Iterator[list[EncodedRow]]:
     """Encode all rows, a chunk at a time, and count in `report` what becomes of them.
 
+    Threads tokenize while this one reads and renders the next rows.
+
     Args:
         dataset: not changed.
         report: an empty one.
@@ -192,35 +199,61 @@ def encode_rows(
     """
     report.num_rows = len(dataset)
     begun = shown = time.monotonic()
-    for begin in range(0, len(dataset), CHUNK_ROWS):
-        positions = range(begin, min(begin + CHUNK_ROWS, len(dataset)))
-        yield _encode_chunk(dataset, positions, report, most_faults)
-        now = time.monotonic()
-        if now - shown > PROGRESS_S:
-            shown = now
-            done = positions.stop
-            rest = (now - begun) * (len(dataset) - done) / done
-            logger.info("%s: tokenized %d of %d rows, %.0f s left", name, done, len(dataset), rest)
+    # A tokenizer in Python would only take turns with this thread.
+    num_threads = min(MAX_THREADS, cpu_cores()) if dataset.tokenizer.is_fast else 1
+    with ThreadPoolExecutor(num_threads) as threads:
+        waiting: deque[_Chunk] = deque()
+        for begin in range(0, len(dataset), CHUNK_ROWS):
+            positions = range(begin, min(begin + CHUNK_ROWS, len(dataset)))
+            waiting.append(_begin_chunk(dataset, positions, threads))
+            if len(waiting) > num_threads:
+                yield _finish_chunk(dataset, waiting.popleft(), report, most_faults)
+            now = time.monotonic()
+            if now - shown > PROGRESS_S:
+                shown = now
+                done = positions.stop
+                rest = (now - begun) * (len(dataset) - done) / done
+                logger.info(
+                    "%s: tokenized %d of %d rows, %.0f s left", name, done, len(dataset), rest
+                )
+        while waiting:
+            yield _finish_chunk(dataset, waiting.popleft(), report, most_faults)
 
 
-def _encode_chunk(
-    dataset: TextDataset, positions: range, report: Report, most_faults: int | None
+@dataclass(frozen=True)
+class _Chunk:
+    """Rendered rows that are being tokenized."""
+
+    rows: list[tuple[int, Row, Rendered]]  # each with its position
+    faults: list[ValueError]
+    encoded: Future
+
+
+def _begin_chunk(dataset: TextDataset, positions: range, threads: ThreadPoolExecutor) -> _Chunk:
+    rows = []
+    faults = []
+    for position in positions:
+        try:
+            row = dataset.row(position)
+            rows.append((position, row, dataset.render(row)))
+        except ValueError as error:
+            faults.append(error)
+    texts = [rendered for _, _, rendered in rows]
+    return _Chunk(rows, faults, threads.submit(dataset.encoder.encode_all, texts))
+
+
+def _finish_chunk(
+    dataset: TextDataset, chunk: _Chunk, report: Report, most_faults: int | None
 ) -> list[EncodedRow]:
     def add_fault(error: ValueError) -> None:
         report.num_faults += 1
         if most_faults is None or len(report.faults) < most_faults:
             report.faults.append(str(error))
 
-    shown: list[tuple[int, Row, Rendered]] = []
-    for position in positions:
-        try:
-            row = dataset.row(position)
-            shown.append((position, row, dataset.render(row)))
-        except ValueError as error:
-            add_fault(error)
+    for fault in chunk.faults:
+        add_fault(fault)
     found = []
-    encoded_rows = dataset.encoder.encode_all([rendered for _, _, rendered in shown])
-    for (position, row, rendered), encoded in zip(shown, encoded_rows, strict=True):
+    for (position, row, rendered), encoded in zip(chunk.rows, chunk.encoded.result(), strict=True):
         num_tokens = dataset.num_tokens(encoded)
         report.longest = max(report.longest, num_tokens)
         item = None
@@ -239,18 +272,36 @@ def _encode_chunk(
     return found
 
 
-def _prepare_items(dataset: TextDataset, report: Report, name: str) -> Iterator[list[dict]]:
+def _prepare_items(
+    dataset: TextDataset, report: Report, name: str
+) -> Iterator[pyarrow.RecordBatch]:
     """Yield the items of all rows that are used, a chunk at a time, and set the report's digest."""
     digest = hashlib.sha256()
+    schema = _schema(dataset)
     for chunk in encode_rows(dataset, report, name=name):
         items = [row.item for row in chunk if row.item is not None]
-        for item in items:
-            for column in sorted(item):
-                values = np.asarray(item[column], dtype=np.float64)
-                digest.update(f"{column} {values.size} ".encode())
-                digest.update(values.tobytes())
-        yield items
+        if items:
+            columns = {column: [item[column] for item in items] for column in schema.names}
+            batch = pyarrow.RecordBatch.from_pydict(columns, schema=schema)
+            _update_digest(digest, batch)
+            yield batch
     report.items_digest = digest.hexdigest()
+
+
+def _update_digest(digest: "hashlib._Hash", batch: pyarrow.RecordBatch) -> None:
+    """Hash the columns of each row as float64, in the order of their names."""
+    columns = []
+    for name in sorted(batch.schema.names):
+        column = batch.column(name)
+        is_list = pyarrow.types.is_list(column.type)
+        values = column.flatten() if is_list else column
+        ends = column.offsets.to_numpy() if is_list else np.arange(len(column) + 1)
+        columns.append((name, values.to_numpy().astype(np.float64), ends.tolist()))
+    for row in range(batch.num_rows):
+        for name, values, ends in columns:
+            begin, end = ends[row], ends[row + 1]
+            digest.update(f"{name} {end - begin} ".encode())
+            digest.update(values[begin:end])
 
 
 def _to_json(report: Report) -> dict:

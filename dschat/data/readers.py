@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 BOM = b"\xef\xbb\xbf"
+BLOCK = 2**17  # bytes that are read at once
 
 SPACE = re.compile(r"[ \t\r\n]*")
 JSON_LINES = (".jsonl", ".ndjson")
@@ -44,6 +45,7 @@ class LineRows(Sequence):
         self._begins = array("q")
         self._lengths = array("q")
         self._file: BinaryIO | None = None
+        self._block: tuple[int, bytes] = (0, b"")  # bytes of the file, and where they begin
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -51,15 +53,22 @@ class LineRows(Sequence):
 
     def __getitem__(self, index: Any) -> dict:  # type: ignore[override]
         """Read a row."""
-        if self._file is None:
-            self._file = self.path.open("rb")
-        # Without a shared position, so that forked workers may read too.
-        line = os.pread(self._file.fileno(), self._lengths[index], self._begins[index])
-        return json.loads(line)
+        return json.loads(self._read(self._begins[index], self._lengths[index]).decode("utf-8"))
+
+    def _read(self, begin: int, length: int) -> bytes:
+        """Read bytes of the file, and keep what is around them: the next row is likely there."""
+        block_begin, block = self._block
+        if begin < block_begin or begin + length > block_begin + len(block):
+            if self._file is None:
+                self._file = self.path.open("rb")
+            # Without a shared position, so that forked workers may read too.
+            block_begin, block = begin, os.pread(self._file.fileno(), max(length, BLOCK), begin)
+            self._block = block_begin, block
+        return block[begin - block_begin : begin - block_begin + length]
 
     def __getstate__(self) -> dict:
         """Leave the open file out of copies for other processes."""
-        return {**self.__dict__, "_file": None}
+        return {**self.__dict__, "_file": None, "_block": (0, b"")}
 
     def add(self, begin: int, length: int) -> None:
         """Add the row in the bytes [begin, begin + length)."""

@@ -11,6 +11,7 @@ INVISIBLE = ("Cc", "Cf", "Zs", "Zl", "Zp")
 MORE_INVISIBLE = re.compile(
     r"[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
 )
+PLAIN = re.compile(r"[!-~]")  # most texts begin and end with one of these visible characters
 # A longer text is a whole file that got into a row by mistake. A novel has a quarter of a million
 # tokens: nearly all of them would be tokenized only to be cut.
 MAX_TEXT_BYTES = 1_000_000
@@ -34,11 +35,11 @@ def validate_text(value: object, name: str) -> str:
     if not isinstance(value, str):
         raise ValueError(f'field "{name}" is {shorten(value)}, not a string')
     try:
-        check_size(len(value.encode("utf-8")), name)
+        check_size(len(value) if value.isascii() else len(value.encode("utf-8")), name)
     except UnicodeEncodeError:
         # Invalid UTF-8 arrives as lone surrogates, as do broken \u escapes of JSON.
         raise ValueError(f'field "{name}" is not valid UTF-8: {shorten(value)}') from None
-    if not any(map(_is_visible, value)):
+    if not PLAIN.search(value) and not any(map(_is_visible, value)):
         raise ValueError(f'field "{name}" is empty ({shorten(value)}); it needs at least one word')
     return value
 
@@ -54,6 +55,9 @@ def check_size(num_bytes: int, name: str) -> None:
 
 def strip_invisible(text: str) -> str:
     """Remove invisible characters from both ends."""
+    text = text.strip()
+    if PLAIN.match(text[:1]) and PLAIN.match(text[-1:]):
+        return text
     begin = next((i for i, char in enumerate(text) if _is_visible(char)), len(text))
     num_trailing = next(
         (i for i, char in enumerate(reversed(text)) if _is_visible(char)), len(text)
