@@ -24,6 +24,7 @@ from dschat.generation.decoding import (
     Decoded,
     GraphMismatch,
     eager_decode,
+    padding_caveats,
     takes_graphs,
 )
 from dschat.generation.graph_slots import GraphSlotDecoder
@@ -42,6 +43,8 @@ class Generator(RolloutEngine):
 
     def __init__(self, engine):
         self.engine = engine
+        for caveat in padding_caveats(pretrained(engine.module)):
+            logger.warning(caveat)
 
     def decode(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, generation: GenerationConfig

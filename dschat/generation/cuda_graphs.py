@@ -281,6 +281,8 @@ class GraphDecoder:
             return self._graph(rows)
         except torch.OutOfMemoryError:
             raise
+        except attention.UnfitAttention as error:  # on all ranks of a group, which share the shapes
+            raise GraphMismatch(str(error)) from error
         except Exception as error:
             if self.group is not None:
                 raise  # the other ranks of the group may have none, and would wait

@@ -15,10 +15,12 @@ from transformers.cache_utils import (
     CacheLayerMixin,
     DynamicLayer,
     DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
 )
 
 from dschat.generation.kernels import attention
 from dschat.generation.sampling import Agree, Sampler, keep_tokens
+from dschat.models.families import READS_LEFT_PADDING
 from dschat.models.forward import position_ids_from_mask, takes_position_ids
 from dschat.models.structure import cache_argument, forward_takes
 
@@ -181,6 +183,11 @@ def length_groups(attention_mask: torch.Tensor) -> Iterator[torch.Tensor]:
         yield (stretch == value).nonzero().squeeze(-1)
 
 
+def first_column(attention_mask: torch.Tensor) -> int:
+    """Return the first column of a mask [n, P] that is not padding in all rows."""
+    return int(attention_mask.argmax(-1).min())
+
+
 def prefill(
     model: nn.Module,
     input_ids: torch.Tensor,
@@ -197,7 +204,7 @@ def prefill(
         input_ids, attention_mask: [n, P].
         whole: cache all positions in layers with a sliding window, too.
     """
-    start = int(attention_mask.argmax(-1).min())
+    start = first_column(attention_mask)
     input_ids, attention_mask = input_ids[:, start:], attention_mask[:, start:]
     inputs = dict(input_ids=input_ids, attention_mask=attention_mask, use_cache=True)
     if takes_position_ids(model):
@@ -269,6 +276,25 @@ def has_length_dependent_rope(model: nn.Module) -> bool:
     return any("dynamic" in name or name == "longrope" for name in names if isinstance(name, str))
 
 
+def padding_caveats(model: nn.Module) -> list[str]:
+    """Return a sentence for each way in which padding or batching changes what `model` computes."""
+    name = type(model).__name__
+    found = []
+    if model.config.get_text_config().model_type in READS_LEFT_PADDING:
+        found.append(
+            f"{name} reads padding on the left as text, so answers and logprobs of shorter prompts "
+            "depend on the longest prompt of their batch. Give prompts of one length, or a batch "
+            "size of 1."
+        )
+    if has_length_dependent_rope(model):
+        found.append(
+            f"{name} embeds positions by the longest text of a batch, so texts around the "
+            "model's original context length get other logprobs in other batches. Keep "
+            "--max_prompt_seq_len and --max_answer_seq_len together below that length."
+        )
+    return found
+
+
 def decode_step(
     model: nn.Module,
     tokens: torch.Tensor,
@@ -286,7 +312,10 @@ def decode_step(
         cache: keys and values of the texts before them; receives theirs.
         positions: [N, 1], position ids of these tokens.
     """
-    inputs = dict(input_ids=tokens[:, None], attention_mask=mask, use_cache=True)
+    inputs = dict(input_ids=tokens[:, None], use_cache=True)
+    # States alone have read the text already. Their layers would apply its mask to the new token.
+    if not all(type(layer) is LinearAttentionLayer for layer in cache.layers):
+        inputs["attention_mask"] = mask
     if takes_position_ids(model):
         inputs["position_ids"] = positions
     return model(**inputs, **{cache_argument(model): cache}).logits[:, -1]
@@ -369,7 +398,7 @@ def eager_decode(
         cache.start(rows=num_rows, filled=num_prompt)
     else:
         # The masks of later steps continue from the columns that the prefill reads.
-        start = int(mask.argmax(-1).min())
+        start = first_column(mask)
         texts, mask = texts[:, start:], mask[:, start:]
         logits, cache = prefill(model, texts, mask)
     tokens = texts.new_full((num_rows, num_new), generation.pad_token_id)

@@ -146,6 +146,8 @@ class GraphSlotDecoder(SlotDecoder):
             )
         except torch.OutOfMemoryError:
             raise
+        except attention.UnfitAttention as error:  # on all ranks of a group, which share the shapes
+            raise GraphMismatch(str(error)) from error
         except Exception as error:
             if self.group is not None:
                 raise  # the other ranks of the group may have none, and would wait

@@ -28,6 +28,10 @@ EMBEDDING_MODULE_NAMES = ("project_in", "word_embeddings_layernorm")
 SHARED_INPUT_NAMES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
+# Families whose recurrent layers read padding on the left as if it were text.
+READS_LEFT_PADDING = ("recurrent_gemma",)
+
+
 @dataclass(frozen=True)
 class Shape:
     """The sizes of one model; enough to build it and to count its parameters."""

@@ -7,6 +7,9 @@ end, and one captured CUDA graph serves every length. Long rows are split over s
 token's key and value to the cache, which would otherwise be two launches per layer.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -23,6 +26,12 @@ except ImportError:  # torch's CPU builds do not include it
 NAME = "dschat_decode"
 PROGRAMS = 512  # programs to aim for: four on each multiprocessor of an H100
 MAX_SPLITS = 16
+# Arguments of transformers' attention that change the scores: caps, sinks, biases by position.
+UNKNOWN_TERMS = ("softcap", "s_aux", "position_bias", "head_mask")
+
+
+class UnfitAttention(ValueError):
+    """An error: a model's attention has other shapes or terms than the kernel computes."""
 
 
 class NewestToken:
@@ -81,23 +90,68 @@ def attention_forward(
         The output [B, T, H, D], and None for the attention weights.
 
     Raises:
-        ValueError: the attention has options that the kernel does not know.
+        UnfitAttention: a decode step that the kernel would compute wrongly, or that would let it
+            write outside of the cache.
     """
     if attention_mask is None or attention_mask.dtype != torch.int32:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    for option in ("softcap", "s_aux"):
-        if kwargs.get(option) is not None:
-            raise ValueError(f"the decode kernel has no {option}")
     window = kwargs.get("sliding_window")
     if window is not None:
         first, end = attention_mask.unbind(-1)
         attention_mask = torch.stack([torch.maximum(first, end - window), end], dim=-1)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     new_key, new_value = newest_token.take()
+    refuse_unfit(query, key, value, new_key, new_value, terms=kwargs)
     output = decode_attention(query, key, value, new_key, new_value, attention_mask, scale)
     return output.transpose(1, 2), None
+
+
+def refuse_unfit(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    new_key: torch.Tensor,
+    new_value: torch.Tensor,
+    *,
+    terms: Mapping[str, Any],
+) -> None:
+    """Check that ``decode_attention`` computes this attention, and stays inside the cache.
+
+    The kernel reads and writes rows of one width: that of the query. A model that caches something
+    else than it attends to (latent attention), or whose values are narrower than its keys, would
+    let it write past their ends.
+
+    Args:
+        query, key, value, new_key, new_value: as ``decode_attention`` takes them.
+        terms: further arguments of the model's attention, by name.
+
+    Raises:
+        UnfitAttention: widths or heads differ, or a term of the scores is not computed.
+    """
+    batch, heads, tokens, width = query.shape
+    kv_heads = key.shape[1]
+    cached = (kv_heads, key.shape[2], width)
+    newest = (batch, kv_heads, 1, width)
+    fits = (
+        tokens == 1
+        and kv_heads > 0
+        and heads % kv_heads == 0
+        and key.shape[0] >= batch
+        and key.shape[1:] == value.shape[1:] == cached
+        and new_key.shape == new_value.shape == newest
+        and key.stride(-1) == value.stride(-1) == 1
+    )
+    if not fits:
+        shapes = dict(query=query, key=key, value=value, new_key=new_key, new_value=new_value)
+        found = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in shapes.items())
+        raise UnfitAttention(
+            f"its attention has other shapes than the decode kernel reads: {found}"
+        )
+    used = [name for name in UNKNOWN_TERMS if terms.get(name) is not None]
+    if used:
+        raise UnfitAttention(f"the decode kernel does not compute {', '.join(used)}")
 
 
 def decode_attention(

@@ -10,6 +10,7 @@ from dschat.generation.kernels import attention
 from dschat.generation.kernels.linear import SkinnyLinear
 from dschat.models.causal_lm import load_causal_lm
 from tests.graph_stand_ins import attend, graphs_on_cpu, with_graphs
+from tests.tiny_families import tiny_family_model
 from tests.unit.generation.test_decoding import config, prompts, stand_in
 from tests.unit.models_helpers import FAMILIES, tiny
 
@@ -151,6 +152,27 @@ def test_a_model_whose_steps_fail_answers_without_graphs():
     hybrid = with_graphs(engine)
     same(hybrid.decode(*reads, config()), expected)
     assert hybrid._decoder is None, "its attention takes no bounds"
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "minicpm3"])
+@pytest.mark.parametrize("slots", [0, 2])
+def test_latent_attention_never_reaches_the_kernel(family, slots, monkeypatch):
+    engine = stand_in(tiny_family_model(family, std=0.5))
+    reads = prompts(3, 40, 20)
+    expected = PlainGenerator(engine).decode(*reads, config())
+    launched = []
+    monkeypatch.setattr(attention, "decode_attention", lambda *args: launched.append(args))
+    hybrid = with_graphs(engine, slots=slots)
+    (found,) = hybrid.decode_all([reads], config())
+    same(found, expected)
+    assert hybrid._decoder is None and not launched
+
+
+def test_attention_with_a_cap_on_its_scores_gets_no_graphs(monkeypatch):
+    monkeypatch.setattr(attention, "triton", object())
+    full = dict(layer_types=["full_attention"] * 2, attn_logit_softcapping=5.0)
+    assert takes_graphs(tiny_family_model("gemma2", **full)) == "its attention caps its scores"
+    assert takes_graphs(tiny_family_model("qwen3")) is None
 
 
 def test_dropping_the_graphs_restores_the_layers():
