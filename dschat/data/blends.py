@@ -94,7 +94,12 @@ def make_reading(data: DataOptions, *, step: int) -> Reading:
     }
     named = {name: value for name, value in columns.items() if value is not None}
     pairs = data.pairs if step == 2 else "best_worst"
-    return Reading(columns=named, pairs=pairs, min_margin=data.min_margin if step == 2 else 0.0)
+    return Reading(
+        columns=named,
+        pairs=pairs,
+        bare_text="prompt" if step == 3 else "chosen",
+        min_margin=data.min_margin if step == 2 else 0.0,
+    )
 
 
 def hold_out(

@@ -19,6 +19,7 @@ from dschat.data.messages import (
     normalize_messages,
     validate_messages,
 )
+from dschat.data.readers import BARE_TEXT
 from dschat.data.row import Answer, Row, validate_pair
 from dschat.data.templates import ASSISTANT
 from dschat.data.text_checks import shorten, validate_text
@@ -40,6 +41,7 @@ class Reading:
     # Names of columns in place of the usual ones: {"prompt": "question", "chosen": "good"}.
     columns: dict[str, str] = field(default_factory=dict)
     pairs: str = "best_worst"  # of ranked answers: the best and the worst, all, or neighbours
+    bare_text: str = "chosen"  # the part that a row of one text is: "chosen" or "prompt"
     min_margin: float = 0.0  # leave pairs out whose margin or difference of scores is less
 
 
@@ -350,6 +352,11 @@ def _text(raw: dict, reading: Reading) -> list[Row]:
     return [_build(raw, ("text",), "", validate_text(raw["text"], "text"))]
 
 
+def _bare_text(raw: dict, reading: Reading) -> list[Row]:
+    text = validate_text(raw[BARE_TEXT], "text")
+    return [Row(text) if reading.bare_text == "prompt" else Row("", text)]
+
+
 def _summaries(raw: dict, reading: Reading) -> list[Row]:
     text = _field(raw["info"], ("post", "article"))
     prompt = validate_text(raw["info"][text], f"info.{text}")
@@ -624,4 +631,5 @@ FORMS: tuple[Form, ...] = (
         _question,
     ),
     Form("text", "text: a whole text, all of it learned", _has("text"), _text),
+    Form("line of text", "a JSON string in place of an object", _has(BARE_TEXT), _bare_text),
 )

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import time
+from array import array
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,7 +23,7 @@ import numpy as np
 import pyarrow
 from transformers import PreTrainedTokenizerBase
 
-from dschat.data.cache import code_digest, digest_of, table_digest
+from dschat.data.cache import code_digest, digest_of
 from dschat.data.datasets import LeftOut, TextDataset
 from dschat.data.row import Row
 from dschat.data.splits import Blend
@@ -43,7 +44,8 @@ class Report:
     """What became of a dataset's rows."""
 
     num_rows: int = 0
-    kept: list[int] = field(default_factory=list)  # positions of the rows that are used
+    # Positions of the rows that are used.
+    kept: array = field(default_factory=lambda: array("q"))
     num_cut: int = 0  # of the kept rows, those that are longer than the limit
     longest: int = 0  # tokens of the longest row before truncation
     num_tokens: int = 0  # of all kept items
@@ -90,7 +92,7 @@ def prepare(
     Raises:
         ValueError: rows that cannot be encoded; names the first ones.
     """
-    key = _key(dataset) if cache_dir is not None else None
+    key = _key(dataset, cache_dir) if cache_dir is not None else None
     if key is None:
         report, table = _in_memory(dataset, name)
     else:
@@ -305,14 +307,20 @@ def _update_digest(digest: "hashlib._Hash", batch: pyarrow.RecordBatch) -> None:
 
 
 def _to_json(report: Report) -> dict:
-    return {**vars(report), "left_out": dict(report.left_out)}
+    dropped = np.setdiff1d(np.arange(report.num_rows), np.array(report.kept, dtype=np.int64))
+    values = {**vars(report), "left_out": dict(report.left_out), "dropped": dropped.tolist()}
+    del values["kept"]
+    return values
 
 
 def _from_json(values: dict) -> Report:
-    return Report(**{**values, "left_out": Counter(values["left_out"])})
+    dropped = values.pop("dropped")
+    kept = np.delete(np.arange(values["num_rows"]), np.array(dropped, dtype=np.int64))
+    values["left_out"] = Counter(values["left_out"])
+    return Report(**values, kept=array("q", kept.tobytes()))
 
 
-def _key(dataset: TextDataset) -> str | None:
+def _key(dataset: TextDataset, folder: Path) -> str | None:
     """Return the name of the prepared rows in the cache, or None if they cannot be named."""
     if not isinstance(dataset.rows, Blend):
         return None
@@ -320,7 +328,7 @@ def _key(dataset: TextDataset) -> str | None:
     parts = [json.dumps(options, sort_keys=True).encode(), code_digest()]
     parts.append(_tokenizer_digest(dataset.tokenizer))
     for source, part in dataset.rows.pieces:
-        parts.append(table_digest(part.table))
+        parts.append(part.table.digest(folder))
         parts.append(f"{source.hub_set.name_of_function} {source.reading}".encode())
         parts.append(np.ascontiguousarray(part.index).tobytes())
         parts.append(np.ascontiguousarray(part.pick).tobytes())

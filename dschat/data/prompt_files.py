@@ -3,7 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
-from dschat.data.forms import ROW_FAULTS, read_row
+from dschat.data.forms import ROW_FAULTS, Reading, read_row
 from dschat.data.readers import read_records
 from dschat.data.row import Row
 from dschat.data.text_checks import describe_fault, validate_text
@@ -73,7 +73,7 @@ def _read_records(file: Path) -> tuple[list[Row], list[str]]:
     for line, raw in zip(records.lines, records.rows, strict=True):
         place = f"{file}, line {line}"
         try:
-            row = read_row(raw)
+            row = read_row(raw, Reading(bare_text="prompt"))
         except ROW_FAULTS as error:
             faults.append(f"{place}: {describe_fault(error)}")
             continue

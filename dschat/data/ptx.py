@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from dschat.algorithms.types import TextBatch
-from dschat.data.readers import read_records
+from dschat.data.readers import BARE_TEXT, read_records
 from dschat.runtime.paths import user_path
 
 logger = logging.getLogger(__name__)
@@ -153,15 +153,17 @@ def _load_local_texts(path: Path) -> list[str]:
         return [paragraph.strip() for paragraph in text.split("\n\n") if paragraph.strip()]
     records = read_records(path)
     faults = [f"line {line}: {message}" for line, message in records.faults]
+    texts = []
     for line, row in zip(records.lines, records.rows, strict=True):
-        text = row.get("text")
+        text = row.get("text", row.get(BARE_TEXT))
+        texts.append(text)
         if not isinstance(text, str):
             faults.append(f"line {line}: no field text")
         elif text != text.encode("utf-8", errors="replace").decode("utf-8"):
             faults.append(f'line {line}: field "text" is not valid UTF-8')
     if faults:
         raise ValueError(f"{FLAG} {path}, {faults[0]}.")
-    return [row["text"] for row in records.rows if row["text"].strip()]
+    return [text for text in texts if text.strip()]
 
 
 def _load_hub_texts(name: str, config_name: str | None, cache_dir: str | None) -> Sequence[str]:

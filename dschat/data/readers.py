@@ -18,7 +18,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
+
+from dschat.data.cache import code_digest, digest_of, file_digest, keep_arrays, one_at_a_time
+
 BOM = b"\xef\xbb\xbf"
+BARE_TEXT = "(a line that is one text)"  # the column of a row that is a string, not an object
+CACHED_BYTES = 2**23  # finding the lines of a smaller file again is faster than a cache is worth
 BLOCK = 2**17  # bytes that are read at once
 
 SPACE = re.compile(r"[ \t\r\n]*")
@@ -40,20 +46,21 @@ class LineRows(Sequence):
     Only the place of each line is in memory: a million rows take 16 MB.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, begins: array | None = None, lengths: array | None = None):
         self.path = path
-        self._begins = array("q")
-        self._lengths = array("q")
+        self.begins = array("q") if begins is None else begins
+        self.lengths = array("q") if lengths is None else lengths
         self._file: BinaryIO | None = None
         self._block: tuple[int, bytes] = (0, b"")  # bytes of the file, and where they begin
 
     def __len__(self) -> int:
         """Return the number of rows."""
-        return len(self._begins)
+        return len(self.begins)
 
     def __getitem__(self, index: Any) -> dict:  # type: ignore[override]
         """Read a row."""
-        return json.loads(self._read(self._begins[index], self._lengths[index]).decode("utf-8"))
+        value = json.loads(self._read(self.begins[index], self.lengths[index]).decode("utf-8"))
+        return {BARE_TEXT: value} if isinstance(value, str) else value
 
     def _read(self, begin: int, length: int) -> bytes:
         """Read bytes of the file, and keep what is around them: the next row is likely there."""
@@ -72,8 +79,8 @@ class LineRows(Sequence):
 
     def add(self, begin: int, length: int) -> None:
         """Add the row in the bytes [begin, begin + length)."""
-        self._begins.append(begin)
-        self._lengths.append(length)
+        self.begins.append(begin)
+        self.lengths.append(length)
 
 
 @dataclass
@@ -87,6 +94,8 @@ class Records:
 
     def add(self, line: int, value: object) -> None:
         """Add a row, or a fault if `value` is not an object."""
+        if isinstance(value, str):
+            value = {BARE_TEXT: value}
         if isinstance(value, dict):
             self.rows.append(value)
             self.lines.append(line)
@@ -106,11 +115,15 @@ def file_suffix(path: Path) -> str:
     return "".join(path.suffixes[-2:]) if compressed else path.suffix
 
 
-def read_records(path: Path) -> Records:
+def read_records(path: Path, *, cache_folder: Path | None = None) -> Records:
     """Read the objects of a .json, .jsonl, .ndjson, .csv or .tsv file, or of one in .gz or .zst.
 
     A .json file holds one list, or one object a line. A .csv or .tsv file begins with a header.
     Lines count from 1. Faults are collected, not raised.
+
+    Args:
+        path: the file.
+        cache_folder: keep the places of a large file's lines here; None: find them each time.
 
     Raises:
         ValueError: for another suffix, a file that cannot be opened or decompressed, or a .json
@@ -123,7 +136,7 @@ def read_records(path: Path) -> Records:
             f"{', '.join(RECORD_SUFFIXES)}, or one of them with .gz or .zst"
         )
     if suffix in JSON_LINES:
-        return _read_line_file(path)
+        return _read_line_file(path, cache_folder)
     data = _read_bytes(path).removeprefix(BOM)
     kind = suffix.removesuffix(".gz").removesuffix(".zst")
     if kind in (".csv", ".tsv"):
@@ -232,23 +245,51 @@ def _read_json_lines(data: bytes) -> Records:
     return records
 
 
-def _read_line_file(path: Path) -> Records:
-    """Find the rows of a file with one object a line. Each line is parsed once, for its faults."""
+def _read_line_file(path: Path, cache_folder: Path | None) -> Records:
+    """Find the rows of a file with one object a line, or take their places from the cache."""
+    try:
+        if cache_folder is None or path.stat().st_size < CACHED_BYTES:
+            return _find_lines(path)
+        name = digest_of(b"lines", file_digest(path, cache_folder), code_digest())
+        places = cache_folder / f"{name}.npz"
+        with one_at_a_time(places):
+            if places.is_file():
+                return _load_lines(path, places)
+            records = _find_lines(path)
+            _keep_lines(records, places)
+        return records
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from error
+
+
+def _find_lines(path: Path) -> Records:
+    """Parse each line once, for its faults."""
     rows = LineRows(path)
     records = Records(rows=rows, lines=array("q"))
     begin = 0
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                skipped = len(BOM) if number == 1 and line.startswith(BOM) else 0
-                text = line[skipped:]
-                if text.strip() and _parse_line(records, number, text) is not None:
-                    rows.add(begin + skipped, len(text))
-                    records.lines.append(number)
-                begin += len(line)
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from error
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            skipped = len(BOM) if number == 1 and line.startswith(BOM) else 0
+            text = line[skipped:]
+            if text.strip() and _parse_line(records, number, text) is not None:
+                rows.add(begin + skipped, len(text))
+                records.lines.append(number)
+            begin += len(line)
     return records
+
+
+def _keep_lines(records: Records, places: Path) -> None:
+    columns = (records.rows.begins, records.rows.lengths, records.lines)
+    arrays = {"places": np.array(columns, dtype=np.int64)}
+    arrays["faults"] = np.array(json.dumps(records.faults))
+    keep_arrays(places, arrays)
+
+
+def _load_lines(path: Path, places: Path) -> Records:
+    with np.load(places, allow_pickle=False) as arrays:
+        begins, lengths, lines = (array("q", column.tobytes()) for column in arrays["places"])
+        faults = [(line, message) for line, message in json.loads(str(arrays["faults"]))]
+    return Records(LineRows(path, begins, lengths), lines, faults)
 
 
 def _parse_line(records: Records, number: int, line: bytes) -> dict | None:
@@ -264,6 +305,8 @@ def _parse_line(records: Records, number: int, line: bytes) -> dict | None:
     if line.count(b"[") + line.count(b"{") > MAX_DEPTH and _is_deep(value):
         records.faults.append((number, _describe_json_error(RecursionError(), line)))
         return None
+    if isinstance(value, str):
+        return {BARE_TEXT: value}
     if not isinstance(value, dict):
         records.faults.append((number, _describe_other(value)))
         return None
@@ -391,7 +434,7 @@ def _read_cells(reader) -> tuple[list[str] | None, str]:
 
 
 def _describe_other(value: object) -> str:
-    return f"an object with named fields is expected, not {json.dumps(value)[:60]}"
+    return f"an object with named fields, or a text, is expected, not {json.dumps(value)[:60]}"
 
 
 def _describe_decode_error(error: UnicodeDecodeError) -> str:

@@ -7,7 +7,7 @@ loads, and the rows left out do not depend on the step: all steps split the same
 import hashlib
 import json
 import logging
-import os
+from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,7 +16,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 
-from dschat.data.cache import code_digest, digest_of, prepared_folder, table_digest
+from dschat.data.cache import code_digest, digest_of, keep_arrays, one_at_a_time, prepared_folder
 from dschat.data.forms import ROW_FAULTS, Reading, find_form
 from dschat.data.hub_sets import HUB_SETS, HubSet, local_json_row
 from dschat.data.messages import plain_text
@@ -44,6 +44,7 @@ class Part:
     # "prompt", "chosen" and "rejected": [N] bool, True if the row has that text
     has: dict[str, np.ndarray]
     columns: dict[str, int] = field(default_factory=dict)  # rows that have each further column
+    warning: str = ""  # what was said of bad rows
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -201,12 +202,13 @@ def _check_or_load(
     if len(table.rows) < CACHED_ROWS:
         return _check_table(table, hub_set, reading, skip=skip)
     how = f"{hub_set.name_of_function} {reading} {skip}"
-    name = digest_of(table_digest(table), how.encode(), code_digest())
-    file = prepared_folder(cache_dir) / f"{name}.npz"
-    if file.is_file():
-        return _load_part(table, file)
-    part = _check_table(table, hub_set, reading, skip=skip)
-    if len(part) == len(table.rows) and not table.faults:  # what is left out is said every time
+    folder = prepared_folder(cache_dir)
+    name = digest_of(table.digest(folder), how.encode(), code_digest())
+    file = folder / f"{name}.npz"
+    with one_at_a_time(file):  # the ranks of a host come here together
+        if file.is_file():
+            return _load_part(table, file)
+        part = _check_table(table, hub_set, reading, skip=skip)
         _save_part(part, file)
     return part
 
@@ -214,18 +216,15 @@ def _check_or_load(
 def _save_part(part: Part, file: Path) -> None:
     arrays = {f"has_{name}": flags for name, flags in part.has.items()}
     arrays |= {"index": part.index, "pick": part.pick, "group": part.group}
-    arrays["columns"] = np.array(json.dumps(part.columns))
-    temporary = file.with_suffix(f".{os.getpid()}.npz")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(temporary, **arrays)  # type: ignore[arg-type]
-        os.replace(temporary, file)
-    except OSError as error:
-        logger.warning("%s: the cache cannot be written (%s)", file, error)
+    arrays |= {"columns": np.array(json.dumps(part.columns)), "warning": np.array(part.warning)}
+    keep_arrays(file, arrays)
 
 
 def _load_part(table: Table, file: Path) -> Part:
     with np.load(file, allow_pickle=False) as arrays:
+        warning = str(arrays["warning"])
+        if warning:
+            logger.warning("%s", warning)
         return Part(
             table=table,
             index=arrays["index"],
@@ -233,14 +232,16 @@ def _load_part(table: Table, file: Path) -> Part:
             group=arrays["group"],
             has={name: arrays[f"has_{name}"] for name in ("prompt", "chosen", "rejected")},
             columns=json.loads(str(arrays["columns"])),
+            warning=warning,
         )
 
 
 def _check_table(table: Table, hub_set: HubSet, reading: Reading, *, skip: bool) -> Part:
     """Return all good rows of a table; raise ValueError for others, or leave them out if `skip`."""
     faults = table.faults
-    index, pick, group = [], [], []
-    has: dict[str, list[bool]] = {"prompt": [], "chosen": [], "rejected": []}
+    # Arrays, since a list of a million int takes 40 MB.
+    index, pick, group = array("q"), array("i"), array("Q")
+    has = {name: bytearray() for name in ("prompt", "chosen", "rejected")}
     columns: Counter = Counter()
     for number, raw in enumerate(_iterate_rows(table.rows)):
         try:
@@ -260,20 +261,18 @@ def _check_table(table: Table, hub_set: HubSet, reading: Reading, *, skip: bool)
             further = rows[0].columns
             columns.update(name for name in further if raw.get(name) is not None)
     good = index
-    if len(set(group)) == 1:
+    if group and all(value == group[0] for value in group):
         # One prompt for all rows: their answers tell them apart.
         all_rows = (hub_set.read(table.rows[number], reading) for number in index)
         alike = [rows[choice] for rows, choice in zip(all_rows, pick, strict=True)]
-        group = [_hash_text(f"{row.prompt} {row.chosen}") for row in alike]
+        group = array("Q", (_hash_text(f"{row.prompt} {row.chosen}") for row in alike))
     if faults and (not skip or not good or table.lost_after is not None):
         raise ValueError(_format_faults(table, sorted(faults), all_bad=not good))
+    warning = ""
     if faults:
-        logger.warning(
-            "left out %d bad rows of %d; the first: %s",
-            len(faults),
-            len(faults) + len(good),
-            min(faults),
-        )
+        total = len(faults) + len(good)
+        warning = f"left out {len(faults)} bad rows of {total}; the first: {min(faults)}"
+        logger.warning("%s", warning)
     if not good:
         raise ValueError(
             f"{table.title}: no rows in it. Give at least one, or take it out of --data_path."
@@ -285,6 +284,7 @@ def _check_table(table: Table, hub_set: HubSet, reading: Reading, *, skip: bool)
         group=np.array(group, dtype=np.uint64),
         has={name: np.array(flags, dtype=bool) for name, flags in has.items()},
         columns=dict(columns),
+        warning=warning,
     )
 
 

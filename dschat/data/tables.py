@@ -15,6 +15,7 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 
+from dschat.data.cache import file_digest, prepared_folder
 from dschat.data.readers import (
     COMPRESSED_SUFFIXES,
     RECORD_SUFFIXES,
@@ -109,6 +110,12 @@ class Table:
         """Return a fault of row `number`."""
         chunk, line = self._locate(number)
         return Fault((chunk, line), self.chunks[chunk].place(line), message)
+
+    def digest(self, folder: Path) -> bytes:
+        """Return a hash of the content; those of files are kept in `folder`."""
+        if isinstance(self.rows, datasets.Dataset):
+            return self.rows._fingerprint.encode()
+        return b"".join(file_digest(chunk.title, folder) for chunk in self.chunks)
 
     def _locate(self, number: int) -> tuple[int, int]:
         """Return the chunk of row `number`, and its line there."""
@@ -476,7 +483,7 @@ def _open_file(path: Path, cache_dir: str | None) -> Table:
         return _open_parquet(path, cache_dir)
     if suffix == ".arrow":
         return _open_arrow(path)
-    records = read_records(path)
+    records = read_records(path, cache_folder=prepared_folder(cache_dir))
     chunk = Chunk(
         str(path),
         len(records.rows),

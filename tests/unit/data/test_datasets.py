@@ -283,7 +283,7 @@ def test_rows_that_cannot_be_shown_are_named_or_left_out(caplog):
         prepare(prompts(), cache_dir=None, skip_bad_rows=False, name="rows")
     data = prompts()
     report = prepare(data, cache_dir=None, skip_bad_rows=True, name="rows")
-    assert (report.num_faults, report.kept, len(data)) == (1, [0, 1, 2, 4], 4)
+    assert (report.num_faults, list(report.kept), len(data)) == (1, [0, 1, 2, 4], 4)
     assert "rows: left out 1 of 5 rows that cannot be shown: f.jsonl, line 3" in caplog.text
 
 

@@ -8,6 +8,7 @@ from dschat.config.sft import SFTData
 from dschat.data.blends import open_blends
 from dschat.data.forms import FORMS, Reading, find_form, read_row, read_rows
 from dschat.data.loaders import build_pair_data, build_prompt_data, build_sft_data
+from dschat.data.readers import BARE_TEXT
 from tests.unit.data_helpers import EOS, make_tokenizer, write_lines
 
 USER = {"role": "user", "content": "q"}
@@ -154,6 +155,7 @@ ROWS = {
     "MATH": ("question", {"problem": "q", "solution": "good", "level": 3}, ([USER], "good", None)),
     "a number": ("prompt", {"prompt": "q", "chosen": 0}, ("q", "0", None)),
     "text": ("text", {"text": "all of it"}, ("", "all of it", None)),
+    "line of text": ("line of text", {BARE_TEXT: "all of it"}, ("", "all of it", None)),
     "summaries": (
         "summaries",
         {
@@ -267,7 +269,8 @@ def test_form_in_every_step(name, tmp_path, cache):
     """Each step uses what the row has, or says which text it lacks."""
     _, raw, (prompt, chosen, rejected) = ROWS[name]
     # Other beginnings, so that some can be held out.
-    text = json.dumps(raw)
+    is_line = name == "line of text"
+    text = json.dumps(raw[BARE_TEXT] if is_line else raw)
     for old in ('"q"', "Human: q", "all of it"):
         text = text.replace(old, old.replace("q", "q{}").replace("it", "it{}"))
     path = write_lines(tmp_path / "rows.jsonl", [text.replace("{}", str(i)) for i in range(20)])
@@ -282,7 +285,11 @@ def test_form_in_every_step(name, tmp_path, cache):
             SFTData(**{**vars(data), "data_split": "0,0,1"}), tokenizer, max_prompt_len=200
         ),
     }
-    has = {"chosen": chosen is not None, "rejected": rejected is not None, "prompt": bool(prompt)}
+    has = {
+        "chosen": chosen is not None,
+        "rejected": rejected is not None,
+        "prompt": bool(prompt) or is_line,
+    }
     for needs, build in builders.items():
         if has[needs]:
             train, held_out = build()

@@ -4,7 +4,7 @@ import logging
 import datasets
 import pytest
 
-from dschat.data import sources
+from dschat.data import cache, readers, sources
 from dschat.data.blends import hold_out
 from dschat.data.forms import Reading
 from dschat.data.hub_sets import HUB_SETS
@@ -513,6 +513,31 @@ def test_what_a_check_found_is_taken_from_the_cache(tmp_path, monkeypatch):
     assert load(path, cache_dir=cache, reading=Reading(columns={"chosen": "rejected"}))
     write_lines(tmp_path / "rows.jsonl", pairs(19))
     assert len(load(path, cache_dir=cache).train) == 19
+
+
+def test_a_second_start_does_not_read_the_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "CACHED_ROWS", 10)
+    monkeypatch.setattr(readers, "CACHED_BYTES", 1)
+    monkeypatch.setattr(cache, "SETTLED_NS", -1)
+    path = write_lines(tmp_path / "rows.jsonl", [*pairs(9), "[1]", *pairs(9, begin=9)])
+    options = {"cache_dir": str(tmp_path / "cache"), "skip_bad_rows": True}
+    first = load(path, **options)
+    cache._file_digest.cache_clear()
+    with monkeypatch.context() as patch:
+        for module, name in (
+            (sources, "_check_table"),
+            (readers, "_find_lines"),
+            (cache, "file_entry"),
+        ):
+            patch.setattr(module, name, None)  # a call would fail
+        second = load(path, **options)
+    assert rows_of(first) == rows_of(second)
+    assert [second.train.place(i) for i in (0, 17)] == [f"{path}, line {i}" for i in (1, 19)]
+    assert first.train.warning == second.train.warning and "line 10" in first.train.warning
+    # The same size, but other rows.
+    text = (tmp_path / "rows.jsonl").read_text()
+    (tmp_path / "rows.jsonl").write_text(text.replace("good0", "fine0"))
+    assert rows_of(load(path, **options))[0].chosen == " fine0"
 
 
 def test_rows_with_one_prompt_for_all_are_told_apart_by_their_answers(tmp_path):
