@@ -125,6 +125,11 @@ def parse_args(argv=None) -> argparse.Namespace:
         help="updates (step 3: rollouts) between checkpoints; 0: save only when stopped",
     )
     parser.add_argument(
+        "--report-to",
+        nargs="+",
+        help="send the metrics of all steps to tensorboard, csv, wandb, trackio or mlflow, too",
+    )
+    parser.add_argument(
         "--fresh",
         action="store_true",
         help="run every step (with --step: those) from the beginning; delete earlier checkpoints",
@@ -216,6 +221,8 @@ def step_command(step: int, plan: Plan, args: argparse.Namespace, *, on_gpu: boo
         reward_stage=args.reward_zero_stage,
         dtype=args.dtype,
     )
+    if args.report_to:
+        flags += ["--report_to", *args.report_to]
     if args.save_interval:
         flags += ["--save_interval", str(args.save_interval)]
     return [

@@ -15,6 +15,8 @@ README = HERE / "README.md"
 DEMO = ["gguf>=0.17", "matplotlib>=3.8"]
 # zstd: data files with the suffix .zst.
 ZSTD = ["zstandard>=0.22"]
+# Loggers of --report_to. TensorBoard comes with the requirements.
+LOGGERS = {"wandb": ["wandb>=0.17"], "trackio": ["trackio>=0.3"], "mlflow": ["mlflow>=2.14"]}
 # test: pytest and what scripts/lint.sh runs. Formatters and type checkers change between versions,
 # so theirs are fixed.
 TEST = [
@@ -39,5 +41,5 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["dschat", "dschat.*"]),
     install_requires=REQUIREMENTS,
-    extras_require={"demo": DEMO, "test": TEST, "zstd": ZSTD},
+    extras_require={"demo": DEMO, "test": TEST, "zstd": ZSTD, **LOGGERS},
 )

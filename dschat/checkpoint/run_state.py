@@ -44,6 +44,7 @@ CHANGEABLE_FLAGS = {
     "print_answers",
     "print_answers_interval",
     "print_loss",
+    "report_to",
     "resume",
     "save_interval",
     "save_total_limit",

@@ -5,6 +5,7 @@ command-line flag of the same name, and a key of a YAML or JSON file. Names and 
 DeepSpeed-Chat; docs/differences_from_deepspeed_chat.md explains those that differ.
 """
 
+import importlib.util
 from dataclasses import dataclass, field
 from typing import Any, Literal, Optional
 
@@ -18,6 +19,15 @@ PromptFormat = Literal["auto", "plain", "human_assistant", "chat"]
 Truncation = Literal["keep_prompt", "share", "drop"]
 PairRule = Literal["best_worst", "all", "adjacent"]
 TrainOn = Literal["all_assistant", "last", "all"]
+
+# Loggers of --report_to, and the package that each needs.
+LOGGER_PACKAGES = {
+    "tensorboard": "tensorboard",
+    "csv": "csv",
+    "wandb": "wandb",
+    "trackio": "trackio",
+    "mlflow": "mlflow",
+}
 
 
 def flag(default: Any, help_text: str) -> Any:
@@ -161,6 +171,11 @@ class RunOptions:
     enable_tensorboard: bool = flag(
         False, "Write TensorBoard events of the run and of each engine."
     )
+    report_to: list[str] = flag(
+        [],
+        "Send the metrics to these, too: tensorboard, csv (metrics.csv), wandb, trackio, mlflow. "
+        "Separate them by commas or spaces. Default: metrics.jsonl alone.",
+    )
     dry_run: bool = flag(
         False,
         "Check the flags, print the memory plan and DeepSpeed's configuration, and exit without "
@@ -184,6 +199,14 @@ class RunOptions:
             return self.deepscale_config, "--deepscale_config"
         return self.deepspeed_config, "--deepspeed_config"
 
+    @property
+    def loggers(self) -> list[str]:
+        """The names in --report_to, each once; with --enable_tensorboard also tensorboard."""
+        given = [name for word in self.report_to for name in word.split(",")]
+        given += ["tensorboard"] if self.enable_tensorboard else []
+        names = [name.strip().lower() for name in given]
+        return [name for name in dict.fromkeys(names) if name not in ("", "none")]
+
     def problems(self) -> list[str]:
         """Return everything that is wrong with these options, one sentence each."""
         found = fields_at_least(self, ("save_interval", "save_total_limit", "log_interval_s"), 0)
@@ -196,6 +219,7 @@ class RunOptions:
             # the run would make a folder called ~.
             found.append(f"--output_dir {self.output_dir}: give the path in full, without ~.")
         found += seed_value("--seed", self.seed)
+        found += _logger_problems(self.loggers, output_dir=self.output_dir)
         if self.output_dir is None:
             reason = "needs --output_dir: checkpoints are saved there."
             if self.save_interval:
@@ -203,6 +227,24 @@ class RunOptions:
             if self.resume:
                 found.append(f"--resume {self.resume} {reason}")
         return found
+
+
+def _logger_problems(names: list[str], *, output_dir: str | None) -> list[str]:
+    found = []
+    for name in names:
+        package = LOGGER_PACKAGES.get(name)
+        if package is None:
+            found.append(
+                f"--report_to {name}: no logger of that name. Give {', '.join(LOGGER_PACKAGES)}."
+            )
+        elif importlib.util.find_spec(package) is None:
+            found.append(
+                f"--report_to {name}: the package {package} is not installed. Install it (pip "
+                f"install {package}), or leave it out."
+            )
+        elif name == "csv" and output_dir is None:
+            found.append("--report_to csv needs --output_dir: metrics.csv is written there.")
+    return found
 
 
 @dataclass(frozen=True)

@@ -1,21 +1,23 @@
-"""Metrics: one JSON line per step, and the same numbers in TensorBoard."""
+"""Metrics: one JSON line per step, and the same numbers in further loggers."""
 
 import contextlib
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from dschat.runtime import dist
 from dschat.runtime.files import write_text
 from dschat.runtime.log import logger
+from dschat.tracking.loggers import Logger, Loggers
 
 NEWLINE = b"\n"
 
 
 class MetricsWriter:
-    """Write metrics.jsonl and TensorBoard events; do nothing on ranks other than 0.
+    """Write metrics.jsonl, and the same to loggers; do nothing on ranks other than 0.
 
     A number that is not finite is null in the file: JSON has no other word for it. If lines cannot
     be written (a full disk), they are kept and written with the next ones; the run continues.
@@ -25,18 +27,18 @@ class MetricsWriter:
         self,
         output_dir: str | Path | None,
         *,
-        tensorboard_dir: str | Path | None = None,
+        loggers: Sequence[Logger] = (),
         resume_from: int | None = None,
     ):
         """Open the files.
 
         Args:
             output_dir: folder of metrics.jsonl; None: no such file.
-            tensorboard_dir: folder of the events; None: no events.
+            loggers: from ``open_loggers``.
             resume_from: continue the existing file after this step; later lines are cut off.
         """
         self._file = None
-        self._tensorboard = None
+        self._loggers = Loggers(loggers)
         self._unwritten = b""
         if not dist.is_main():
             return
@@ -46,11 +48,6 @@ class MetricsWriter:
             if resume_from is not None:
                 _truncate(path, resume_from)
             self._file = open(path, "wb" if resume_from is None else "ab", buffering=0)  # noqa: SIM115
-        if tensorboard_dir is not None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            purge = None if resume_from is None else resume_from + 1
-            self._tensorboard = SummaryWriter(str(tensorboard_dir), purge_step=purge)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Write the metrics of a step.
@@ -62,7 +59,11 @@ class MetricsWriter:
         if self._file is not None:
             clean = {key: value if math.isfinite(value) else None for key, value in values.items()}
             self._write_lines(json.dumps({"step": step, **clean}) + "\n")
-        self._try_tensorboard(lambda writer: _add_scalars(writer, step, values))
+        self._loggers.write(step, values)
+
+    def write_samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write sampled answers to the loggers that have tables or texts."""
+        self._loggers.write_samples(step, rows)
 
     def sync(self) -> None:
         """Flush all lines to disk, if there is room for them."""
@@ -72,7 +73,7 @@ class MetricsWriter:
                 os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Close both files."""
+        """Close the file and the loggers."""
         if self._file is not None:
             self._write_lines("")
             if self._unwritten:
@@ -80,7 +81,7 @@ class MetricsWriter:
                     f"{self._file.name} lacks its last {self._unwritten.count(NEWLINE)} lines"
                 )
             self._file.close()
-        self._try_tensorboard(lambda writer: writer.close())
+        self._loggers.close()
 
     def _write_lines(self, text: str) -> None:
         before = self._unwritten
@@ -94,20 +95,6 @@ class MetricsWriter:
                     f"{self._file.name}: {error.strerror}; lines are kept in memory until they "
                     "can be written"
                 )
-
-    def _try_tensorboard(self, action: Callable) -> None:
-        if self._tensorboard is not None:
-            try:
-                action(self._tensorboard)
-            except OSError as error:
-                logger.warning(f"no more TensorBoard events will be written: {error}")
-                self._tensorboard = None
-
-
-def _add_scalars(writer, step: int, values: dict[str, float]) -> None:
-    for key, value in values.items():
-        writer.add_scalar(key, value, global_step=step)
-    writer.flush()
 
 
 def _truncate(path: Path, step: int) -> None:

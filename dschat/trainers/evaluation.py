@@ -12,6 +12,8 @@ from dschat.runtime.log import logger
 from dschat.tracking.progress import ReportedBatches
 from dschat.trainers.rollout import exact_kl, generate, sampling_config
 
+NUM_SAMPLES = 16  # answers of an evaluation that loggers show
+
 
 @dataclass(frozen=True)
 class PolicyEvaluation:
@@ -72,6 +74,7 @@ class PolicyEvaluator:
         self.seed = seed
         self.output_dir = output_dir
         self.log_interval_s = log_interval_s
+        self.samples: list[dict] = []  # the first rows of the last evaluation, on rank 0
         self.generation = sampling_config(
             max_new_tokens=max_new_tokens,
             eos_token_ids=eos_token_ids,
@@ -86,9 +89,12 @@ class PolicyEvaluator:
         values = result.summary()
         shown = "  ".join(f"{key[5:]} {value:.4g}" for key, value in values.items())
         logger.info(f"PPO  evaluation, rollout {rollout}: {shown}")
-        if self.output_dir is not None and dist.is_main():
-            folder = Path(self.output_dir) / "evaluation"
-            self._write(result, folder / f"rollout_{rollout:06d}.jsonl")
+        if dist.is_main():
+            rows = self._rows(result)
+            self.samples = rows[:NUM_SAMPLES]
+            if self.output_dir is not None:
+                folder = Path(self.output_dir) / "evaluation"
+                _write_rows(rows, folder / f"rollout_{rollout:06d}.jsonl")
         return values
 
     def delete_answers_after(self, rollout: int) -> None:
@@ -134,22 +140,29 @@ class PolicyEvaluator:
             return torch.zeros(len(answers.ended), device=answers.ended.device)
         return exact_kl(self.engines, answers)
 
-    def _write(self, result: PolicyEvaluation, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "w", encoding="utf-8") as file:
-            for i, length in enumerate(result.lengths.tolist()):
-                prompt = self.loader.dataset[i]["input_ids"]
-                line = {
-                    "prompt": self.tokenizer.decode(prompt, skip_special_tokens=True),
-                    "answer": self.tokenizer.decode(
-                        result.tokens[i, :length], skip_special_tokens=True
-                    ),
-                    "score": result.scores[i].item(),
-                    **({} if result.kl is None else {"kl": result.kl[i].item()}),
-                    "length": length,
-                    "ended": bool(result.ended[i]),
-                }
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    def _rows(self, result: PolicyEvaluation) -> list[dict]:
+        """Return one row for each prompt, as it is written to the file."""
+        found = []
+        for i, length in enumerate(result.lengths.tolist()):
+            prompt = self.loader.dataset[i]["input_ids"]
+            answer = result.tokens[i, :length]
+            row = {
+                "prompt": self.tokenizer.decode(prompt, skip_special_tokens=True),
+                "answer": self.tokenizer.decode(answer, skip_special_tokens=True),
+                "score": result.scores[i].item(),
+                **({} if result.kl is None else {"kl": result.kl[i].item()}),
+                "length": length,
+                "ended": bool(result.ended[i]),
+            }
+            found.append(row)
+        return found
+
+
+def _write_rows(rows: list[dict], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 @contextlib.contextmanager

@@ -18,6 +18,8 @@ from dschat.runtime.hardware import hardware, versions
 from dschat.runtime.lock import lock_folder
 from dschat.runtime.log import logger
 from dschat.runtime.run_record import RECORD
+from dschat.tracking.loggers import open_loggers
+from dschat.tracking.metrics import MetricsWriter
 
 
 def prepare_output_dir(output_dir: str | None, *, step: str, below: Iterable[str] = ()) -> None:
@@ -121,6 +123,30 @@ def _lock_and_repair(path: Path, step: str, below: Iterable[str]) -> str:
     except OSError as error:
         return f"not writable ({error.strerror})"
     return ""
+
+
+def open_metrics(config, *, number: int, resume_from: int | None) -> MetricsWriter:
+    """Open metrics.jsonl and the loggers of --report_to.
+
+    Args:
+        config: of the run.
+        number: of the step.
+        resume_from: the update or rollout that the run continues after; None: it is new.
+
+    Raises:
+        ValueError: a logger cannot be opened; names --report_to.
+    """
+    run = config.run
+    name = Path(run.output_dir).resolve().name if run.output_dir else "run"
+    loggers = open_loggers(
+        run.loggers,
+        output_dir=run.output_dir,
+        events=f"{run.tensorboard_path}/step{number}_tensorboard_logs",
+        name=f"{name}-step{number}",
+        config=config_dict(config),
+        resume_from=resume_from,
+    )
+    return MetricsWriter(run.output_dir, loggers=loggers, resume_from=resume_from)
 
 
 def write_pages(output_dir: str | None) -> None:

@@ -53,7 +53,7 @@ def train_ppo(
     Args:
         trainer: the PPO trainer.
         state: gives the prompts, and after each rollout may save the run or stop it.
-        evaluator: has ``evaluate(rollout) -> metrics``.
+        evaluator: has ``evaluate(rollout) -> metrics``, and ``samples`` of the last evaluation.
         rollouts: number of rollouts of the whole run.
         metrics: gets the metrics of each rollout.
         tokenizer: the actor's, to print answers.
@@ -79,6 +79,7 @@ def train_ppo(
             if is_due or rollout == rollouts:
                 try:
                     values |= evaluator.evaluate(rollout)
+                    metrics.write_samples(rollout, evaluator.samples)
                 except RewardFailure as error:
                     failure = error  # raised below: this rollout is done and must be kept
             metrics.write(rollout, values | _pipeline_tags(values))

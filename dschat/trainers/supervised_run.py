@@ -27,8 +27,12 @@ from dschat.models.tokenizer import end_token_id, load_tokenizer
 from dschat.runtime import dist
 from dschat.runtime.log import logger
 from dschat.runtime.seeds import seed_everything
-from dschat.tracking.metrics import MetricsWriter
-from dschat.trainers.output_folder import prepare_output_dir, record_run, write_pages
+from dschat.trainers.output_folder import (
+    open_metrics,
+    prepare_output_dir,
+    record_run,
+    write_pages,
+)
 from dschat.trainers.preflight import show_plan
 from dschat.trainers.supervised import Objective, train_supervised
 
@@ -107,9 +111,8 @@ def train_run(
     total_steps = schedule.max_train_steps or epoch_steps * schedule.num_train_epochs
     tensorboard = options.tensorboard_path if options.enable_tensorboard else None
     engine = build_engine(run, load_model, total_steps=total_steps, tensorboard=tensorboard)
-    events = f"{tensorboard}/step{run.number}_tensorboard_logs" if tensorboard else None
     done = run.checkpoint.step if run.checkpoint else None
-    metrics = MetricsWriter(options.output_dir, tensorboard_dir=events, resume_from=done)
+    metrics = open_metrics(config, number=run.number, resume_from=done)
     record_run(
         config,
         options.output_dir,

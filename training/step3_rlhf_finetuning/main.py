@@ -18,9 +18,13 @@ from dschat.models.tokenizer import eos_token_ids, load_tokenizer
 from dschat.runtime import dist
 from dschat.runtime.log import logger, run_main
 from dschat.runtime.seeds import seed_everything
-from dschat.tracking.metrics import MetricsWriter
 from dschat.trainers.evaluation import PolicyEvaluator
-from dschat.trainers.output_folder import prepare_output_dir, record_run, write_pages
+from dschat.trainers.output_folder import (
+    open_metrics,
+    prepare_output_dir,
+    record_run,
+    write_pages,
+)
 from dschat.trainers.ppo import DeepSpeedPPOTrainer
 from dschat.trainers.ppo_run import run_state, train_ppo
 from dschat.trainers.preflight import dry_run, show_plan
@@ -120,11 +124,11 @@ def train(
     run = config.run
     # A seed for each rank: with equal random numbers, the samples of ranks would be correlated.
     seed_everything(run.seed + dist.rank())
-    events = f"{run.tensorboard_path}/step3_tensorboard_logs" if run.enable_tensorboard else None
     done = checkpoint.step if checkpoint else None
-    metrics = MetricsWriter(run.output_dir, tensorboard_dir=events, resume_from=done)
+    metrics = open_metrics(config, number=3, resume_from=done)
     if before:
         metrics.write(0, before)
+        metrics.write_samples(0, evaluator.samples)
     state = run_state(trainer, loader, metrics)
     state.restore(checkpoint)
     evaluator.delete_answers_after(state.step)

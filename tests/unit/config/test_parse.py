@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from dschat.config import options
 from dschat.config.chat import ChatConfig
 from dschat.config.dpo import DPOConfig
 from dschat.config.eval_tools import PromptEvalConfig, RewardEvalConfig
@@ -743,3 +744,30 @@ def test_the_documentation_names_every_default_that_differs():
     assert missing == []
     section = text.partition("\n## DPO\n")[2].partition("\n## ")[0]
     assert [name for name in DPO_OURS if f"`--{name}`" not in section] == []
+
+
+@pytest.mark.parametrize(
+    "words, names",
+    [
+        ("", []),
+        ("--report_to none", []),
+        ("--report_to csv,TensorBoard", ["csv", "tensorboard"]),
+        ("--report_to csv tensorboard csv", ["csv", "tensorboard"]),
+        ("--enable_tensorboard", ["tensorboard"]),
+        ("--enable_tensorboard --report_to tensorboard, csv", ["tensorboard", "csv"]),
+    ],
+)
+def test_loggers_are_separated_by_commas_or_spaces(words, names):
+    base = "--model_name_or_path m --output_dir out".split()
+    assert parse_config(SFTConfig, base + words.split()).run.loggers == names
+
+
+def test_loggers_that_cannot_be_used_are_named(monkeypatch):
+    monkeypatch.setattr(options.importlib.util, "find_spec", lambda name: name == "csv" or None)
+    words = "--model_name_or_path m --report_to csv,wandb,comet"
+    with pytest.raises(ValueError) as error:
+        parse_config(SFTConfig, words.split())
+    csv, wandb, comet = str(error.value).splitlines()
+    assert "--report_to csv needs --output_dir" in csv
+    assert "the package wandb is not installed" in wandb
+    assert "--report_to comet: no logger of that name" in comet

@@ -12,6 +12,7 @@ from dschat.config.sft import SFTConfig
 from dschat.demo.tiny_models import byte_tokenizer, make_tiny_model
 from dschat.pipeline.arguments import check_arguments, resolve_model, size_name
 from dschat.pipeline.recipes import step_flags
+from dschat.pipeline.records import differences
 
 CONFIGS = {1: SFTConfig, 2: RewardConfig, 3: PPOConfig}
 
@@ -64,6 +65,17 @@ def test_the_mains_accept_every_recipe(step, kind, on_gpu, single_gpu):
     if step == 1:
         stage = 3 if kind == "real" and not single_gpu else 0
     assert system.zero_stage == stage
+
+
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_the_loggers_go_to_every_step(step, e2e):
+    args = e2e.parse_args("--report-to csv tensorboard".split())
+    outputs = {number: Path(f"out{number}") for number in e2e.MAINS}
+    plan = e2e.Plan("demo", "a", "b", {number: [] for number in e2e.MAINS}, outputs)
+    words = e2e.step_command(step, plan, args, on_gpu=False)
+    assert parse_config(CONFIGS[step], words[1:]).run.loggers == ["csv", "tensorboard"]
+    # They change no result, so they may change when a run continues.
+    assert differences(words, e2e.step_command(step, plan, e2e.parse_args([]), on_gpu=False)) == []
 
 
 @pytest.mark.parametrize("step", [1, 2, 3])

@@ -1,15 +1,30 @@
 """Metrics, progress and tables."""
 
+import csv
 import json
 import math
+import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
 from dschat.tracking import progress, table
+from dschat.tracking.loggers import TensorBoardLogger, open_loggers
 from dschat.tracking.metrics import MetricsWriter
 
 ROOT = Path(__file__).resolve().parents[3]
+
+
+def opened(names: list[str], folder: Path, *, resume_from: int | None = None) -> list:
+    return open_loggers(
+        names,
+        output_dir=str(folder),
+        events=str(folder / "events"),
+        name="sft-step1",
+        config={"seed": 1234, "data_path": ["x" * 900]},
+        resume_from=resume_from,
+    )
 
 
 def test_metrics_are_json_lines_with_null_for_nan_and_infinity(tmp_path):
@@ -53,36 +68,24 @@ def test_lost_metrics_are_counted_at_the_end(tmp_path, shown):
     assert "lacks its last 2 lines" in shown[-1]
 
 
-def test_a_run_continues_if_events_cannot_be_written(tmp_path, shown, monkeypatch):
-    writer = MetricsWriter(tmp_path, tensorboard_dir=tmp_path / "events")
-
-    def full(*args, **kwargs):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(writer._tensorboard, "flush", full)
-    writer.write(1, {"a": 1.0})
-    writer.write(2, {"a": 2.0})
-    writer.close()
-    assert (
-        len(shown) == 1 and "no more TensorBoard events" in shown[0] and "No space left" in shown[0]
-    )
-    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
-
-
 def test_metrics_go_to_tensorboard_under_the_same_names(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    writer = MetricsWriter(None, tensorboard_dir=tmp_path / "events")
+    events = TensorBoardLogger(tmp_path / "events", resume_from=None)
+    writer = MetricsWriter(None, loggers=[events])
     for step in (1, 2):
         writer.write(step, {"policy/loss": 0.5 * step})
+    writer.write_samples(2, [{"prompt": "p", "answer": "a"}])
     writer.close()
-    events = EventAccumulator(str(tmp_path / "events")).Reload()
-    assert [(e.step, e.value) for e in events.Scalars("policy/loss")] == [(1, 0.5), (2, 1.0)]
+    found = EventAccumulator(str(tmp_path / "events")).Reload()
+    assert [(e.step, e.value) for e in found.Scalars("policy/loss")] == [(1, 0.5), (2, 1.0)]
+    assert found.Tags()["tensors"] == ["samples/text_summary"]
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
 def test_other_ranks_write_no_metrics(tmp_path, as_rank_1):
-    writer = MetricsWriter(tmp_path, tensorboard_dir=tmp_path / "events")
+    assert opened(["csv", "tensorboard"], tmp_path) == []
+    writer = MetricsWriter(tmp_path)
     writer.write(1, {"a": 1.0})
     writer.close()
     assert list(tmp_path.iterdir()) == []
@@ -145,3 +148,117 @@ def test_table():
         "loss                   1.5     10",
         "accuracy, held out    0.25      3",
     ]
+
+
+def csv_rows(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_csv_has_a_row_a_step_and_a_column_a_metric(tmp_path):
+    writer = MetricsWriter(tmp_path, loggers=opened(["csv"], tmp_path))
+    writer.write(0, {"eval/loss": 0.1})
+    writer.write(1, {"train/loss": 2.0, 'odd, "name"': math.nan})
+    writer.write(2, {"eval/loss": 0.05, "train/loss": 1.0})
+    writer.write_samples(2, [{"prompt": "p"}])
+    writer.close()
+    odd = 'odd, "name"'
+    rows = [
+        {"step": "0", "eval/loss": "0.1", "train/loss": "", odd: ""},
+        {"step": "1", "eval/loss": "", "train/loss": "2.0", odd: ""},
+        {"step": "2", "eval/loss": "0.05", "train/loss": "1.0", odd: ""},
+    ]
+    assert csv_rows(tmp_path / "metrics.csv") == rows
+    # A resumed run replaces the rows after its checkpoint.
+    writer = MetricsWriter(
+        tmp_path, loggers=opened(["csv"], tmp_path, resume_from=1), resume_from=1
+    )
+    writer.write(2, {"train/loss": 7.0})
+    writer.close()
+    rows[2] |= {"eval/loss": "", "train/loss": "7.0"}
+    assert csv_rows(tmp_path / "metrics.csv") == rows
+    opened(["csv"], tmp_path)  # a new run starts over
+    assert csv_rows(tmp_path / "metrics.csv") == []
+
+
+class StandIn(ModuleType):
+    """A module that notes the calls of its functions, and those of the run that they return."""
+
+    def __init__(self, name: str):
+        super().__init__(name)
+        self.calls: list[tuple[str, tuple, dict]] = []
+        self.info = SimpleNamespace(run_id="given-id")
+
+    def __getattr__(self, name: str):
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+        def call(*args, **kwargs):
+            self.calls.append((name, args, kwargs))
+            return self
+
+        return call
+
+    def named(self, name: str) -> list[tuple[tuple, dict]]:
+        return [(args, kwargs) for called, args, kwargs in self.calls if called == name]
+
+
+@pytest.fixture
+def stand_ins(monkeypatch) -> dict[str, StandIn]:
+    found = {name: StandIn(name) for name in ("wandb", "trackio", "mlflow")}
+    for name, module in found.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    return found
+
+
+def test_every_logger_gets_the_same_names_and_a_resumed_run_continues(tmp_path, stand_ins):
+    names = ["wandb", "trackio", "mlflow"]
+    wandb, trackio, mlflow = (stand_ins[name] for name in names)
+    for done in (None, 3):
+        writer = MetricsWriter(None, loggers=opened(names, tmp_path, resume_from=done))
+        writer.write(4, {"train/loss": 2.0})
+        writer.write_samples(4, [{"prompt": "p", "answer": "a"}])
+        writer.close()
+    assert wandb.named("log")[0][0] == ({"step": 4, "train/loss": 2.0},)
+    assert trackio.named("log")[0] == (({"train/loss": 2.0},), {"step": 4})
+    assert mlflow.named("log_metrics")[0] == (({"train/loss": 2.0},), {"step": 4})
+    assert wandb.named("Table")[0][1] == {"columns": ["prompt", "answer"], "data": [["p", "a"]]}
+    assert mlflow.named("log_dict")[0][0][1] == "samples/step_000004.json"
+    for module, last in ((wandb, "finish"), (trackio, "finish"), (mlflow, "end_run")):
+        assert len(module.named(last)) == 2
+    ids = json.loads((tmp_path / "loggers.json").read_text())
+    started = [kwargs for _, kwargs in wandb.named("init")]
+    assert [call["id"] for call in started] == [ids["wandb"]] * 2
+    assert {call["resume"] for call in started} == {"allow"}
+    started = [kwargs for _, kwargs in trackio.named("init")]
+    assert [call["name"] for call in started] == [ids["trackio"]] * 2
+    assert [kw["run_id"] for _, kw in mlflow.named("start_run")] == [None, "given-id"]
+    assert len(mlflow.named("log_params")) == 1
+    assert len(mlflow.named("log_params")[0][0][0]["data_path"]) == 500
+    # A new run in the folder is a new run in the loggers.
+    opened(names, tmp_path)
+    assert wandb.named("init")[-1][1]["id"] != ids["wandb"]
+
+
+def test_a_logger_that_fails_costs_no_run_and_no_other_logger(tmp_path, stand_ins, shown):
+    def fail(*args, **kwargs):
+        raise ConnectionError("no route to host")
+
+    stand_ins["wandb"].log = fail
+    writer = MetricsWriter(tmp_path, loggers=opened(["wandb", "csv"], tmp_path))
+    for step in (1, 2):
+        writer.write(step, {"a": 1.0})
+    writer.close()
+    assert len(shown) == 1 and "Wandb gets no more metrics" in shown[0]
+    assert "no route to host" in shown[0]
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+    assert len(csv_rows(tmp_path / "metrics.csv")) == 2
+
+
+def test_a_logger_that_cannot_start_is_an_error_with_the_flag(tmp_path, stand_ins):
+    def fail(*args, **kwargs):
+        raise RuntimeError("no API key")
+
+    stand_ins["wandb"].init = fail
+    with pytest.raises(ValueError, match=r"--report_to wandb: .*no API key.*WANDB_MODE=offline"):
+        opened(["wandb"], tmp_path)
