@@ -106,8 +106,8 @@ def pipeline_page(folder: Path, runs: list[Run]) -> str:
             _prompt_list(prompts),
         ]
     if summary.get("seconds"):
-        seconds = [[part, number_text(value)] for part, value in summary["seconds"].items()]
-        parts += ["<h2>Seconds</h2>", _table(["part", "seconds"], seconds)]
+        seconds = [f"{_text(part)} {value:.0f}" for part, value in summary["seconds"].items()]
+        parts.append(f'<p class="soft">Seconds: {", ".join(seconds)}.</p>')
     for run in runs:
         parts += [f"<h2>{_text(run.title)}</h2>", f'<p class="soft">{_models(run)}</p>']
         parts += _run_sections(run)
@@ -199,7 +199,7 @@ def _prompt_list(prompts: list[Prompt]) -> str:
         answers = []
         before = None
         for name, answer in prompt.answers.items():
-            words = answer.text[:MOST_CHARACTERS]
+            words = answer.text.strip()[:MOST_CHARACTERS]
             score = "" if answer.score is None else f", score {answer.score:.2f}"
             answers.append(
                 f'<div class="answer"><span class="name">{_text(name.upper())}{score}</span>'
