@@ -37,6 +37,16 @@ class TextBatch(Movable):
 
 
 @dataclass(frozen=True)
+class PackedBatch(TextBatch):
+    """Several texts in each row, one after the other; none of them sees another.
+
+    The padding on the right of a row is one more text, without labels.
+    """
+
+    position_ids: torch.Tensor  # [B, T] int64, 0, 1, 2, ... from the start of each text
+
+
+@dataclass(frozen=True)
 class PairBatch(Movable):
     """Preference pairs, padded on the right.
 

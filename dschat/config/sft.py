@@ -30,6 +30,17 @@ class SFTData(TextOptions):
 
 
 @dataclass(frozen=True)
+class SFTBatch(BatchOptions):
+    """Batch sizes of step 1."""
+
+    packing: bool = flag(
+        False,
+        "Put several training texts in each row of --max_seq_len tokens; no text sees another. "
+        "The batch size then counts packed rows.",
+    )
+
+
+@dataclass(frozen=True)
 class SFTRun(RunOptions):
     """Output of step 1."""
 
@@ -43,7 +54,7 @@ class SFTConfig:
 
     data: SFTData
     model: OneModelOptions
-    batch: BatchOptions
+    batch: SFTBatch
     optim: OptimOptions
     schedule: ScheduleOptions
     lora: LoraOptions

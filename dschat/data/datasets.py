@@ -9,6 +9,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import get_args
 
+import datasets
+import numpy as np
+import pyarrow.compute
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
@@ -105,6 +108,18 @@ class TextDataset(Dataset):
         if self.prepared is not None:
             self.prepared = _select(self.prepared, indices)
             self.items_digest = None
+
+    def lengths(self) -> np.ndarray:
+        """Return the tokens [N, C] int64 of the C texts of all prepared items."""
+        return self.column_lengths("input_ids")[:, None]
+
+    def column_lengths(self, name: str) -> np.ndarray:
+        """Return the lengths [N] int64 of a list column of all prepared items."""
+        assert self.prepared is not None and name in self.list_columns
+        if isinstance(self.prepared, datasets.Dataset):
+            column = self.prepared.with_format("arrow")[:].column(name)
+            return pyarrow.compute.list_value_length(column).to_numpy().astype(np.int64)
+        return np.array([len(item[name]) for item in self.prepared], dtype=np.int64)
 
     @property
     def text_format(self) -> str:
@@ -300,6 +315,15 @@ class PairDataset(TextDataset):
             raise ValueError(
                 f"{row.place or 'a row'}: no pair to compare; give chosen and rejected."
             )
+
+    def lengths(self) -> np.ndarray:
+        """Return the tokens [N, 2] int64 of the chosen and the rejected text of all prepared items.
+
+        They are those before `cut_fraction` cuts any.
+        """
+        prompt = self.column_lengths("prompt_ids")
+        answers = [self.column_lengths(name) for name in ("chosen_ids", "rejected_ids")]
+        return np.stack([prompt + answer for answer in answers], axis=1)
 
     def fit(self, row: Row, encoded: Encoded) -> dict:
         """Return the ids of prompt and answers, and the pair's margin."""

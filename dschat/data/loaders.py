@@ -2,11 +2,11 @@
 
 import functools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from torch.utils.data import DataLoader, Dataset, Sampler, Subset
+from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import PreTrainedTokenizerBase
 
 from dschat.config.options import DataOptions, TextOptions
@@ -14,7 +14,9 @@ from dschat.config.sft import SFTData
 from dschat.data.blends import epoch_draws, open_blends
 from dschat.data.cache import prepared_folder
 from dschat.data.datasets import PairDataset, PromptDataset, SFTDataset, TextDataset
+from dschat.data.packing import PackedDataset, collate_packed
 from dschat.data.preparation import prepare
+from dschat.data.samplers import PackedSampler, ShardedSampler
 from dschat.data.splits import Blend, first_indices_per_source
 from dschat.data.templates import HUMAN_ASSISTANT_TEMPLATE
 from dschat.runtime import dist
@@ -22,98 +24,6 @@ from dschat.runtime import dist
 logger = logging.getLogger(__name__)
 
 MIN_HELD_OUT_PROMPTS = 2
-
-
-class ShardedSampler(Sampler[int]):
-    """One rank's rows; every rank has the same number of full windows.
-
-    The order of an epoch is a permutation by (seed, epoch), or 0, 1, 2, ... without `shuffle`. It
-    is padded with rows from its own beginning until its length is a multiple of
-    ``world_size * batch_size * window``. Position i belongs to rank ``i % world_size``. All repeats
-    are at the end: the first `num_unique` rows of a rank are not repeats.
-
-    Args:
-        num_rows: rows of the dataset, at least 1.
-        rank: the rank whose rows are sampled.
-        world_size: the number of ranks.
-        batch_size: rows of one batch of one rank.
-        window: batches of one update (gradient accumulation), so that no window is partial.
-        shuffle: permute in each epoch; `set_epoch` sets the epoch.
-        seed: seed of the permutation.
-        draws: for a weighted blend, (rows of a source, how many of them an epoch draws), in the
-            order of the sources; None: each row once.
-    """
-
-    def __init__(
-        self,
-        num_rows: int,
-        *,
-        rank: int,
-        world_size: int,
-        batch_size: int,
-        window: int = 1,
-        shuffle: bool,
-        seed: int,
-        draws: Sequence[tuple[int, int]] | None = None,
-    ):
-        assert num_rows > 0 and 0 <= rank < world_size
-        self.draws = draws
-        if draws is not None:
-            num_rows = sum(count for _, count in draws)
-        self.num_rows = num_rows
-        self.rank = rank
-        self.world_size = world_size
-        self.shuffle = shuffle
-        self.seed = seed
-        self.epoch = 0
-        self.start = 0
-        multiple = world_size * batch_size * window
-        self.total = -(-num_rows // multiple) * multiple
-        if shuffle and num_rows < multiple:
-            logger.warning(
-                f"{num_rows} rows are fewer than the {multiple} of one update (world size "
-                f"{world_size} x {batch_size} rows x {window} batches): an update uses a row up to "
-                f"{-(-multiple // num_rows)} times"
-            )
-
-    @property
-    def num_unique(self) -> int:
-        """Rows of this rank before the padding, which repeats rows of any rank."""
-        if self.rank >= self.num_rows:
-            return 0
-        return -(-(self.num_rows - self.rank) // self.world_size)
-
-    def set_epoch(self, epoch: int, *, start: int = 0) -> None:
-        """Set the epoch of the next pass, which leaves out this rank's first `start` rows."""
-        self.epoch = epoch
-        self.start = start
-
-    def __len__(self) -> int:
-        """Return the rows of this rank in a whole epoch, whatever `start` leaves out."""
-        return self.total // self.world_size
-
-    def __iter__(self) -> Iterator[int]:
-        """Iterate over this rank's rows of the epoch, beginning at `start`."""
-        order = np.arange(self.num_rows)
-        if self.shuffle:
-            random_state = np.random.RandomState([self.seed & 0xFFFFFFFF, self.epoch])
-            if self.draws is not None:
-                order = _draw_rows(self.draws, random_state)
-            order = random_state.permutation(order)
-        shard = np.resize(order, self.total)[self.rank :: self.world_size]
-        return iter(shard[self.start :].tolist())
-
-
-def _draw_rows(draws: Sequence[tuple[int, int]], random_state: np.random.RandomState) -> np.ndarray:
-    """Return the rows of an epoch: of each source whole passes, and then rows at random."""
-    drawn = []
-    begin = 0
-    for num_rows, count in draws:
-        passes, rest = divmod(count, max(1, num_rows))
-        drawn += [np.arange(begin, begin + num_rows)] * passes
-        drawn.append(begin + random_state.permutation(num_rows)[:rest])
-        begin += num_rows
-    return np.concatenate(drawn)
 
 
 def make_loader(
@@ -314,6 +224,7 @@ def make_loaders(
     eval_batch_size: int,
     window: int,
     seed: int,
+    pack_to: int | None = None,
 ) -> tuple[DataLoader, DataLoader]:
     """Build this rank's loaders of a step.
 
@@ -328,31 +239,111 @@ def make_loaders(
         eval_batch_size: rows of one evaluation batch of one rank.
         window: training batches per update (step 3: per rollout).
         seed: seed of the shuffling.
+        pack_to: tokens of a training row that holds several items; None: one item a row.
 
     Raises:
         ValueError: there are fewer training rows than one batch per rank.
     """
-    least = dist.world_size() * train_batch_size
-    if len(train) < least:
+    _check_one_batch(len(train), train_batch_size)
+    shard: dict[str, Any] = dict(rank=dist.rank(), world_size=dist.world_size(), seed=seed)
+    rows: dict[str, Any] = dict(batch_size=train_batch_size, window=window, **shard)
+    padded = functools.partial(collate, pad_id=pad_id)
+    if pack_to is None:
+        train_loader = make_loader(train, padded, shuffle=True, draws=train.draws, **rows)
+    else:
+        train_loader = make_packed_loader(train, pad_id=pad_id, capacity=pack_to, **rows)
+    logger.info(
+        "training data: %.1f%% of the tokens of a batch are real, the rest is padding",
+        100 * real_share(_batch_lengths(train, train_loader)),
+    )
+    eval_loader = make_loader(held_out, padded, batch_size=eval_batch_size, shuffle=False, **shard)
+    return train_loader, eval_loader
+
+
+def make_packed_loader(
+    dataset: SFTDataset,
+    *,
+    pad_id: int,
+    capacity: int,
+    batch_size: int,
+    rank: int,
+    world_size: int,
+    seed: int,
+    window: int = 1,
+) -> DataLoader:
+    """Build the loader of one rank's batches of packed rows.
+
+    Args:
+        dataset: the items of all ranks, prepared.
+        pad_id: the pad token.
+        capacity: tokens of a row.
+        batch_size: rows of a batch.
+        rank: see `PackedSampler`, as for `world_size`, `seed` and `window`.
+        world_size: the number of ranks.
+        seed: seed of packing and shuffling.
+        window: batches of one update.
+
+    Raises:
+        ValueError: there are fewer rows than one batch per rank.
+    """
+    sampler = PackedSampler(
+        dataset.lengths()[:, 0],
+        capacity=capacity,
+        rank=rank,
+        world_size=world_size,
+        batch_size=batch_size,
+        window=window,
+        seed=seed,
+        draws=dataset.draws,
+    )
+    logger.info(
+        "--packing: %d texts in %d rows of up to %d tokens",
+        len(dataset),
+        sampler.num_rows,
+        capacity,
+    )
+    _check_one_batch(sampler.num_rows, batch_size, kind="packed rows")
+    collate = functools.partial(collate_packed, pad_id=pad_id)
+    return DataLoader(
+        PackedDataset(dataset),
+        batch_size=batch_size,
+        sampler=sampler,
+        collate_fn=collate,
+        num_workers=0,
+    )
+
+
+def real_share(batches: Iterable[np.ndarray]) -> float:
+    """Return the share of real tokens in padded batches, given the lengths [B, C] of their texts."""
+    real = 0
+    computed = 0
+    for lengths in batches:
+        real += int(lengths.sum())
+        computed += lengths.size * int(lengths.max())
+    return real / max(1, computed)
+
+
+def _batch_lengths(dataset: TextDataset, loader: DataLoader) -> Iterator[np.ndarray]:
+    """Yield the lengths [B, C] of the texts of this rank's training batches in the first epoch."""
+    lengths = dataset.lengths()
+    rows = list(loader.sampler)
+    for start in range(0, len(rows), loader.batch_size):
+        batch = rows[start : start + loader.batch_size]
+        if isinstance(loader.dataset, PackedDataset):
+            yield np.array([[lengths[row].sum()] for row in batch])
+        else:
+            yield lengths[batch]
+
+
+def _check_one_batch(num_rows: int, batch_size: int, *, kind: str = "training rows") -> None:
+    """Raise ValueError if there are fewer rows than one batch per rank."""
+    if num_rows < dist.world_size() * batch_size:
         raise ValueError(
-            f"{len(train)} training rows are fewer than one batch per rank (world size "
-            f"{dist.world_size()} x {train_batch_size} rows). Give more rows with --data_path, a "
+            f"{num_rows} {kind} are fewer than one batch per rank (world size "
+            f"{dist.world_size()} x {batch_size} rows). Give more rows with --data_path, a "
             "larger share with --data_split, or a smaller --per_device_train_batch_size (step 3: "
             "--per_device_generation_batch_size)."
         )
-    collate = functools.partial(collate, pad_id=pad_id)
-    shard: dict[str, Any] = dict(rank=dist.rank(), world_size=dist.world_size(), seed=seed)
-    train_loader = make_loader(
-        train,
-        collate,
-        batch_size=train_batch_size,
-        window=window,
-        shuffle=True,
-        draws=train.draws,
-        **shard,
-    )
-    eval_loader = make_loader(held_out, collate, batch_size=eval_batch_size, shuffle=False, **shard)
-    return train_loader, eval_loader
 
 
 def first_rows(dataset: TextDataset, most: int) -> TextDataset:

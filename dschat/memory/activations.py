@@ -66,6 +66,24 @@ def kept_bytes(size: ModelSize, *, tokens: int, width: int, checkpointing: bool)
     return tokens * (size.trained_layers * per_layer + ends)
 
 
+def packed_mask_bytes(
+    size: ModelSize, *, rows: int, length: int, width: int, checkpointing: bool
+) -> float:
+    """Return the bytes of the block-diagonal masks of packed rows.
+
+    The model's mask is boolean; the attention of each layer keeps a copy of it in `width`.
+
+    Args:
+        size: of the model.
+        rows: of the batch.
+        length: tokens of a row.
+        width: bytes of an element.
+        checkpointing: only one layer's copy exists at a time.
+    """
+    copies = 1 if checkpointing else size.trained_layers
+    return rows * length**2 * (1 + copies * width)
+
+
 def working_bytes(size: ModelSize, *, tokens: int, width: int, checkpointing: bool) -> float:
     """Return the most bytes that one layer needs in addition in backward.
 

@@ -4,9 +4,11 @@ from collections.abc import Iterable
 from typing import Any
 
 from dschat.config.ppo import PPOConfig
+from dschat.config.sft import SFTConfig
 from dschat.generation.tensor_parallel import split_problems
 from dschat.memory.model_size import ModelSize, find_config, named_size
 from dschat.memory.plan import StepPlan, plan_step
+from dschat.models.packing import check_takes_positions
 
 
 def checked_plan(config, *, world_size: int, dtype: str, rewards: Iterable[str] = ()) -> StepPlan:
@@ -18,14 +20,19 @@ def checked_plan(config, *, world_size: int, dtype: str, rewards: Iterable[str] 
         dtype: bf16, fp16 or fp32.
 
     Raises:
-        ValueError: a model has not enough positions for the texts; in step 3 see also
-            ``check_models``.
+        ValueError: a model has not enough positions for the texts, or its family cannot take
+            packed rows; in step 3 see also ``check_models``.
     """
     plan = plan_step(config, world_size=world_size, dtype=dtype)
     if isinstance(config, PPOConfig):
         check_models(config, plan, world_size=world_size, rewards=rewards)
         return plan
-    check_length(config.data.max_seq_len, plan.sizes["model"], config.model.model_name_or_path)
+    path = config.model.model_name_or_path
+    check_length(config.data.max_seq_len, plan.sizes["model"], path)
+    if isinstance(config, SFTConfig) and config.batch.packing:
+        trust = config.model.trust_remote_code
+        shape = find_config(path, flag="--model_name_or_path", trust_remote_code=trust)
+        check_takes_positions(shape, path=path)
     return plan
 
 

@@ -63,6 +63,7 @@ def training_phases(
     width: int,
     there: Parts,
     sliced: bool = False,
+    masks: float = 0.0,
 ) -> dict[str, Parts]:
     """Return the phases of one model's backward and optimizer step.
 
@@ -70,9 +71,10 @@ def training_phases(
         logits: elements of the logits that are differentiated; 0 for a reward model.
         there: all that is there meanwhile.
         sliced: the answer's logits are a slice, which is copied.
+        masks: bytes of attention masks.
     """
     checkpointing = system.gradient_checkpointing
-    kept = kept_bytes(size, tokens=tokens, width=width, checkpointing=checkpointing)
+    kept = masks + kept_bytes(size, tokens=tokens, width=width, checkpointing=checkpointing)
     working = working_bytes(size, tokens=tokens, width=width, checkpointing=checkpointing)
     loss = loss_bytes(logits, width=width, sliced=sliced, backward=True)
     backward = largest_part(

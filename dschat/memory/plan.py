@@ -8,7 +8,13 @@ from dschat.config.options import SystemOptions
 from dschat.config.ppo import PPOConfig
 from dschat.config.reward import RewardConfig
 from dschat.config.sft import SFTConfig
-from dschat.memory.activations import inference_bytes, kept_bytes, kl_bytes, loss_bytes
+from dschat.memory.activations import (
+    inference_bytes,
+    kept_bytes,
+    kl_bytes,
+    loss_bytes,
+    packed_mask_bytes,
+)
 from dschat.memory.footprint import WIDTHS, Footprint, inference_footprint, training_footprint
 from dschat.memory.model_size import ModelSize, named_size
 from dschat.memory.phases import (
@@ -114,6 +120,15 @@ def _plan_supervised(config, *, world_size: int, dtype: str) -> StepPlan:
         loss_bytes(evaluate * size.vocab, width=width, sliced=False, backward=False),
     )
     there = sum_parts(beside, resident_parts(model))
+    masks = 0.0
+    if isinstance(config, SFTConfig) and batch.packing:
+        masks = packed_mask_bytes(
+            size,
+            rows=batch.per_device_train_batch_size,
+            length=length,
+            width=width,
+            checkpointing=system.gradient_checkpointing,
+        )
     parts = {
         "build": sum_parts(beside, {"weights": model.weights, "copies": model.build}),
         **training_phases(
@@ -125,6 +140,7 @@ def _plan_supervised(config, *, world_size: int, dtype: str) -> StepPlan:
             logits=train * size.vocab,
             width=width,
             there=there,
+            masks=masks,
         ),
         "evaluate": sum_parts(there, {"activations": evaluation}),
     }

@@ -31,6 +31,10 @@ SHARED_INPUT_NAMES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 # Families whose recurrent layers read padding on the left as if it were text.
 READS_LEFT_PADDING = ("recurrent_gemma",)
 
+# Families for which transformers (5.17) makes no block-diagonal mask of the position ids of packed
+# texts: they get the mask itself.
+PACKED_BY_MASK = ("opt",)
+
 
 @dataclass(frozen=True)
 class Shape:

@@ -15,7 +15,7 @@ import torch
 
 from dschat.algorithms.losses import lm_loss_rows, pairwise_loss
 from dschat.algorithms.masks import pool_last
-from dschat.algorithms.types import PairBatch, TextBatch
+from dschat.algorithms.types import PackedBatch, PairBatch, TextBatch
 from dschat.checkpoint.run_state import RunState
 from dschat.engine.optim import GradientCheck, gradient_norm
 from dschat.models.forward import forward_logits
@@ -203,9 +203,10 @@ def run_update(engine, objective: Objective, window: list, step: int) -> dict[st
         if number < len(window):
             engine.step()
     tokens = torch.stack([batch.attention_mask.sum() for batch in window]).sum()
-    measured = torch.stack([value.double() for value in (*sums.values(), own_weight, tokens)])
-    check = GradientCheck(engine, measured=measured)
-    *totals, all_weight, all_tokens = check.measured
+    computed = tokens.new_tensor(sum(batch.input_ids.numel() for batch in window))
+    measured = [value.double() for value in (*sums.values(), own_weight, tokens, computed)]
+    check = GradientCheck(engine, measured=torch.stack(measured))
+    *totals, all_weight, all_tokens, all_computed = check.measured
     if not math.isfinite(totals[0]):
         raise ValueError(
             f"The loss of update {step}, summed over ranks, is {totals[0]}. Lower --learning_rate; "
@@ -215,6 +216,7 @@ def run_update(engine, objective: Objective, window: list, step: int) -> dict[st
     seconds = time.monotonic() - started
     return {
         **{key: total / all_weight for key, total in zip(sums, totals, strict=True)},
+        "train/real_tokens": all_tokens / all_computed,
         "train/lr": rate,
         "train/grad_norm": gradient_norm(engine),
         "time/step_s": seconds,
@@ -229,7 +231,13 @@ def answer_nll(engine, batch: TextBatch | PairBatch) -> tuple[torch.Tensor, torc
     Returns:
         [B] fp32 and [B] int64; see ``lm_loss_rows``.
     """
-    logits = forward_logits(engine, engine.module, input_ids=batch.input_ids, attention_mask=None)
+    logits = forward_logits(
+        engine,
+        engine.module,
+        input_ids=batch.input_ids,
+        attention_mask=None,
+        position_ids=batch.position_ids if isinstance(batch, PackedBatch) else None,
+    )
     return lm_loss_rows(logits, batch.labels)
 
 

@@ -11,6 +11,7 @@ from dschat.checkpoint.run_state import RunState, find_checkpoint, saved_dtype
 from dschat.checkpoint.save_model import save_model
 from dschat.config.no_effect import announce
 from dschat.config.parse import step_title
+from dschat.config.sft import SFTConfig
 from dschat.engine.build import (
     build_training_engine,
     override,
@@ -22,6 +23,7 @@ from dschat.engine.ds_config import training_config
 from dschat.engine.quantized import quantize_linears
 from dschat.models.dropout import disable_dropout
 from dschat.models.lora import adapted_layer_names
+from dschat.models.packing import check_packing
 from dschat.models.prepare import prepare_for_training
 from dschat.models.tokenizer import end_token_id, load_tokenizer
 from dschat.runtime import dist
@@ -111,6 +113,8 @@ def train_run(
     total_steps = schedule.max_train_steps or epoch_steps * schedule.num_train_epochs
     tensorboard = options.tensorboard_path if options.enable_tensorboard else None
     engine = build_engine(run, load_model, total_steps=total_steps, tensorboard=tensorboard)
+    if isinstance(config, SFTConfig) and config.batch.packing:
+        check_packing(engine, engine.module, path=config.model.model_name_or_path)
     done = run.checkpoint.step if run.checkpoint else None
     metrics = open_metrics(config, number=run.number, resume_from=done)
     record_run(

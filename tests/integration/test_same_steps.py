@@ -9,17 +9,17 @@ LAYOUTS = {"1x8": (1, 8, 1), "2x4": (2, 4, 1), "1x4x2": (1, 4, 2)}
 TOLERANCE = {"fp32": 1e-5, "bf16": 2e-3, "fp16": 1e-3}
 
 
-def step_case(step: int | str, layout: str, zero: str, dtype: str = "fp32") -> Case:
+def step_case(step: int | str, layout: str, zero: str, dtype: str = "fp32", more: str = "") -> Case:
     ranks, rows, accumulation = LAYOUTS[layout]
     words = (
         f"--model_name_or_path {MODELS[step]}llama --data_path {{stock}}/toy "
         f"--data_split {SHARES[step]}",
         f"--max_seq_len 48 --max_train_steps 4 --learning_rate 1e-3 {DTYPES[dtype]} {ZERO[zero]}",
         f"--per_device_train_batch_size {rows} --gradient_accumulation_steps {accumulation}",
+        more,
     )
-    return Case(
-        f"same-{NAMES[step]}-{layout}-{zero}-{dtype}", ranks=ranks, step=step, argv=" ".join(words)
-    )
+    name = f"same-{NAMES[step]}-{layout}-{zero}-{dtype}" + "-".join(more.split("--"))
+    return Case(name.replace(" ", "-"), ranks=ranks, step=step, argv=" ".join(words))
 
 
 def equal_runs(cases: list[Case], id: str):
@@ -33,7 +33,10 @@ BY_LAYOUT = [
     )
     for step in (1, 2)
 ] + [
-    equal_runs([step_case("dpo", layout, zero) for zero in ("0", "3") for layout in LAYOUTS], "dpo")
+    equal_runs(
+        [step_case("dpo", layout, zero) for zero in ("0", "3") for layout in LAYOUTS], "dpo"
+    ),
+    equal_runs([step_case(1, *case, more="--packing") for case in zip(LAYOUTS, "023")], "packing"),
 ]
 BY_STAGE = [
     equal_runs([step_case(1, "2x4", zero, dtype) for zero in ZERO], dtype)

@@ -18,6 +18,7 @@ EVALUATED = {
 TRAINED = {
     "step",
     "train/loss",
+    "train/real_tokens",
     "train/lr",
     "train/grad_norm",
     "time/step_s",

@@ -156,6 +156,12 @@ def test_positions_limit_texts_of_the_other_steps(step):
             checked_plan(config, world_size=1, dtype="bf16")
 
 
+def test_packing_needs_position_ids():
+    flags = "--model_name_or_path bloom-1b1 --packing".split()
+    with pytest.raises(ValueError, match="--packing: bloom models, such as .* bloom-1b1"):
+        checked_plan(parse_config(SFTConfig, flags), world_size=1, dtype="bf16")
+
+
 def test_token_tables_do_not_count_as_positions():
     """Gemma 3n has token vectors for each layer, more rows than it has positions."""
     config = Gemma3nTextConfig(
