@@ -192,17 +192,18 @@ def check_ops() -> list[Finding]:
         text = f"operator {op.name} (for {op.needed_by})"
         if op.lock is not None:
             remedy = (
-                f"a killed build left {op.lock}, and runs would wait for it indefinitely; "
-                "--build_ops clears it"
+                f"a killed build left {op.lock}; the next run deletes it, or --build_ops now. "
+                "Programs other than dschat's would wait for it indefinitely"
             )
-            findings.append(Finding(text, remedy, stops=True))
+            findings.append(Finding(text, remedy))
         elif op.built:
             findings.append(Finding(f"{text}: built in {op.folder}"))
         else:
             findings.append(
                 Finding(
                     text,
-                    "not built yet; the first run builds it, or --build_ops now (a minute or two)",
+                    "not built yet for this torch; the first run builds it, or --build_ops now (a "
+                    "minute or two)",
                 )
             )
     return findings

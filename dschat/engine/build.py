@@ -15,7 +15,7 @@ from transformers import get_scheduler
 from transformers.integrations import HfDeepSpeedConfig
 
 from dschat.config.options import ScheduleOptions
-from dschat.engine.compiled_ops import needed_ops
+from dschat.engine.compiled_ops import load_ops_of_every_run
 from dschat.engine.device import on_cpu
 from dschat.engine.launch_env import process_variables, shared_buffers
 from dschat.engine.optim import adamw
@@ -54,8 +54,7 @@ def start_processes(local_rank: int = -1) -> torch.device:
                 "CUDA_VISIBLE_DEVICES."
             )
         accelerator.set_device(local_rank)
-    elif local_rank == 0:
-        _warn_of_stale_locks()
+    load_ops_of_every_run()
     try:
         # The other ranks wait in a collective while rank 0 writes a model.
         timeout = {} if os.environ.get("DEEPSPEED_TIMEOUT") else dict(timeout=COLLECTIVE_TIMEOUT)
@@ -74,16 +73,6 @@ def start_processes(local_rank: int = -1) -> torch.device:
         for file in shared_buffers(os.environ, rank=dist.rank()):
             file.unlink(missing_ok=True)
     return torch.device(accelerator.current_device_name())
-
-
-def _warn_of_stale_locks() -> None:
-    """Warn if a killed build of an operator left a lock."""
-    for op in needed_ops():
-        if op.lock is not None:
-            logger.warning(
-                f"A killed build left the lock {op.lock}, and this run may hang at it. Clear it "
-                "with python -m dschat.doctor --build_ops."
-            )
 
 
 @contextlib.contextmanager

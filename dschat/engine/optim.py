@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from dschat.engine.compiled_ops import load_op
 from dschat.runtime import dist
 
 BETAS = (0.9, 0.95)
@@ -55,6 +56,7 @@ def adamw(
     if cpu_offload:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
+        load_op("CPUAdamBuilder")  # on every rank of the host in turn
         return DeepSpeedCPUAdam(param_groups, betas=BETAS)
     # One kernel over all parameters: on two CPU cores 12 times faster than torch's default loop.
     fused = all(p.device.type in ("cpu", "cuda") for group in param_groups for p in group["params"])

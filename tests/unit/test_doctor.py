@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -21,17 +22,17 @@ def run(*words: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, env=outside, capture_output=True, text=True, cwd=ROOT)
 
 
-def test_every_line_is_good_or_has_a_remedy_and_a_stale_lock_stops(tmp_path):
+def test_every_line_is_good_or_has_a_remedy_and_a_stale_lock_is_told_of(tmp_path):
     builds = tmp_path / "builds"
     (builds / "deepspeed_shm_comm").mkdir(parents=True)
     (builds / "deepspeed_shm_comm" / "lock").touch()
     done = run(TORCH_EXTENSIONS_DIR=str(builds))
     lines = done.stdout.splitlines()
-    assert done.returncode == 1 and done.stderr.endswith("Fix what is BAD above first.\n")
+    assert done.returncode == 0, done.stdout + done.stderr
     found = [line for line in lines if line[:6] in ("good  ", "note  ", "BAD   ")]
     assert len(found) > 15 and all(": " in line for line in found if not line.startswith("good"))
-    (bad,) = [line for line in lines if line.startswith("BAD")]
-    assert str(builds / "deepspeed_shm_comm" / "lock") in bad and "--build_ops" in bad
+    (told,) = [line for line in lines if str(builds / "deepspeed_shm_comm" / "lock") in line]
+    assert told.startswith("note") and "--build_ops" in told
     for word in (
         "Python",
         "torch",
@@ -102,16 +103,70 @@ def test_building_clears_stale_locks_and_builds_what_is_missing(tmp_path, monkey
     op.folder.mkdir()
     (op.folder / "lock").touch()
 
-    class Builder:
-        name = op.name
-
-        def load(self):
-            assert not (op.folder / "lock").exists()
-            (op.folder / f"{op.name}.so").touch()
-
-    monkeypatch.setattr(compiled_ops.get_accelerator(), "create_op_builder", lambda name: Builder())
+    builder = Builder(op.folder)
+    monkeypatch.setattr(compiled_ops.get_accelerator(), "create_op_builder", lambda name: builder)
     assert set(compiled_ops.build_ops()) == {op.name}
     assert compiled_ops.needed_ops()[0].built and compiled_ops.build_ops() == {}
+    assert builder.loads == 1
+    os.utime(op.folder / f"{op.name}.so", (0, 0))  # built before this torch was installed
+    assert not compiled_ops.needed_ops()[0].built
+    assert set(compiled_ops.build_ops()) == {op.name} and builder.loads == 2
+
+
+class Builder:
+    """A stand-in for DeepSpeed's builder, which waits for torch's lock without end."""
+
+    name = "deepspeed_shm_comm"
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.loads = 0
+
+    def load(self) -> None:
+        assert not (self.folder / "lock").exists()
+        (self.folder / f"{self.name}.so").touch()
+        self.loads += 1
+
+
+# Holds the lock of the builds like a rank that compiles, and torch's lock in the folder.
+HOLDER = """
+import sys, time
+from pathlib import Path
+import filelock
+root = Path(sys.argv[1])
+lock = filelock.FileLock(root / "dschat.lock")
+lock.acquire()
+(root / "deepspeed_shm_comm" / "lock").touch()
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_killed_build_keeps_no_run_waiting(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    folder = tmp_path / "deepspeed_shm_comm"
+    folder.mkdir()
+    builder = Builder(folder)
+    monkeypatch.setattr(compiled_ops.get_accelerator(), "create_op_builder", lambda name: builder)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout.readline() == "held\n"
+    waiting = threading.Thread(target=compiled_ops.load_op, args=("ShareMemCommBuilder",))
+    waiting.start()
+    waiting.join(1)
+    assert waiting.is_alive() and not builder.loads  # a build in progress is waited for
+    holder.kill()
+    holder.wait()
+    waiting.join(10)
+    assert not waiting.is_alive() and builder.loads == 1 and not (folder / "lock").exists()
+
+
+def test_a_folder_that_is_not_writable_needs_no_lock(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "file" / "builds"))
+    with compiled_ops._build_lock():
+        pass
 
 
 def test_a_missing_compiler_is_found(monkeypatch):
