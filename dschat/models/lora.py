@@ -5,6 +5,7 @@ NAME.lora_A.default.weight (A) and NAME.lora_B.default.weight (B). Its output is
 s = alpha / dim. B starts at zero.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Optional
@@ -15,8 +16,9 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from dschat.models.structure import SCORE_HEAD, linear_names, pretrained
+from dschat.models.structure import SCORE_HEAD, decoder_layers, linear_names, pretrained
 from dschat.models.weights import first_names
+from dschat.runtime.log import logger
 
 ADAPTER = "default"  # PEFT's name for an adapter
 
@@ -58,16 +60,19 @@ def add_lora(
     """
     inner = pretrained(model)
     targets = target_names(inner, module_name, flag=flag)
+    prefix, layers = decoder_layers(inner)
     _check_rank(dim, [inner.get_submodule(name) for name in targets], flag=flag)
     trainable = {id(p) for p in model.parameters() if p.requires_grad}
     config = LoraConfig(
         r=dim,
         lora_alpha=alpha,
         lora_dropout=dropout,
-        target_modules=targets,
+        target_modules=[name.removeprefix(f"{prefix}.") for name in targets],
         fan_in_fan_out=isinstance(inner.get_submodule(targets[0]), Conv1D),
     )
-    inject_adapter_in_model(config, inner, adapter_name=ADAPTER)
+    # Into the layers alone, which have no configuration: by a model's type, PEFT would replace the
+    # targets of some mixtures of experts and refuse those of recurrent models.
+    inject_adapter_in_model(config, layers, adapter_name=ADAPTER)
     adapted = lora_layers(inner)
     assert set(adapted) == set(targets), "PEFT adapted other layers than the targets"
     _set_trainable(model, adapted, previously=trainable, only_optimize_lora=only_optimize_lora)
@@ -116,7 +121,11 @@ def _set_trainable(
     previously: set[int],
     only_optimize_lora: bool,
 ) -> None:
-    """Unfreeze what trains besides the adapters; PEFT has frozen everything else."""
+    """Freeze everything but the adapters, and unfreeze what trains besides them."""
+    adapters = lora_parameter_names(model)
+    for name, parameter in model.named_parameters():
+        if name not in adapters:
+            parameter.requires_grad_(False)
     if only_optimize_lora:
         head = getattr(pretrained(model), SCORE_HEAD, None)
         unfrozen = [] if head is None else list(head.parameters())
@@ -126,6 +135,50 @@ def _set_trainable(
     for parameter in unfrozen:
         if id(parameter) in previously:
             parameter.requires_grad_(True)
+
+
+LITTLE = 0.5  # share of the decoder's weights below which LoRA changes little of a model
+
+
+def lora_coverage(model: nn.Module) -> float:
+    """Return the share of the decoder layers' weights that have adapters; vectors do not count."""
+    _, layers = decoder_layers(pretrained(model))
+    adapters = lora_parameter_names(layers)
+    weights = [p for name, p in layers.named_parameters() if name not in adapters]
+    shapes = [getattr(p, "ds_shape", p.shape) for p in weights]
+    matrices = sum(math.prod(shape) for shape in shapes if len(shape) > 1)
+    adapted = {id(layer): layer.base_layer.weight for layer in lora_layers(layers).values()}
+    return sum(math.prod(getattr(w, "ds_shape", w.shape)) for w in adapted.values()) / matrices
+
+
+def log_lora(model: nn.Module, *, module_name: Optional[str], prefix: str = "--") -> None:
+    """Log the share of the weights that LoRA adapts, and what trains besides.
+
+    Less than half of the decoder's weights is a warning, unless the user chose them.
+
+    Args:
+        model: after ``add_lora``; without adapters nothing is logged.
+        module_name: the scope that the user gave, if any.
+        prefix: of the flags that the line names.
+    """
+    if not has_lora(model):
+        return
+    adapters = lora_parameter_names(model)
+    sizes = {name: getattr(p, "ds_numel", p.numel()) for name, p in model.named_parameters()}
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    besides = sum(sizes[name] for name in trained if name not in adapters)
+    share = lora_coverage(model)
+    text = f"LoRA adapts {share:.0%} of the decoder layers' weights"
+    if besides:
+        text += f"; {besides / sum(sizes.values()):.1%} of all parameters train without adapters"
+    if share >= LITTLE or module_name is not None:
+        logger.info(text)
+        return
+    logger.warning(
+        f"{text}. The other weights are not in linear layers (experts are stacked in tensors with "
+        f"three dimensions). To train them too, leave out {prefix}only_optimize_lora, or "
+        f"{prefix}lora_dim."
+    )
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:

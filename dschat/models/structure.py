@@ -2,11 +2,12 @@
 
 import functools
 import inspect
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from dschat.models.families import EMBEDDING_MODULE_NAMES
@@ -53,14 +54,52 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
 def linear_names(model: nn.Module) -> list[str]:
     """Return the full names of the nn.Linear and Conv1D modules inside the decoder layers.
 
-    The head is never among them.
+    The head is never among them. Left out are routers of experts, which choose instead of compute,
+    modules whose weight the layer reads without calling them, and those that share their weight.
     """
     prefix, layers = decoder_layers(model)
-    return [
-        f"{prefix}.{name}"
+    read_directly = set(_read_directly(layers))
+    experts = _num_experts(pretrained(model).config.get_text_config())
+    linears = {
+        name: module
         for name, module in layers.named_modules()
         if isinstance(module, (nn.Linear, Conv1D))
+    }
+    owners = Counter(id(module.weight) for module in linears.values())
+    return [
+        f"{prefix}.{name}"
+        for name, module in linears.items()
+        if name not in read_directly
+        and not _is_router(name, module, experts)
+        and owners[id(module.weight)] == 1
     ]
+
+
+def _read_directly(layers: nn.Module) -> Iterator[str]:
+    """Yield names of linear modules whose weights a fused computation reads without calling them.
+
+    They are in the recurrent mixers of Mamba and its successors, which hold A_log, and in the
+    AltUp of Gemma 3n. Zamba2's shared layers hold adapters of their own.
+    """
+    for name, module in layers.named_modules():
+        if hasattr(module, "A_log"):
+            yield from (f"{name}.{leaf}" for leaf in ("out_proj", "dt_proj"))
+        if name.endswith((".altup", "adapter_list")):
+            yield from (f"{name}.{inner}" for inner, _ in module.named_modules())
+
+
+def _num_experts(text: PreTrainedConfig) -> int | None:
+    names = ("num_local_experts", "num_experts", "n_routed_experts")
+    return next((value for name in names if (value := getattr(text, name, None))), None)
+
+
+def _is_router(name: str, module: nn.Module, experts: int | None) -> bool:
+    """Return whether a linear module weighs experts: by its name, or by one output for each."""
+    parts = name.split(".")
+    if any(part.endswith("router") for part in parts) or parts[-1] == "gate":
+        return True
+    outputs = module.nf if isinstance(module, Conv1D) else module.out_features
+    return experts is not None and outputs in (1, experts)
 
 
 def embedding_modules(model: nn.Module) -> Iterator[nn.Module]:

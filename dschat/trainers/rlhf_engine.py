@@ -25,7 +25,7 @@ from dschat.engine.zero import gathered, scale_parameter
 from dschat.generation.tensor_parallel import tensor_group
 from dschat.models.causal_lm import load_causal_lm
 from dschat.models.dropout import disable_dropout
-from dschat.models.lora import adapted_layer_names
+from dschat.models.lora import adapted_layer_names, log_lora
 from dschat.models.prepare import prepare_for_training
 from dschat.models.reward_model import load_reward_model
 from dschat.runtime import dist
@@ -248,6 +248,7 @@ class DeepSpeedRLHFEngine:
         lora_names = prepare_for_training(
             model, lora=options.lora, system=system, role=options.role
         )
+        log_lora(model, module_name=options.lora.lora_module_name, prefix=f"--{options.role}_")
         if system.enable_mixed_precision_lora:
             quantize_linears(model, adapted_layer_names(model))
         return build_training_engine(

@@ -22,7 +22,7 @@ from dschat.engine.device import TORCH_DTYPES, on_cpu, resolve_dtype
 from dschat.engine.ds_config import training_config
 from dschat.engine.quantized import quantize_linears
 from dschat.models.dropout import disable_dropout
-from dschat.models.lora import adapted_layer_names
+from dschat.models.lora import adapted_layer_names, log_lora
 from dschat.models.packing import check_packing
 from dschat.models.prepare import prepare_for_training
 from dschat.models.tokenizer import end_token_id, load_tokenizer
@@ -192,6 +192,7 @@ def build_engine(
     ds_config = override(ds_config, *config.run.deepspeed_file)
     model = load_start(run, load_model, ds_config, dropout=config.system.dropout)
     lora_names = prepare_for_training(model, lora=config.lora, system=config.system)
+    log_lora(model, module_name=config.lora.lora_module_name)
     if config.system.enable_mixed_precision_lora:
         quantize_linears(model, adapted_layer_names(model))
     return build_training_engine(
