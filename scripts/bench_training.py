@@ -2,10 +2,14 @@
 
     deepspeed --num_gpus 1 scripts/bench_training.py --cases sft-1.3b --out results
     python scripts/bench_training.py --cases sft-1.3b sft-7b-lora --beside trl
+    python scripts/bench_training.py --padding rows.jsonl --out results
 
 It runs the project's own update (`trainers.supervised.run_update`) on full batches of random
 tokens, and TRL's trainers on the same shape, rows and lengths. MFU counts 6 (frozen weights: 4)
 FLOP per parameter and token, divided by --peak_tflops.
+
+--padding trains nothing and needs no GPU: it counts the real and the computed tokens of files of
+data, with and without --tokens_per_batch and --packing.
 """
 
 import argparse
@@ -63,10 +67,15 @@ def main() -> None:
     parser.add_argument("--gpus", type=int, default=1, help="Ranks on this host.")
     parser.add_argument("--peak_tflops", type=float, default=780.0, help="Of one GPU, in bf16.")
     parser.add_argument("--profile", action="store_true", help="Print where an update goes.")
+    parser.add_argument("--padding", nargs="+", metavar="PATH", help="Count padding, no training.")
+    parser.add_argument("--tokenizer", help="Of --padding; default: a BPE trained on each file.")
+    parser.add_argument("--max_seq_len", type=int, nargs="+", default=[512], help="Of --padding.")
     parser.add_argument("--out", type=Path, help="Folder for one JSON file a case.")
     parser.add_argument("--worker", choices=["dschat", "trl"], help=argparse.SUPPRESS)
     parser.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.padding:
+        return measure_padding(args)
     if args.worker:
         measure = measure_trl if args.worker == "trl" else measure_dschat
         return measure(args.cases[0], args)
@@ -74,6 +83,26 @@ def main() -> None:
         for worker in ("dschat", *([args.beside] if args.beside else [])):
             start_worker(name, worker, args)
     return None
+
+
+def measure_padding(args: argparse.Namespace) -> None:
+    """Count real and computed tokens, and write them as JSON."""
+    from dschat.runtime.hardware import versions
+    from scripts._padding_shares import measure
+
+    rows = []
+    for length in args.max_seq_len:
+        rows += measure(args.padding, tokenizer=args.tokenizer, max_seq_len=length)
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+        for row in rows:
+            row["data"] = "/".join(Path(row["data"]).parts[-2:])
+        found = {
+            "tokenizer": args.tokenizer or "BPE of 8,192 tokens trained on each file",
+            "rows": rows,
+            "versions": versions(),
+        }
+        (args.out / "padding.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
 def start_worker(name: str, worker: str, args: argparse.Namespace) -> None:

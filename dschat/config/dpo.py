@@ -6,7 +6,7 @@ DPO replaces steps 2 and 3. It shares the options of the other steps that train 
 from dataclasses import dataclass
 from typing import Optional
 
-from dschat.config.group_checks import single_model_problems
+from dschat.config.group_checks import single_model_problems, tokens_per_batch_problems
 from dschat.config.options import (
     BatchOptions,
     LoraOptions,
@@ -96,6 +96,11 @@ class DPOConfig:
     def problems(self) -> list[str]:
         """Return everything that is wrong with these options, one sentence each."""
         found = single_model_problems(self)
+        found += tokens_per_batch_problems(
+            self.batch.tokens_per_batch,
+            least=2 * self.data.max_seq_len,
+            row="one pair of texts of --max_seq_len",
+        )
         found += above("--beta", self.dpo.beta, 0)
         found += in_range("--label_smoothing", self.dpo.label_smoothing, 0.0, 0.5)
         return found + at_least("--eval_interval", self.run.eval_interval, 0)

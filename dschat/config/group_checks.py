@@ -99,3 +99,16 @@ def single_model_problems(config: Any) -> list[str]:
     if config.system.dropout is not None:
         found += in_range("--dropout", config.system.dropout, 0.0, 1.0)
     return found
+
+
+def tokens_per_batch_problems(tokens: int, *, least: int, row: str) -> list[str]:
+    """Check that the longest row fits --tokens_per_batch.
+
+    Args:
+        tokens: value of the flag; 0: not used.
+        least: tokens of the longest row.
+        row: what such a row is, for the message.
+    """
+    if tokens == 0 or tokens >= least:
+        return []
+    return [f"--tokens_per_batch {tokens} is less than {row}: give {least} or more, or 0."]

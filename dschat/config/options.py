@@ -318,6 +318,23 @@ class BatchOptions:
 
     per_device_train_batch_size: int = flag(16, "Rows per rank and micro-batch in training.")
     per_device_eval_batch_size: int = flag(16, "Rows per rank and batch in evaluation.")
+    tokens_per_batch: int = flag(
+        0,
+        "Divide the rows of an update into micro-batches of like length with at most this many "
+        "tokens, padding included; 0: into micro-batches of --per_device_train_batch_size rows.",
+    )
+
+    def layout(self, accumulation: int) -> tuple[int, int]:
+        """Return the rows of a micro-batch and the micro-batches of an update, for DeepSpeed.
+
+        With --tokens_per_batch both vary: these are the fewest rows and the most micro-batches.
+
+        Args:
+            accumulation: value of --gradient_accumulation_steps.
+        """
+        if self.tokens_per_batch:
+            return 1, self.per_device_train_batch_size * accumulation
+        return self.per_device_train_batch_size, accumulation
 
 
 @dataclass(frozen=True)

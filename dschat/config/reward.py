@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from dschat.config.group_checks import single_model_problems
+from dschat.config.group_checks import single_model_problems, tokens_per_batch_problems
 from dschat.config.options import (
     BatchOptions,
     LoraOptions,
@@ -65,6 +65,11 @@ class RewardConfig:
     def problems(self) -> list[str]:
         """Return everything that is wrong with these options, one sentence each."""
         found = single_model_problems(self)
+        found += tokens_per_batch_problems(
+            self.batch.tokens_per_batch,
+            least=2 * self.data.max_seq_len,
+            row="one pair of texts of --max_seq_len",
+        )
         found += in_range("--cut_fraction", self.data.cut_fraction, 0.0, 1.0)
         found += at_least("--eval_interval", self.run.eval_interval, 0)
         found += at_least("--eval_iters", self.run.eval_iters, 1)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from dschat.config.group_checks import single_model_problems
+from dschat.config.group_checks import single_model_problems, tokens_per_batch_problems
 from dschat.config.options import (
     BatchOptions,
     LoraOptions,
@@ -63,4 +63,14 @@ class SFTConfig:
 
     def problems(self) -> list[str]:
         """Return everything that is wrong with these options, one sentence each."""
-        return single_model_problems(self)
+        found = single_model_problems(self)
+        if self.batch.packing and self.batch.tokens_per_batch:
+            found.append(
+                "--packing and --tokens_per_batch exclude each other: a packed row has "
+                "--max_seq_len tokens, and --per_device_train_batch_size counts rows."
+            )
+        return found + tokens_per_batch_problems(
+            self.batch.tokens_per_batch,
+            least=self.data.max_seq_len,
+            row="one text of --max_seq_len",
+        )

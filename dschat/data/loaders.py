@@ -9,6 +9,7 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import PreTrainedTokenizerBase
 
+from dschat.algorithms.grouping import group_by_length
 from dschat.config.options import DataOptions, TextOptions
 from dschat.config.sft import SFTData
 from dschat.data.blends import epoch_draws, open_blends
@@ -225,6 +226,7 @@ def make_loaders(
     window: int,
     seed: int,
     pack_to: int | None = None,
+    tokens_per_batch: int = 0,
 ) -> tuple[DataLoader, DataLoader]:
     """Build this rank's loaders of a step.
 
@@ -240,11 +242,15 @@ def make_loaders(
         window: training batches per update (step 3: per rollout).
         seed: seed of the shuffling.
         pack_to: tokens of a training row that holds several items; None: one item a row.
+        tokens_per_batch: above 0, a training batch has the rows of all batches of an update, which
+            the trainer divides again; see ``group_by_length``.
 
     Raises:
         ValueError: there are fewer training rows than one batch per rank.
     """
     _check_one_batch(len(train), train_batch_size)
+    if tokens_per_batch:
+        train_batch_size, window = train_batch_size * window, 1
     shard: dict[str, Any] = dict(rank=dist.rank(), world_size=dist.world_size(), seed=seed)
     rows: dict[str, Any] = dict(batch_size=train_batch_size, window=window, **shard)
     padded = functools.partial(collate, pad_id=pad_id)
@@ -254,7 +260,7 @@ def make_loaders(
         train_loader = make_packed_loader(train, pad_id=pad_id, capacity=pack_to, **rows)
     logger.info(
         "training data: %.1f%% of the tokens of a batch are real, the rest is padding",
-        100 * real_share(_batch_lengths(train, train_loader)),
+        100 * real_share(batch_lengths(train, train_loader, tokens_per_batch)),
     )
     eval_loader = make_loader(held_out, padded, batch_size=eval_batch_size, shuffle=False, **shard)
     return train_loader, eval_loader
@@ -314,7 +320,7 @@ def make_packed_loader(
 
 
 def real_share(batches: Iterable[np.ndarray]) -> float:
-    """Return the share of real tokens in padded batches, given the lengths [B, C] of their texts."""
+    """Return the share of real tokens in batches, given the lengths [B, C] of their texts."""
     real = 0
     computed = 0
     for lengths in batches:
@@ -323,16 +329,27 @@ def real_share(batches: Iterable[np.ndarray]) -> float:
     return real / max(1, computed)
 
 
-def _batch_lengths(dataset: TextDataset, loader: DataLoader) -> Iterator[np.ndarray]:
-    """Yield the lengths [B, C] of the texts of this rank's training batches in the first epoch."""
+def batch_lengths(
+    dataset: TextDataset, loader: DataLoader, tokens_per_batch: int
+) -> Iterator[np.ndarray]:
+    """Yield the lengths [B, C] of the texts of this rank's micro-batches in the first epoch."""
     lengths = dataset.lengths()
     rows = list(loader.sampler)
     for start in range(0, len(rows), loader.batch_size):
         batch = rows[start : start + loader.batch_size]
         if isinstance(loader.dataset, PackedDataset):
             yield np.array([[lengths[row].sum()] for row in batch])
+        elif tokens_per_batch:
+            yield from group_lengths(lengths[batch], tokens=tokens_per_batch)
         else:
             yield lengths[batch]
+
+
+def group_lengths(lengths: np.ndarray, *, tokens: int) -> Iterator[np.ndarray]:
+    """Yield the lengths of each micro-batch of --tokens_per_batch, given all rows' [B, C]."""
+    widths = [(int(width),) for width in lengths.max(1)]
+    for group in group_by_length(widths, tokens=tokens // lengths.shape[1]):
+        yield lengths[group]
 
 
 def _check_one_batch(num_rows: int, batch_size: int, *, kind: str = "training rows") -> None:

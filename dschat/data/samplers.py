@@ -99,7 +99,7 @@ class PackedSampler(ShardedSampler):
     Args:
         lengths: [N] int64, tokens of each item.
         capacity: tokens of a row.
-        rank: see `ShardedSampler`, as for `world_size`, `batch_size` (in rows), `window` and `seed`.
+        rank: see `ShardedSampler`, as for `world_size`, `window` and `seed`.
         world_size: the number of ranks.
         batch_size: rows of one batch of one rank.
         window: batches of one update.

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from dschat.config.ppo import PPOConfig
+from dschat.config.sft import SFTConfig
 from dschat.generation.tensor_parallel import split_problems
 from dschat.memory.model_size import find_config
 from dschat.memory.plan import StepPlan, plan_step
@@ -267,6 +268,7 @@ def _kinds(config, *, world_size: int) -> list[list[Change]]:
 
 def _supervised_kinds(config) -> list[list[Change]]:
     batch = config.batch
+    one_row = config.data.max_seq_len * (1 if isinstance(config, SFTConfig) else 2)
     system = config.system
     steps = config.schedule.gradient_accumulation_steps
     return [
@@ -278,6 +280,7 @@ def _supervised_kinds(config) -> list[list[Change]]:
             "gradient_accumulation_steps",
             steps,
         ),
+        [Change({"tokens_per_batch": one_row}, 1)] if batch.tokens_per_batch else [],
         _stages("zero_stage", system.zero_stage),
         # DPO's reference model.
         [

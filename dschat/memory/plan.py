@@ -96,7 +96,7 @@ def _plan_supervised(config, *, world_size: int, dtype: str) -> StepPlan:
     name = config.model.model_name_or_path
     reward = isinstance(config, RewardConfig)
     size = named_size(name, reward=reward, lora=config.lora, system=system, **options)
-    steps = config.schedule.gradient_accumulation_steps
+    _, steps = batch.layout(config.schedule.gradient_accumulation_steps)
     model = training_footprint(size, system, dtype=dtype, world_size=world_size, accumulation=steps)
     sizes = {"model": size}
     models = {"model": model}
@@ -114,6 +114,8 @@ def _plan_supervised(config, *, world_size: int, dtype: str) -> StepPlan:
     rows = 1 if isinstance(config, SFTConfig) else 2  # a pair has two texts
     length = config.data.max_seq_len
     train = rows * batch.per_device_train_batch_size * length
+    if batch.tokens_per_batch:
+        train = min(batch.tokens_per_batch, train * config.schedule.gradient_accumulation_steps)
     evaluate = rows * batch.per_device_eval_batch_size * length
     evaluation = max(
         inference_bytes(size, tokens=evaluate, width=width),

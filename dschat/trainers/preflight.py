@@ -140,18 +140,20 @@ def ds_configs(config, *, dtype: str, world_size: int) -> dict[str, dict]:
     Returns:
         By name: "model", or "actor" and "critic" in step 3.
     """
+    steps = config.schedule.gradient_accumulation_steps
     shared = dict(
         dtype=dtype,
-        gradient_accumulation_steps=config.schedule.gradient_accumulation_steps,
         world_size=world_size,
         on_cpu=False,
         tensorboard_path=config.run.tensorboard_path if config.run.enable_tensorboard else None,
     )
     if not isinstance(config, PPOConfig):
         step = 1 if isinstance(config, SFTConfig) else 2
+        rows, steps = config.batch.layout(steps)
         found = training_config(
             config.system,
-            micro_batch_size=config.batch.per_device_train_batch_size,
+            micro_batch_size=rows,
+            gradient_accumulation_steps=steps,
             tensorboard_name=f"step{step}_model",
             **shared,
         )
@@ -164,6 +166,7 @@ def ds_configs(config, *, dtype: str, world_size: int) -> dict[str, dict]:
         found = training_config(
             system,
             micro_batch_size=config.batch.per_device_training_batch_size,
+            gradient_accumulation_steps=steps,
             tensorboard_name=f"step3_{role}",
             **shared,
         )

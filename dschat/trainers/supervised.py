@@ -24,6 +24,7 @@ from dschat.runtime.files import write_json
 from dschat.runtime.log import logger
 from dschat.tracking.metrics import MetricsWriter
 from dschat.tracking.progress import Progress, ReportedBatches, memory_gib
+from dschat.trainers.micro_batches import split_by_length
 
 
 class Objective(Protocol):
@@ -127,6 +128,7 @@ def train_supervised(
     eval_interval: int = 0,
     log_interval_s: float = 5.0,
     print_loss: bool = False,
+    tokens_per_batch: int = 0,
 ) -> None:
     """Train `engine` for `total_steps` updates; evaluate before, between and after them.
 
@@ -141,6 +143,7 @@ def train_supervised(
         eval_interval: updates between evaluations; 0: evaluate after every epoch.
         log_interval_s: seconds between progress lines.
         print_loss: log the loss of every update.
+        tokens_per_batch: see ``run_update``.
 
     Raises:
         ValueError: the loss is not finite; the weights are as before.
@@ -162,7 +165,7 @@ def train_supervised(
             window = next(windows)
             epoch = run.step // run.steps_per_epoch + 1
             step = run.step + 1
-            values = run_update(engine, objective, window, step)
+            values = run_update(engine, objective, window, step, tokens_per_batch=tokens_per_batch)
             if step == total_steps or step % evaluate_every == 0:
                 values |= objective.evaluate(engine, eval_loader, num_eval_rows)
                 _save_margins(objective, run, step=step)
@@ -174,7 +177,9 @@ def train_supervised(
             run.end_step(last=step == total_steps)
 
 
-def run_update(engine, objective: Objective, window: list, step: int) -> dict[str, float]:
+def run_update(
+    engine, objective: Objective, window: list, step: int, *, tokens_per_batch: int = 0
+) -> dict[str, float]:
     """Run one update and return its metrics.
 
     Args:
@@ -182,6 +187,8 @@ def run_update(engine, objective: Objective, window: list, step: int) -> dict[st
         objective: the loss.
         window: the micro-batches of this rank.
         step: number of the update, for messages.
+        tokens_per_batch: divide the rows of each batch again into micro-batches of like length with
+            at most this many tokens; 0: take the micro-batches as they are.
 
     Raises:
         ValueError: the loss is not finite; the weights are as before.
@@ -189,13 +196,22 @@ def run_update(engine, objective: Objective, window: list, step: int) -> dict[st
     started = time.monotonic()
     engine.train()
     rate = engine.get_lr()[0]  # of this update: engine.step() advances the schedule
+    if tokens_per_batch:
+        window = [
+            micro
+            for batch in window
+            for micro in split_by_length(batch, tokens=tokens_per_batch, device=engine.device)
+        ]
     window = [batch.to(engine.device) for batch in window]
     own_weight = torch.stack([objective.weight(batch) for batch in window]).sum()
     weight = dist.all_reduce(own_weight)
     # DeepSpeed averages gradients over ranks and divides by the accumulation steps; undo both.
-    scale = dist.world_size() * len(window) / weight.clamp(min=1)
+    scale = dist.world_size() * engine.gradient_accumulation_steps() / weight.clamp(min=1)
     sums: dict[str, torch.Tensor] = {}
     for number, batch in enumerate(window, 1):
+        if tokens_per_batch:
+            # Their number varies, so the engine cannot count them.
+            engine.set_gradient_accumulation_boundary(number == len(window))
         loss, extra = objective.loss_sum(engine, batch)
         for key, value in {"train/loss": loss.detach(), **extra}.items():
             sums[key] = sums.get(key, 0) + value

@@ -109,7 +109,10 @@ def train_run(
     config = run.config
     schedule = config.schedule
     options = config.run
-    epoch_steps = len(train_loader) // schedule.gradient_accumulation_steps
+    tokens_per_batch = config.batch.tokens_per_batch
+    # With --tokens_per_batch the loader gives the rows of a whole update at once.
+    window = 1 if tokens_per_batch else schedule.gradient_accumulation_steps
+    epoch_steps = len(train_loader) // window
     total_steps = schedule.max_train_steps or epoch_steps * schedule.num_train_epochs
     tensorboard = options.tensorboard_path if options.enable_tensorboard else None
     engine = build_engine(run, load_model, total_steps=total_steps, tensorboard=tensorboard)
@@ -129,7 +132,7 @@ def train_run(
     state = RunState(
         config,
         loader=train_loader,
-        window=schedule.gradient_accumulation_steps,
+        window=window,
         engines={"model": engine},
         metrics=metrics,
     )
@@ -146,6 +149,7 @@ def train_run(
         eval_interval=eval_interval,
         log_interval_s=options.log_interval_s,
         print_loss=print_loss,
+        tokens_per_batch=tokens_per_batch,
     )
     metrics.close()
     return engine.module
@@ -178,11 +182,12 @@ def build_engine(
         tensorboard: folder of DeepSpeed's events; None: no events.
     """
     config = run.config
+    rows, steps = config.batch.layout(config.schedule.gradient_accumulation_steps)
     ds_config = training_config(
         config.system,
         dtype=run.dtype,
-        micro_batch_size=config.batch.per_device_train_batch_size,
-        gradient_accumulation_steps=config.schedule.gradient_accumulation_steps,
+        micro_batch_size=rows,
+        gradient_accumulation_steps=steps,
         world_size=dist.world_size(),
         on_cpu=on_cpu(),
         tensorboard_path=tensorboard,

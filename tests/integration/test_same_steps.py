@@ -37,6 +37,18 @@ BY_LAYOUT = [
         [step_case("dpo", layout, zero) for zero in ("0", "3") for layout in LAYOUTS], "dpo"
     ),
     equal_runs([step_case(1, *case, more="--packing") for case in zip(LAYOUTS, "023")], "packing"),
+    *(
+        equal_runs(
+            [step_case(step, "1x8", "0")]
+            + [step_case(step, *case, more="--tokens_per_batch 96") for case in grouped],
+            f"{NAMES[step]}-tokens-per-batch",
+        )
+        for step, grouped in (
+            (1, [("1x4x2", "0"), ("2x4", "2")]),
+            (2, [("1x8", "2"), ("2x4", "3")]),
+            ("dpo", [("2x4", "0")]),
+        )
+    ),
 ]
 BY_STAGE = [
     equal_runs([step_case(1, "2x4", zero, dtype) for zero in ZERO], dtype)

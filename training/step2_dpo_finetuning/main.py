@@ -29,6 +29,7 @@ def main() -> None:
         eval_batch_size=config.batch.per_device_eval_batch_size,
         window=config.schedule.gradient_accumulation_steps,
         seed=config.run.seed,
+        tokens_per_batch=config.batch.tokens_per_batch,
     )
     objective = DPOObjective(
         build_reference(run), beta=config.dpo.beta, label_smoothing=config.dpo.label_smoothing

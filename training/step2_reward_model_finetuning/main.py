@@ -40,6 +40,7 @@ def main() -> None:
         eval_batch_size=config.batch.per_device_eval_batch_size,
         window=config.schedule.gradient_accumulation_steps,
         seed=config.run.seed,
+        tokens_per_batch=config.batch.tokens_per_batch,
     )
     model = train_run(
         run,

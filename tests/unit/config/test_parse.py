@@ -771,3 +771,17 @@ def test_loggers_that_cannot_be_used_are_named(monkeypatch):
     assert "--report_to csv needs --output_dir" in csv
     assert "the package wandb is not installed" in wandb
     assert "--report_to comet: no logger of that name" in comet
+
+
+@pytest.mark.parametrize(
+    "config_class, flags, message",
+    [
+        (SFTConfig, "--tokens_per_batch 511", "less than one text of --max_seq_len: give 512"),
+        (RewardConfig, "--tokens_per_batch 1023", "less than one pair .*: give 1024 or more, or 0"),
+        (DPOConfig, "--tokens_per_batch -1", "less than one pair .*: give 1024 or more, or 0"),
+        (SFTConfig, "--packing --tokens_per_batch 4096", "exclude each other"),
+    ],
+)
+def test_tokens_per_batch_hold_the_longest_row(config_class, flags, message):
+    with pytest.raises(ValueError, match=message):
+        parse_config(config_class, ["--model_name_or_path", "opt-125m", *flags.split()])

@@ -414,6 +414,22 @@ def test_packed_rows_add_their_masks():
     assert added == pytest.approx(mask * (1 + 24 * 2))
 
 
+@pytest.mark.parametrize("config_class, rows", [(SFTConfig, 8), (RewardConfig, 4)])
+def test_a_batch_has_at_most_the_tokens_that_are_given(config_class, rows):
+    def activations(more: str) -> float:
+        flags = "--model_name_or_path opt-1.3b --only_optimize_lora --lora_dim 8"
+        config = parse_config(config_class, f"{flags} {more}".split())
+        return plan_step(config, world_size=1, dtype="bf16").parts["backward"]["activations"]
+
+    given = activations("--per_device_train_batch_size 32 --tokens_per_batch 4096")
+    assert given == activations(f"--per_device_train_batch_size {rows}")
+    # An update with fewer tokens is one micro-batch.
+    small = "--per_device_train_batch_size 1 --gradient_accumulation_steps 2"
+    assert activations(f"{small} --tokens_per_batch 4096") == activations(
+        "--per_device_train_batch_size 2"
+    )
+
+
 def test_counting_draws_no_random_numbers():
     from dschat.memory import model_size as sizes
 

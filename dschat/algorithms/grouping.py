@@ -1,0 +1,42 @@
+"""Rows of like length in one micro-batch, so that little of it is padding."""
+
+from collections.abc import Sequence
+
+
+def group_by_length(
+    lengths: Sequence[Sequence[int]], *, tokens: int, least: int = 1
+) -> list[list[int]]:
+    """Divide rows into groups of like length.
+
+    Rows are taken from the longest to the shortest. A group is full if one more row would bring its
+    rows, times the width that they are padded to, above `tokens`.
+
+    Args:
+        lengths: of each row the tokens of its parts, such as a prompt and an answer. A group is as
+            wide as the longest first part, plus the longest second one, and so on.
+        tokens: most tokens of a group, with padding; a single row may have more.
+        least: the fewest groups, at most the number of rows.
+
+    Returns:
+        The indices of each group's rows.
+    """
+    groups: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lambda i: sum(lengths[i]), reverse=True):
+        joined = [*groups[-1], row] if groups else []
+        if joined and padded_tokens(joined, lengths) <= tokens:
+            groups[-1] = joined
+        else:
+            groups.append([row])
+    while len(groups) < least:
+        widest = max((g for g in groups if len(g) > 1), key=lambda g: padded_tokens(g, lengths))
+        place = groups.index(widest)
+        half = len(widest) // 2
+        groups[place : place + 1] = [widest[:half], widest[half:]]
+    return groups
+
+
+def padded_tokens(rows: Sequence[int], lengths: Sequence[Sequence[int]]) -> int:
+    """Return the tokens of a group, with padding; see ``group_by_length``."""
+    parts = zip(*(lengths[row] for row in rows), strict=True)
+    width: int = sum(max(part) for part in parts)
+    return len(rows) * width
