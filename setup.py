@@ -11,8 +11,10 @@ REQUIREMENTS = [
     if line and not line.startswith("#")
 ]
 README = HERE / "README.md"
-# demo: fetching the embedded default's model and drawing its curves.
-DEMO = ["gguf>=0.17", "matplotlib>=3.8"]
+# chat: the chat server (inference/chat.py --serve). The terminal needs none of it.
+CHAT = ["fastapi>=0.115", "uvicorn>=0.32"]
+# demo: fetching the embedded default's model, drawing its curves, and chatting with it on a page.
+DEMO = ["gguf>=0.17", "matplotlib>=3.8", *CHAT]
 # zstd: data files with the suffix .zst.
 ZSTD = ["zstandard>=0.22"]
 # Loggers of --report_to. TensorBoard comes with the requirements.
@@ -28,6 +30,8 @@ TEST = [
     "types-psutil",
     *DEMO,
     *ZSTD,
+    "httpx>=0.27",  # fastapi's test client
+    "playwright>=1.49",  # drives the system's chromium; brings none by itself
 ]
 
 setup(
@@ -41,5 +45,6 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["dschat", "dschat.*"]),
     install_requires=REQUIREMENTS,
-    extras_require={"demo": DEMO, "test": TEST, "zstd": ZSTD, **LOGGERS},
+    extras_require={"chat": CHAT, "demo": DEMO, "test": TEST, "zstd": ZSTD, **LOGGERS},
+    package_data={"dschat.serving": ["page.html"]},
 )

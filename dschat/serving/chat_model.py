@@ -1,6 +1,6 @@
 """Generation for a chat: one conversation at a time, with the answer streamed as it is made."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +25,17 @@ class Answer:
     ended: bool  # False: cut at max_new_tokens
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """The settings by which tokens are drawn."""
+
+    temperature: float = 0.0  # 0 takes the likeliest token
+    top_k: int = 0  # draw from this many likeliest tokens; 0: from all
+    top_p: float = 1.0  # draw from the likeliest tokens that have this probability together
+    repetition_penalty: float = 1.0  # above 1, tokens that occurred become less likely
+    seed: int | None = None  # None: continue the random stream
+
+
 class ChatModel:
     """A causal language model and the settings by which it answers.
 
@@ -34,10 +45,7 @@ class ChatModel:
         model: the language model; it is put into evaluation mode, and its generation config is
             replaced.
         tokenizer: the model's tokenizer.
-        temperature: sampling temperature; 0 takes the likeliest token.
-        top_k: sample from this many likeliest tokens; 0: from all.
-        top_p: sample from the likeliest tokens that have this probability together.
-        repetition_penalty: above 1, tokens that already occurred become less likely.
+        sampling: the settings of answers that bring none.
     """
 
     def __init__(
@@ -45,10 +53,7 @@ class ChatModel:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         *,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        repetition_penalty: float = 1.0,
+        sampling: Sampling = Sampling(),
     ):
         self.model = model.eval()
         self.tokenizer = tokenizer
@@ -56,16 +61,7 @@ class ChatModel:
         # generate() takes what a call leaves open from the model's generation config, which may ban
         # or force tokens.
         model.generation_config = GenerationConfig()
-        self.settings = dict(
-            do_sample=temperature > 0,
-            temperature=temperature or 1.0,
-            top_k=top_k,
-            top_p=top_p,
-            repetition_penalty=repetition_penalty,
-            num_beams=1,
-            eos_token_id=list(self.end_ids),
-            pad_token_id=tokenizer.pad_token_id,
-        )
+        self.sampling = sampling
 
     def max_conversation_tokens(self, limit: int, *, max_new_tokens: int) -> int:
         """Return the largest number of tokens that a conversation may have.
@@ -90,7 +86,8 @@ class ChatModel:
         ids: list[int],
         *,
         max_new_tokens: int,
-        stop_text: str | None = None,
+        sampling: Sampling | None = None,
+        stop_texts: Sequence[str] = (),
         show: Callable[[str], None] = lambda text: None,
         stop: Callable[[], bool] = lambda: False,
     ) -> Answer:
@@ -99,18 +96,22 @@ class ChatModel:
         Args:
             ids: token ids of the conversation up to where the answer begins.
             max_new_tokens: cut the answer after this many tokens.
-            stop_text: text that ends the answer as an end token does; it is not part of the answer.
+            sampling: how tokens are drawn; None: as the model's own settings say.
+            stop_texts: each ends the answer as an end token does, and is not part of the answer.
             show: called with each piece of the answer's text as it is made.
             stop: called after each token; returning True cuts the answer.
         """
-        streamer = AnswerStreamer(self.tokenizer, stop_text=stop_text, show=show)
+        sampling = self.sampling if sampling is None else sampling
+        if sampling.seed is not None:
+            torch.manual_seed(sampling.seed)
+        streamer = AnswerStreamer(self.tokenizer, stop_texts=stop_texts, show=show)
         criterion = _CallbackCriterion(lambda: streamer.stopped or stop())
         input_ids = torch.tensor([ids], device=self.model.device)
         with torch.no_grad():
             sequences = self.model.generate(
                 input_ids=input_ids,
                 attention_mask=torch.ones_like(input_ids),
-                generation_config=GenerationConfig(max_new_tokens=max_new_tokens, **self.settings),
+                generation_config=self._generation_config(sampling, max_new_tokens),
                 streamer=streamer,
                 stopping_criteria=StoppingCriteriaList([criterion]),
             )
@@ -120,23 +121,36 @@ class ChatModel:
             text=streamer.text, num_tokens=len(new_ids), ended=streamer.stopped or at_end_token
         )
 
+    def _generation_config(self, sampling: Sampling, max_new_tokens: int) -> GenerationConfig:
+        return GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            do_sample=sampling.temperature > 0,
+            temperature=sampling.temperature or 1.0,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            repetition_penalty=sampling.repetition_penalty,
+            num_beams=1,
+            eos_token_id=list(self.end_ids),
+            pad_token_id=self.tokenizer.pad_token_id,
+        )
+
 
 class AnswerStreamer(BaseStreamer):
     """A streamer that shows text which can no longer change.
 
     It holds back the bytes of an incomplete character, and text that may be the beginning of
-    `stop_text`.
+    one of `stop_texts`.
     """
 
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
         *,
-        stop_text: str | None,
+        stop_texts: Sequence[str] = (),
         show: Callable[[str], None],
     ):
         self.tokenizer = tokenizer
-        self.stop_text = stop_text
+        self.stop_texts = tuple(stop_texts)
         self.show = show
         self.text = ""  # everything shown so far
         self.stopped = False
@@ -166,13 +180,15 @@ class AnswerStreamer(BaseStreamer):
             return
         ready = self._held + text
         self._held = ""
-        if self.stop_text:
-            ready, found, _ = ready.partition(self.stop_text)
-            self.stopped = bool(found)
-            if not found and not last:
-                num_shown = len(ready) - _overlap(ready, self.stop_text)
-                self._held = ready[num_shown:]
-                ready = ready[:num_shown]
+        ends = [place for place in map(ready.find, self.stop_texts) if place >= 0]
+        if ends:
+            self.stopped = True
+            ready = ready[: min(ends)]
+        elif not last:
+            num_held = max((_overlap(ready, text) for text in self.stop_texts), default=0)
+            num_shown = len(ready) - num_held
+            self._held = ready[num_shown:]
+            ready = ready[:num_shown]
         if ready:
             self.text += ready
             self.show(ready)

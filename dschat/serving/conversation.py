@@ -14,12 +14,12 @@ def chat_format(prompt_format: str, tokenizer: PreTrainedTokenizerBase) -> str:
     return "chat" if tokenizer.chat_template else "human_assistant"
 
 
-def stop_text(prompt_format: str) -> str | None:
-    """Return the text that ends an answer, or None if only a token id does.
+def stop_texts(prompt_format: str) -> tuple[str, ...]:
+    """Return the texts that end an answer; none if only a token id does.
 
     A model that has not learned to end its answer would begin the user's next turn by this text.
     """
-    return HUMAN if prompt_format == "human_assistant" else None
+    return (HUMAN,) if prompt_format == "human_assistant" else ()
 
 
 def fit_conversation(

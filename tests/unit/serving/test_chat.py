@@ -1,11 +1,11 @@
 """The chat program on miniature models: encoding, ends of answers, the terminal, the server."""
 
 import http.client
-import importlib.util
 import json
 import logging
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,8 +23,12 @@ from dschat.data.row import Row
 from dschat.demo.tiny_models import byte_tokenizer, make_tiny_model
 from dschat.models.causal_lm import load_causal_lm
 from dschat.models.tokenizer import load_tokenizer
-from dschat.serving.chat_model import AnswerStreamer, ChatModel
-from dschat.serving.conversation import chat_format, fit_conversation, stop_text
+from dschat.serving.chat import Chat
+from dschat.serving.chat_model import Answer, AnswerStreamer, ChatModel, Sampling
+from dschat.serving.conversation import chat_format, fit_conversation, stop_texts
+from dschat.serving.program import main, make_server
+from dschat.serving.server import ChatServer
+from dschat.serving.terminal import Terminal
 from tests.unit.data_helpers import CHAT_TEMPLATE, make_tokenizer
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -38,14 +42,6 @@ MESSAGES = [
     {"role": "user", "content": "three"},
 ]
 FORMS = ("chat", "human_assistant", "plain")
-
-
-@pytest.fixture(scope="module")
-def program():
-    spec = importlib.util.spec_from_file_location("chat", CHAT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +165,8 @@ def test_draws_follow_the_seed_and_the_settings(model_folder):
 
     def drawn(seed: int, **settings) -> str:
         torch.manual_seed(seed)
-        model = ChatModel(load_causal_lm(model_folder, dtype=torch.float32), tokenizer, **settings)
+        model = load_causal_lm(model_folder, dtype=torch.float32)
+        model = ChatModel(model, tokenizer, sampling=Sampling(**settings))
         return model.answer(ids, max_new_tokens=60).text
 
     likeliest = drawn(0)
@@ -183,16 +180,16 @@ def test_the_beginning_of_a_user_turn_ends_an_answer_and_is_never_shown():
     for cut in range(len(text)):
         for other in range(cut, len(text)):
             shown: list[str] = []
-            pieces = AnswerStreamer(byte_tokenizer(), stop_text=mark, show=shown.append)
+            pieces = AnswerStreamer(byte_tokenizer(), stop_texts=(mark,), show=shown.append)
             for piece in (text[:cut], text[cut:other], text[other:]):
                 pieces.add(piece)
             assert "".join(shown) == pieces.text == "yes\n\nno\n\nHuman" and pieces.stopped
-    pieces = AnswerStreamer(byte_tokenizer(), stop_text=mark, show=lambda piece: None)
+    pieces = AnswerStreamer(byte_tokenizer(), stop_texts=(mark,), show=lambda piece: None)
     pieces.add("yes\n\nHum")
     assert pieces.text == "yes"
     pieces.add("", last=True)
     assert pieces.text == "yes\n\nHum" and not pieces.stopped
-    assert [stop_text(form) for form in FORMS] == [None, mark, None]
+    assert [stop_texts(form) for form in FORMS] == [(), (mark,), ()]
 
 
 def test_a_stop_text_ends_generation(model_folder):
@@ -205,7 +202,9 @@ def test_a_stop_text_ends_generation(model_folder):
         for i in range(100)
         if whole.text[i : i + 2].isascii() and whole.text[i : i + 2].isprintable()
     )
-    answer = model.answer(ids, max_new_tokens=300, stop_text=whole.text[place : place + 2])
+    answer = model.answer(
+        ids, max_new_tokens=300, stop_texts=("never", whole.text[place : place + 2])
+    )
     assert answer.ended and answer.num_tokens <= place + 40 < whole.num_tokens
     assert whole.text.startswith(answer.text + whole.text[place : place + 2])
 
@@ -238,9 +237,11 @@ class FakeChat:
     """A Chat that answers with the number of messages it was given."""
 
     max_new_tokens = 4
+    sampling = Sampling()
 
     def __init__(self):
         self.seen: list[list[str]] = []
+        self.sampled: list[Sampling] = []
 
     def fit(self, messages):
         self.seen.append([message["content"] for message in messages])
@@ -248,9 +249,8 @@ class FakeChat:
             raise ValueError("too long")
         return messages, 2 if len(messages) > 3 else 0
 
-    def answer(self, ids, *, max_new_tokens, show):
-        from dschat.serving.chat_model import Answer
-
+    def answer(self, ids, *, max_new_tokens, sampling, show):
+        self.sampled.append(sampling)
         show(f" {len(ids)}\x1b[2J")
         if ids[-1]["content"] == "stop":
             raise KeyboardInterrupt
@@ -260,9 +260,8 @@ class FakeChat:
         return text.strip()
 
 
-def run_terminal(
-    program, monkeypatch, capsys, lines: list[str], max_turns: int = 32
-) -> tuple[FakeChat, str]:
+def run_terminal(monkeypatch, capsys, lines: list[str], max_turns: int = 32):
+    """Return the fake chat after a conversation of `lines`, and the output."""
     chat = FakeChat()
     left = iter(lines)
 
@@ -273,14 +272,12 @@ def run_terminal(
         return line
 
     monkeypatch.setattr("builtins.input", read)
-    program.talk(chat, max_turns=max_turns)
+    Terminal(chat, max_turns=max_turns).talk()
     return chat, capsys.readouterr().out
 
 
-def test_the_terminal_keeps_the_conversation(program, monkeypatch, capsys):
-    chat, out = run_terminal(
-        program, monkeypatch, capsys, ["a", "  ", "long", "b", "c", "clear", "d"]
-    )
+def test_the_terminal_keeps_the_conversation(monkeypatch, capsys):
+    chat, out = run_terminal(monkeypatch, capsys, ["a", "  ", "long", "b", "c", "clear", "d"])
     one, three = "1\x1b[2J", "3\x1b[2J"
     assert chat.seen == [
         ["a"],
@@ -293,30 +290,80 @@ def test_the_terminal_keeps_the_conversation(program, monkeypatch, capsys):
     assert "\x1b" not in out and "1\ufffd[2J" in out
 
 
-def test_the_terminal_forgets_turns_and_continues_after_an_interrupt(program, monkeypatch, capsys):
-    chat, out = run_terminal(program, monkeypatch, capsys, ["stop", "b", "c"], max_turns=1)
+def test_the_terminal_forgets_turns_and_continues_after_an_interrupt(monkeypatch, capsys):
+    chat, out = run_terminal(monkeypatch, capsys, ["stop", "b", "c"], max_turns=1)
     assert chat.seen == [["stop"], ["stop", "1\x1b[2J", "b"], ["b", "3\x1b[2J", "c"]]
     assert out.count("[stopped]") == 1
 
 
-def test_the_server_answers_as_the_terminal_does(program, model_folder):
+def test_the_terminal_retries_and_takes_a_system_prompt_and_sampling(monkeypatch, capsys):
+    lines = ["a", "/retry", "/system be short", "b", "/retry", "/sampling temperature 0.5", "c"]
+    lines += ["/sampling", "/sampling top_p 2", "/sampling warmth 1", "/nothing", "/system", "d"]
+    chat, out = run_terminal(monkeypatch, capsys, ["/retry", *lines])
+    answer = "2\x1b[2J"
+    assert chat.seen == [
+        ["a"],
+        ["a"],
+        ["be short", "b"],
+        ["be short", "b"],
+        ["be short", "b", answer, "c"],
+        ["d"],
+    ]
+    assert [sampling.temperature for sampling in chat.sampled] == [0, 0, 0, 0, 0.5, 0.5]
+    for text in (
+        "(nothing to answer again)",
+        "temperature 0.5, top_k 0, top_p 1",
+        "top_p is above 0 and at most 1",
+        "no setting warmth",
+        "(no command /nothing",
+    ):
+        assert text in out
+
+
+def test_a_retry_that_cannot_be_answered_keeps_the_conversation(monkeypatch, capsys):
+    chat = FakeChat()
+    terminal = Terminal(chat, max_turns=3)
+    assert terminal.reply("a")
+    kept = list(terminal.turns)
+    monkeypatch.setattr(chat, "fit", lambda messages: read_nothing())
+    terminal.retry()
+    assert terminal.turns == kept and "(no room)" in capsys.readouterr().out
+
+
+def read_nothing():
+    raise ValueError("no room")
+
+
+def test_the_format_of_the_run_that_made_the_model_is_used(model_folder, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(model_folder, folder / "actor")
+    found = {}
+    for recorded in (None, *FORMS):
+        if recorded:
+            (folder / "run.json").write_text(json.dumps({"text_format": recorded}))
+        found[recorded] = Chat(chat_config(str(folder / "actor"))).format
+    # Without a record, the tokenizer's template decides.
+    assert found == {None: "chat", **{form: form for form in FORMS}}
+    assert Chat(chat_config(str(folder / "actor"), "--prompt_format", "plain")).format == "plain"
+
+
+def test_the_server_answers_as_the_terminal_does(model_folder):
     config = chat_config(model_folder, "--serve", "--port", "0", "--max_turns", "3")
-    chat = program.Chat(config)
-    server = program.make_server(chat, config)
-    assert server.server_address[0] == "127.0.0.1"
-    thread = threading.Thread(target=server.serve_forever, kwargs=dict(poll_interval=0.01))
+    server = make_server(config)
+    assert server.address[0] == "127.0.0.1"
+    thread = threading.Thread(target=server.serve_forever)
     thread.start()
     try:
         found = [
-            ask(server.server_address, {"messages": MESSAGES, **more})
+            ask(server.address, {"messages": MESSAGES, **more})
             for more in ({}, {"max_new_tokens": 3})
         ]
-        status, page = ask(server.server_address, None)
-        long = ask(server.server_address, {"messages": [{"role": "user", "content": "x" * 2000}]})
+        status, page = ask(server.address, None)
+        long = ask(server.address, {"messages": [{"role": "user", "content": "x" * 2000}]})
     finally:
-        server.shutdown()
-        server.server_close()
+        server.stop()
         thread.join()
+    chat = Chat(config)
     ids, _ = chat.fit(MESSAGES)
     answer = chat.answer(ids, max_new_tokens=12)
     assert found[0] == (
@@ -371,13 +418,13 @@ def test_the_served_program_prints_its_address_and_ends_by_a_signal(model_folder
 
 @pytest.mark.parametrize("host, warned", [("0.0.0.0", True), ("127.0.0.1", False)])
 def test_an_address_open_to_others_is_warned_of_at_the_start(
-    host, warned, program, model_folder, monkeypatch, caplog
+    host, warned, model_folder, monkeypatch, caplog
 ):
     argv = ["chat.py", "--path", model_folder, "--serve", "--host", host, "--port", "0"]
     monkeypatch.setattr(sys, "argv", argv)
-    monkeypatch.setattr(program.ChatServer, "serve_forever", lambda self: None)
+    monkeypatch.setattr(ChatServer, "serve_forever", lambda self: self.socket.close())
     monkeypatch.setattr(logging.getLogger("dschat"), "propagate", True)
-    program.main()
+    main()
     warning = f"warning: other machines can reach --host {host}"
     assert [line.startswith(warning) for line in caplog.messages] == [True] * warned
 
@@ -404,16 +451,16 @@ BAD_FLAGS = {
 
 
 @pytest.mark.parametrize("case", BAD_FLAGS)
-def test_a_wrong_flag_is_named(case, program):
+def test_a_wrong_flag_is_named(case):
     argv, words = BAD_FLAGS[case]
     with pytest.raises(ValueError) as error:
-        program.Chat(parse_config(ChatConfig, argv))
+        Chat(parse_config(ChatConfig, argv))
     assert [word for word in words if word not in str(error.value)] == []
 
 
-def test_an_answer_longer_than_the_positions_is_refused(program, model_folder):
+def test_an_answer_longer_than_the_positions_is_refused(model_folder):
     with pytest.raises(ValueError, match="--max_new_tokens 512: the model has 512 positions"):
-        program.Chat(chat_config(model_folder, "--max_new_tokens", "512"))
+        Chat(chat_config(model_folder, "--max_new_tokens", "512"))
 
 
 def test_flags_without_effect_say_so(model_folder):
