@@ -20,6 +20,27 @@ from dschat.config.value_checks import (
 from dschat.runtime.paths import user_path
 
 
+def frozen_format_problems(system: Any, lora_dim: int, *, flag: str) -> list[str]:
+    """Check --quantize_frozen and --enable_mixed_precision_lora against the rank of LoRA.
+
+    Args:
+        system: has both options.
+        lora_dim: the value of `flag`.
+        flag: the flag of the rank.
+    """
+    is_int8 = system.enable_mixed_precision_lora
+    kind = system.quantize_frozen
+    if is_int8 and kind == "nf4":
+        return ["--enable_mixed_precision_lora means --quantize_frozen int8: leave it out for nf4."]
+    given = "--enable_mixed_precision_lora" if is_int8 else f"--quantize_frozen {kind}"
+    if (is_int8 or kind != "none") and lora_dim == 0:
+        return [
+            f"{given} keeps the weights that LoRA adapts in {'nf4' if kind == 'nf4' else 'int8'}: "
+            f"give {flag} above 0."
+        ]
+    return []
+
+
 def lora_problems(lora: LoraOptions, *, prefix: str = "--") -> list[str]:
     """Check one model's LoRA options; `prefix` is the prefix of their flags."""
     found = at_least(f"{prefix}lora_dim", lora.lora_dim, 0)
@@ -86,11 +107,7 @@ def single_model_problems(config: Any) -> list[str]:
     found += lora_problems(config.lora)
     if config.lora.only_optimize_lora and config.lora.lora_dim == 0:
         found.append("--only_optimize_lora needs adapters: give --lora_dim above 0.")
-    if config.system.enable_mixed_precision_lora and config.lora.lora_dim == 0:
-        found.append(
-            "--enable_mixed_precision_lora keeps the weights that LoRA adapts in int8: "
-            "give --lora_dim above 0."
-        )
+    found += frozen_format_problems(config.system, config.lora.lora_dim, flag="--lora_dim")
     found += at_least("--freeze_layers", config.system.freeze_layers, 0)
     found += fields_at_least(config.optim, ("learning_rate", "weight_decay"), 0)
     found += at_least("--max_seq_len", config.data.max_seq_len, 2)

@@ -89,10 +89,12 @@ def _announce_memory(config: Any, given: dict[str, Any]) -> None:
     offloads = any(value for name, value in given.items() if name.startswith("offload"))
     if not given["pin_memory"] and not offloads:
         logger.info("--no_pin_memory has no effect: nothing is offloaded")
+    flag = f"--quantize_frozen {given.get('quantize_frozen')}"
     if given.get("enable_mixed_precision_lora"):
-        logger.info(
-            "--enable_mixed_precision_lora: adapted weights are rounded to int8 and saved so"
-        )
+        flag = "--enable_mixed_precision_lora"
+    if flag != "--quantize_frozen none":
+        kind = "nf4" if flag.endswith("nf4") else "int8"
+        logger.info(f"{flag}: adapted weights are rounded to {kind} and saved so")
 
 
 def _is_half(dtype: str) -> bool:

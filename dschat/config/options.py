@@ -12,6 +12,7 @@ from typing import Any, Literal, Optional
 from dschat.config.value_checks import fields_at_least, seed_value
 
 Dtype = Literal["auto", "fp16", "bf16", "fp32"]
+FrozenFormat = Literal["none", "int8", "nf4"]
 Scheduler = Literal[
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
 ]
@@ -284,7 +285,7 @@ class SystemOptions:
     compile_layers: bool = flag(
         True,
         "On a GPU, train with compiled decoder layers: the first updates take about half a minute "
-        "longer. Without effect under ZeRO-3 and with int8 weights.",
+        "longer. Without effect under ZeRO-3 and with --quantize_frozen.",
     )
     dropout: Optional[float] = flag(
         None, "Dropout probability of every layer. Default: as in the model's configuration."
@@ -294,8 +295,20 @@ class SystemOptions:
     )
     enable_mixed_precision_lora: bool = flag(
         False,
-        "MixZ++: keep the weights that LoRA adapts in int8 (needs --lora_dim; any ZeRO stage).",
+        "MixZ++: the same as --quantize_frozen int8.",
     )
+    quantize_frozen: FrozenFormat = flag(
+        "none",
+        "Keep the weights that LoRA adapts in int8 (half the memory of bf16) or nf4 (a quarter). "
+        "They are rounded once, at the start. Needs --lora_dim; any ZeRO stage.",
+    )
+
+    @property
+    def frozen_format(self) -> FrozenFormat:
+        """How the weights that LoRA adapts are stored."""
+        if self.enable_mixed_precision_lora and self.quantize_frozen == "none":
+            return "int8"
+        return self.quantize_frozen
 
 
 @dataclass(frozen=True)

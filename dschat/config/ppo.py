@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from dschat.config.group_checks import (
     data_problems,
+    frozen_format_problems,
     lora_problems,
     output_problems,
     schedule_problems,
@@ -247,11 +248,7 @@ class PPOConfig:
                 f"--inference_tp_size {system.inference_tp_size} needs --actor_zero_stage 3, "
                 f"not {system.actor_zero_stage}."
             )
-        if system.enable_mixed_precision_lora and not self.lora.actor_lora_dim:
-            found.append(
-                "--enable_mixed_precision_lora keeps the weights that LoRA adapts in int8: "
-                "give --actor_lora_dim above 0."
-            )
+        found += frozen_format_problems(system, self.lora.actor_lora_dim, flag="--actor_lora_dim")
         return found
 
     def _reward_problems(self) -> list[str]:

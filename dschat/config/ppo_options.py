@@ -5,6 +5,7 @@ from typing import Literal, Optional
 
 from dschat.config.options import (
     DataOptions,
+    FrozenFormat,
     LoraOptions,
     ModelOptions,
     PromptFormat,
@@ -222,7 +223,7 @@ class PPOSystem:
     compile_layers: bool = flag(
         False,
         "On a GPU, train with compiled decoder layers: updates are up to a tenth faster, and the "
-        "first takes about a minute longer. Without effect under ZeRO-3 and with int8 weights.",
+        "first takes about a minute longer. No effect under ZeRO-3 and with --quantize_frozen.",
     )
     actor_dropout: Optional[float] = flag(
         None, "Accepted for compatibility, no effect: dropout is off in all four models."
@@ -277,8 +278,12 @@ class PPOSystem:
     )
     enable_mixed_precision_lora: bool = flag(
         False,
-        "MixZ++: keep the weights that LoRA adapts in int8, in actor, reference and critic (any "
-        "ZeRO stage).",
+        "MixZ++: the same as --quantize_frozen int8.",
+    )
+    quantize_frozen: FrozenFormat = flag(
+        "none",
+        "Keep the weights that LoRA adapts in int8 (half the memory of bf16) or nf4 (a quarter), "
+        "in actor, reference and critic. They are rounded once, at the start. Any ZeRO stage.",
     )
 
     def actor(self, lora: LoraOptions) -> SystemOptions:
@@ -292,6 +297,7 @@ class PPOSystem:
             dropout=0.0,
             freeze_layers=self.actor_freeze_layers,
             enable_mixed_precision_lora=self.enable_mixed_precision_lora and lora.lora_dim > 0,
+            quantize_frozen=self.quantize_frozen if lora.lora_dim > 0 else "none",
         )
 
     def critic(self, lora: LoraOptions) -> SystemOptions:
@@ -305,6 +311,7 @@ class PPOSystem:
             dropout=0.0,
             freeze_layers=self.critic_freeze_layers,
             enable_mixed_precision_lora=self.enable_mixed_precision_lora and lora.lora_dim > 0,
+            quantize_frozen=self.quantize_frozen if lora.lora_dim > 0 else "none",
         )
 
 

@@ -57,7 +57,7 @@ def training_config(
         gradient_clipping=gradient_clipping,
     )
     several_nodes = ranks_per_node is not None and ranks_per_node < world_size
-    if system.enable_mixed_precision_lora and system.zero_stage == 3 and several_nodes:
+    if system.frozen_format != "none" and system.zero_stage == 3 and several_nodes:
         config["zero_optimization"]["zero_hpz_partition_size"] = ranks_per_node
     if on_cpu:
         config["zero_force_ds_cpu_optimizer"] = False

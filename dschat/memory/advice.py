@@ -291,7 +291,10 @@ def _supervised_kinds(config) -> list[list[Change]]:
             Change({"lora_dim": config.lora.lora_dim or LORA_DIM}, 2),
             Change({"only_optimize_lora": True}, 3),
         ],
-        [Change({"enable_mixed_precision_lora": True}, 3)],
+        [
+            Change({"quantize_frozen": "int8"}, 3),
+            Change({"quantize_frozen": "nf4"}, 4),
+        ],
         [Change({"offload": True}, 4), Change({"pin_memory": False}, 1)],
     ]
 
@@ -327,7 +330,10 @@ def _ppo_kinds(config: PPOConfig, *, world_size: int) -> list[list[Change]]:
             Change({"critic_lora_dim": lora.critic_lora_dim or LORA_DIM}, 2),
             Change({"only_optimize_lora": True}, 3),
         ],
-        [Change({"enable_mixed_precision_lora": True}, 3)],
+        [
+            Change({"quantize_frozen": "int8"}, 3),
+            Change({"quantize_frozen": "nf4"}, 4),
+        ],
         [Change({"offload": True}, 4), Change({"pin_memory": False}, 1)],
     ]
 

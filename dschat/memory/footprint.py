@@ -90,13 +90,13 @@ def inference_footprint(
     whole = width * size.parameters
     held = size.weight_bytes(width)
     if stage != 3 and not offload:
-        return Footprint(weights=held, buffers=width * size.largest_int8, whole=whole)
+        return Footprint(weights=held, buffers=width * size.largest_quantized, whole=whole)
     part = held / world_size
     gathered = _gathered(size, width=width, world_size=world_size, offload=offload)
     host = part * (size.rounding if pin_memory else 1.0) if offload else 0.0
     return Footprint(
         weights=0.0 if offload else part,
-        buffers=gathered + width * size.largest_int8,
+        buffers=gathered + width * size.largest_quantized,
         build=0.0 if offload else (whole - held) / world_size,
         host=host,
         host_weights=host,
@@ -131,7 +131,7 @@ def training_footprint(
         return Footprint(
             weights=size.weight_bytes(4),
             whole=4.0 * size.parameters,
-            buffers=4.0 * size.largest_int8,
+            buffers=4.0 * size.largest_quantized,
             adam=2 * trained,
             idle=2 * trained,
             idle_host=2 * trained * (size.rounding if system.pin_memory else 1.0),
@@ -199,7 +199,7 @@ def _zero12(
         early=early,
         build=build,
     )
-    dense = width * size.largest_int8  # one int8 matrix, as it is multiplied
+    dense = width * size.largest_quantized  # one quantized matrix, as it is multiplied
     shares = [group / world_size for group in size.groups]
     # fp32 weights, and gradients as large; each group's are one buffer.
     fp32 = sum(_on_host(4 * share, system.pin_memory) for share in shares)
@@ -246,7 +246,7 @@ def _zero3(
     weights = size.weight_bytes(width) / world_size
     part = size.trained / world_size
     gathered = _gathered(size, width=width, world_size=world_size, offload=system.offload)
-    gathered += width * size.largest_int8
+    gathered += width * size.largest_quantized
     bucket = width * ZERO3_BUCKET
     shares = [group / world_size for group in size.groups]
     fp32 = sum(
@@ -271,7 +271,7 @@ def _zero3(
         idle=(12.0 + width) * part,
         idle_host=3 * fp32 + _on_host(width * part, system.pin_memory),
         step=(width + 4 if width == 2 else 4) * min(part, ZERO3_SUB_GROUP),
-        build=whole / world_size - weights,  # weights are loaded in parts, and then become int8
+        build=whole / world_size - weights,  # weights are loaded in parts, and then quantized
         whole=whole,
         read_once=True,
     )

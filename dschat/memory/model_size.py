@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from transformers.pytorch_utils import Conv1D
 
 from dschat.config.options import LoraOptions, SystemOptions
-from dschat.engine.quantized import group_size
+from dschat.engine.quantized import Format, packed_columns
 from dschat.generation.cache_size import CacheSize, count_cache
 from dschat.generation.kernels.limits import next_power_of_two
 from dschat.generation.tensor_parallel import split_plan
@@ -48,9 +48,9 @@ class ModelSize:
     merged: int = 0  # weights that have adapters
     rounding: float = 1.0  # each parameter rounded up to a power of two, over the exact size
     dropout: float = 0.0
-    int8: int = 0  # weights that MixZ++ keeps in int8
-    scales: int = 0  # fp32 scales of these weights
-    largest_int8: int = 0
+    quantized: int = 0  # weights that --quantize_frozen keeps in another format
+    packed_bytes: int = 0  # of these weights, scales included
+    largest_quantized: int = 0
     split: int = 0  # parameters that tensor-parallel generation divides
     positions: int | None = None  # learned positions; None if the model computes them
     cache: CacheSize = CacheSize()  # of one text; empty for a reward model
@@ -63,9 +63,9 @@ class ModelSize:
     def weight_bytes(self, width: int) -> float:
         """Return the bytes of all weights, with `width` bytes for an element in training precision.
 
-        int8 weights and their scales have their own widths.
+        Quantized weights have their own width.
         """
-        return width * (self.parameters - self.int8) + self.int8 + 4 * self.scales
+        return width * (self.parameters - self.quantized) + self.packed_bytes
 
 
 def has_shape(name: str) -> bool:
@@ -170,8 +170,8 @@ def model_size(
     # The layers that were not built are like the last one.
     repeated: dict[str, Any] = dict(last=f"{prefix}.{len(built) - 1}.", repeats=1 + unbuilt)
     counts = _parameter_counts(model, **repeated)
-    if system is not None and system.enable_mixed_precision_lora:
-        counts |= _int8_counts(model, **repeated)
+    if system is not None and system.frozen_format != "none":
+        counts |= _quantized_counts(model, system.frozen_format, **repeated)
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     return ModelSize(
         family=config.model_type,
@@ -259,18 +259,18 @@ def _on_meta(config: PreTrainedConfig, *, reward: bool, trust_remote_code: bool)
         )
 
 
-def _int8_counts(model: nn.Module, *, last: str, repeats: int) -> dict[str, int]:
-    """Count the weights with adapters, which MixZ++ keeps in int8; see ``_parameter_counts``."""
-    found = dict(int8=0, scales=0, largest_int8=0)
+def _quantized_counts(model: nn.Module, kind: Format, *, last: str, repeats: int) -> dict[str, int]:
+    """Count the weights with adapters, which are kept quantized; see ``_parameter_counts``."""
+    found = dict(quantized=0, packed_bytes=0, largest_quantized=0)
     for name, linear in model.named_modules():
         if not name.endswith(".base_layer"):
             continue
         numel = linear.weight.numel()
         times = repeats if name.startswith(last) else 1
-        found["int8"] += times * numel
+        found["quantized"] += times * numel
         inputs = linear.nx if isinstance(linear, Conv1D) else linear.in_features
-        found["scales"] += times * numel // group_size(inputs)
-        found["largest_int8"] = max(found["largest_int8"], numel)
+        found["packed_bytes"] += times * numel // inputs * packed_columns(inputs, kind)
+        found["largest_quantized"] = max(found["largest_quantized"], numel)
     return found
 
 

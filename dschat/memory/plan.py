@@ -300,8 +300,10 @@ def _ppo_models(config: PPOConfig, *, world_size: int, dtype: str) -> tuple[dict
     sizes = {"actor": own}
     models = {"actor": trained(own, config.actor_system, average=options.enable_ema)}
     if config.has_reference and not config.shares_reference:
-        # In int8 if the actor is.
-        packed = {name: getattr(own, name) for name in ("int8", "scales", "largest_int8")}
+        # Quantized if the actor is.
+        packed = {
+            name: getattr(own, name) for name in ("quantized", "packed_bytes", "largest_quantized")
+        }
         sizes["reference"] = replace(size_of(actor, flags[0]), **packed)
         models["reference"] = frozen(
             sizes["reference"], system.actor_zero_stage, system.offload_reference_model
@@ -357,16 +359,16 @@ def _replica_bytes(config: PPOConfig, actor: ModelSize, *, width: int) -> float:
     """Return the bytes of the Hybrid Engine's replica.
 
     They are 0 if it shares the training weights (ZeRO <= 2 without LoRA). With LoRA they are the
-    merged layers, unless adapters are attached; what is in int8 is always copied. Under ZeRO-3 they
-    are all weights, gathered; with tensor parallelism, this rank's slices of the layers and the
-    rest of the model.
+    merged layers, unless adapters are attached; what is quantized is always copied. Under ZeRO-3
+    they are all weights, gathered; with tensor parallelism, this rank's slices of the layers and
+    the rest of the model.
     """
     if not config.system.enable_hybrid_engine:
         return 0.0
     if config.system.actor_zero_stage == 3:
         size = config.system.inference_tp_size
         return width * (actor.parameters - actor.adapters - actor.split + actor.split / size)
-    return width * (actor.int8 if config.system.hybrid_lora == "attach" else actor.merged)
+    return width * (actor.quantized if config.system.hybrid_lora == "attach" else actor.merged)
 
 
 def _whole_layers_bytes(config: PPOConfig, actor: ModelSize, *, width: int) -> float:

@@ -15,7 +15,7 @@ def reference_loader(
 ) -> Callable[..., torch.nn.Module]:
     """Return the function that loads the reference.
 
-    With MixZ++ it also rounds the weights that the trained model holds in int8; otherwise it is
+    If the trained model holds quantized weights, it rounds the same; otherwise it is
     ``load_causal_lm``.
 
     Args:
@@ -23,12 +23,13 @@ def reference_loader(
         lora: LoRA options of the trained model.
         flag: the flag that gives the module name of `lora`, for messages.
     """
-    if not system.enable_mixed_precision_lora:
+    kind = system.frozen_format
+    if kind == "none":
         return load_causal_lm
 
     def load_rounded(path: str, **loading) -> torch.nn.Module:
         model = load_causal_lm(path, **loading)
-        quantize_linears(model, target_names(model, lora.lora_module_name, flag=flag))
+        quantize_linears(model, target_names(model, lora.lora_module_name, flag=flag), kind)
         return model
 
     return load_rounded

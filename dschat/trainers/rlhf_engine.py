@@ -249,8 +249,8 @@ class DeepSpeedRLHFEngine:
             model, lora=options.lora, system=system, role=options.role
         )
         log_lora(model, module_name=options.lora.lora_module_name, prefix=f"--{options.role}_")
-        if system.enable_mixed_precision_lora:
-            quantize_linears(model, adapted_layer_names(model))
+        if system.frozen_format != "none":
+            quantize_linears(model, adapted_layer_names(model), system.frozen_format)
         return build_training_engine(
             model,
             ds_config=ds_config,
@@ -260,7 +260,7 @@ class DeepSpeedRLHFEngine:
             weight_decay=options.weight_decay,
             lora_names=lora_names,
             lora_learning_rate=options.lora.lora_learning_rate,
-            compile_layers=system.compile_layers and not system.enable_mixed_precision_lora,
+            compile_layers=system.compile_layers and system.frozen_format == "none",
         )
 
     def _say_what_no_reference_saves(self) -> None:

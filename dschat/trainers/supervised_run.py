@@ -198,8 +198,9 @@ def build_engine(
     model = load_start(run, load_model, ds_config, dropout=config.system.dropout)
     lora_names = prepare_for_training(model, lora=config.lora, system=config.system)
     log_lora(model, module_name=config.lora.lora_module_name)
-    if config.system.enable_mixed_precision_lora:
-        quantize_linears(model, adapted_layer_names(model))
+    kind = config.system.frozen_format
+    if kind != "none":
+        quantize_linears(model, adapted_layer_names(model), kind)
     return build_training_engine(
         model,
         ds_config=ds_config,
@@ -209,8 +210,7 @@ def build_engine(
         weight_decay=config.optim.weight_decay,
         lora_names=lora_names,
         lora_learning_rate=config.lora.lora_learning_rate,
-        compile_layers=config.system.compile_layers
-        and not config.system.enable_mixed_precision_lora,
+        compile_layers=config.system.compile_layers and kind == "none",
     )
 
 

@@ -79,7 +79,7 @@ def lora_engine(
     torch.manual_seed(3)
     names = prepare_for_training(model, lora=LORA, system=system)
     if mixed:
-        quantize_linears(model, adapted_layer_names(model))
+        quantize_linears(model, adapted_layer_names(model), "int8")
     if change is not None:
         change(model)
     return build_training_engine(
@@ -237,7 +237,9 @@ def round_like_int8(model) -> None:
             if weight.numel():
                 flip = (lambda w: w.t()) if module.fan_in_fan_out else (lambda w: w)
                 rows = flip(weight)
-                weight.copy_(flip(dequantize(quantize(rows), rows.shape[1], weight.dtype)))
+                weight.copy_(
+                    flip(dequantize(quantize(rows, "int8"), rows.shape[1], weight.dtype, "int8"))
+                )
 
 
 def frozen_memory(stock: str, *, zero: int) -> dict:

@@ -239,15 +239,13 @@ MIXED = {
         f"{ADAPTERS} --only_optimize_lora --enable_mixed_precision_lora "
         f"--enable_ema {ZERO['3']} {MANY}",
     ),
-    "copies": run_case(
-        "mixed-copies", f"{ADAPTERS} --enable_mixed_precision_lora {ZERO['3']}", ranks=1
-    ),
+    "copies": run_case("nf4-copies", f"{ADAPTERS} --quantize_frozen nf4 {ZERO['3']}", ranks=1),
     "plain": run_case("not-mixed", f"{ADAPTERS} --only_optimize_lora {ZERO['3']} {MANY}"),
 }
 
 
 @pytest.mark.cases(*MIXED.values())
-def test_int8_runs_begin_at_their_reference_and_stay_near_unquantised_ones(launches, stock):
+def test_quantized_runs_begin_at_their_reference_and_stay_near_unquantised_ones(launches, stock):
     for name in ("shared", "copies"):
         lines = launches[MIXED[name]].metrics()
         assert [lines[0]["eval/kl"], lines[1]["objective/kl"]] == pytest.approx([0, 0], abs=1e-6)
@@ -269,24 +267,29 @@ def test_int8_runs_begin_at_their_reference_and_stay_near_unquantised_ones(launc
         assert mixed[key] != plain[key] and mixed[key] == pytest.approx(plain[key], rel=0.05), key
 
 
-def supervised_int8(step: int, ranks: int):
+def supervised_quantized(step: int, ranks: int, stored: str):
     kind, share = {1: ("base", "1,0,0"), 2: ("sft", "0,1,0")}[step]
     argv = (
         f"--model_name_or_path {{stock}}/{kind}/llama --data_path {{stock}}/toy "
         f"--data_split {share} --max_seq_len 48 "
         "--max_train_steps 12 --lora_dim 4 --lora_alpha 16 --lora_learning_rate 1e-2 "
         "--only_optimize_lora --dtype fp32 "
-        "--enable_mixed_precision_lora --zero_stage 3 --deepspeed_config {stock}/pieces.json "
+        f"--quantize_frozen {stored} --zero_stage 3 --deepspeed_config {{stock}}/pieces.json "
         "--per_device_train_batch_size 8 --per_device_eval_batch_size 4"
     )
-    case = Case(f"int8-step{step}-x{ranks}", ranks=ranks, step=step, argv=argv)
+    case = Case(f"{stored}-step{step}-x{ranks}", ranks=ranks, step=step, argv=argv)
     return pytest.param(case, kind, id=case.name, marks=pytest.mark.cases(case))
 
 
 @pytest.mark.parametrize(
-    "case, kind", [supervised_int8(1, 1), supervised_int8(1, 2), supervised_int8(2, 2)]
+    "case, kind",
+    [
+        supervised_quantized(1, 1, "nf4"),
+        supervised_quantized(1, 2, "int8"),
+        supervised_quantized(2, 2, "nf4"),
+    ],
 )
-def test_steps_1_and_2_train_adapters_on_int8_weights(case, kind, launches, stock):
+def test_steps_1_and_2_train_adapters_on_quantized_weights(case, kind, launches, stock):
     outcome = launches[case]
     options = {"dtype": "fp32", "lora": "only-lora", "eot": False}
     check_model_folder(
@@ -297,20 +300,24 @@ def test_steps_1_and_2_train_adapters_on_int8_weights(case, kind, launches, stoc
     assert losses[-1] < losses[0]
 
 
-def greedy_pair(zero: str, more: str = ""):
-    argv = f"{ADAPTERS} --only_optimize_lora --enable_mixed_precision_lora {ZERO[zero]}"
+def greedy_pair(zero: str, more: str = "", *, stored: str = "int8"):
+    argv = f"{ADAPTERS} --only_optimize_lora --quantize_frozen {stored} {ZERO[zero]}"
     argv += " --greedy_rollouts --no_normalize_reward"
     name = f"{zero}-split" if more else zero
-    plain = run_case(f"int8-plain-{zero}", argv)
-    hybrid = run_case(f"int8-hybrid-{name}", f"{argv} --enable_hybrid_engine {more}")
+    plain = run_case(f"{stored}-plain-{zero}", argv)
+    hybrid = run_case(f"{stored}-hybrid-{name}", f"{argv} --enable_hybrid_engine {more}")
     return pytest.param(plain, hybrid, id=name, marks=pytest.mark.cases(plain, hybrid))
 
 
 @pytest.mark.parametrize(
     "plain, hybrid",
-    [greedy_pair("2-offload"), greedy_pair("3"), greedy_pair("3", "--inference_tp_size 2")],
+    [
+        greedy_pair("2-offload", stored="nf4"),
+        greedy_pair("3"),
+        greedy_pair("3", "--inference_tp_size 2"),
+    ],
 )
-def test_the_hybrid_engine_generates_with_int8_weights_as_the_training_module_does(
+def test_the_hybrid_engine_generates_with_quantized_weights_as_the_training_module_does(
     plain, hybrid, launches
 ):
     found, expected = numbers(launches, hybrid)[1:], numbers(launches, plain)[1:]

@@ -96,7 +96,7 @@ def test_advice_names_the_fewest_flags_that_make_a_run_fit(step, model, flags, s
 
 
 MANY = [
-    ("1", "llama-2-13b", "", (24, 64)),
+    ("1", "llama-2-13b", "", (16, 64)),
     ("dpo", "llama-2-7b", "", (24, 64)),
     ("3", "llama-2-7b llama-2-7b", "", (24,)),
     ("3", "llama-2-13b opt-350m", "--enable_hybrid_engine", (32, 64)),
