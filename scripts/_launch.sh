@@ -236,7 +236,7 @@ launcher() {
         return
     fi
     port="$(master_port)"
-    LAUNCHER=("$PYTHON" -m deepspeed.launcher.runner --master_port "$port")
+    LAUNCHER=("$PYTHON" -m dschat.engine.deepspeed_runner --master_port "$port")
     if [[ "$where" == nodes ]]; then
         LAUNCHER+=(--hostfile "$(several_hosts)")
         return

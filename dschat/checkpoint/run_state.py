@@ -7,6 +7,7 @@ reports every update (steps 1, 2 and DPO) or rollout (step 3).
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
@@ -25,6 +26,7 @@ from dschat.checkpoint.run_checkpoint import (
 from dschat.config.parse import config_dict
 from dschat.config.ppo import PPOConfig
 from dschat.runtime import dist
+from dschat.runtime.grace import report_update
 from dschat.runtime.interrupt import Interruption, PeerWatch
 from dschat.runtime.log import Stopped, logger
 from dschat.runtime.paths import user_path
@@ -207,6 +209,7 @@ class RunState:
         self.step = 0  # updates or rollouts that are done
         self._saved_step = 0  # `step` of the newest checkpoint
         self._restored: Checkpoint | None = None
+        self._step_began = 0.0
         self._interruption = Interruption()
         self._peers = PeerWatch()
 
@@ -254,6 +257,7 @@ class RunState:
                 yield [next(batches) for _ in range(self.window)]
 
     def __enter__(self) -> "RunState":
+        self._step_began = time.monotonic()
         self._interruption.__enter__()
         self._peers.__enter__()
         return self
@@ -272,6 +276,7 @@ class RunState:
             Stopped: a signal was received; the state has been saved if possible.
         """
         self.step += 1
+        report_update(time.monotonic() - self._step_began)
         run = self.config.run
         received = 0 if last else self._interruption.agreed()
         is_due = run.save_interval and self.step % run.save_interval == 0
@@ -289,6 +294,7 @@ class RunState:
             raise Stopped(
                 f"Received {name} after {self.unit} {self.step}. {outcome}", status=128 + received
             )
+        self._step_began = time.monotonic()
 
     def save_unfinished(self) -> bool:
         """Save the finished rollouts of a run that cannot continue. Every rank must call it.

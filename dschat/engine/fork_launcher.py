@@ -12,7 +12,7 @@ import signal
 import sys
 from typing import TextIO
 
-from deepspeed.launcher import launch
+from dschat.engine import deepspeed_launch
 
 
 def start_launcher(
@@ -53,8 +53,8 @@ def start_launcher(
                 "--master_addr=127.0.0.1",
                 f"--master_port={master_port}",
             ]
-            sys.argv = [launch.__file__, *options, *words]
-            launch.main()
+            sys.argv = [deepspeed_launch.__file__, *options, *words]
+            deepspeed_launch.main()
             status = 0
         except SystemExit as stop:
             status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)

@@ -20,7 +20,7 @@ def launcher_command(
     Raises:
         ValueError: the launcher cannot select the GPUs that CUDA_VISIBLE_DEVICES names.
     """
-    words = [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", str(port)]
+    words = [sys.executable, "-m", "dschat.engine.deepspeed_runner", "--master_port", str(port)]
     if several_hosts:
         return words + (["--hostfile", hostfile] if hostfile else [])
     # Without an empty hostfile DeepSpeed reads /job/hostfile, if it exists, and starts on the

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from dschat.runtime import dist
+from dschat.runtime.grace import launcher_hint
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # A terminal sends SIGINT to the launcher and to its ranks, and the launcher forwards it: a rank
@@ -73,7 +74,7 @@ class Interruption:
             if self._over:
                 outcome = "the model is being saved; the run ends after that"
             else:
-                outcome = "the run will stop after this step"
+                outcome = f"the run will stop after this step{launcher_hint()}"
             # Not through logging: the handler may run in the middle of another message.
             _write_stderr(f"\nReceived {name}: {outcome} (rank {dist.rank()})\n")
         elif number == signal.SIGINT and now - self._when > REPEATED_WITHIN_S:

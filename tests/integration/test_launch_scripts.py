@@ -341,7 +341,7 @@ def test_the_launcher_follows_the_machine(script, variables, command, bench):
     (bench.folder / "two hosts").write_text("a slots=8\nb slots=8\n")
     assert bench.run(script, **variables).returncode == 0
     ((_, _, *words),) = bench.notes()
-    assert words[:3] == ["-m", "deepspeed.launcher.runner", "--master_port"]
+    assert words[:3] == ["-m", "dschat.engine.deepspeed_runner", "--master_port"]
     words = words[4 : words.index(str(ROOT / "training" / script.partition("/")[0] / "main.py"))]
     if script != MULTI_NODE:
         assert words[:2] == ["--hostfile", ""], "not DeepSpeed's default of other machines"
@@ -377,7 +377,7 @@ def test_flags_may_have_dashes_within(bench):
         (["--dry-run=false"], False),
     ):
         bench.run(SINGLE_NODE, *words)
-        assert ("deepspeed.launcher.runner" not in bench.notes()[-1]) == is_dry, words
+        assert ("dschat.engine.deepspeed_runner" not in bench.notes()[-1]) == is_dry, words
 
 
 @pytest.mark.parametrize(

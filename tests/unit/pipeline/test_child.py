@@ -167,7 +167,7 @@ def test_a_forked_launcher_does_not_inherit_signal_handlers(tmp_path, monkeypatc
         ]
         os.write(1, f"{found}\n".encode())
 
-    monkeypatch.setattr(fork_launcher.launch, "main", say_handlers)
+    monkeypatch.setattr(fork_launcher.deepspeed_launch, "main", say_handlers)
     start = partial(
         fork_launcher.start_launcher, [], num_processes=1, master_port=1, environment={}
     )

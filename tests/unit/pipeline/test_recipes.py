@@ -113,7 +113,7 @@ def test_commands_of_real_sizes(e2e):
     assert (config.system.actor_zero_stage, config.system.critic_zero_stage) == (2, 3)
     assert config.data.data_path == ["rows.jsonl"]
     launch = e2e.launcher(args, on_gpu=True, port=29500)
-    assert launch[1:3] == ["-m", "deepspeed.launcher.runner"] and launch[-2:] == [
+    assert launch[1:3] == ["-m", "dschat.engine.deepspeed_runner"] and launch[-2:] == [
         "--hostfile",
         "hosts",
     ]
