@@ -39,6 +39,7 @@ from dschat.pipeline.summary import (  # noqa: E402
     read_jsonl,
     summary_text,
     supervised_section,
+    where_next,
 )
 from dschat.report.page import write_report  # noqa: E402
 from dschat.runtime.files import write_json  # noqa: E402
@@ -378,6 +379,9 @@ def main() -> None:
 
     set_up_logging()
     on_gpu = torch.cuda.is_available()
+    if not torch.accelerator.is_available():
+        # Else every process of DeepSpeed warns that it found no accelerator.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     given = {name: getattr(args, name) for name in ("num_processes", "save_interval", "hostfile")}
     several = args.deployment_type == "multi_node"
     check_arguments(
@@ -406,8 +410,7 @@ def main() -> None:
         f"not counted, needed once: downloading and converting {prepare:.0f} s, "
         f"building ops {build:.0f} s"
     )
-    print(f"report: {report}")
-    print(f"summary: {path}")
+    print(where_next(plan.kind, summary["models"], report=str(report), summary=str(path)))
 
 
 if __name__ == "__main__":

@@ -82,12 +82,15 @@ launch() {
     ((status == 0)) || report_failure "$status" "$log" "$earlier"
 }
 
+# Lines of DeepSpeed's launcher that say nothing to act on: in the log, but not on the screen.
+NOISE='^\[[-0-9]{10} [0-9:,]+\] \[(INFO|WARNING)\] \[(runner|launch|real_accelerator)\.py|^DeepSpeed deepspeed\.ops'
+
 # run_logged LOG COMMAND...: run a command, show its output and append it to LOG. Ctrl-C or SIGTERM
 # asks all its processes to save and stop, and this script waits for that; a second one kills them.
 SIGNALS=0
 run_logged() {
     local log="$1" screen tee child
-    exec {screen}> >(trap '' INT TERM HUP && exec tee -a -- "$log")
+    exec {screen}> >(trap '' INT TERM HUP && tee -a -- "$log" | grep --line-buffered -vE "$NOISE")
     tee=$! child=""
     trap 'forward_signal "$child"' INT TERM HUP
     set -m # a separate process group, which the terminal's Ctrl-C does not reach

@@ -59,8 +59,8 @@ def _adapter_writer(model: torch.nn.Module, tensors: dict[str, torch.Tensor]):
         return None
     if not trains_only_adapters(model):
         logger.info(
-            "no adapter folder is written: without --only_optimize_lora, weights other than the "
-            "adapters were trained too"
+            "no adapter folder is written: other weights were trained, too (--only_optimize_lora "
+            "trains adapters only)"
         )
         return None
     return lambda folder: write_adapter(model, tensors, folder / ADAPTER_FOLDER)

@@ -33,12 +33,13 @@ def plan_text(
         all_host_bytes: memory of the host; 0 if it is not known.
     """
     phase, peak = plan.peak
-    verdict = f"needs {_gib(needed_bytes(plan))} GiB on a GPU"
+    with_overhead = f"with {_gib(OVERHEAD)} GiB for CUDA and libraries it needs"
+    verdict = f"{with_overhead} {_gib(needed_bytes(plan))} GiB on a GPU"
     if gpu_bytes:
         fits = "fits" if needed_bytes(plan) <= gpu_bytes else "does not fit"
         verdict += f" of {_gib(gpu_bytes)} GiB: {fits}"
     host = plan.host_bytes(processes=processes)
-    verdict += f"; {_gib(host)} GiB of host memory for {processes} process(es)"
+    verdict += f"\n{_gib(host)} GiB of host memory for {processes} process(es)"
     if all_host_bytes:
         fits = "fits" if host <= all_host_bytes else "does not fit"
         verdict += f" of {_gib(all_host_bytes)} GiB: {fits}"
@@ -48,8 +49,8 @@ def plan_text(
             "",
             _phases_table(plan, processes=processes),
             *sureness_lines(plan),
-            f"peak {_gib(peak)} GiB ({phase}); with {_gib(OVERHEAD)} GiB for CUDA "
-            f"and libraries it {verdict}",
+            f"peak {_gib(peak)} GiB ({phase})",
+            verdict,
         ]
     )
 

@@ -12,12 +12,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
+from dschat.runtime.live_line import LiveLine, has_terminal
+
 # Lines of launchers and libraries, which are in the log but not on the screen.
 NOISE = re.compile(
     r"^\[\d{4}-\d\d-\d\d|^\[transformers\]|^DeepSpeed deepspeed\.|Warning: |^\s*return func\(|"
     r"^\[Gloo\]|^\[rank\d"
     r"|^(begin|end) bf16_ ?optimizer|^MA \d|^CPU Virtual Memory"
 )
+PROGRESS = re.compile(r"\w+  (?:.*  )?(?:step|batch) (\d+)/(\d+)  \d+%  ")
 LAST_LINES = 15
 END_S = 30.0  # launchers give their processes as long to save before they kill them
 
@@ -76,23 +79,52 @@ def run_logged(start: Callable[[], tuple[int, IO[str]]], log: Path) -> None:
 def _copy_output(output: IO[str], file, log: Path, last: deque[str]) -> None:
     """Write each line to `file`; show it and keep it in `last` unless it is noise."""
     warned = False
+    screen = _Screen()
     for line in output:
         try:
             file.write(line.encode())
         except OSError as error:
             if not warned:
-                _show(f"{log} cannot be written ({error.strerror}): some lines will be missing")
+                screen.show(
+                    f"{log} cannot be written ({error.strerror}): some lines will be missing"
+                )
             warned = True
         if line.strip() and not NOISE.search(line):
             last.append(line.rstrip())
-            _show(line.rstrip())
+            screen.show(line.rstrip())
+    screen.close()
 
 
-def _show(line: str) -> None:
-    try:
-        print("  " + line, flush=True)
-    except OSError:  # the terminal, or the reader of the pipe, is gone
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+class _Screen:
+    """Shows the lines of a command; on a terminal its progress line is live."""
+
+    def __init__(self):
+        self._line = LiveLine(sys.stdout) if has_terminal() else None
+
+    def show(self, line: str) -> None:
+        """Show a line."""
+        try:
+            if self._line is None:
+                print("  " + line, flush=True)
+            elif _is_progress(line):
+                self._line.show("  " + line)
+            else:
+                self._line.write("  " + line)
+        except OSError:  # the terminal, or the reader of the pipe, is gone
+            self._line = None
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+    def close(self) -> None:
+        """Remove the live line."""
+        if self._line is not None:
+            with contextlib.suppress(OSError):
+                self._line.clear()
+
+
+def _is_progress(line: str) -> bool:
+    """Return whether a line is of ``Progress`` or ``ReportedBatches``, and not its last."""
+    found = PROGRESS.match(line)
+    return bool(found) and found[1] != found[2]
 
 
 class _Signals:

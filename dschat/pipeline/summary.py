@@ -1,6 +1,7 @@
 """The results of a finished pipeline, read from the files that its steps wrote."""
 
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -111,3 +112,27 @@ def summary_text(summary: dict) -> str:
         lines += [f"  {name.upper():5}{sample[name].strip()!r}" for name in ("base", "sft", "rlhf")]
     seconds = ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in summary["seconds"].items())
     return "\n".join([*lines, "", f"seconds: {seconds}"])
+
+
+def where_next(kind: str, models: dict[str, str], *, report: str, summary: str) -> str:
+    """Return the last words of a run: where everything is, and what to do next.
+
+    Args:
+        kind: "demo", "tiny" or "real".
+        models: folders by name, as in the summary.
+        report: path of report.html.
+        summary: path of summary.json.
+    """
+    # The demo's model continues texts; it was not trained on conversations.
+    flags = " --prompt_format plain --temperature 1" if kind == "demo" else ""
+    rows = [
+        ("SFT model", models["sft"]),
+        ("reward model", models["reward"]),
+        ("RLHF model", models["actor"]),
+        ("chat with it", f"python inference/chat.py --path {shlex.quote(models['actor'])}{flags}"),
+        ("your own data", "--data-path rows.jsonl, checked by python -m dschat.data.inspect"),
+        ("curves and answers", report),
+        ("numbers", summary),
+    ]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(["", *(f"{name:{width}}  {value}" for name, value in rows)])

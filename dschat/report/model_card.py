@@ -55,7 +55,7 @@ def write_model_card(folder: Path, run: Run) -> bool:
 def model_card(folder: Path, run: Run) -> str:
     """Return the text of the card; see ``write_model_card``."""
     config = run.record.get("config") or {}
-    is_reward = _is_classifier(folder)
+    is_reward = is_classifier(folder)
     name = folder.name if folder == run.folder else f"{run.folder.name} ({folder.name})"
     parts = [
         _head(config, run.title, is_reward=is_reward),
@@ -97,7 +97,8 @@ def _is_hub_id(name: str) -> bool:
     return bool(HUB_ID.fullmatch(name)) and not Path(name).exists()
 
 
-def _is_classifier(folder: Path) -> bool:
+def is_classifier(folder: Path) -> bool:
+    """Return whether a saved model is a sequence classifier, as reward models are."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable
 
 from dschat.runtime import dist
+from dschat.runtime.live_line import TerminalHandler, has_terminal
 
 logger = logging.getLogger("dschat")
 
@@ -41,7 +42,9 @@ sys.stderr.write(sys.argv[1])
 
 def set_up_logging() -> None:
     """Log plain messages to stdout: INFO on rank 0, warnings on others, errors of libraries."""
-    handler = logging.StreamHandler(sys.stdout)
+    handler: logging.Handler = logging.StreamHandler(sys.stdout)
+    if has_terminal():
+        handler = TerminalHandler(sys.stdout)
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger.handlers[:] = [handler]
     logger.propagate = False
@@ -97,6 +100,8 @@ def run_main(main: Callable[[], object]) -> None:
             sys.stderr.write(f"\nrank {dist.rank()}: {words}\n")
             sys.stderr.flush()
         _fail(f"{type(error).__name__}: {words}{advice(error)}")
+    for handler in logger.handlers:
+        handler.close()  # removes a live line
     sys.stdout.flush()
 
 
@@ -135,6 +140,8 @@ def _fail(cause: str, *, status: int = 1, word: str = "error") -> None:
     if int(os.environ.get("LOCAL_RANK", 0)) != 0:
         time.sleep(OTHER_RANKS_WAIT_S)
     message = f"\n{word} (rank {dist.rank()}): {cause}\n"
+    for handler in logger.handlers:
+        handler.close()  # removes a live line
     sys.stdout.flush()
     sys.stderr.write(message)
     sys.stderr.flush()

@@ -5,6 +5,7 @@ import time
 import torch
 
 from dschat.runtime import dist
+from dschat.runtime.live_line import INTERVAL_S, LIVE, has_terminal
 from dschat.runtime.log import logger
 
 
@@ -12,6 +13,8 @@ class Progress:
     """Prints a line every `interval_s` seconds, and at the first and the last step, on rank 0.
 
     ``SFT  step 12/40  30%  loss 3.912  1,024 tok/s  mem 3.1/24.0 GiB  left 0:43``
+
+    On a terminal the line is live: each replaces the one before, twice a second. The last stays.
     """
 
     def __init__(self, name: str, total: int, *, interval_s: float = 5.0, done: int = 0):
@@ -25,28 +28,26 @@ class Progress:
         """
         self.name = name
         self.total = total
-        self.interval_s = interval_s
         self.done = done
-        self._start = time.monotonic()
-        self._last = -float("inf")
+        self._pace = _Pace(interval_s)
 
     def update(self, step: int, fields: dict[str, str]) -> None:
         """Report step `step` of `total` (counted from 1) as done; `fields` are part of the line."""
-        now = time.monotonic()
-        if not dist.is_main() or (now - self._last < self.interval_s and step != self.total):
+        if not dist.is_main() or not (self._pace.is_due() or step == self.total):
             return
-        self._last = now
-        left = (now - self._start) / max(step - self.done, 1) * (self.total - step)
+        left = self._pace.seconds() / max(step - self.done, 1) * (self.total - step)
         parts = [f"{self.name}  step {step}/{self.total}  {100 * step // max(self.total, 1)}%"]
         parts += [f"{key} {value}" for key, value in fields.items()]
         parts += [f"mem {memory_text()}", f"left {clock(left)}"]
-        logger.info("  ".join(parts))
+        self._pace.log("  ".join(parts), stays=step == self.total)
 
 
 class ReportedBatches:
     """Batches of a loader; while they are read, rank 0 prints a line every `interval_s` seconds.
 
     ``SFT  evaluation  batch 3/12  25%  mem 3.1/24.0 GiB  left 0:43``
+
+    On a terminal the line is live, as of ``Progress``.
     """
 
     def __init__(self, loader, name: str, *, interval_s: float = 5.0):
@@ -59,17 +60,42 @@ class ReportedBatches:
         return len(self.loader)
 
     def __iter__(self):
-        start = last = time.monotonic()
+        pace = _Pace(self.interval_s)
+        pace.is_due()  # the first line comes after the first interval
         for done, batch in enumerate(self.loader):
-            now = time.monotonic()
-            if done and dist.is_main() and now - last >= self.interval_s:
-                last = now
-                left = (now - start) / done * (len(self) - done)
-                logger.info(
+            if done and dist.is_main() and pace.is_due():
+                left = pace.seconds() / done * (len(self) - done)
+                pace.log(
                     f"{self.name}  batch {done}/{len(self)}  {100 * done // len(self)}%  "
                     f"mem {memory_text()}  left {clock(left)}"
                 )
             yield batch
+
+
+class _Pace:
+    """When a progress line is due, and how it is shown."""
+
+    def __init__(self, interval_s: float):
+        self._live = has_terminal()
+        self._interval_s = min(interval_s, INTERVAL_S) if self._live else interval_s
+        self._start = time.monotonic()
+        self._last = -float("inf")
+
+    def seconds(self) -> float:
+        """Return the seconds since the start."""
+        return time.monotonic() - self._start
+
+    def is_due(self) -> bool:
+        """Return whether a line is due; if so, the next is due after the interval."""
+        now = time.monotonic()
+        if now - self._last < self._interval_s:
+            return False
+        self._last = now
+        return True
+
+    def log(self, text: str, *, stays: bool = False) -> None:
+        """Log a line: on a terminal as the live line, unless it stays."""
+        logger.info(text, extra=LIVE if self._live and not stays else None)
 
 
 def clock(seconds: float) -> str:

@@ -3,13 +3,14 @@
 import glob
 import json
 import os
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 
 from dschat.config.parse import config_dict, step_title
 from dschat.config.ppo_options import MODEL_FOLDERS
 from dschat.models.export import model_files, repair_folder
-from dschat.report.model_card import CARD, write_model_card
+from dschat.report.model_card import CARD, is_classifier, write_model_card
 from dschat.report.page import write_report
 from dschat.report.run_files import read_run
 from dschat.runtime import dist
@@ -163,11 +164,22 @@ def write_pages(output_dir: str | None) -> None:
             if (place / "config.json").exists() and not write_model_card(place, run):
                 logger.info(f"{place / CARD} is kept: dschat did not write it")
         logger.info(f"report: {write_report(folder)}")
+        logger.info(f"next: {_next_command(folder)}")
     except Exception as error:
         logger.warning(
             f"no report was written ({type(error).__name__}: {error}). Once this is repaired, "
             f"python -m dschat.report {output_dir} writes it."
         )
+
+
+def _next_command(folder: Path) -> str:
+    """Return the command that tries the model of a finished run."""
+    actor = folder / MODEL_FOLDERS[0]
+    model = actor if (actor / "config.json").exists() else folder
+    if is_classifier(model):
+        main = "training/step2_reward_model_finetuning/rw_eval.py"
+        return f"python {main} --model_name_or_path {shlex.quote(str(model))}"
+    return f"python inference/chat.py --path {shlex.quote(str(model))}"
 
 
 def record_run(config, output_dir: str | None, *, dtype: str, **facts) -> None:

@@ -149,15 +149,9 @@ def _progress_fields(values: dict[str, float]) -> dict[str, str]:
     kl = {}
     if "objective/kl" in values:
         kl["KL"] = f"{values['objective/kl']:.2f}"
-    critic = {}
-    if "value/explained_variance" in values:
-        critic["ev"] = f"{values['value/explained_variance']:.2f}"
-    seconds = [f"{values[f'time/{phase}_s']:.1f}" for phase in ("generate", "score", "train")]
     return {
         "score": f"{values['objective/score']:.3f}",
         **kl,
-        "len": f"{values['response/length_mean']:.1f}",
-        **critic,
-        "s gen/score/train": "/".join(seconds),
+        "len": f"{values['response/length_mean']:.0f}",
         "tok/s": f"{values['perf/tokens_per_s']:,.0f}",
     }

@@ -173,3 +173,47 @@ def test_a_forked_launcher_does_not_inherit_signal_handlers(tmp_path, monkeypatc
     )
     child.run_logged(start, tmp_path / "log")
     assert (tmp_path / "log").read_text() == "[False, False, False]\n"
+
+
+@pytest.mark.parametrize(
+    "line, live",
+    [
+        ("SFT  step 12/40  30%  loss 3.9  left 0:43", True),
+        ("PPO  evaluation, scoring  batch 3/12  25%  mem 3.1/24.0 GiB  left 0:43", True),
+        ("SFT  step 40/40  100%  loss 3.9  left 0:00", False),
+        ("SFT  evaluation, update 20: loss 4.268  perplexity 71.34", False),
+        ("step 1: rows.jsonl (prompt): 256 train rows, 64 eval rows", False),
+        ("saved output/step 1/40  30%", False),
+    ],
+)
+def test_progress_lines_are_live_except_the_last(line, live):
+    assert child._is_progress(line) == live
+
+
+def test_the_screen_of_a_command_is_live_on_a_terminal(monkeypatch):
+    shown = []
+
+    class Line:
+        def __init__(self, stream):
+            pass
+
+        def show(self, text):
+            shown.append(("live", text))
+
+        def write(self, text):
+            shown.append(("stays", text))
+
+        def clear(self):
+            shown.append(("clear", ""))
+
+    monkeypatch.setattr(child, "LiveLine", Line)
+    monkeypatch.setattr(child, "has_terminal", lambda: True)
+    screen = child._Screen()
+    screen.show("SFT  step 1/4  25%  loss 1")
+    screen.show("saved out")
+    screen.close()
+    assert shown == [
+        ("live", "  SFT  step 1/4  25%  loss 1"),
+        ("stays", "  saved out"),
+        ("clear", ""),
+    ]

@@ -297,7 +297,10 @@ def test_a_run_ends_with_a_report_and_a_card_beside_each_model(tmp_path, shown):
     save_config(tmp_path / "actor", "LlamaForCausalLM")
     save_config(tmp_path / "critic", "LlamaForSequenceClassification")
     write_pages(str(tmp_path))
-    assert shown == [f"report: {tmp_path / REPORT}"]
+    assert shown == [
+        f"report: {tmp_path / REPORT}",
+        f"next: python inference/chat.py --path {tmp_path / 'actor'}",
+    ]
     tags = [
         yaml.safe_load((tmp_path / name / "README.md").read_text().split("---\n")[1])
         for name in ("actor", "critic")

@@ -1,8 +1,11 @@
 """Logging, collectives, files and hardware."""
 
 import errno
+import io
 import json
+import logging
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dschat.runtime import dist, files, hardware, log
+from dschat.runtime import dist, files, hardware, live_line, log
 from dschat.runtime.run_record import recorded_format
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -283,3 +286,65 @@ def test_threads_are_the_physical_cores_of_a_rank(
     if limit:
         (tmp_path / "cpu.max").write_text(limit + "\n")
     assert hardware.threads_per_rank(ranks) == threads
+
+
+class Terminal(io.StringIO):
+    """A terminal of 80 columns; ``screen`` is what stays on it."""
+
+    encoding = "utf-8"
+
+    def isatty(self) -> bool:
+        return True
+
+    def screen(self) -> list[str]:
+        lines = [""]
+        returned = False
+        for part in re.findall(r"\r|\n|[^\r\n]+", self.getvalue().replace("\x1b[A", "")):
+            if part == "\n":
+                lines.append("")
+            elif part == "\r":
+                returned = True
+                continue
+            else:
+                lines[-1] = part + lines[-1][len(part) :] if returned else lines[-1] + part
+            returned = False
+        return [line.rstrip() for line in lines]
+
+
+def test_a_live_line_is_replaced_and_messages_stay_above_it():
+    terminal = Terminal()
+    handler = live_line.TerminalHandler(terminal)
+
+    def log(text: str, *, live: bool = False) -> None:
+        record = log_record(text)
+        record.live = live
+        handler.emit(record)
+
+    log("first")
+    log("SFT  step 1/4", live=True)
+    assert terminal.screen() == ["first", "SFT  step 1/4"]
+    log("SFT  2/4", live=True)
+    assert terminal.screen() == ["first", "SFT  2/4"]
+    log("a message")
+    assert terminal.screen() == ["first", "a message", "SFT  2/4"]
+    handler.close()
+    assert terminal.screen() == ["first", "a message", ""]
+
+
+def log_record(text: str) -> logging.LogRecord:
+    return logging.LogRecord("dschat", logging.INFO, "", 0, text, (), None)
+
+
+def test_only_a_terminal_has_a_live_line(monkeypatch):
+    handlers = list(log.logger.handlers)
+    try:
+        for stream, kind in (
+            (Terminal(), live_line.TerminalHandler),
+            (io.StringIO(), logging.StreamHandler),
+        ):
+            monkeypatch.setattr(sys, "stdout", stream)
+            log.set_up_logging()
+            assert type(log.logger.handlers[0]) is kind
+    finally:
+        log.logger.handlers[:] = handlers
+        log.logger.propagate = True

@@ -121,6 +121,22 @@ def test_long_evaluations_show_a_line_every_interval_and_short_ones_none(shown, 
     assert shown[0] == "SFT  evaluation  batch 3/10  30%  mem 1.0/2.0 GiB  left 0:14"
 
 
+def test_on_a_terminal_the_line_is_live_until_the_last(monkeypatch):
+    now = [100.0]
+    records = []
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(progress, "has_terminal", lambda: True)
+    monkeypatch.setattr(
+        progress.logger, "info", lambda text, extra: records.append((text, bool(extra)))
+    )
+    line = progress.Progress("SFT", 4, interval_s=5.0)
+    for step in range(1, 5):
+        now[0] += 0.6
+        line.update(step, {})
+    steps = [(text.split("step ")[1].split("/")[0], live) for text, live in records]
+    assert steps == [("1", True), ("2", True), ("3", True), ("4", False)]
+
+
 def test_only_rank_0_shows_progress(shown, as_rank_1):
     progress.Progress("SFT", 1).update(1, {})
     assert len(list(progress.ReportedBatches("abc", "SFT", interval_s=0.0))) == 3
