@@ -133,6 +133,17 @@ def random_model(args: argparse.Namespace, device: torch.device) -> torch.nn.Mod
         return model.eval()
 
 
+def plain_engine(model: torch.nn.Module, device: torch.device) -> SimpleNamespace:
+    """Return what a generator uses of an engine, around a plain module."""
+    return SimpleNamespace(
+        module=model,
+        device=device,
+        global_steps=0,
+        eval=model.eval,
+        zero_optimization_stage=lambda: 0,
+    )
+
+
 def make_generator(path: str, model: torch.nn.Module, device: torch.device, tp_size: int):
     """Return the generator of a path, on `model` or on a ZeRO-3 engine around it."""
     if path.startswith("zero3"):
@@ -144,14 +155,7 @@ def make_generator(path: str, model: torch.nn.Module, device: torch.device, tp_s
         )
         engine = build_inference_engine(model, ds_config=config)
     else:
-        # Generators use no more of an engine than this.
-        engine = SimpleNamespace(
-            module=model,
-            device=device,
-            global_steps=0,
-            eval=model.eval,
-            zero_optimization_stage=lambda: 0,
-        )
+        engine = plain_engine(model, device)
     if path in ("plain", "zero3"):
         return PlainGenerator(engine)
     group = tensor_group(tp_size) if path == "zero3-tp" else None

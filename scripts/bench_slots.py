@@ -14,7 +14,6 @@ import argparse
 import gc
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
@@ -29,7 +28,7 @@ from dschat.runtime.files import write_json  # noqa: E402
 from dschat.runtime.hardware import hardware, versions  # noqa: E402
 from dschat.runtime.log import set_up_logging  # noqa: E402
 from dschat.tracking.table import table  # noqa: E402
-from scripts.bench_generation import timed  # noqa: E402
+from scripts.bench_generation import plain_engine, timed  # noqa: E402
 
 
 def parse_args() -> argparse.Namespace:
@@ -81,18 +80,11 @@ def sampling(args: argparse.Namespace, vocab: int) -> GenerationConfig:
 
 def measure(model, args: argparse.Namespace, slots: int, device: torch.device) -> dict:
     """Return the row of one number of slots; 0: batch by batch."""
-    engine = SimpleNamespace(
-        module=model,
-        device=device,
-        global_steps=0,
-        eval=model.eval,
-        zero_optimization_stage=lambda: 0,
-    )
     vocab = model.config.vocab_size
     batches = random_prompts(args, vocab, device)
     settings = sampling(args, vocab)
     hybrid = HybridEngine(
-        engine,
+        plain_engine(model, device),
         slots=slots,
         max_rows=slots or args.batch,
         max_length=args.longest_prompt + args.answer,

@@ -43,13 +43,15 @@ LENGTH_STEP = 64  # cache lengths are multiples of it
 class StepGraphs:
     """Graphs of a decode step, captured once for each number of rows, in one pool of memory."""
 
-    def __init__(self, layers: nn.ModuleList, *, compiled: bool):
+    def __init__(self, layers: nn.ModuleList, *, compiled: bool, group: TensorGroup | None = None):
         """
         Args:
             layers: the model's decoder layers.
             compiled: run them through torch.compile.
+            group: the ranks that capture together.
         """
         self.compiled = compiled
+        self.group = group
         self.capture_s = 0.0
         self.captures = 0
         self._layers = CompiledLayers(layers) if compiled else None
@@ -70,9 +72,28 @@ class StepGraphs:
             prepare: sets `state` such that a step writes the cache's last position only.
             cache: the SlotCache of the step.
             state: a dataclass of buffers; the same after the call as before it.
+
+        Raises:
+            GraphMismatch: the model or GPU does not support graphs; for example, the model has
+                another attention.
         """
-        if rows in self._graphs:
-            return self._graphs[rows]
+        if rows not in self._graphs:
+            try:
+                self._graphs[rows] = self._capture(rows, step, prepare, cache, state)
+            except torch.OutOfMemoryError:
+                raise
+            except attention.UnfitAttention as error:
+                # On all ranks of a group, which share the shapes.
+                raise GraphMismatch(str(error)) from error
+            except Exception as error:
+                if self.group is not None:
+                    raise  # the other ranks of the group may have none, and would wait
+                raise GraphMismatch(f"{type(error).__name__}: {error}") from error
+        return self._graphs[rows]
+
+    def _capture(
+        self, rows: int, step: Callable[[int], None], prepare: Callable[[], None], cache, state
+    ) -> torch.cuda.CUDAGraph:
         started = time.monotonic()
         if self._layers is not None:
             self._layers.cache = cache
@@ -103,7 +124,6 @@ class StepGraphs:
             getattr(state, name).copy_(buffer)
         cache.start(rows=held, filled=0, captured=True)
         torch.cuda.synchronize()
-        self._graphs[rows] = graph
         seconds = time.monotonic() - started
         self.captures += 1
         self.capture_s += seconds
@@ -164,7 +184,7 @@ class GraphDecoder:
         self.state: GraphBuffers | None = None
         self.sampler: Sampler | None = None
         self.pad_token_id = 0
-        self.graphs = StepGraphs(layers, compiled=compiled)
+        self.graphs = StepGraphs(layers, compiled=compiled, group=group)
         self._key: tuple = ()
         self._counts = torch.zeros(AHEAD, dtype=torch.int64, pin_memory=torch.cuda.is_available())
         self._events = [torch.cuda.Event() for _ in range(AHEAD)]
@@ -270,24 +290,6 @@ class GraphDecoder:
             rows, step=self._step, prepare=prepare, cache=self.cache, state=self.state
         )
 
-    def _graph_or_mismatch(self, rows: int) -> torch.cuda.CUDAGraph:
-        """Return ``_graph(rows)``.
-
-        Raises:
-            GraphMismatch: the model or GPU does not support graphs; for example, the model has
-                another attention.
-        """
-        try:
-            return self._graph(rows)
-        except torch.OutOfMemoryError:
-            raise
-        except attention.UnfitAttention as error:  # on all ranks of a group, which share the shapes
-            raise GraphMismatch(str(error)) from error
-        except Exception as error:
-            if self.group is not None:
-                raise  # the other ranks of the group may have none, and would wait
-            raise GraphMismatch(f"{type(error).__name__}: {error}") from error
-
     def _step(self, rows: int) -> None:
         """Decode one token for the first `rows` slots; all results are written to the buffers."""
         s = self.state
@@ -384,7 +386,7 @@ class GraphDecoder:
                 if fitting < rows:
                     self._compact(rows, fitting)
                     rows = fitting
-            self._graph_or_mismatch(rows).replay()
+            self._graph(rows).replay()
             self._counts[place].copy_(self.state.remaining, non_blocking=True)
             self._events[place].record()
             if step == 1 and expected is not None:
@@ -406,16 +408,35 @@ class GraphDecoder:
         Raises:
             GraphMismatch: the logits differ, or a layer has not cached the token.
         """
-        gap = logit_gap(self.state.logits[:num_rows], logits)
         found = self.cache.newest(rows=num_rows, position=int(self.state.position) - 1)
-        missing = cache_gap(found, cached)
-        # All ranks of a group continue, or none.
-        if self.group is not None:
-            gap, missing = (self.group.gather(value).max() for value in (gap, missing))
-        # Not `gap > tolerance`, which is False for NaN.
-        if not gap.item() <= TOLERANCE[logits.dtype]:
-            raise GraphMismatch(f"logits differ by {gap.item():.3g} standard deviations")
-        if not missing.item() <= MISSING:
-            raise GraphMismatch(
-                f"keys and values in the cache differ by {missing.item():.3g} of their norm"
-            )
+        check_step(self.state.logits[:num_rows], logits, found, cached, self.group)
+
+
+def check_step(
+    logits: torch.Tensor,
+    expected_logits: torch.Tensor,
+    cached: list[torch.Tensor],
+    expected_cached: list[torch.Tensor],
+    group: TensorGroup | None,
+) -> None:
+    """Compare a replayed step with a plain one.
+
+    Args:
+        logits, expected_logits: [N, V].
+        cached, expected_cached: keys and values of the newest tokens, by layer.
+        group: the ranks of which all continue, or none.
+
+    Raises:
+        GraphMismatch: the logits differ, or a layer has not cached the token.
+    """
+    gap = logit_gap(logits, expected_logits)
+    missing = cache_gap(cached, expected_cached)
+    if group is not None:
+        gap, missing = (group.gather(value).max() for value in (gap, missing))
+    # Not `gap > tolerance`, which is False for NaN.
+    if not gap.item() <= TOLERANCE[expected_logits.dtype]:
+        raise GraphMismatch(f"logits differ by {gap.item():.3g} standard deviations")
+    if not missing.item() <= MISSING:
+        raise GraphMismatch(
+            f"keys and values in the cache differ by {missing.item():.3g} of their norm"
+        )

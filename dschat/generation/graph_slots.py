@@ -9,15 +9,8 @@ import torch
 from torch import nn
 from transformers import GenerationConfig
 
-from dschat.generation.cuda_graphs import AHEAD, LENGTH_STEP, SMALLEST, StepGraphs
-from dschat.generation.decoding import (
-    MISSING,
-    TOLERANCE,
-    GraphMismatch,
-    SlotCache,
-    cache_gap,
-    logit_gap,
-)
+from dschat.generation.cuda_graphs import AHEAD, LENGTH_STEP, SMALLEST, StepGraphs, check_step
+from dschat.generation.decoding import SlotCache
 from dschat.generation.kernels import attention
 from dschat.generation.kernels.linear import plain_products, use_plain_linears, use_skinny_linears
 from dschat.generation.sampling import Sampler, keep_tokens
@@ -59,7 +52,7 @@ class GraphSlotDecoder(SlotDecoder):
         model.config._attn_implementation = attention.NAME
         _, layers = decoder_layers(model)
         use_skinny_linears(layers)
-        self.graphs = StepGraphs(layers, compiled=compiled)
+        self.graphs = StepGraphs(layers, compiled=compiled, group=group)
         self.max_length = max_length
         self.addresses: tuple[int, ...] = ()  # of the replica's weights now
         self._key: tuple = ()
@@ -122,36 +115,20 @@ class GraphSlotDecoder(SlotDecoder):
         """Replay the graph of one step, and have the flags of what has ended copied to the host."""
         expected = self._plain_step(rows) if self._unchecked else None
         self.cache.start(rows=rows, filled=0, captured=True)
-        self._graph_or_mismatch(rows).replay()
+        graph = self.graphs.get(
+            rows,
+            step=self._advance,
+            prepare=self._point_at_the_end,
+            cache=self.cache,
+            state=self.state,
+        )
+        graph.replay()
         place = self.stats.steps % AHEAD
         self._flags[place].copy_(self.state.finished, non_blocking=True)
         self._events[place].record()
         if expected is not None:
             self._compare(*expected)
             self._unchecked = False
-
-    def _graph_or_mismatch(self, rows: int) -> torch.cuda.CUDAGraph:
-        """Return the graph of a step of `rows` slots.
-
-        Raises:
-            GraphMismatch: the model or GPU does not support graphs.
-        """
-        try:
-            return self.graphs.get(
-                rows,
-                step=self._advance,
-                prepare=self._point_at_the_end,
-                cache=self.cache,
-                state=self.state,
-            )
-        except torch.OutOfMemoryError:
-            raise
-        except attention.UnfitAttention as error:  # on all ranks of a group, which share the shapes
-            raise GraphMismatch(str(error)) from error
-        except Exception as error:
-            if self.group is not None:
-                raise  # the other ranks of the group may have none, and would wait
-            raise GraphMismatch(f"{type(error).__name__}: {error}") from error
 
     def _point_at_the_end(self) -> None:
         """Let all slots write the last position of the cache, which no response has reached."""
@@ -246,15 +223,4 @@ class GraphSlotDecoder(SlotDecoder):
         self.state.bounds[:rows] = bounds
         found = [buffer[index] for buffer, index in self._newest(rows)]
         self.state.bounds[:rows] = now
-        gap = logit_gap(self._logits_seen[:rows], logits)
-        missing = cache_gap(found, cached)
-        # All ranks of a group continue, or none.
-        if self.group is not None:
-            gap, missing = (self.group.gather(value).max() for value in (gap, missing))
-        # Not `gap > tolerance`, which is False for NaN.
-        if not gap.item() <= TOLERANCE[logits.dtype]:
-            raise GraphMismatch(f"logits differ by {gap.item():.3g} standard deviations")
-        if not missing.item() <= MISSING:
-            raise GraphMismatch(
-                f"keys and values in the cache differ by {missing.item():.3g} of their norm"
-            )
+        check_step(self._logits_seen[:rows], logits, found, cached, self.group)
