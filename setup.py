@@ -1,8 +1,10 @@
 """Package metadata. requirements.txt lists what it needs at run time."""
 
+import shutil
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).resolve().parent
 REQUIREMENTS = [
@@ -31,8 +33,31 @@ TEST = [
     *DEMO,
     *ZSTD,
     "httpx>=0.27",  # fastapi's test client
+    "setuptools>=70",  # builds the wheel that a test looks into
     "playwright>=1.49",  # drives the system's chromium; brings none by itself
 ]
+
+# What a wheel holds beside the package, below dschat/programs.
+PROGRAMS = ("training", "inference", "scripts", "e2e_rlhf.py")
+
+
+class BuildWithPrograms(build_py):
+    """Copies the mains and the launch scripts into the package, so that a wheel is complete."""
+
+    def run(self):
+        """Build the package, then add the programs unless it is installed in place."""
+        super().run()
+        if self.editable_mode:
+            return
+        target = Path(self.build_lib) / "dschat" / "programs"
+        target.mkdir(parents=True, exist_ok=True)
+        for name in PROGRAMS:
+            if (HERE / name).is_dir():
+                skipped = shutil.ignore_patterns("__pycache__")
+                shutil.copytree(HERE / name, target / name, ignore=skipped, dirs_exist_ok=True)
+            else:
+                shutil.copy2(HERE / name, target / name)
+
 
 setup(
     name="dschat",
@@ -46,5 +71,7 @@ setup(
     packages=find_packages(include=["dschat", "dschat.*"]),
     install_requires=REQUIREMENTS,
     extras_require={"chat": CHAT, "demo": DEMO, "test": TEST, "zstd": ZSTD, **LOGGERS},
+    cmdclass={"build_py": BuildWithPrograms},
+    entry_points={"console_scripts": ["dschat = dschat.cli:main"]},
     package_data={"dschat.serving": ["page.html"]},
 )
