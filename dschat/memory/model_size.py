@@ -19,6 +19,7 @@ from dschat.generation.cache_size import CacheSize, count_cache
 from dschat.generation.kernels.limits import next_power_of_two
 from dschat.generation.tensor_parallel import split_plan
 from dschat.models.causal_lm import load_config
+from dschat.models.classifiers import ensure_classifier
 from dschat.models.families import FAMILIES, SHAPES, shape_config
 from dschat.models.lora import lora_parameter_names
 from dschat.models.prepare import prepare_for_training
@@ -252,6 +253,7 @@ def _on_meta(config: PreTrainedConfig, *, reward: bool, trust_remote_code: bool)
         if not reward:
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
         config.num_labels = 1
+        ensure_classifier(config)
         return RewardModel(
             AutoModelForSequenceClassification.from_config(
                 config, trust_remote_code=trust_remote_code

@@ -1,6 +1,7 @@
 """The reward model, also used as the critic: one value at every token.
 
-It is a transformers sequence classifier with one label. A saved model loads anywhere as
+It is a transformers sequence classifier with one label, or for families without one the same head
+on the backbone (classifiers.py). A saved model loads anywhere as
 AutoModelForSequenceClassification, whose forward gives the score at the last token that is not
 padding.
 """
@@ -25,6 +26,7 @@ from transformers.utils import cached_file
 
 from dschat.models.adapters import adapter_has_head
 from dschat.models.causal_lm import load_config, merge_if_adapter
+from dschat.models.classifiers import ensure_classifier
 from dschat.models.folder_checks import check_finite
 from dschat.models.forward import position_ids_from_mask, takes_position_ids
 from dschat.models.structure import SCORE_HEAD
@@ -150,6 +152,7 @@ def load_reward_model(
     source, config = load_config(
         path, flag=flag, trust_remote_code=trust_remote_code, dropout=dropout
     )
+    ensure_classifier(config)
     is_classifier = next(iter(config.architectures or ()), "").endswith("ForSequenceClassification")
     if is_classifier and config.num_labels != 1:
         raise ValueError(
@@ -201,18 +204,14 @@ def _load_classifier(
 ) -> PreTrainedModel:
     """Load a sequence classifier; its head alone is newly initialised if `fresh_head`."""
     width = getattr(config, "word_embed_proj_dim", None) or config.get_text_config().hidden_size
-    initial = {name: getattr(config, name) for name in INITIALIZER_STDS if hasattr(config, name)}
+    entries = _initializers(config, std=(width + 1) ** -0.5)
+    initial = {name: getattr(config, name) for name in entries if hasattr(config, name)}
     if fresh_head:
-        if not initial:
-            raise ValueError(
-                f"{flag} {path!r}: a new reward head for {type(config).__name__} is not supported; "
-                f"its configuration has none of {', '.join(INITIALIZER_STDS)}. Give a reward model."
-            )
         # transformers initialises the head alone, by the configuration's deviation, which is
         # therefore changed while it loads. Drawing the head afterwards would need the parameter's
         # data, of which ZeRO-3 leaves an empty shard.
-        for name in initial:
-            setattr(config, name, (width + 1) ** -0.5)
+        for name, value in entries.items():
+            setattr(config, name, value)
     with refuse_damaged_weights(path, flag=flag):
         try:
             model, info = AutoModelForSequenceClassification.from_pretrained(
@@ -223,11 +222,15 @@ def _load_classifier(
                 **loading,
             )
         except ValueError as error:
-            # transformers has no such class for this configuration; its message lists all.
+            # transformers' message lists all classes that it has.
             reason = str(error).split("\n")[0]
             raise ValueError(
-                f"{flag} {path!r} cannot be loaded as a reward model: {reason}"
+                f"{flag} {path!r} cannot be a reward model: {reason} Give a decoder-only language "
+                "model whose backbone is part of transformers, or a reward model."
             ) from error
+    if fresh_head:
+        for name in entries:
+            delattr(model.config, name)
     for name, value in initial.items():
         setattr(model.config, name, value)
     require_complete(
@@ -241,6 +244,14 @@ def _load_classifier(
             width + 1,
         )
     return model
+
+
+def _initializers(config: PreTrainedConfig, *, std: float) -> dict[str, float]:
+    """Return entries of a configuration that make transformers draw linear weights with `std`."""
+    if hasattr(config, "w_init_variance_scale"):  # RecurrentGemma's, over the convolution's width
+        return {"w_init_variance_scale": std**2 * config.conv1d_width}
+    names = [name for name in INITIALIZER_STDS if hasattr(config, name)]
+    return dict.fromkeys(names or INITIALIZER_STDS[:1], std)
 
 
 def _deepspeed_chat_tensors(source: str) -> Optional[dict[str, torch.Tensor]]:
