@@ -52,7 +52,6 @@ from dschat.runtime.hardware import (  # noqa: E402
 from dschat.runtime.log import set_up_logging  # noqa: E402
 from dschat.runtime.paths import cache_dir  # noqa: E402
 from dschat.runtime.ports import free_port  # noqa: E402
-from dschat.tracking.progress import clock  # noqa: E402
 
 MAINS = {
     1: ROOT / "training" / "step1_supervised_finetuning" / "main.py",
@@ -300,6 +299,8 @@ def build_ops(*, on_gpu: bool) -> float:
 
 def run_steps(args: argparse.Namespace, plan: Plan, *, on_gpu: bool) -> dict[str, float]:
     """Run the steps that have not finished; return the seconds of all, by step name."""
+    from dschat.tracking.progress import clock  # imports torch, which --help does not need
+
     seconds = {}
     for step in args.step or (1, 2, 3):
         command = step_command(step, plan, args, on_gpu=on_gpu)

@@ -2,8 +2,6 @@
 
 from typing import Any
 
-import torch
-
 from dschat.config.parse import config_dict
 from dschat.runtime.hardware import bf16_unit
 from dschat.runtime.log import logger
@@ -100,5 +98,7 @@ def _announce_memory(config: Any, given: dict[str, Any]) -> None:
 def _is_half(dtype: str) -> bool:
     """Return whether a value of --dtype is fp16 or bf16 on this machine."""
     if dtype == "auto":
+        import torch  # here, since flags are checked before torch is imported
+
         return torch.cuda.is_available() or bool(bf16_unit())
     return dtype != "fp32"

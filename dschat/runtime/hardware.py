@@ -1,4 +1,7 @@
-"""Hardware and package versions of a run."""
+"""Hardware and package versions of a run.
+
+torch is imported by the functions that need it, since programs that only read flags import this.
+"""
 
 import importlib.metadata
 import math
@@ -7,9 +10,6 @@ import platform
 import re
 import shutil
 from pathlib import Path
-
-import torch
-from torch.utils._triton import has_triton
 
 CPU_INFO = Path("/proc/cpuinfo")
 CGROUP_LIMIT = Path("/sys/fs/cgroup/cpu.max")
@@ -24,6 +24,7 @@ ISA_WITHOUT_BF16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX512_CORE", "AVX512_
 def hardware() -> dict[str, str | int | float]:
     """Return accelerator, processor, cores and host memory (GiB) of this machine."""
     import psutil
+    import torch
 
     found: dict[str, str | int | float] = {
         "cpu": _cpu_name(),
@@ -71,8 +72,11 @@ def bf16_unit() -> str:
 
 def can_compile() -> bool:
     """Return whether torch.compile works on this GPU: it needs Triton and a C compiler."""
+    import torch
+    from torch.utils import _triton
+
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("cc")
-    return torch.cuda.is_available() and bool(compiler) and has_triton()
+    return torch.cuda.is_available() and bool(compiler) and _triton.has_triton()
 
 
 def versions() -> dict[str, str]:

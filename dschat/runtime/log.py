@@ -14,7 +14,6 @@ import traceback
 import warnings
 from collections.abc import Callable
 
-from dschat.runtime import dist
 from dschat.runtime.live_line import TerminalHandler, has_terminal
 
 logger = logging.getLogger("dschat")
@@ -48,7 +47,7 @@ def set_up_logging() -> None:
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger.handlers[:] = [handler]
     logger.propagate = False
-    logger.setLevel(logging.INFO if dist.is_main() else logging.WARNING)
+    logger.setLevel(logging.INFO if _rank() == 0 else logging.WARNING)
     for noisy in ("DeepSpeed", "transformers", "datasets"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     # DeepSpeed still calls torch.distributed functions by their old names.
@@ -97,7 +96,7 @@ def run_main(main: Callable[[], object]) -> None:
             # Print now: the launcher may end this rank while _fail waits for the other rank.
             first_line = words.splitlines()[0]
             words = f"another rank of the run has ended: see its error above ({first_line})"
-            sys.stderr.write(f"\nrank {dist.rank()}: {words}\n")
+            sys.stderr.write(f"\nrank {_rank()}: {words}\n")
             sys.stderr.flush()
         _fail(f"{type(error).__name__}: {words}{advice(error)}")
     for handler in logger.handlers:
@@ -139,7 +138,7 @@ def advice(error: Exception) -> str:
 def _fail(cause: str, *, status: int = 1, word: str = "error") -> None:
     if int(os.environ.get("LOCAL_RANK", 0)) != 0:
         time.sleep(OTHER_RANKS_WAIT_S)
-    message = f"\n{word} (rank {dist.rank()}): {cause}\n"
+    message = f"\n{word} (rank {_rank()}): {cause}\n"
     for handler in logger.handlers:
         handler.close()  # removes a live line
     sys.stdout.flush()
@@ -151,6 +150,14 @@ def _fail(cause: str, *, status: int = 1, word: str = "error") -> None:
         subprocess.Popen(words, start_new_session=True, stdin=subprocess.DEVNULL)
     # Not sys.exit: a process group whose peers are gone can hang in its destructors.
     os._exit(status)
+
+
+def _rank() -> int:
+    """Return this process's rank, without torch: flags are checked before it is imported.
+
+    A launcher sets it, or ``start_processes``.
+    """
+    return int(os.environ.get("RANK", 0))
 
 
 def _launcher_pids() -> list[int]:

@@ -1,11 +1,18 @@
 """Step 1: supervised fine-tuning of a causal language model on demonstrations."""
 
+from functools import partial
+
 from dschat.config.parse import parse_config
 from dschat.config.sft import SFTConfig
+from dschat.runtime.log import run_main
+
+if __name__ == "__main__":
+    # Stop at a wrong flag or --help before the imports below, which take seconds.
+    run_main(partial(parse_config, SFTConfig))
+
 from dschat.data.collate import collate_text
 from dschat.data.loaders import build_sft_data, make_loaders
 from dschat.models.causal_lm import load_causal_lm
-from dschat.runtime.log import run_main
 from dschat.trainers.preflight import dry_run
 from dschat.trainers.supervised import SFTObjective
 from dschat.trainers.supervised_run import save_run, start_run, train_run

@@ -3,12 +3,18 @@
 from functools import partial
 from textwrap import indent
 
+from dschat.config.eval_tools import Answering, PromptEvalConfig
+from dschat.config.parse import parse_config
+from dschat.runtime.log import run_main
+
+if __name__ == "__main__":
+    # Stop at a wrong flag or --help before the imports below, which take seconds.
+    run_main(partial(parse_config, PromptEvalConfig))
+
 import torch
 from torch.utils.data import DataLoader
 from transformers import GenerationConfig
 
-from dschat.config.eval_tools import Answering, PromptEvalConfig
-from dschat.config.parse import parse_config
 from dschat.data.collate import collate_prompts
 from dschat.data.datasets import PromptDataset
 from dschat.data.prompt_files import read_rows
@@ -17,7 +23,6 @@ from dschat.memory.model_size import named_size
 from dschat.models.causal_lm import load_causal_lm
 from dschat.models.inference_device import inference_placement
 from dschat.models.tokenizer import eos_token_ids, load_tokenizer
-from dschat.runtime.log import run_main
 from dschat.runtime.run_record import recorded_format
 
 QUESTIONS = {

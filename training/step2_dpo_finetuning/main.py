@@ -1,11 +1,18 @@
 """DPO: train the SFT model on preference pairs directly, without a reward model."""
 
+from functools import partial
+
 from dschat.config.dpo import DPOConfig
 from dschat.config.parse import parse_config
+from dschat.runtime.log import run_main
+
+if __name__ == "__main__":
+    # Stop at a wrong flag or --help before the imports below, which take seconds.
+    run_main(partial(parse_config, DPOConfig))
+
 from dschat.data.collate import collate_pairs
 from dschat.data.loaders import build_pair_data, make_loaders
 from dschat.models.causal_lm import load_causal_lm
-from dschat.runtime.log import run_main
 from dschat.trainers.dpo import DPOObjective, build_reference
 from dschat.trainers.preflight import dry_run
 from dschat.trainers.supervised_run import save_run, start_run, train_run

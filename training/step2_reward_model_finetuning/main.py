@@ -1,13 +1,20 @@
 """Step 2: train a reward model on preference pairs."""
 
+from functools import partial
+
 from dschat.config.parse import parse_config
 from dschat.config.reward import RewardConfig
+from dschat.runtime.log import run_main
+
+if __name__ == "__main__":
+    # Stop at a wrong flag or --help before the imports below, which take seconds.
+    run_main(partial(parse_config, RewardConfig))
+
 from dschat.data.collate import collate_pairs
 from dschat.data.loaders import build_pair_data, first_rows, make_loaders
 from dschat.models.reward_model import load_reward_model
 from dschat.models.tokenizer import ensure_unambiguous_pad
 from dschat.runtime import dist
-from dschat.runtime.log import run_main
 from dschat.trainers.preflight import dry_run
 from dschat.trainers.supervised import RewardObjective
 from dschat.trainers.supervised_run import save_run, start_run, train_run

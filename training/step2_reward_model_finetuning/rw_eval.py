@@ -2,12 +2,18 @@
 
 from functools import partial
 
+from dschat.config.eval_tools import Pairs, RewardEvalConfig
+from dschat.config.parse import parse_config
+from dschat.runtime.log import run_main
+
+if __name__ == "__main__":
+    # Stop at a wrong flag or --help before the imports below, which take seconds.
+    run_main(partial(parse_config, RewardEvalConfig))
+
 import torch
 from torch.utils.data import DataLoader
 
 from dschat.algorithms.masks import pool_last
-from dschat.config.eval_tools import Pairs, RewardEvalConfig
-from dschat.config.parse import parse_config
 from dschat.data.collate import collate_pairs
 from dschat.data.datasets import PairDataset
 from dschat.data.preparation import prepare
@@ -18,7 +24,6 @@ from dschat.memory.model_size import named_size
 from dschat.models.inference_device import inference_placement
 from dschat.models.reward_model import RewardModel, load_reward_model
 from dschat.models.tokenizer import end_token_id, load_tokenizer
-from dschat.runtime.log import run_main
 from dschat.runtime.run_record import recorded_format
 
 EXAMPLES = (

@@ -1,13 +1,20 @@
 """Step 3: train the SFT model with PPO against the reward."""
 
+from functools import partial
 from pathlib import Path
+
+from dschat.config.parse import parse_config, step_title
+from dschat.config.ppo import PPOConfig
+from dschat.runtime.log import logger, run_main
+
+if __name__ == "__main__":
+    # Stop at a wrong flag or --help before the imports below, which take seconds.
+    run_main(partial(parse_config, PPOConfig))
 
 from dschat.checkpoint.run_checkpoint import Checkpoint
 from dschat.checkpoint.run_state import find_checkpoint, saved_dtype
 from dschat.checkpoint.save_model import save_model
 from dschat.config.no_effect import announce
-from dschat.config.parse import parse_config, step_title
-from dschat.config.ppo import PPOConfig
 from dschat.config.ppo_options import MODEL_FOLDERS
 from dschat.data.collate import collate_prompts
 from dschat.data.loaders import build_prompt_data, first_rows, make_loaders
@@ -16,7 +23,6 @@ from dschat.engine.build import start_processes
 from dschat.engine.device import resolve_dtype
 from dschat.models.tokenizer import eos_token_ids, load_tokenizer
 from dschat.runtime import dist
-from dschat.runtime.log import logger, run_main
 from dschat.runtime.seeds import seed_everything
 from dschat.trainers.evaluation import PolicyEvaluator
 from dschat.trainers.output_folder import (

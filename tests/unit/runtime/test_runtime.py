@@ -225,8 +225,8 @@ def test_the_recorded_format_is_found_beside_and_above_a_model(tmp_path):
 
 def test_nothing_is_compiled_without_a_gpu_or_a_compiler(monkeypatch):
     assert not hardware.can_compile()
-    monkeypatch.setattr(hardware.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(hardware, "has_triton", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.utils._triton, "has_triton", lambda: True)
     assert hardware.can_compile()
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr(hardware.shutil, "which", lambda name: None)
