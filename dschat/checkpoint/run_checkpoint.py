@@ -193,7 +193,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def delete_newer(root: Path, step: int) -> None:
-    """Delete unfinished checkpoints in `root`, and those after `step`, where a run resumes."""
+    """Delete unfinished checkpoints in `root`, and those after `step`, from which a run resumes."""
     if not dist.is_main() or not root.is_dir():
         return
     for path in root.glob(".step_*"):

@@ -66,7 +66,7 @@ class ChatModelOptions(InferenceModel):
 
 @dataclass(frozen=True)
 class AnswerOptions:
-    """How answers are generated, and how long a conversation may be."""
+    """Sampling of answers, and the length of a conversation."""
 
     _argument_group_name = "answers"
 

@@ -61,7 +61,7 @@ class Prompts:
 
 @dataclass(frozen=True)
 class Answering:
-    """How answers are generated."""
+    """Generation of answers."""
 
     _argument_group_name = "generation"
 

@@ -116,7 +116,7 @@ class TextOptions(DataOptions):
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """How models and tokenizers are loaded."""
+    """Loading of models and tokenizers."""
 
     _argument_group_name = "model"
 

@@ -36,7 +36,7 @@ CITATION = re.compile(r" ?[(\[].*?[)\]]")
 
 @dataclass(frozen=True)
 class Reading:
-    """How raw rows are read: their columns, and the pairs made of ranked answers."""
+    """Options for reading raw rows: their columns, and the pairs made of ranked answers."""
 
     # Names of columns in place of the usual ones: {"prompt": "question", "chosen": "good"}.
     columns: dict[str, str] = field(default_factory=dict)

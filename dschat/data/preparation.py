@@ -41,7 +41,7 @@ FAULTS_SHOWN = 5
 
 @dataclass
 class Report:
-    """What became of a dataset's rows."""
+    """A count of a dataset's rows: used, shortened, left out."""
 
     num_rows: int = 0
     # Positions of the rows that are used.

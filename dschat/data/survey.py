@@ -1,4 +1,4 @@
-"""What is in the rows of a source: their forms, columns, faults and token counts."""
+"""The contents of a source's rows: their forms, columns, faults and token counts."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -54,7 +54,7 @@ class Example:
 
 @dataclass
 class Survey:
-    """What becomes of a dataset's rows; `report` is that of `preparation.prepare`."""
+    """A summary of a dataset after preparation; `report` is that of `preparation.prepare`."""
 
     report: Report = field(default_factory=Report)
     lengths: list[int] = field(default_factory=list)  # tokens of every row before truncation

@@ -85,7 +85,7 @@ class Table:
 
     @property
     def faults(self) -> list[Fault]:
-        """What could not be read."""
+        """The rows that could not be read."""
         return [
             Fault((number, line), chunk.place(line), message)
             for number, chunk in enumerate(self.chunks)
@@ -247,7 +247,7 @@ def open_tables(
 
 @dataclass(frozen=True)
 class _Choice:
-    """How to choose the part to train on among several."""
+    """A choice of the part to train on among several."""
 
     split: str | None
     prefer: tuple[str, ...]

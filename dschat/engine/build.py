@@ -210,7 +210,7 @@ def _fetch_whole_layers(model: torch.nn.Module, ds_config: dict) -> None:
     """Let ZeRO-3 gather each decoder layer in one collective, instead of each of its modules alone.
 
     Not if a part of a layer is frozen, as with LoRA: DeepSpeed (0.19.8) then frees parameters whose
-    gradients are still to come. Nor with weights in host memory, where a layer may be too large.
+    gradients are still to come. Nor with weights in host memory: a layer may be too large.
     """
     layers = decoder_layers(model)[1]
     is_frozen = any(not p.requires_grad for p in layers.parameters())

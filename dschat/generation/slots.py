@@ -45,7 +45,7 @@ Prompts = tuple[torch.Tensor, torch.Tensor]  # input_ids and attention_mask [B, 
 
 @dataclass
 class SlotState:
-    """What a decode step reads and writes, of N slots, Q responses and R tokens at most.
+    """The tensors of a decode step, for N slots, Q responses and at most R tokens each.
 
     Tokens and logprobs have one row more than responses. Slots without work write to it.
     """

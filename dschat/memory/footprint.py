@@ -289,7 +289,7 @@ def _sub_groups(elements: float) -> list[float]:
 
 
 def _gathered(size: ModelSize, *, width: int, world_size: int, offload: bool) -> float:
-    """Return the bytes of whole parameters that ZeRO-3 holds beside the parts.
+    """Return the bytes of whole parameters that ZeRO-3 holds besides the parts.
 
     A single rank uses its only part in place.
     """

@@ -34,7 +34,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Run:
-    """What is known of a run of one step.
+    """The files of a run of one step, as far as they can be read.
 
     Attributes:
         folder: the output folder.

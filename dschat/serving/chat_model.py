@@ -69,7 +69,7 @@ class ChatModel:
         This is `limit`, or less if the model's positions do not hold `limit` tokens and an answer.
 
         Raises:
-            ValueError: the model has no positions beside those of an answer.
+            ValueError: the model has no positions besides those of an answer.
         """
         positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         if positions is None:

@@ -34,7 +34,7 @@ from dschat.trainers.reference_model import reference_loader
 
 
 class ModelSource(NamedTuple):
-    """How to load a model."""
+    """A model to load, and the function that loads it."""
 
     load: Callable[..., torch.nn.Module]
     path: str

@@ -41,7 +41,7 @@ def test_last_index_and_pooling_work_on_both_paddings():
     assert pool_last(torch.arange(12.0).view(3, 4), mask).tolist() == [1.0, 7.0, 10.0]
 
 
-def test_masked_sums_ignore_what_lies_outside_even_nan():
+def test_masked_sums_ignore_values_outside_even_nan():
     values = torch.tensor([[1.0, float("nan")], [3.0, float("inf")]])
     mask = torch.tensor([[True, False], [True, False]])
     assert masked_sum(values, mask).item() == 4.0
@@ -102,7 +102,7 @@ def test_gae_equals_its_definition_as_a_sum(gamma, lam):
     assert not advantages[~mask].any() and not returns[~mask].any()
 
 
-def test_what_lies_behind_the_answer_changes_nothing():
+def test_tokens_after_the_answer_change_nothing():
     (rewards, values, logprobs, old), mask = random_rows()
     spoiled = [
         torch.where(mask, x, torch.full_like(x, float("nan")))

@@ -31,7 +31,7 @@ def planted_cases():
                 accumulation=1,
                 value=("inf", "nan")[(zero + number) % 2],
             )
-            # The gradients of a window lie elsewhere than those of a single micro-step.
+            # The gradients of a window are elsewhere than those of a single micro-step.
             if dtype == "fp32" or zero == 2:
                 yield check_case(f"{name}-x2", "planted", **options, accumulation=2, value="inf")
 
