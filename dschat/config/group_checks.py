@@ -118,14 +118,17 @@ def single_model_problems(config: Any) -> list[str]:
     return found
 
 
-def tokens_per_batch_problems(tokens: int, *, least: int, row: str) -> list[str]:
-    """Check that the longest row fits --tokens_per_batch.
+def tokens_per_batch_problems(
+    tokens: int, *, least: int, row: str, flag: str = "--tokens_per_batch"
+) -> list[str]:
+    """Check that the longest row fits a batch of a given number of tokens.
 
     Args:
         tokens: value of the flag; 0: not used.
         least: tokens of the longest row.
         row: what such a row is, for the message.
+        flag: that gives `tokens`.
     """
     if tokens == 0 or tokens >= least:
         return []
-    return [f"--tokens_per_batch {tokens} is less than {row}: give {least} or more, or 0."]
+    return [f"{flag} {tokens} is less than {row}: give {least} or more, or 0."]

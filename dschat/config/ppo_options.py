@@ -94,6 +94,11 @@ class PPOBatch:
     per_device_generation_batch_size: int = flag(16, "Prompts per rank and generation batch.")
     per_device_training_batch_size: int = flag(16, "Rows per rank and training micro-batch.")
     per_device_eval_batch_size: int = flag(16, "Held-out prompts per rank and batch.")
+    scoring_tokens_per_batch: int = flag(
+        0,
+        "Score the answers of a generation batch in parts of like length with at most this many "
+        "tokens, padding included; 0: all at once.",
+    )
     generation_batches: int = flag(1, "Generation batches per rollout.")
     ppo_epochs: int = flag(1, "Passes over each rollout.")
     num_samples_per_prompt: int = flag(

@@ -168,14 +168,17 @@ def _plan_ppo(config: PPOConfig, *, world_size: int, dtype: str) -> StepPlan:
         idle = [drop_idle_states(model) for model in idle]
     waiting = sum_parts(resident, *map(resident_parts, idle))
 
-    def forward(rows: int, names: list[str]) -> float:
-        tokens = rows * (prompt + answer)
+    def forward(tokens: int, names: list[str]) -> float:
         return max(inference_bytes(sizes[name], tokens=tokens, width=width) for name in names)
 
     train = batch.per_device_training_batch_size
     tokens = train * (prompt + answer)
     logits = train * (answer + 1) * actor.vocab
-    scored = loss_bytes(rows * (answer + 1) * actor.vocab, width=width, sliced=True, backward=False)
+    # At most all tokens of a part are answers.
+    most = batch.scoring_tokens_per_batch or rows * (prompt + answer)
+    at_once = min(rows * (prompt + answer), most)
+    positions = min(rows * (answer + 1), most)
+    scored = loss_bytes(positions * actor.vocab, width=width, sliced=True, backward=False)
     group = _group_size(config)
     prompts = inference_bytes(actor, tokens=group * decoded * prompt, width=width, split=group)
     exact_kl = 0.0
@@ -195,8 +198,10 @@ def _plan_ppo(config: PPOConfig, *, world_size: int, dtype: str) -> StepPlan:
                 {"buffers": _whole_layers_bytes(config, actor, width=width)},
             ),
         ),
-        "score": sum_parts(waiting, {"activations": max(scored, forward(rows, list(sizes)))}),
-        "evaluate": sum_parts(waiting, {"activations": exact_kl + forward(held, ["actor"])}),
+        "score": sum_parts(waiting, {"activations": max(scored, forward(at_once, list(sizes)))}),
+        "evaluate": sum_parts(
+            waiting, {"activations": exact_kl + forward(held * (prompt + answer), ["actor"])}
+        ),
         **training_phases(
             "actor ",
             actor,

@@ -66,7 +66,8 @@ class RewardPlan:
         flag = "--reward_model_name_or_path" if named else "--critic_model_name_or_path"
         engine = engines.add_reward(path, flag=flag, tokenizer=tokenizer)
         if self._reads_actor_tokens(path):
-            return ModelReward(engine, path)
+            tokens = self.config.batch.scoring_tokens_per_batch
+            return ModelReward(engine, path, tokens_per_batch=tokens)
         logger.info(
             f"{path} has another tokenizer, chat template or prompt format than the actor: "
             "answers are decoded and tokenized again"

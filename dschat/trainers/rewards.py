@@ -17,7 +17,7 @@ from dschat.data.messages import plain_text
 from dschat.runtime import dist
 from dschat.runtime.manifest import file_entry
 from dschat.runtime.paths import user_path
-from dschat.trainers.rollout import SampledAnswers
+from dschat.trainers.rollout import SampledAnswers, join_parts, parts_by_length
 
 CONTEXT_TOKENS = 4  # last tokens of a prompt that are decoded together with its answer
 CULPRIT_SEARCH_S = 10.0  # seconds to look for the answer on which a function fails
@@ -54,13 +54,24 @@ class Reward(Protocol):
 class ModelReward:
     """A reward model that reads the actor's token ids."""
 
-    def __init__(self, engine, name: str):
-        """Use the reward model inside `engine`; `name` is for messages."""
+    def __init__(self, engine, name: str, *, tokens_per_batch: int = 0):
+        """Use the reward model inside `engine`.
+
+        Args:
+            engine: holds the reward model.
+            name: for messages.
+            tokens_per_batch: see ``parts_by_length``.
+        """
         self.engine = engine
         self.name = name
+        self.tokens_per_batch = tokens_per_batch
 
     def __call__(self, answers: SampledAnswers, texts) -> torch.Tensor:
         """Return fp32 scores [B]; see ``Reward``."""
+        parts = parts_by_length(answers, tokens=self.tokens_per_batch)
+        return join_parts(answers, parts, self._scores)
+
+    def _scores(self, answers: SampledAnswers) -> torch.Tensor:
         values = self.engine(input_ids=answers.input_ids, attention_mask=answers.attention_mask)
         return pool_last(values, answers.attention_mask)
 

@@ -1,5 +1,6 @@
 """From prompts to experience: generation, scoring, rewards and advantages, without gradients."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -27,6 +28,7 @@ from dschat.generation.sampling import response_mask
 from dschat.models.forward import forward_logits
 from dschat.runtime import dist
 from dschat.runtime.log import logger
+from dschat.trainers.micro_batches import agreed_groups
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,77 @@ def answer_values(
     return values[:, -num_answer_tokens - 1 : -1]
 
 
+def parts_by_length(
+    answers: SampledAnswers, *, tokens: int
+) -> list[tuple[torch.Tensor, SampledAnswers]]:
+    """Divide answers into parts of like length, without the columns that are padding in a part.
+
+    Every rank must call it; all get as many parts.
+
+    Args:
+        answers: of one batch.
+        tokens: most tokens of a part, padding included; 0: one part, as it is.
+
+    Returns:
+        The rows [N] int64 of each part, and its answers, without sampled logprobs.
+    """
+    rows = torch.arange(len(answers.ended), device=answers.ended.device)
+    if not tokens:
+        return [(rows, answers)]
+    num_prompt = answers.prompts.input_ids.shape[1]
+    lengths = torch.stack(
+        [answers.prompts.attention_mask.sum(-1), answers.response_mask.sum(-1)], dim=-1
+    )
+    groups = agreed_groups(lengths.tolist(), tokens=tokens, device=rows.device)
+    if len(groups) == 1:
+        return [(rows, answers)]
+    parts = []
+    for index in (rows[group] for group in groups):
+        longest_prompt, longest_answer = lengths[index].amax(0).tolist()
+        start, stop = num_prompt - longest_prompt, num_prompt + longest_answer
+        prompts = answers.prompts.rows(index)
+        part = SampledAnswers(
+            prompts=replace(
+                prompts,
+                input_ids=prompts.input_ids[:, start:],
+                attention_mask=prompts.attention_mask[:, start:],
+            ),
+            input_ids=answers.input_ids[index, start:stop],
+            attention_mask=answers.attention_mask[index, start:stop],
+            response_mask=answers.response_mask[index, :longest_answer],
+            ended=answers.ended[index],
+        )
+        parts.append((index, part))
+    return parts
+
+
+def join_parts(
+    answers: SampledAnswers,
+    parts: list[tuple[torch.Tensor, SampledAnswers]],
+    forward: Callable[[SampledAnswers], torch.Tensor],
+) -> torch.Tensor:
+    """Return the results of `forward` on all parts, in the order of the rows.
+
+    Args:
+        answers: of one batch.
+        parts: those of `answers`, from ``parts_by_length``.
+        forward: returns [N] or [N, R] of a part; R may differ between parts.
+
+    Returns:
+        [B] or [B, R]; 0 after the longest answer of a part.
+    """
+    results = [forward(part) for _, part in parts]
+    if len(parts) == 1:
+        return results[0]
+    joined = results[0].new_zeros(answers.response_mask.shape[: results[0].dim()])
+    for (rows, _), found in zip(parts, results, strict=True):
+        if found.dim() == 2:
+            joined[rows, : found.shape[1]] = found
+        else:
+            joined[rows] = found
+    return joined
+
+
 def make_experience(
     engines,
     answers: SampledAnswers,
@@ -172,16 +245,23 @@ def make_experience(
         kl_coef: weight of the KL penalty.
     """
     mask = answers.response_mask
-    inputs = (answers.input_ids, answers.attention_mask, answers.tokens.shape[1])
+    parts = parts_by_length(answers, tokens=config.batch.scoring_tokens_per_batch)
+    temperature = config.sampling.temperature
     engines.eval()
     with torch.no_grad():
         # The logits of one model at a time: those of both would be the memory peak.
-        logprobs = _sampled_logprobs(engines.actor, answers, config.sampling.temperature)
+        logprobs = join_parts(
+            answers, parts, lambda part: _sampled_logprobs(engines.actor, part, temperature)
+        )
         ref_logprobs = logprobs
         if config.has_reference:
-            ref_logprobs = _sampled_logprobs(engines.ref, answers, config.sampling.temperature)
+            ref_logprobs = join_parts(
+                answers, parts, lambda part: _sampled_logprobs(engines.ref, part, temperature)
+            )
         zeros = torch.zeros_like(logprobs)
-        values = answer_values(engines.critic, *inputs) if config.has_critic else zeros
+        values = zeros
+        if config.has_critic:
+            values = join_parts(answers, parts, lambda part: _values(engines.critic, part))
         kl = kl_estimate(logprobs, ref_logprobs, config.ppo.kl_estimator)
         rewards = shape_rewards(
             scores / score_std,
@@ -209,6 +289,12 @@ def make_experience(
         returns=returns,
         scores=scores,
     )
+
+
+def _values(engine, answers: SampledAnswers) -> torch.Tensor:
+    """Return ``answer_values`` [B, R] of sampled answers."""
+    num_tokens = answers.tokens.shape[1]
+    return answer_values(engine, answers.input_ids, answers.attention_mask, num_tokens)
 
 
 def _sampled_logprobs(engine, answers: SampledAnswers, temperature: float) -> torch.Tensor:

@@ -23,7 +23,13 @@ from dschat.runtime import dist
 from dschat.trainers import ppo
 from dschat.trainers.ppo_metrics import UpdateTotals
 from dschat.trainers.rlhf_engine import DeepSpeedRLHFEngine
-from dschat.trainers.rollout import concatenate, make_experience, trim, whiten
+from dschat.trainers.rollout import (
+    concatenate,
+    make_experience,
+    parts_by_length,
+    trim,
+    whiten,
+)
 
 COMMON = (
     "--num_warmup_steps 0 --lr_scheduler_type constant --dtype fp32 --max_answer_seq_len 7 "
@@ -247,6 +253,16 @@ def rollout(stock: str, *, family: str, zero: int) -> dict:
     k3 = make_experience(
         trainer.engines, answers, trainer.rewards(answers), config=by_k3, score_std=1.0, kl_coef=0.3
     )
+    # 35 tokens hold one or two answers, so that ranks differ in the parts that they need.
+    batch = replace(trainer.config.batch, scoring_tokens_per_batch=35)
+    in_parts = make_experience(
+        trainer.engines,
+        answers,
+        trainer.rewards(answers),
+        config=replace(trainer.config, batch=batch),
+        score_std=1.0,
+        kl_coef=0.3,
+    )
     names = ("logprobs", "ref_logprobs", "values", "rewards", "advantages", "returns", "scores")
     kl = raw.logprobs - raw.ref_logprobs
     score = torch.tensor(lengths).float().clamp(-5, 5)
@@ -263,6 +279,11 @@ def rollout(stock: str, *, family: str, zero: int) -> dict:
         "nothing after the end": all(not getattr(raw, n)[~live].any() for n in names[:-1]),
         "what is after the end is not read": all(
             torch.equal(getattr(raw, n), getattr(perturbed, n)) for n in names
+        ),
+        "parts of like length score the same": len(parts_by_length(answers, tokens=35)) > 2
+        and all(
+            torch.allclose(getattr(raw, n), getattr(in_parts, n), rtol=1e-5, atol=1e-5)
+            for n in names
         ),
         "KL on each token, score on the last": torch.allclose(
             raw.rewards, -0.3 * kl + on_last, atol=1e-6

@@ -785,3 +785,9 @@ def test_loggers_that_cannot_be_used_are_named(monkeypatch):
 def test_tokens_per_batch_hold_the_longest_row(config_class, flags, message):
     with pytest.raises(ValueError, match=message):
         parse_config(config_class, ["--model_name_or_path", "opt-125m", *flags.split()])
+
+
+def test_tokens_of_scoring_hold_the_longest_prompt_and_answer():
+    flags = "--actor_model_name_or_path opt-125m --critic_model_name_or_path opt-125m"
+    with pytest.raises(ValueError, match="--scoring_tokens_per_batch 511 is less than .* give 512"):
+        parse_config(PPOConfig, f"{flags} --scoring_tokens_per_batch 511".split())

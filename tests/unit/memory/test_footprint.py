@@ -258,6 +258,18 @@ def ppo(flags: str, world_size: int = 1):
     )
 
 
+def test_scoring_holds_at_most_the_tokens_that_are_given():
+    def scored(flags: str) -> float:
+        return ppo(f"--max_answer_seq_len 256 {flags}").parts["score"]["activations"]
+
+    given = scored("--per_device_generation_batch_size 64 --scoring_tokens_per_batch 4096")
+    assert given < scored("--per_device_generation_batch_size 64")
+    # As eight rows of 512 tokens, or more: all tokens of a part may be of answers.
+    assert given >= scored("--per_device_generation_batch_size 8")
+    few = "--per_device_generation_batch_size 2"
+    assert scored(f"{few} --scoring_tokens_per_batch 4096") == scored(few)
+
+
 def test_step_3_has_four_models_or_three_without_a_critic():
     plan = ppo("")
     assert set(plan.models) == {"actor", "reference", "reward", "critic"}
