@@ -25,6 +25,7 @@ LOGGERS = {"wandb": ["wandb>=0.17"], "trackio": ["trackio>=0.3"], "mlflow": ["ml
 # so theirs are fixed.
 TEST = [
     "pytest>=8",
+    "pytest-cov>=5",
     "hypothesis>=6.100",
     "ruff==0.17.6",
     "mypy==2.4.1",

@@ -9,7 +9,9 @@ from dschat.algorithms.advantages import gae, group_advantages, shape_rewards
 from dschat.algorithms.kl import KLController, kl_estimate
 from dschat.algorithms.logprobs import FusedLogprobs, full_kl, token_logprobs
 from dschat.algorithms.losses import (
+    dpo_loss,
     explained_variance,
+    implicit_rewards,
     lm_loss_rows,
     pairwise_loss,
     policy_loss,
@@ -25,6 +27,7 @@ from dschat.algorithms.masks import (
     moments,
     pool_last,
 )
+from dschat.algorithms.types import TextBatch
 
 
 def random_rows(batch=5, length=7, seed=0):
@@ -397,3 +400,27 @@ def test_pairwise_loss_with_margins():
     expected = [math.log1p(math.exp(-1)), math.log1p(math.exp(2))]
     assert loss.tolist() == pytest.approx(expected)
     assert pairwise_loss(chosen, rejected).tolist() == pytest.approx(expected[:1] * 2)
+
+
+@pytest.mark.parametrize("smoothing, expected", [(0.0, 0.513015), (0.25, 0.613015)])
+def test_dpo_loss_by_hand(smoothing, expected):
+    # Rewards 0.1 * (-2 - -5) = 0.3 and 0.1 * (-4 - -3) = -0.1: log(1 + exp(-0.4)) = 0.513015, and
+    # a share e of swapped pairs adds e * 0.4.
+    chosen = implicit_rewards(torch.tensor([-2.0]), torch.tensor([-5.0]), beta=0.1)
+    rejected = implicit_rewards(torch.tensor([-4.0]), torch.tensor([-3.0]), beta=0.1)
+    assert (chosen.item(), rejected.item()) == pytest.approx((0.3, -0.1))
+    loss = dpo_loss(chosen, rejected, label_smoothing=smoothing)
+    assert loss.shape == (1,) and loss.item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_batches_move_and_select_rows_in_every_tensor():
+    ids = torch.arange(6).view(3, 2)
+    batch = TextBatch(input_ids=ids, attention_mask=ids + 10, labels=ids + 20)
+    some = batch.rows(torch.tensor([2, 0]))
+    assert some.input_ids.tolist() == [[4, 5], [0, 1]]
+    assert some.attention_mask.tolist() == [[14, 15], [10, 11]]
+    assert some.labels.tolist() == [[24, 25], [20, 21]]
+    moved = batch.to("meta")
+    tensors = (moved.input_ids, moved.attention_mask, moved.labels)
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
+    assert type(moved) is TextBatch
