@@ -168,6 +168,17 @@ def group_advantages(
     return torch.where(mask.bool(), advantages, torch.zeros_like(exact)).to(rewards.dtype)
 
 
+def equal_groups(scores: torch.Tensor, num_samples: int) -> torch.Tensor:
+    """Return whether all answers of a group have the same score, as [B / num_samples] bool.
+
+    Args:
+        scores: [B]; the answers to one prompt are neighbours.
+        num_samples: answers per prompt.
+    """
+    groups = scores.view(-1, num_samples)
+    return groups.amax(-1) == groups.amin(-1)
+
+
 def batch_scaled(advantages: torch.Tensor, totals: torch.Tensor) -> torch.Tensor:
     """Divide advantages by the standard deviation of the answers' R over a whole rollout.
 

@@ -172,6 +172,7 @@ class PPOConfig:
         found += objective_problems(
             self.objective,
             self.ppo,
+            num_samples=self.batch.num_samples_per_prompt,
             max_answer_tokens=self.data.max_answer_seq_len,
             hybrid_engine=self.system.enable_hybrid_engine,
         )

@@ -84,10 +84,21 @@ class PPOObjective:
         "token", "That weight for each token, or the product over an answer for all its tokens."
     )
     importance_cap: float = flag(2.0, "Bound of that weight, above 1.")
+    dynamic_sampling: bool = flag(
+        False,
+        "Replace groups whose answers all score the same by groups of other prompts (DAPO's "
+        "dynamic sampling, Yu et al. 2025).",
+    )
+    max_extra_rollouts: int = flag(
+        4,
+        "With --dynamic_sampling: the most generation batches that a rollout draws in addition. "
+        "Groups that are still equal then stay.",
+    )
 
     def problems(self) -> list[str]:
         """Return what is wrong with single values, one sentence each."""
         found = fields_at_least(self, ("overlong_buffer", "overlong_penalty"), 0)
+        found += fields_at_least(self, ("max_extra_rollouts",), 1)
         found += above("--importance_cap", self.importance_cap, 1)
         if self.cliprange_high is not None:
             found += above("--cliprange_high", self.cliprange_high, 0)
@@ -101,13 +112,19 @@ class PPOObjective:
 
 
 def objective_problems(
-    options: PPOObjective, ppo: PPOAlgorithm, *, max_answer_tokens: int, hybrid_engine: bool
+    options: PPOObjective,
+    ppo: PPOAlgorithm,
+    *,
+    num_samples: int,
+    max_answer_tokens: int,
+    hybrid_engine: bool,
 ) -> list[str]:
     """Return the combinations of flags that make no sense, one sentence each.
 
     Args:
         options: the objective.
         ppo: the algorithm.
+        num_samples: --num_samples_per_prompt.
         max_answer_tokens: --max_answer_seq_len.
         hybrid_engine: --enable_hybrid_engine.
     """
@@ -127,6 +144,11 @@ def objective_problems(
         found.append(
             "--mask_truncated leaves out the answers that --missing_eos_penalty penalizes: give "
             "one of the two."
+        )
+    if options.dynamic_sampling and num_samples < 2:
+        found.append(
+            "--dynamic_sampling compares answers to one prompt: give --num_samples_per_prompt 2 or "
+            "more."
         )
     if options.importance_correction != "none" and not hybrid_engine:
         found.append(

@@ -7,6 +7,7 @@ PromptBatch -> generate -> SampledAnswers -> rewards -> make_experience -> Exper
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -30,7 +31,13 @@ from dschat.models.forward import forward_logits
 from dschat.runtime import dist
 from dschat.runtime.log import logger
 from dschat.tracking.progress import memory_gib
-from dschat.trainers.ppo_metrics import UpdateTotals, logprob_gap, rollout_metrics
+from dschat.trainers.dynamic_sampling import Scored, replace_equal_groups
+from dschat.trainers.ppo_metrics import (
+    UpdateTotals,
+    equal_groups_metric,
+    logprob_gap,
+    rollout_metrics,
+)
 from dschat.trainers.rlhf_engine import DeepSpeedRLHFEngine
 from dschat.trainers.rollout import (
     SampledAnswers,
@@ -74,6 +81,7 @@ class DeepSpeedPPOTrainer:
         pad_token_id: int,
         score_std: float = 1.0,
         ptx: TextBatches | None = None,
+        extra_prompts: Callable[[int, int], PromptBatch] | None = None,
     ):
         """Set up training from the first rollout.
 
@@ -85,6 +93,8 @@ class DeepSpeedPPOTrainer:
             pad_token_id: the actor's.
             score_std: scores are divided by it; one constant for the whole run.
             ptx: endless batches of general text for the PTX loss; None: no PTX loss.
+            extra_prompts: draws further prompts, by rollout and number of the draw; needed with
+                --dynamic_sampling. See ``ExtraPrompts``.
         """
         self.engines = engines
         self.config = config
@@ -92,6 +102,7 @@ class DeepSpeedPPOTrainer:
         self.score_std = score_std
         self.pad_token_id = pad_token_id
         self.ptx = ptx
+        self.extra_prompts = extra_prompts
         self.generation = sampling_config(
             max_new_tokens=config.data.max_answer_seq_len,
             eos_token_ids=eos_token_ids,
@@ -144,21 +155,18 @@ class DeepSpeedPPOTrainer:
         """
         started = time.monotonic()
         self.engines.eval()
-        device, generator = self.engines.actor.device, self.engines.generator
-        batches = [prompts.to(device) for prompts in batches]
-        answers = generate(generator, batches, generation=self.generation)
-        generator.end_rollout()
-        generated = time.monotonic()
+        scored, sampling = self._sample_and_score(batches)
+        answers = [batch for batch, _ in scored]
         pieces = [
             make_experience(
                 self.engines,
                 batch,
-                self.rewards(batch),
+                scores,
                 config=self.config,
                 score_std=self.score_std,
                 kl_coef=self.kl.coef,
             )
-            for batch in answers
+            for batch, scores in scored
         ]
         gap = logprob_gap(
             [
@@ -188,10 +196,49 @@ class DeepSpeedPPOTrainer:
         is_whitened = self.config.ppo.advantage_estimator in WHITENED_ESTIMATORS
         if is_whitened and self.config.ppo.whiten_advantages:
             experience = whiten(experience)
-        metrics["time/generate_s"] = generated - started
-        metrics["time/score_s"] = time.monotonic() - generated
-        metrics |= gap | generator.metrics()
+        metrics["time/score_s"] = time.monotonic() - started - sampling["time/generate_s"]
+        metrics |= sampling | gap | self.engines.generator.metrics()
         return experience, answers, metrics
+
+    def _sample_and_score(
+        self, batches: list[PromptBatch]
+    ) -> tuple[list[Scored], dict[str, float]]:
+        """Sample and score answers; with --dynamic_sampling replace groups of equal scores.
+
+        Returns:
+            Batches of answers with their scores, and metrics.
+        """
+        device, generator = self.engines.actor.device, self.engines.generator
+        num_samples = self.config.batch.num_samples_per_prompt
+        objective = self.config.objective
+        seconds = 0.0
+
+        def sample(prompts: list[PromptBatch]) -> list[Scored]:
+            nonlocal seconds
+            started = time.monotonic()
+            prompts = [batch.to(device) for batch in prompts]
+            answers = generate(generator, prompts, generation=self.generation)
+            generator.end_rollout()
+            seconds += time.monotonic() - started
+            return [(batch, self.rewards(batch)) for batch in answers]
+
+        scored = sample(batches)
+        metrics: dict[str, float] = {}
+        if num_samples > 1:
+            metrics |= equal_groups_metric([scores for _, scores in scored], num_samples)
+        if objective.dynamic_sampling:
+            assert self.extra_prompts is not None
+            draw = partial(self.extra_prompts, self.rollouts + 1)
+            scored, replaced = replace_equal_groups(
+                scored,
+                lambda number: sample([draw(number)])[0],
+                num_samples=num_samples,
+                max_extra=objective.max_extra_rollouts,
+                pad_token_id=self.pad_token_id,
+            )
+            metrics |= replaced
+        metrics["time/generate_s"] = seconds
+        return scored, metrics
 
     def train_rlhf(self, experience: Experience) -> dict[str, float]:
         """Train on a rollout: `ppo_epochs` passes in shuffled minibatches.

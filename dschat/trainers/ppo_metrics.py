@@ -2,6 +2,7 @@
 
 import torch
 
+from dschat.algorithms.advantages import equal_groups
 from dschat.algorithms.losses import explained_variance, value_moments
 from dschat.algorithms.masks import masked_sum, mean_and_std, moments
 from dschat.algorithms.types import Experience
@@ -111,6 +112,20 @@ def logprob_gap(
     ]
     gap, tokens = dist.all_reduce(torch.stack(sums).sum(0)).tolist()
     return {"rollout/logprob_gap": gap / tokens}
+
+
+def equal_groups_metric(scores: list[torch.Tensor], num_samples: int) -> dict[str, float]:
+    """Return the share of groups whose answers all score the same, as "rollout/equal_groups".
+
+    Args:
+        scores: of each batch of this rank, [B].
+        num_samples: answers in a group.
+    """
+    equal = equal_groups(torch.cat(scores), num_samples).double()
+    total, count = dist.all_reduce(
+        torch.stack([equal.sum(), torch.ones_like(equal).sum()])
+    ).tolist()
+    return {"rollout/equal_groups": total / count}
 
 
 class UpdateTotals:

@@ -48,6 +48,18 @@ class SampledAnswers:
         """Token ids of the answers [B, R]."""
         return self.input_ids[:, self.prompts.input_ids.shape[1] :]
 
+    def rows(self, index: torch.Tensor) -> "SampledAnswers":
+        """Return the rows `index` [N] (int64), as a new batch."""
+        sampled = self.sampled_logprobs
+        return SampledAnswers(
+            prompts=self.prompts.rows(index),
+            input_ids=self.input_ids[index],
+            attention_mask=self.attention_mask[index],
+            response_mask=self.response_mask[index],
+            ended=self.ended[index],
+            sampled_logprobs=None if sampled is None else sampled[index],
+        )
+
 
 def sampling_config(
     *,

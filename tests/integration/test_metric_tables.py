@@ -35,6 +35,8 @@ NEED_MORE = {
     "ptx/loss",
     "time/capture_s",
     "policy/kl_loss",
+    "rollout/equal_groups",
+    "rollout/extra_rollouts",
     "rollout/importance_mean",
     "rollout/importance_max",
     "rollout/importance_ess",

@@ -24,6 +24,7 @@ from dschat.engine.device import resolve_dtype
 from dschat.models.tokenizer import eos_token_ids, load_tokenizer
 from dschat.runtime import dist
 from dschat.runtime.seeds import seed_everything
+from dschat.trainers.dynamic_sampling import ExtraPrompts
 from dschat.trainers.evaluation import PolicyEvaluator
 from dschat.trainers.output_folder import (
     open_metrics,
@@ -101,6 +102,12 @@ def main() -> None:
         pad_token_id=tokenizer.pad_token_id,
         score_std=score_std,
         ptx=ptx,
+        extra_prompts=ExtraPrompts(
+            train_loader.dataset,
+            partial(collate_prompts, pad_id=tokenizer.pad_token_id),
+            size=config.batch.per_device_generation_batch_size,
+            seed=run.seed,
+        ),
     )
     train(trainer, train_loader, evaluator, checkpoint, rollouts=rollouts, before=before, plan=plan)
 

@@ -32,6 +32,8 @@ REFUSED = [
     ("--mask_truncated --overlong_buffer 64", ["--mask_truncated leaves out the answers that"]),
     ("--mask_truncated --missing_eos_penalty 1", ["--mask_truncated leaves out the answers that"]),
     ("--importance_correction mask", ["--importance_correction mask needs --enable_hybrid_engine"]),
+    ("--dynamic_sampling", ["--dynamic_sampling compares answers to one prompt"]),
+    ("--max_extra_rollouts 0", ["--max_extra_rollouts 0: must be at least 1."]),
     ("--importance_cap 1", ["--importance_cap 1.0: must be above 1."]),
 ]
 ACCEPTED = [
