@@ -175,12 +175,7 @@ def build_training_engine(
         lora_learning_rate=lora_learning_rate,
         cpu_offload=bool(ds_config["zero_optimization"].get("offload_optimizer")) and not on_cpu(),
     )
-    scheduler = get_scheduler(
-        schedule.lr_scheduler_type,
-        optimizer=optimizer,
-        num_warmup_steps=min(schedule.num_warmup_steps, total_steps),
-        num_training_steps=max(total_steps, 1),
-    )
+    scheduler = make_scheduler(optimizer, schedule, total_steps=total_steps)
     if ds_config["zero_optimization"]["stage"] == 3:
         _fetch_whole_layers(model, ds_config)
     engine, *_ = deepspeed.initialize(
@@ -190,6 +185,45 @@ def build_training_engine(
         _compile_layers(model)
     _log_sizes(model, stage=engine.zero_optimization_stage())
     return engine
+
+
+def make_scheduler(
+    optimizer: torch.optim.Optimizer, schedule: ScheduleOptions, *, total_steps: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """Return transformers' learning-rate schedule for a run of `total_steps` updates.
+
+    A warm-up starts at rate 0 and is cut to the run's length. A run that never reaches its learning
+    rate is warned of.
+    """
+    warmup = min(schedule.num_warmup_steps, total_steps)
+    if schedule.lr_scheduler_type != "constant" and warmup:
+        _log_warmup(schedule, total_steps=total_steps)
+    length = max(total_steps, 1)
+    if schedule.lr_scheduler_type == "polynomial" and warmup == length:
+        length += 1  # transformers divides by the updates after the warm-up
+    return get_scheduler(
+        schedule.lr_scheduler_type,
+        optimizer=optimizer,
+        num_warmup_steps=warmup,
+        num_training_steps=length,
+    )
+
+
+def _log_warmup(schedule: ScheduleOptions, *, total_steps: int) -> None:
+    """Say what a warm-up does to a run of `total_steps` updates, of which the first has rate 0."""
+    flag = f"--num_warmup_steps {schedule.num_warmup_steps}"
+    if total_steps == 1:
+        logger.warning(
+            f"{flag}: the only update of this run has learning rate 0, so the model does not "
+            "change. Give --num_warmup_steps 0."
+        )
+    elif schedule.num_warmup_steps >= total_steps:
+        logger.warning(
+            f"{flag}: this run has {total_steps} updates and never reaches its learning rate. Give "
+            f"--num_warmup_steps {max(total_steps // 10, 1)}, or train longer."
+        )
+    else:
+        logger.info(f"{flag} of {total_steps} updates; the first has learning rate 0")
 
 
 def _log_sizes(model: torch.nn.Module, *, stage: int) -> None:
