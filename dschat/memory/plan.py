@@ -168,17 +168,9 @@ def _plan_ppo(config: PPOConfig, *, world_size: int, dtype: str) -> StepPlan:
         idle = [drop_idle_states(model) for model in idle]
     waiting = sum_parts(resident, *map(resident_parts, idle))
 
-    def forward(tokens: int, names: list[str]) -> float:
-        return max(inference_bytes(sizes[name], tokens=tokens, width=width) for name in names)
-
     train = batch.per_device_training_batch_size
     tokens = train * (prompt + answer)
     logits = train * (answer + 1) * actor.vocab
-    # At most all tokens of a part are answers.
-    most = batch.scoring_tokens_per_batch or rows * (prompt + answer)
-    at_once = min(rows * (prompt + answer), most)
-    positions = min(rows * (answer + 1), most)
-    scored = loss_bytes(positions * actor.vocab, width=width, sliced=True, backward=False)
     group = _group_size(config)
     prompts = inference_bytes(actor, tokens=group * decoded * prompt, width=width, split=group)
     exact_kl = 0.0
@@ -198,9 +190,15 @@ def _plan_ppo(config: PPOConfig, *, world_size: int, dtype: str) -> StepPlan:
                 {"buffers": _whole_layers_bytes(config, actor, width=width)},
             ),
         ),
-        "score": sum_parts(waiting, {"activations": max(scored, forward(at_once, list(sizes)))}),
+        "score": sum_parts(
+            waiting, {"activations": _scoring_bytes(config, sizes, rows=rows, width=width)}
+        ),
         "evaluate": sum_parts(
-            waiting, {"activations": exact_kl + forward(held * (prompt + answer), ["actor"])}
+            waiting,
+            {
+                "activations": exact_kl
+                + inference_bytes(actor, tokens=held * (prompt + answer), width=width)
+            },
         ),
         **training_phases(
             "actor ",
@@ -227,6 +225,23 @@ def _plan_ppo(config: PPOConfig, *, world_size: int, dtype: str) -> StepPlan:
         {**resident, **{f"{k} (while generating)": v for k, v in passing.items()}},
         parts,
     )
+
+
+def _scoring_bytes(
+    config: PPOConfig, sizes: dict[str, ModelSize], *, rows: int, width: int
+) -> float:
+    """Return the activations of scoring a generation batch of `rows` answers."""
+    answer = config.data.max_answer_seq_len
+    tokens = rows * (config.data.max_prompt_seq_len + answer)
+    positions = rows * (answer + 1)
+    if config.batch.scoring_tokens_per_batch:
+        # At most all tokens of a part are answers.
+        tokens = min(tokens, config.batch.scoring_tokens_per_batch)
+        positions = min(positions, config.batch.scoring_tokens_per_batch)
+    elements = positions * sizes["actor"].vocab
+    logits = loss_bytes(elements, width=width, sliced=True, backward=False)
+    forwards = (inference_bytes(size, tokens=tokens, width=width) for size in sizes.values())
+    return max(logits, *forwards)
 
 
 def _ptx_parts(

@@ -260,7 +260,8 @@ def ppo(flags: str, world_size: int = 1):
 
 def test_scoring_holds_at_most_the_tokens_that_are_given():
     def scored(flags: str) -> float:
-        return ppo(f"--max_answer_seq_len 256 {flags}").parts["score"]["activations"]
+        more = "--max_answer_seq_len 256 --per_device_training_batch_size 2"
+        return ppo(f"{more} {flags}").parts["score"]["activations"]
 
     given = scored("--per_device_generation_batch_size 64 --scoring_tokens_per_batch 4096")
     assert given < scored("--per_device_generation_batch_size 64")
