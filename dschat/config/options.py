@@ -305,7 +305,7 @@ class SystemOptions:
 
     @property
     def frozen_format(self) -> FrozenFormat:
-        """How the weights that LoRA adapts are stored."""
+        """Storage of the weights that LoRA adapts."""
         if self.enable_mixed_precision_lora and self.quantize_frozen == "none":
             return "int8"
         return self.quantize_frozen

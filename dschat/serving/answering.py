@@ -19,7 +19,7 @@ SHUTTING_DOWN = "the server is shutting down"
 
 @dataclass(frozen=True)
 class Settings:
-    """How an answer is generated."""
+    """Settings of one answer's generation."""
 
     max_new_tokens: int
     sampling: Sampling

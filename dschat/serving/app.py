@@ -30,7 +30,7 @@ PAGE = Path(__file__).with_name("page.html")
 
 @dataclass(frozen=True)
 class Address:
-    """Where the server is reached."""
+    """The address of the server."""
 
     host: str
     public_url: str | None = None

@@ -1,4 +1,4 @@
-"""What every request to the chat server must pass: its origin, its rate and its size."""
+"""Checks of every request to the chat server: its origin, its rate and its size."""
 
 import asyncio
 import base64

@@ -26,7 +26,7 @@ MAX_END_CHARACTERS = 200
 
 @dataclass(frozen=True)
 class Bounds:
-    """What a request may ask for, and what it gets if it does not ask."""
+    """Limits and defaults of a request."""
 
     models: tuple[str, ...]
     max_turns: int

@@ -73,7 +73,7 @@ class ReportedBatches:
 
 
 class _Pace:
-    """When a progress line is due, and how it is shown."""
+    """The schedule of progress lines, and their display."""
 
     def __init__(self, interval_s: float):
         self._live = has_terminal()

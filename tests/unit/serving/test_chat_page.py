@@ -23,7 +23,7 @@ HOSTILE = "<img src=x onerror=\"document.title='broken'\"> **bold** `code`\n\n- 
 
 
 class Talker(Backwards):
-    """A model that streams its answer, and goes on until it is stopped if asked to."""
+    """A model that streams its answer, and continues until it is stopped if asked to."""
 
     def __init__(self, text: str):
         self.text = text
