@@ -26,6 +26,7 @@ LOGGERS = {"wandb": ["wandb>=0.17"], "trackio": ["trackio>=0.3"], "mlflow": ["ml
 TEST = [
     "pytest>=8",
     "pytest-cov>=5",
+    "pytest-xdist>=3",
     "hypothesis>=6.100",
     "ruff==0.17.6",
     "mypy==2.4.1",

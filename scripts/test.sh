@@ -2,6 +2,8 @@
 # Install what is missing into .venv, then run the tests:
 #
 #   bash scripts/test.sh [arguments of pytest]      # -m slow: the tests that take minutes
+#
+# Without arguments, the unit tests run in one process and the tests that launch runs in another.
 set -euo pipefail
 
 source "$(dirname -- "${BASH_SOURCE[0]}")/_venv.sh"
@@ -12,4 +14,7 @@ export TOKENIZERS_PARALLELISM=false
 # No test needs the hub. A test that asks for it should fail at once and not wait.
 export HF_HUB_OFFLINE=1
 cd -- "$ROOT"
+if (($# == 0)); then
+    set -- -n 2 --dist loadgroup
+fi
 exec "$VENV_PYTHON" -m pytest "$@"
