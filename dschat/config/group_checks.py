@@ -6,7 +6,7 @@ Each returns a list of the problems found, one sentence each.
 from pathlib import Path
 from typing import Any
 
-from dschat.config.options import DataOptions, LoraOptions, ScheduleOptions
+from dschat.config.options import DataOptions, LoraOptions, ScheduleOptions, TextOptions
 from dschat.config.value_checks import (
     above,
     at_least,
@@ -61,6 +61,34 @@ def data_problems(data: DataOptions) -> list[str]:
     return found + seed_value("--data_seed", data.data_seed)
 
 
+def streaming_problems(data: TextOptions, schedule: ScheduleOptions, batch: Any) -> list[str]:
+    """Check that nothing needs the number of rows, which a stream does not know."""
+    if not data.streaming:
+        return []
+    found = at_least("--shuffle_buffer", data.shuffle_buffer, 2)
+    if not schedule.max_train_steps:
+        found.append(
+            "--streaming: the number of rows, and so of an epoch's steps, is unknown. Give the "
+            "run's length with --max_train_steps."
+        )
+    for name in ("packing", "tokens_per_batch"):
+        if getattr(batch, name, None):
+            found.append(
+                f"--{name} needs the lengths of all rows, which --streaming does not know. Leave "
+                "one of them out."
+            )
+    if data.blend or data.blend_temperature != 1:
+        found.append(
+            "--streaming reads the data sets in turn, a row of each. Leave --blend and "
+            "--blend_temperature out."
+        )
+    if getattr(data, "sft_only_data_path", None):
+        found.append(
+            "--streaming splits all its data sets by --data_split. Leave --sft_only_data_path out."
+        )
+    return found
+
+
 def schedule_problems(schedule: ScheduleOptions) -> list[str]:
     """Check the schedule options."""
     found = at_least("--gradient_accumulation_steps", schedule.gradient_accumulation_steps, 1)
@@ -103,6 +131,7 @@ def single_model_problems(config: Any) -> list[str]:
     found += output_problems(config.run.output_dir, config.model.by_flag)
     found += data_problems(config.data)
     found += schedule_problems(config.schedule)
+    found += streaming_problems(config.data, config.schedule, config.batch)
     found += zero_stage("--zero_stage", config.system.zero_stage)
     found += lora_problems(config.lora)
     if config.lora.only_optimize_lora and config.lora.lora_dim == 0:

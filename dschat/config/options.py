@@ -112,6 +112,14 @@ class TextOptions(DataOptions):
     """The data of a step that trains on whole texts."""
 
     max_seq_len: int = flag(512, "Longest text in tokens; see --truncation.")
+    streaming: bool = flag(
+        False,
+        "Read and tokenize the rows while training, for data sets larger than the disk; needs "
+        "--max_train_steps.",
+    )
+    shuffle_buffer: int = flag(
+        10_000, "Rows that --streaming keeps in memory and shuffles, over all ranks."
+    )
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ training; the dataset then reads them from the prepared table.
 import random
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import get_args
+from typing import Any, get_args
 
 import datasets
 import numpy as np
@@ -71,6 +71,7 @@ class TextDataset(Dataset):
         self.encoder = Encoder(tokenizer, prompt_format=prompt_format, end_token_id=end_token_id)
         self.prepared: Sequence[dict] | None = None  # items, one for each of `rows`
         self.items_digest: str | None = None  # a hash of all prepared items, in their order
+        self.stream: Any = None  # a `streams.Stream` whose rows are read during training
         # Of a weighted blend: see `loaders.ShardedSampler`.
         self.draws: Sequence[tuple[int, int]] | None = None
 

@@ -17,8 +17,10 @@ from dschat.data.cache import prepared_folder
 from dschat.data.datasets import PairDataset, PromptDataset, SFTDataset, TextDataset
 from dschat.data.packing import PackedDataset, collate_packed
 from dschat.data.preparation import prepare
+from dschat.data.row import Row
 from dschat.data.samplers import PackedSampler, ShardedSampler
 from dschat.data.splits import Blend, first_indices_per_source
+from dschat.data.streams import Stream, StreamLoader
 from dschat.data.templates import HUMAN_ASSISTANT_TEMPLATE
 from dschat.runtime import dist
 
@@ -85,7 +87,12 @@ def build_sft_data(
     Raises:
         ValueError: for data that cannot be used, rows without an answer, or a part that is empty.
     """
-    rows = open_blends(data, step=1, needs="chosen", whole=data.sft_only_data_path)
+    stream = Stream(data, step=1, needs="chosen") if data.streaming else None
+    rows: Sequence[Sequence[Row]]
+    if stream is not None:
+        rows = stream.first_rows()
+    else:
+        rows = open_blends(data, step=1, needs="chosen", whole=data.sft_only_data_path)
     options: dict[str, Any] = dict(
         max_seq_len=data.max_seq_len,
         prompt_format=data.prompt_format,
@@ -95,6 +102,7 @@ def build_sft_data(
     )
     train, held_out = (SFTDataset(part, tokenizer, **options) for part in rows)
     _prepare_both(train, held_out, data)
+    _attach(train, stream)
     return train, held_out
 
 
@@ -114,7 +122,13 @@ def build_pair_data(
         ValueError: for data that cannot be used, rows without a rejected answer, or a part that is
             empty.
     """
-    train_rows, eval_rows = open_blends(data, step=2, needs="rejected")
+    stream = Stream(data, step=2, needs="rejected") if data.streaming else None
+    rows: Sequence[Sequence[Row]]
+    if stream is not None:
+        rows = stream.first_rows()
+    else:
+        rows = open_blends(data, step=2, needs="rejected")
+    train_rows, eval_rows = rows
     options: dict[str, Any] = dict(
         max_seq_len=data.max_seq_len,
         prompt_format=data.prompt_format,
@@ -124,6 +138,7 @@ def build_pair_data(
     train = PairDataset(train_rows, tokenizer, cut_fraction=cut_fraction, seed=seed, **options)
     held_out = PairDataset(eval_rows, tokenizer, **options)
     _prepare_both(train, held_out, data)
+    _attach(train, stream)
     return train, held_out
 
 
@@ -149,6 +164,13 @@ def build_prompt_data(
             f"{len(held_out)}. Give more rows, a larger --eval_fraction, or an evaluation part."
         )
     return train, held_out
+
+
+def _attach(train: TextDataset, stream: Stream | None) -> None:
+    """Let a dataset, whose rows are the first of a stream, train on all of them."""
+    if stream is not None:
+        train.stream = stream
+        train.items_digest = f"{train.items_digest} {stream.digest}"
 
 
 def _prepare_both(train: TextDataset, held_out: TextDataset, data: DataOptions) -> None:
@@ -227,7 +249,7 @@ def make_loaders(
     seed: int,
     pack_to: int | None = None,
     tokens_per_batch: int = 0,
-) -> tuple[DataLoader, DataLoader]:
+) -> tuple[DataLoader | StreamLoader, DataLoader]:
     """Build this rank's loaders of a step.
 
     Training rows are shuffled and come in full windows; held-out rows keep their order.
@@ -248,12 +270,16 @@ def make_loaders(
     Raises:
         ValueError: there are fewer training rows than one batch per rank.
     """
+    shard: dict[str, Any] = dict(rank=dist.rank(), world_size=dist.world_size(), seed=seed)
+    padded = functools.partial(collate, pad_id=pad_id)
+    eval_loader = make_loader(held_out, padded, batch_size=eval_batch_size, shuffle=False, **shard)
+    if train.stream is not None:
+        stream = StreamLoader(train, train.stream, padded, batch_size=train_batch_size, **shard)
+        return stream, eval_loader
     _check_one_batch(len(train), train_batch_size)
     if tokens_per_batch:
         train_batch_size, window = train_batch_size * window, 1
-    shard: dict[str, Any] = dict(rank=dist.rank(), world_size=dist.world_size(), seed=seed)
     rows: dict[str, Any] = dict(batch_size=train_batch_size, window=window, **shard)
-    padded = functools.partial(collate, pad_id=pad_id)
     if pack_to is None:
         train_loader = make_loader(train, padded, shuffle=True, draws=train.draws, **rows)
     else:
@@ -262,7 +288,6 @@ def make_loaders(
         "training data: %.1f%% of the tokens of a batch are real, the rest is padding",
         100 * real_share(batch_lengths(train, train_loader, tokens_per_batch)),
     )
-    eval_loader = make_loader(held_out, padded, batch_size=eval_batch_size, shuffle=False, **shard)
     return train_loader, eval_loader
 
 

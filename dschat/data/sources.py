@@ -122,7 +122,7 @@ def load_source(
             row, and the remedy.
     """
     entry = parse_entry(path)
-    known_set = _find_hub_set(entry.path)
+    known_set = find_hub_set(entry.path)
     hub_set = known_set or HubSet()
     if path == LOCAL_JSON:
         hub_set = HubSet(local_json_row)
@@ -188,7 +188,7 @@ def _hash_text(text: str) -> int:
     return int.from_bytes(digest, "little")
 
 
-def _find_hub_set(path: str) -> HubSet | None:
+def find_hub_set(path: str) -> HubSet | None:
     """Return the known dataset with the name `path`, or whose name is the end of `path`."""
     parts = Path(path).parts
     names = (path, "/".join(parts[-2:]), "".join(parts[-1:]))

@@ -104,6 +104,21 @@ class Assignment:
         self.labels = np.concatenate([self.labels, labels[new]])[order]
 
 
+def share_of(group: int, shares: Sequence[Fraction], seed: int, salt: int) -> int:
+    """Return the share of one beginning if nothing is known of the others.
+
+    The beginnings have the order that `Assignment` gives them, but the borders are those of an
+    endless number of rows.
+    """
+    place = int(_mix(np.array([group], dtype=np.uint64), seed, salt)[0])
+    end = Fraction(0)
+    for label, share in enumerate(shares):
+        end += share
+        if place * sum(shares) < end * 2**64:
+            return label
+    return len(shares) - 1
+
+
 def _fill_empty_shares(
     labels: np.ndarray, free: np.ndarray, middles: np.ndarray, sizes: np.ndarray, ends: np.ndarray
 ) -> None:

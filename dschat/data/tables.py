@@ -245,6 +245,39 @@ def open_tables(
     return _open_hub_set(path, repository or path, config, choice, cache_dir)
 
 
+def find_train_files(path: str, split: str | None, prefer: tuple[str, ...]) -> list[Path] | None:
+    """Return the files of an entry's training part, in order; None if the entry is a hub name.
+
+    Args:
+        path: see `open_tables`, as for `split` and `prefer`.
+        split: the part to train on.
+        prefer: endings of the training part, the best first.
+
+    Raises:
+        ValueError: there are none.
+    """
+    local = user_path(path)
+    if set(path) & set("*?[") and not _exists(local, path):
+        return _match_pattern(path)
+    if not _exists(local, path):
+        return None
+    if local.is_file():
+        return [local]
+    for folder in (local, local / "data"):
+        parts = _list_parts(folder, SUFFIXES)
+        train = _Choice(split, prefer).find(list(parts))
+        if train is not None:
+            files = parts[train]
+            if files[0].is_dir():
+                files = [file for file in _list_folder(files[0]) if _is_data_file(file, SUFFIXES)]
+            _check_shards(folder, train, files)
+            return files
+    raise ValueError(
+        f"--data_path {path}: no file of a part to train on. Give a file, a pattern over files, or "
+        "a folder that holds train.*."
+    )
+
+
 @dataclass(frozen=True)
 class _Choice:
     """A choice of the part to train on among several."""
@@ -443,6 +476,10 @@ def _check_shards(folder: Path, part: str, paths: list[Path]) -> None:
 
 
 def _open_pattern(pattern: str, cache_dir: str | None) -> Table:
+    return _open_files(_match_pattern(pattern), pattern, cache_dir)
+
+
+def _match_pattern(pattern: str) -> list[Path]:
     found = sorted(glob.glob(str(user_path(pattern)), recursive=True))
     files = [Path(path) for path in found if Path(path).is_file()]
     if not files:
@@ -450,7 +487,7 @@ def _open_pattern(pattern: str, cache_dir: str | None) -> Table:
             f"--data_path {pattern}: no such file, and as a pattern it matches none. Give a path "
             "that exists, or a pattern such as folder/*.jsonl, in quotes."
         )
-    return _open_files(files, pattern, cache_dir)
+    return files
 
 
 def _open_files(paths: list[Path], title: str, cache_dir: str | None) -> Table:

@@ -137,6 +137,8 @@ def train_run(
         metrics=metrics,
     )
     state.facts = {"dtype": run.dtype}
+    if config.data.streaming:
+        state.parts["stream"] = train_loader
     state.restore(run.checkpoint)
     train_supervised(
         engine,

@@ -42,6 +42,9 @@ def flags(options: dict) -> str:
     if options["step"] == "dpo" and lora:
         # The reference is then the trained model, but must not use its dropout.
         adapters += " --only_optimize_lora"
+    if options["step"] == 2 and lora:
+        # A small buffer, so that the run is killed and saved within one of several blocks.
+        rows += " --streaming --shuffle_buffer 40 --eval_fraction 0.4"
     return f"{SUPERVISED} {model} {rows} --zero_stage {zero} {adapters}"
 
 
