@@ -45,7 +45,12 @@ def parse_config(config_class: Any, argv: list[str] | None = None) -> Any:
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     groups = typing.get_type_hints(config_class)
-    parser = _Parser(list(groups.values()), description=config_class.__doc__, allow_abbrev=False)
+    parser = _Parser(
+        list(groups.values()),
+        description=config_class.__doc__,
+        epilog="--config FILE reads flags from a YAML or JSON file; those beside it win.",
+        allow_abbrev=False,
+    )
     for action in parser._actions:
         if action.nargs == "+":
             action.nargs = "*"  # a list may be empty, as in DeepSpeed-Chat
@@ -55,7 +60,7 @@ def parse_config(config_class: Any, argv: list[str] | None = None) -> Any:
     if len(words) == 1 and words[0].endswith(FILE_SUFFIXES):
         values = _from_file(parser, Path(words[0]), title)
     else:
-        values = _from_flags(parser, argv, title)
+        values = _from_flags(parser, _with_config_file(parser, argv, title), title)
     config = config_class(**dict(zip(groups, values, strict=True)))
     problems = config.problems()
     for group in values:
@@ -125,13 +130,58 @@ def _unknown(word: str, words: list[str], known: set[str], title: str) -> str:
     if not word.startswith("--") and word.startswith("-") and before in known:
         return f"{before} {word}: write a value that begins with - as {before}={word}"
     if word.endswith(FILE_SUFFIXES):
-        return f"{word}: a configuration file takes no flags beside it. Write them into the file."
+        return (
+            f"{word}: a configuration file takes no flags beside it. Write them into the file, or "
+            f"give --config {word}."
+        )
     near = difflib.get_close_matches(word.partition("=")[0], sorted(known), n=1)
     hint = f" Did you mean {near[0]}?" if near else " --help lists the flags."
     return f"{word}: no flag of that name ({title}).{hint}"
 
 
+def _with_config_file(parser: _Parser, argv: list[str], title: str) -> list[str]:
+    """Replace --config FILE by the flags in the file, before all others, which therefore win.
+
+    Raises:
+        ValueError: the file is bad, has no name, or is given twice.
+    """
+    rest: list[str] = []
+    files: list[str] = []
+    words = iter(argv)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name == "--config":
+            files.append(value if equals else next(words, ""))
+        else:
+            rest.append(word)
+    if not files:
+        return argv
+    if len(files) > 1:
+        raise ValueError(f"--config is given {len(files)} times: give one file.")
+    if not files[0] or files[0].startswith("--"):
+        raise ValueError("--config has no value: give a YAML or JSON file.")
+    path = Path(files[0])
+    found = _file_words(path)
+    _named_faults(path, parser, found, title)
+    return found + rest
+
+
 def _from_file(parser: _Parser, path: Path, title: str) -> list[Any]:
+    return _named_faults(path, parser, _file_words(path), title)
+
+
+def _named_faults(path: Path, parser: _Parser, words: list[str], title: str) -> list[Any]:
+    """Parse the words of a file; its name is in every message."""
+    try:
+        return _from_flags(parser, words, title)
+    except ValueError as error:
+        raise ValueError(
+            "\n".join(f"{path}: {line}" for line in str(error).splitlines())
+        ) from error
+
+
+def _file_words(path: Path) -> list[str]:
+    """Return the flags in a YAML or JSON file, as command-line words."""
     if not path.is_file():
         raise ValueError(f"{path}: no such configuration file.")
     try:
@@ -154,9 +204,4 @@ def _from_file(parser: _Parser, path: Path, title: str) -> list[Any]:
             continue
         words.append(f"--{key}")
         words += [str(item) for item in value] if isinstance(value, list) else [str(value)]
-    try:
-        return _from_flags(parser, words, title)
-    except ValueError as error:
-        raise ValueError(
-            "\n".join(f"{path}: {line}" for line in str(error).splitlines())
-        ) from error
+    return words

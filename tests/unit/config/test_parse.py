@@ -380,7 +380,8 @@ def test_a_stray_word_and_a_file_beside_flags(tmp_path):
     found = message(SFTConfig, ["run.yaml", "--zero_stage", "2"])
     assert (
         found
-        == "run.yaml: a configuration file takes no flags beside it. Write them into the file."
+        == "run.yaml: a configuration file takes no flags beside it. Write them into the file, or "
+        "give --config run.yaml."
     )
 
 
