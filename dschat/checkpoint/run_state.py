@@ -23,7 +23,7 @@ from dschat.checkpoint.run_checkpoint import (
     open_checkpoint,
     save_checkpoint,
 )
-from dschat.config.parse import config_dict
+from dschat.config.parse import config_dict, default_dict
 from dschat.config.ppo import PPOConfig
 from dschat.runtime import dist
 from dschat.runtime.grace import report_update
@@ -406,15 +406,22 @@ class RunState:
 
 
 def _check_flags(config, checkpoint: Checkpoint) -> None:
-    before = checkpoint.facts["config"]
+    """Compare the flags that affect training.
+
+    A flag that did not exist when the checkpoint was written had its default then.
+
+    Raises:
+        ValueError: some differ.
+    """
+    before = default_dict(config) | checkpoint.facts["config"]
     now = config_dict(config)
     changeable = set(CHANGEABLE_FLAGS)
     if checkpoint.processes != dist.world_size():
         changeable |= BATCH_SIZE_FLAGS
     changed = [
-        f"--{name} was {before.get(name)} and is {value}"
+        f"--{name} was {before[name]} and is {value}"
         for name, value in now.items()
-        if name not in changeable and before.get(name) != value
+        if name not in changeable and before[name] != value
     ]
     if changed:
         raise ValueError(

@@ -5,6 +5,7 @@ import difflib
 import json
 import sys
 import typing
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -85,9 +86,20 @@ def step_title(config_class: type) -> str:
 
 def config_dict(config: Any) -> dict[str, Any]:
     """Return the configuration as one flat dictionary, like a YAML file for the same run."""
-    flat = {}
-    for group in dataclasses.asdict(config).values():
-        flat.update(group)
+    return _flat(getattr(config, field.name) for field in dataclasses.fields(config))
+
+
+def default_dict(config: Any) -> dict[str, Any]:
+    """Return the defaults of all flags of a configuration, as ``config_dict`` returns values."""
+    groups = (getattr(config, field.name) for field in dataclasses.fields(config))
+    return _flat(type(group)() for group in groups)
+
+
+def _flat(groups: Iterable[Any]) -> dict[str, Any]:
+    """Return the options of all groups as one dictionary."""
+    flat: dict[str, Any] = {}
+    for group in groups:
+        flat.update(dataclasses.asdict(group))
     return flat
 
 

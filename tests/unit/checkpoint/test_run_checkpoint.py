@@ -12,6 +12,8 @@ from dschat.checkpoint.run_checkpoint import (
     newest_checkpoint,
     save_checkpoint,
 )
+from dschat.config.parse import config_dict, parse_config
+from dschat.config.sft import SFTConfig
 from dschat.engine.ema import MovingAverage
 from dschat.runtime import dist, interrupt
 from dschat.runtime.interrupt import Interruption
@@ -98,6 +100,7 @@ def test_a_shared_folder_is_needed_only_with_checkpoints(tmp_path, monkeypatch):
 
 def test_ignore_memory_plan_may_be_given_when_resuming(monkeypatch, tmp_path):
     monkeypatch.setattr(run_state, "config_dict", lambda config: config)
+    monkeypatch.setattr(run_state, "default_dict", lambda config: {})
     config = {"ignore_memory_plan": True, "seed": 1}
     before = Checkpoint(
         tmp_path, 1, {"processes": 1, "config": {"ignore_memory_plan": False, "seed": 1}}
@@ -105,6 +108,18 @@ def test_ignore_memory_plan_may_be_given_when_resuming(monkeypatch, tmp_path):
     run_state._check_flags(config, before)
     with pytest.raises(AttributeError):  # the message needs run.resume
         run_state._check_flags(config | {"seed": 2}, before)
+
+
+def test_flags_that_a_checkpoint_does_not_know_had_their_defaults(tmp_path):
+    words = "--model_name_or_path m --data_path d --output_dir o --resume latest".split()
+    config = parse_config(SFTConfig, words)
+    older = config_dict(config)
+    del older["tokens_per_batch"], older["packing"]
+    before = Checkpoint(tmp_path, 1, {"processes": 1, "config": older})
+    run_state._check_flags(config, before)
+    newer = parse_config(SFTConfig, [*words, "--packing"])
+    with pytest.raises(ValueError, match="--packing was False and is True"):
+        run_state._check_flags(newer, before)
 
 
 @pytest.mark.parametrize(
