@@ -67,6 +67,55 @@ def dpo_loss(
     return -(1.0 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
 
 
+def robust_dpo_loss(
+    chosen_rewards: torch.Tensor, rejected_rewards: torch.Tensor, *, label_smoothing: float
+) -> torch.Tensor:
+    """Return the DPO loss without the bias of swapped labels, as [B].
+
+    It is (-(1 - e) log sigmoid(m) + e log sigmoid(-m)) / (1 - 2e), with the margin m between the
+    rewards. If a share e of the pairs is the wrong way round, its expectation is the loss on the
+    right labels (Chowdhury et al. 2024, "Provably Robust DPO", section 3).
+
+    Args:
+        chosen_rewards: [B], from ``implicit_rewards``.
+        rejected_rewards: [B], from ``implicit_rewards``.
+        label_smoothing: e, below 0.5.
+    """
+    margin = chosen_rewards - rejected_rewards
+    right, swapped = F.logsigmoid(margin), F.logsigmoid(-margin)
+    biased = -(1.0 - label_smoothing) * right + label_smoothing * swapped
+    return biased / (1.0 - 2.0 * label_smoothing)
+
+
+def hinge_loss(chosen_rewards: torch.Tensor, rejected_rewards: torch.Tensor) -> torch.Tensor:
+    """Return max(0, 1 - (r_w - r_l)) of each pair, as [B].
+
+    This is the calibration loss of Zhao et al. 2023 (SLiC-HF, equation 1), divided by its margin
+    delta, on log ratios to the reference; beta of the rewards is 1 / delta.
+
+    Args:
+        chosen_rewards: [B], from ``implicit_rewards``.
+        rejected_rewards: [B], from ``implicit_rewards``.
+    """
+    return F.relu(1.0 - (chosen_rewards - rejected_rewards))
+
+
+def ipo_loss(
+    chosen_log_ratios: torch.Tensor, rejected_log_ratios: torch.Tensor, *, beta: float
+) -> torch.Tensor:
+    """Return (h - 1 / (2 beta))^2 of each pair, as [B], with h the difference of the log ratios.
+
+    Azar et al. 2023 (IPO), equation 17; beta is their tau. The log ratios there are of whole
+    answers. Here they may also be means over tokens.
+
+    Args:
+        chosen_log_ratios: [B], log pi - log ref of the chosen answers.
+        rejected_log_ratios: [B], the same of the rejected answers.
+        beta: a smaller one asks for a larger difference.
+    """
+    return (chosen_log_ratios - rejected_log_ratios - 1.0 / (2.0 * beta)) ** 2
+
+
 def implicit_rewards(
     logprobs: torch.Tensor, ref_logprobs: torch.Tensor, *, beta: float
 ) -> torch.Tensor:

@@ -4,7 +4,7 @@ DPO replaces steps 2 and 3. It shares the options of the other steps that train 
 """
 
 from dataclasses import dataclass
-from typing import Optional
+from typing import Literal, Optional
 
 from dschat.config.group_checks import single_model_problems, tokens_per_batch_problems
 from dschat.config.options import (
@@ -58,9 +58,32 @@ class DPOAlgorithm:
     beta: float = flag(
         0.1, "Weight of the KL divergence from the reference: rewards are beta times log ratios."
     )
-    label_smoothing: float = flag(
-        0.0, "Assumed share of pairs with swapped labels (conservative DPO)."
+    loss_type: Literal["sigmoid", "ipo", "hinge", "robust"] = flag(
+        "sigmoid",
+        "Loss of a pair: sigmoid (DPO), ipo (squared distance of the log ratios, per token, to "
+        "1 / (2 * beta)), hinge (SLiC), or robust (unbiased if --label_smoothing of the pairs are "
+        "swapped).",
     )
+    label_smoothing: float = flag(
+        0.0,
+        "Assumed share of pairs with swapped labels (sigmoid: conservative DPO; robust: needed).",
+    )
+
+    def problems(self) -> list[str]:
+        """Return what is wrong with these options, one sentence each."""
+        found = above("--beta", self.beta, 0)
+        found += in_range("--label_smoothing", self.label_smoothing, 0.0, 0.5)
+        if self.loss_type in ("ipo", "hinge") and self.label_smoothing:
+            found.append(
+                f"--loss_type {self.loss_type} has no --label_smoothing: leave it out, or give "
+                "--loss_type sigmoid or robust."
+            )
+        if self.loss_type == "robust" and self.label_smoothing in (0.0, 0.5):
+            found.append(
+                "--loss_type robust needs the share of swapped pairs: give --label_smoothing "
+                "above 0 and below 0.5."
+            )
+        return found
 
 
 @dataclass(frozen=True)
@@ -101,6 +124,4 @@ class DPOConfig:
             least=2 * self.data.max_seq_len,
             row="one pair of texts of --max_seq_len",
         )
-        found += above("--beta", self.dpo.beta, 0)
-        found += in_range("--label_smoothing", self.dpo.label_smoothing, 0.0, 0.5)
         return found + at_least("--eval_interval", self.run.eval_interval, 0)

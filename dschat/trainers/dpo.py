@@ -4,7 +4,13 @@ from dataclasses import replace
 
 import torch
 
-from dschat.algorithms.losses import dpo_loss, implicit_rewards
+from dschat.algorithms.losses import (
+    dpo_loss,
+    hinge_loss,
+    implicit_rewards,
+    ipo_loss,
+    robust_dpo_loss,
+)
 from dschat.algorithms.types import PairBatch
 from dschat.engine.build import build_inference_engine
 from dschat.engine.ds_config import inference_config
@@ -38,7 +44,7 @@ def build_reference(run: SupervisedRun):
 
 
 class DPOObjective:
-    """The DPO loss: -log sigmoid of the margin between the implicit rewards of a pair's answers.
+    """The DPO loss: a function of the margin between the implicit rewards of a pair's answers.
 
     Losses are averaged over pairs.
     """
@@ -46,17 +52,22 @@ class DPOObjective:
     name = "DPO"
     margins: torch.Tensor | None = None
 
-    def __init__(self, reference, *, beta: float, label_smoothing: float):
+    def __init__(
+        self, reference, *, beta: float, label_smoothing: float, loss_type: str = "sigmoid"
+    ):
         """Set the reference and the loss.
 
         Args:
             reference: an engine that never changes; None: the trained one with its adapters off.
             beta: factor of the log ratios in the implicit rewards.
-            label_smoothing: assumed probability that a pair's preference is wrong.
+            label_smoothing: assumed probability that a pair's preference is wrong; of the types
+                sigmoid and robust.
+            loss_type: sigmoid, ipo, hinge or robust.
         """
         self.reference = reference
         self.beta = beta
         self.label_smoothing = label_smoothing
+        self.loss_type = loss_type
 
     def weight(self, batch: PairBatch) -> torch.Tensor:
         """Return the number of pairs."""
@@ -66,7 +77,7 @@ class DPOObjective:
         """Return the loss summed over pairs, and sums of rewards and log-probabilities to log."""
         logprobs, ref_logprobs = self._logprobs(engine, batch)
         chosen, rejected = implicit_rewards(logprobs, ref_logprobs, beta=self.beta).chunk(2)
-        loss = dpo_loss(chosen, rejected, label_smoothing=self.label_smoothing)
+        loss = self._pair_losses(chosen, rejected, *_answer_lengths(batch).chunk(2))
         chosen_logprobs, rejected_logprobs = logprobs.chunk(2)
         logged = {
             "rewards/accuracy": chosen > rejected,
@@ -86,17 +97,19 @@ class DPOObjective:
             chosen and the rejected answers ``_reward`` and ``_logprob``.
         """
 
-        def logprob_columns(batch: PairBatch) -> torch.Tensor:  # [B, 4]
+        def columns_of(batch: PairBatch) -> torch.Tensor:  # [B, 6]
             logprobs, ref_logprobs = self._logprobs(engine, batch)
-            return torch.stack([*logprobs.chunk(2), *ref_logprobs.chunk(2)], -1)
+            both = (logprobs, ref_logprobs, _answer_lengths(batch).to(logprobs.dtype))
+            return torch.stack([half for column in both for half in column.chunk(2)], -1)
 
-        rows = evaluate_rows(engine, loader, num_rows, logprob_columns)
-        chosen_logprobs, rejected_logprobs, *ref_logprobs = rows.unbind(-1)
-        chosen = implicit_rewards(chosen_logprobs, ref_logprobs[0], beta=self.beta)
-        rejected = implicit_rewards(rejected_logprobs, ref_logprobs[1], beta=self.beta)
+        rows = evaluate_rows(engine, loader, num_rows, columns_of)
+        chosen_logprobs, rejected_logprobs, *others = rows.unbind(-1)
+        chosen_ref, rejected_ref, *lengths = others
+        chosen = implicit_rewards(chosen_logprobs, chosen_ref, beta=self.beta)
+        rejected = implicit_rewards(rejected_logprobs, rejected_ref, beta=self.beta)
         self.margins = chosen - rejected
         columns = {
-            "eval/loss": dpo_loss(chosen, rejected, label_smoothing=self.label_smoothing),
+            "eval/loss": self._pair_losses(chosen, rejected, *lengths),
             "eval/accuracy": chosen > rejected,
             "eval/margin": chosen - rejected,
             "eval/chosen_reward": chosen,
@@ -105,6 +118,26 @@ class DPOObjective:
             "eval/rejected_logprob": rejected_logprobs,
         }
         return {key: value.double().mean().item() for key, value in columns.items()}
+
+    def _pair_losses(
+        self,
+        chosen: torch.Tensor,
+        rejected: torch.Tensor,
+        chosen_length: torch.Tensor,
+        rejected_length: torch.Tensor,
+    ) -> torch.Tensor:
+        """Return the loss of each pair from the rewards and lengths of its answers, all [B]."""
+        if self.loss_type == "ipo":
+            # Per token: a sum reaches the target sooner the longer the answer is.
+            return ipo_loss(
+                chosen / (self.beta * chosen_length),
+                rejected / (self.beta * rejected_length),
+                beta=self.beta,
+            )
+        if self.loss_type == "hinge":
+            return hinge_loss(chosen, rejected)
+        loss = robust_dpo_loss if self.loss_type == "robust" else dpo_loss
+        return loss(chosen, rejected, label_smoothing=self.label_smoothing)
 
     def _logprobs(self, engine, batch: PairBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Return log-probabilities of the answers, summed over tokens with the end token.
@@ -122,3 +155,8 @@ class DPOObjective:
         engine.train(training)
         nll, _ = answer_nll(engine, batch)
         return -nll, -ref_nll
+
+
+def _answer_lengths(batch: PairBatch) -> torch.Tensor:
+    """Return the number of tokens of each answer with its end token, [2B] int64, at least 1."""
+    return (batch.labels[:, 1:] != -100).sum(-1).clamp(min=1)

@@ -39,7 +39,10 @@ def main() -> None:
         tokens_per_batch=config.batch.tokens_per_batch,
     )
     objective = DPOObjective(
-        build_reference(run), beta=config.dpo.beta, label_smoothing=config.dpo.label_smoothing
+        build_reference(run),
+        beta=config.dpo.beta,
+        label_smoothing=config.dpo.label_smoothing,
+        loss_type=config.dpo.loss_type,
     )
     model = train_run(
         run,

@@ -73,6 +73,7 @@ DPO = {
     "learning_rate": 1e-3,
     "beta": 0.1,
     "label_smoothing": 0.0,
+    "loss_type": "sigmoid",
     "offload_reference_model": False,
     "tensorboard_path": "step2_tensorboard",
     "print_loss": False,
@@ -156,6 +157,7 @@ OTHER = {
     "actor_lora_dim": 8,
     "critic_lora_dim": 8,
     "label_smoothing": 0.2,
+    "loss_type": "robust",
 }
 STEPS = {
     "step 1": (SFTConfig, STEP1, {"model_name_or_path": "m"}),
@@ -451,6 +453,24 @@ BAD_VALUES = {
     "DPO": [
         ("--beta 0", "--beta 0.0: must be above 0."),
         ("--label_smoothing 0.6", "--label_smoothing 0.6: must be between 0.0 and 0.5."),
+        (
+            "--loss_type ipo --label_smoothing 0.1",
+            "--loss_type ipo has no --label_smoothing: leave it out, or give --loss_type sigmoid "
+            "or robust.",
+        ),
+        (
+            "--loss_type hinge --label_smoothing 0.1",
+            "--loss_type hinge has no --label_smoothing: leave it out, or give --loss_type sigmoid "
+            "or robust.",
+        ),
+        *(
+            (
+                f"--loss_type robust --label_smoothing {share}",
+                "--loss_type robust needs the share of swapped pairs: give --label_smoothing "
+                "above 0 and below 0.5.",
+            )
+            for share in (0, 0.5)
+        ),
         ("--eval_interval -1", "--eval_interval -1: must be at least 0."),
         ("--only_optimize_lora", "--only_optimize_lora needs adapters: give --lora_dim above 0."),
     ],

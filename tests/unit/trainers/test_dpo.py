@@ -6,7 +6,13 @@ import math
 import pytest
 import torch
 
-from dschat.algorithms.losses import dpo_loss, implicit_rewards
+from dschat.algorithms.losses import (
+    dpo_loss,
+    hinge_loss,
+    implicit_rewards,
+    ipo_loss,
+    robust_dpo_loss,
+)
 from dschat.config.dpo import DPOConfig
 from dschat.config.parse import parse_config
 from dschat.data.collate import collate_pairs
@@ -77,7 +83,9 @@ def plain_pairs(policy, reference) -> list[dict]:
             rewards.append(BETA * (logprobs[-1] - ref_logprob))
         p = 1 / (1 + torch.exp(rewards[1] - rewards[0]))
         loss = -(1 - SMOOTHING) * torch.log(p) - SMOOTHING * torch.log(1 - p)
-        found.append({"loss": loss, "rewards": rewards, "logprobs": logprobs})
+        keys = ("chosen_ids", "rejected_ids")
+        lengths = [len(item[key]) - item["num_prompt"] for key in keys]
+        found.append({"loss": loss, "rewards": rewards, "logprobs": logprobs, "lengths": lengths})
     return found
 
 
@@ -98,6 +106,61 @@ def test_the_loss_by_hand():
     margin = torch.tensor([math.log(9.0)], dtype=torch.float64, requires_grad=True)
     dpo_loss(margin, torch.zeros(1), label_smoothing=0.1).sum().backward()
     assert margin.grad.item() == pytest.approx(0.0, abs=1e-12)
+
+
+def test_the_other_losses_by_hand():
+    chosen, rejected = torch.tensor([0.3, 2.0]), torch.tensor([-0.1, 0.5])
+    # Margins 0.4 and 1.5: the second pair is beyond the hinge.
+    torch.testing.assert_close(hinge_loss(chosen, rejected), torch.tensor([0.6, 0.0]))
+    # beta 0.25 asks for a difference of 2.
+    torch.testing.assert_close(
+        ipo_loss(chosen, rejected, beta=0.25), torch.tensor([1.6**2, 0.5**2])
+    )
+    # -log sigmoid(0.4) = 0.5130153, of -0.4 0.9130153; of 1.5 0.2014133, of -1.5 1.7014133
+    expected = [
+        (0.9 * 0.5130153 - 0.1 * 0.9130153) / 0.8,
+        (0.9 * 0.2014133 - 0.1 * 1.7014133) / 0.8,
+    ]
+    robust = robust_dpo_loss(chosen, rejected, label_smoothing=0.1)
+    torch.testing.assert_close(robust, torch.tensor(expected))
+
+
+def test_the_robust_loss_has_no_bias_from_swapped_pairs():
+    chosen, rejected = torch.tensor([0.3, -2.0]), torch.tensor([-0.1, 0.5])
+    right = robust_dpo_loss(chosen, rejected, label_smoothing=0.2)
+    swapped = robust_dpo_loss(rejected, chosen, label_smoothing=0.2)
+    torch.testing.assert_close(
+        0.8 * right + 0.2 * swapped, dpo_loss(chosen, rejected, label_smoothing=0.0)
+    )
+
+
+def plain_loss(pair: dict, loss_type: str) -> torch.Tensor:
+    """Return one pair's loss from its rewards and the lengths of its answers."""
+    chosen, rejected = pair["rewards"]
+    if loss_type == "ipo":
+        difference = chosen / BETA / pair["lengths"][0] - rejected / BETA / pair["lengths"][1]
+        return (difference - 1 / (2 * BETA)) ** 2
+    if loss_type == "hinge":
+        return torch.clamp(1 - chosen + rejected, min=0)
+    p = torch.sigmoid(chosen - rejected)
+    smoothed = (1 - SMOOTHING) * torch.log(p) - SMOOTHING * torch.log(1 - p)
+    return -smoothed / (1 - 2 * SMOOTHING)
+
+
+@pytest.mark.parametrize("loss_type", ["ipo", "hinge", "robust"])
+def test_the_loss_type_is_trained_and_evaluated(model, loss_type):
+    policy = noisy_copy(model)
+    objective = DPOObjective(
+        PlainEngine(model), beta=BETA, label_smoothing=SMOOTHING, loss_type=loss_type
+    )
+    batch = collate_pairs(ITEMS, EOS)
+    loss, _ = objective.loss_sum(PlainEngine(policy), batch)
+    with torch.no_grad():
+        pairs = plain_pairs(copy.deepcopy(policy).double(), copy.deepcopy(model).double())
+        expected = sum(plain_loss(pair, loss_type) for pair in pairs).item()
+    assert loss.requires_grad and loss.item() == pytest.approx(expected, rel=1e-4)
+    found = objective.evaluate(PlainEngine(policy), [batch], num_rows=len(ITEMS))
+    assert found["eval/loss"] == pytest.approx(expected / len(ITEMS), rel=1e-4)
 
 
 def test_large_margins_stay_finite():
