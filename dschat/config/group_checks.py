@@ -93,7 +93,20 @@ def schedule_problems(schedule: ScheduleOptions) -> list[str]:
     """Check the schedule options."""
     found = at_least("--gradient_accumulation_steps", schedule.gradient_accumulation_steps, 1)
     counts = ("num_train_epochs", "max_train_steps", "num_warmup_steps")
-    return found + fields_at_least(schedule, counts, 0)
+    found += fields_at_least(schedule, counts, 0)
+    ratio = schedule.warmup_ratio
+    if ratio is None:
+        return found
+    found += in_range("--warmup_ratio", ratio, 0.0, 1.0)
+    # A value equal to the default cannot be told from a flag that is left out.
+    if schedule.num_warmup_steps != type(schedule)().num_warmup_steps:
+        found.append("--warmup_ratio and --num_warmup_steps exclude each other: give one of them.")
+    if ratio > 0 and schedule.lr_scheduler_type == "constant":
+        found.append(
+            "--lr_scheduler_type constant has no warm-up: give constant_with_warmup, or leave "
+            "--warmup_ratio out."
+        )
+    return found
 
 
 def output_problems(

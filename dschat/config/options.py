@@ -152,7 +152,18 @@ class ScheduleOptions:
     )
     lr_scheduler_type: Scheduler = flag("cosine", "Learning-rate schedule of transformers.")
     num_warmup_steps: int = flag(0, "Optimizer steps of linear warm-up.")
+    warmup_ratio: Optional[float] = flag(
+        None,
+        "Instead of --num_warmup_steps: share of the run's optimizer steps (step 3: of each "
+        "model's) that warm up, rounded down.",
+    )
     gradient_accumulation_steps: int = flag(1, "Micro-batches per optimizer step.")
+
+    def warmup_updates(self, total: int) -> int:
+        """Return how many of a run's `total` updates warm up."""
+        if self.warmup_ratio is None:
+            return min(self.num_warmup_steps, total)
+        return int(self.warmup_ratio * total + 1e-6)  # 0.29 * 100 is 28.999... in floats
 
 
 @dataclass(frozen=True)

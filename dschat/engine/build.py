@@ -195,9 +195,9 @@ def make_scheduler(
     A warm-up starts at rate 0 and is cut to the run's length. A run that never reaches its learning
     rate is warned of.
     """
-    warmup = min(schedule.num_warmup_steps, total_steps)
+    warmup = schedule.warmup_updates(total_steps)
     if schedule.lr_scheduler_type != "constant" and warmup:
-        _log_warmup(schedule, total_steps=total_steps)
+        _log_warmup(schedule, warmup=warmup, total_steps=total_steps)
     length = max(total_steps, 1)
     if schedule.lr_scheduler_type == "polynomial" and warmup == length:
         length += 1  # transformers divides by the updates after the warm-up
@@ -209,21 +209,27 @@ def make_scheduler(
     )
 
 
-def _log_warmup(schedule: ScheduleOptions, *, total_steps: int) -> None:
+def _log_warmup(schedule: ScheduleOptions, *, warmup: int, total_steps: int) -> None:
     """Say what a warm-up does to a run of `total_steps` updates, of which the first has rate 0."""
-    flag = f"--num_warmup_steps {schedule.num_warmup_steps}"
+    name, value = "--num_warmup_steps", str(schedule.num_warmup_steps)
+    shorter = str(max(total_steps // 10, 1))
+    if schedule.warmup_ratio is not None:
+        name, value, shorter = "--warmup_ratio", str(schedule.warmup_ratio), "0.1"
     if total_steps == 1:
         logger.warning(
-            f"{flag}: the only update of this run has learning rate 0, so the model does not "
-            "change. Give --num_warmup_steps 0."
+            f"{name} {value}: the only update of this run has learning rate 0, so the model does "
+            f"not change. Give {name} 0."
         )
-    elif schedule.num_warmup_steps >= total_steps:
+    elif warmup == total_steps:
         logger.warning(
-            f"{flag}: this run has {total_steps} updates and never reaches its learning rate. Give "
-            f"--num_warmup_steps {max(total_steps // 10, 1)}, or train longer."
+            f"{name} {value}: this run has {total_steps} updates and never reaches its learning "
+            f"rate. Give {name} {shorter}, or train longer."
         )
     else:
-        logger.info(f"{flag} of {total_steps} updates; the first has learning rate 0")
+        logger.info(
+            f"{name} {value}: {warmup} of {total_steps} updates warm up; the first has learning "
+            "rate 0"
+        )
 
 
 def _log_sizes(model: torch.nn.Module, *, stage: int) -> None:

@@ -231,6 +231,17 @@ def test_a_required_model_is_asked_for(step):
     )
 
 
+@pytest.mark.parametrize("step", STEPS)
+def test_the_warmup_is_a_share_of_the_run_in_every_step(step):
+    config_class, _, required = STEPS[step]
+    schedule = parse_config(config_class, words({**required, "warmup_ratio": 0.25})).schedule
+    assert schedule.warmup_updates(40) == 10
+    plain = parse_config(config_class, words(required)).schedule
+    assert plain.warmup_ratio is None and plain.warmup_updates(40) == min(
+        STEPS[step][1]["num_warmup_steps"], 40
+    )
+
+
 def test_learning_rate_schedules_of_deepspeed_chat_are_accepted():
     for name in (
         "linear",
@@ -424,6 +435,16 @@ BAD_VALUES = {
         ("--seed -1", "--seed -1: must be between 0 and 4294967295."),
         ("--max_train_steps -1", "--max_train_steps -1: must be at least 0."),
         ("--num_warmup_steps -1", "--num_warmup_steps -1: must be at least 0."),
+        ("--warmup_ratio 1.5", "--warmup_ratio 1.5: must be between 0.0 and 1.0."),
+        (
+            "--warmup_ratio 0.1 --num_warmup_steps 10",
+            "--warmup_ratio and --num_warmup_steps exclude each other: give one of them.",
+        ),
+        (
+            "--warmup_ratio 0.1 --lr_scheduler_type constant",
+            "--lr_scheduler_type constant has no warm-up: give constant_with_warmup, or leave "
+            "--warmup_ratio out.",
+        ),
         ("--per_device_train_batch_size 0", "--per_device_train_batch_size 0: must be at least 1."),
         ("--per_device_eval_batch_size 0", "--per_device_eval_batch_size 0: must be at least 1."),
         ("--dropout 1.5", "--dropout 1.5: must be between 0.0 and 1.0."),
@@ -475,6 +496,11 @@ BAD_VALUES = {
         ("--only_optimize_lora", "--only_optimize_lora needs adapters: give --lora_dim above 0."),
     ],
     "step 3": [
+        ("--warmup_ratio -0.1", "--warmup_ratio -0.1: must be between 0.0 and 1.0."),
+        (
+            "--warmup_ratio 0.1 --num_warmup_steps 0",
+            "--warmup_ratio and --num_warmup_steps exclude each other: give one of them.",
+        ),
         ("--gradient_accumulation_steps 0", "--gradient_accumulation_steps 0: must be at least 1."),
         ("--actor_zero_stage 4", "--actor_zero_stage 4: ZeRO has the stages 0, 1, 2 and 3."),
         ("--critic_zero_stage -1", "--critic_zero_stage -1: ZeRO has the stages 0, 1, 2 and 3."),
