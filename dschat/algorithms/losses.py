@@ -48,6 +48,19 @@ def pairwise_loss(
     return -F.logsigmoid(chosen_scores.float() - rejected_scores.float() - margins)
 
 
+def centering_loss(chosen_scores: torch.Tensor, rejected_scores: torch.Tensor) -> torch.Tensor:
+    """Return (r_w + r_l)^2 of each pair, as [B] fp32: small if the scores are around 0.
+
+    The Bradley-Terry loss reads differences alone and leaves their level open (Eisenstein et al.
+    2023, "Helping or Herding?").
+
+    Args:
+        chosen_scores: r_w, [B].
+        rejected_scores: r_l, [B].
+    """
+    return (chosen_scores.float() + rejected_scores.float()) ** 2
+
+
 def dpo_loss(
     chosen_rewards: torch.Tensor, rejected_rewards: torch.Tensor, *, label_smoothing: float
 ) -> torch.Tensor:

@@ -36,6 +36,19 @@ class RewardOptim(OptimOptions):
 
 
 @dataclass(frozen=True)
+class RewardLoss:
+    """The loss of step 2."""
+
+    _argument_group_name = "reward model"
+
+    center_rewards_coef: float = flag(
+        0.0,
+        "Weight in the loss of the squared sum of a pair's two scores, which keeps scores around "
+        "0; 0: their level is free. 0.01 is usual.",
+    )
+
+
+@dataclass(frozen=True)
 class RewardRun(RunOptions):
     """Output and evaluation of step 2."""
 
@@ -60,6 +73,7 @@ class RewardConfig:
     schedule: ScheduleOptions
     lora: LoraOptions
     system: SystemOptions
+    loss: RewardLoss
     run: RewardRun
 
     def problems(self) -> list[str]:
@@ -71,6 +85,7 @@ class RewardConfig:
             row="one pair of texts of --max_seq_len",
         )
         found += in_range("--cut_fraction", self.data.cut_fraction, 0.0, 1.0)
+        found += at_least("--center_rewards_coef", self.loss.center_rewards_coef, 0)
         found += at_least("--eval_interval", self.run.eval_interval, 0)
         found += at_least("--eval_iters", self.run.eval_iters, 1)
         return found

@@ -13,7 +13,7 @@ from typing import Protocol
 
 import torch
 
-from dschat.algorithms.losses import lm_loss_rows, pairwise_loss
+from dschat.algorithms.losses import centering_loss, lm_loss_rows, pairwise_loss
 from dschat.algorithms.masks import pool_last
 from dschat.algorithms.types import PackedBatch, PairBatch, TextBatch
 from dschat.checkpoint.run_state import RunState
@@ -84,6 +84,10 @@ class RewardObjective:
     name = "reward"
     margins: torch.Tensor | None = None
 
+    def __init__(self, *, center_rewards_coef: float = 0.0):
+        """Set the weight of ``centering_loss`` in training; evaluation leaves it out."""
+        self.center_rewards_coef = center_rewards_coef
+
     def weight(self, batch: PairBatch) -> torch.Tensor:
         """Return the number of pairs."""
         return torch.tensor(batch.input_ids.shape[0] // 2, device=batch.input_ids.device)
@@ -93,6 +97,8 @@ class RewardObjective:
         chosen, rejected = self._scores(engine, batch)
         margins = batch.margins.chunk(2)[0]
         loss = pairwise_loss(chosen, rejected, margins=margins).sum()
+        if self.center_rewards_coef:
+            loss = loss + self.center_rewards_coef * centering_loss(chosen, rejected).sum()
         return loss, {"train/accuracy": (chosen > rejected).sum().detach()}
 
     def evaluate(self, engine, loader, num_rows: int) -> dict[str, float]:

@@ -51,7 +51,7 @@ def main() -> None:
     )
     model = train_run(
         run,
-        RewardObjective(),
+        RewardObjective(center_rewards_coef=config.loss.center_rewards_coef),
         load_model=load_reward_model,
         train_loader=train_loader,
         eval_loader=eval_loader,

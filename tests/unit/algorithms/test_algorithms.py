@@ -9,6 +9,7 @@ from dschat.algorithms.advantages import gae, group_advantages, shape_rewards
 from dschat.algorithms.kl import KLController, kl_estimate
 from dschat.algorithms.logprobs import FusedLogprobs, full_kl, token_logprobs
 from dschat.algorithms.losses import (
+    centering_loss,
     dpo_loss,
     explained_variance,
     implicit_rewards,
@@ -272,6 +273,11 @@ def test_pairwise_loss_by_hand():
     assert loss.tolist() == pytest.approx(
         [math.log(1 + math.exp(-1)), math.log(1 + math.exp(3))], abs=1e-6
     )
+
+
+def test_centering_loss_by_hand():
+    loss = centering_loss(torch.tensor([1.0, 2.0, -3.0]), torch.tensor([-1.0, 0.5, -1.0]))
+    assert loss.tolist() == [0.0, 6.25, 16.0]
 
 
 def test_lm_loss_rows_counts_labelled_tokens_only():

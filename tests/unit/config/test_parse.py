@@ -66,6 +66,7 @@ STEP2 = {
     "num_padding_at_beginning": 1,
     "eval_interval": 0,
     "eval_iters": 100,
+    "center_rewards_coef": 0.0,
     "tensorboard_path": "step2_tensorboard",
 }
 DPO = {
@@ -467,6 +468,7 @@ BAD_VALUES = {
         ("--data_path", "--data_path names no data set."),
     ],
     "step 2": [
+        ("--center_rewards_coef -1", "--center_rewards_coef -1.0: must be at least 0."),
         ("--cut_fraction 1.5", "--cut_fraction 1.5: must be between 0.0 and 1.0."),
         ("--eval_interval -1", "--eval_interval -1: must be at least 0."),
         ("--eval_iters 0", "--eval_iters 0: must be at least 1."),
