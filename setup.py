@@ -19,6 +19,8 @@ CHAT = ["fastapi>=0.115", "uvicorn>=0.32"]
 DEMO = ["gguf>=0.17", "matplotlib>=3.8", *CHAT]
 # zstd: data files with the suffix .zst.
 ZSTD = ["zstandard>=0.22"]
+# math: the grader math_match of --reward_fn.
+MATH = ["math-verify>=0.8"]
 # Loggers of --report_to. TensorBoard comes with the requirements.
 LOGGERS = {"wandb": ["wandb>=0.17"], "trackio": ["trackio>=0.3"], "mlflow": ["mlflow>=2.14"]}
 # test: pytest and what scripts/lint.sh runs. Formatters and type checkers change between versions,
@@ -34,6 +36,7 @@ TEST = [
     "types-psutil",
     *DEMO,
     *ZSTD,
+    *MATH,
     "httpx>=0.27",  # fastapi's test client
     "setuptools>=70",  # builds the wheel that a test looks into
     "playwright>=1.49",  # drives the system's chromium; brings none by itself
@@ -72,7 +75,14 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["dschat", "dschat.*"]),
     install_requires=REQUIREMENTS,
-    extras_require={"chat": CHAT, "demo": DEMO, "test": TEST, "zstd": ZSTD, **LOGGERS},
+    extras_require={
+        "chat": CHAT,
+        "demo": DEMO,
+        "test": TEST,
+        "math": MATH,
+        "zstd": ZSTD,
+        **LOGGERS,
+    },
     cmdclass={"build_py": BuildWithPrograms},
     entry_points={"console_scripts": ["dschat = dschat.cli:main"]},
     package_data={"dschat.serving": ["page.html"]},

@@ -329,7 +329,11 @@ def measure_ppo(
         )
         engines.build_critic(tokenizer=None, score_std=1.0)
     trainer = DeepSpeedPPOTrainer(
-        engines, config, lambda answers: reward(answers, None), eos_token_ids=(2,), pad_token_id=1
+        engines,
+        config,
+        lambda answers: reward(answers, None).values,
+        eos_token_ids=(2,),
+        pad_token_id=1,
     )
     kl = []
     for step in range(rollouts):

@@ -20,7 +20,7 @@ ARROWS = {
     "trainers": (
         *("memory", "checkpoint", "engine", "generation", "models"),
         *("data.encoding", "data.messages", "algorithms", "report", "tracking", "config"),
-        "runtime",
+        *("rewards", "runtime"),
     ),
     "memory": (
         *("engine", "generation", "models", "tracking.table", "algorithms.logprobs"),
@@ -46,6 +46,7 @@ ARROWS = {
     "config": ("runtime",),
     "runtime": (),
     "algorithms": (),
+    "rewards": (),
     "": ("engine", "memory", "models", "tracking", "config", "runtime"),
 }
 # Most lines of a function below its signature. Look again at one over 60.

@@ -42,6 +42,7 @@ CHANGEABLE_FLAGS = {
     "ignore_memory_plan",
     "local_rank",
     "log_interval_s",
+    "on_reward_error",  # a run that stopped on an error may continue without stopping
     "output_dir",
     "print_answers",
     "print_answers_interval",

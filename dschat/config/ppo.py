@@ -1,5 +1,6 @@
 """The configuration of step 3, PPO: its option groups, the checks across them and derived sizes."""
 
+import re
 from dataclasses import dataclass
 
 from dschat.config.group_checks import (
@@ -13,6 +14,7 @@ from dschat.config.group_checks import (
 from dschat.config.options import LoraOptions, SystemOptions
 from dschat.config.ppo_objective import PPOObjective, objective_problems
 from dschat.config.ppo_options import (
+    GRADER,
     MODEL_FOLDERS,
     PPOAlgorithm,
     PPOBatch,
@@ -274,8 +276,12 @@ class PPOConfig:
         found += _duplicates("--reward_fn", model.reward_fn)
         for name in model.reward_fn:
             file, _, function = name.rpartition(":")
-            if not (file.endswith(".py") and function.isidentifier()):
-                found.append(f"--reward_fn {name}: expected file.py:function.")
+            is_grader = re.fullmatch(GRADER, name, re.DOTALL)
+            if not is_grader and not (file.endswith(".py") and function.isidentifier()):
+                found.append(
+                    f"--reward_fn {name}: expected file.py:function, or a grader such as "
+                    "numeric_match."
+                )
         if not self.has_critic and self.batch.num_samples_per_prompt < 2:
             found.append(
                 f"--advantage_estimator {self.ppo.advantage_estimator} compares answers to one "

@@ -15,6 +15,8 @@ from dschat.config.options import (
     flag,
 )
 
+# The values of --reward_fn that name a grader: "numeric_match", "length_penalty(limit=200)".
+GRADER = r"[a-z_]+(\(.*\))?"
 # Subfolders of the output folder that step 3 saves models to.
 MODEL_FOLDERS = ("actor", "critic", "actor_ema")
 
@@ -58,8 +60,15 @@ class PPOModels(ModelOptions):
     )
     reward_fn: list[str] = flag(
         [],
-        "Rewards in Python: file.py:function(prompts, answers, **columns) -> list of floats. The "
-        "columns are those of the data.",
+        "Rewards in Python: file.py:function(prompts, answers, **columns) -> list of numbers, None "
+        "for an answer that it does not apply to. The columns are those of the data. Or graders by "
+        "name, with options in brackets: exact_match, numeric_match, math_match, regex_match, "
+        "valid_json, length_penalty.",
+    )
+    on_reward_error: Literal["stop", "zero"] = flag(
+        "stop",
+        "If a --reward_fn raises or gives NaN: stop the run, or give the answer 0 and count it in "
+        "the metrics. May change on --resume.",
     )
     reward_weights: list[float] = flag(
         [], "Weights of the rewards, models first, then functions. Default: 1 each."

@@ -38,6 +38,7 @@ from dschat.trainers.ppo_metrics import (
     logprob_gap,
     rollout_metrics,
 )
+from dschat.trainers.rewards import WeightedRewards
 from dschat.trainers.rlhf_engine import DeepSpeedRLHFEngine
 from dschat.trainers.rollout import (
     SampledAnswers,
@@ -238,6 +239,8 @@ class DeepSpeedPPOTrainer:
             )
             metrics |= replaced
         metrics["time/generate_s"] = seconds
+        if isinstance(self.rewards, WeightedRewards):
+            metrics |= self.rewards.pop_metrics(device)
         return scored, metrics
 
     def train_rlhf(self, experience: Experience) -> dict[str, float]:

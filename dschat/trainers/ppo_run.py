@@ -34,7 +34,9 @@ def run_state(trainer: DeepSpeedPPOTrainer, loader, metrics: MetricsWriter) -> R
     if trainer.ptx is not None:
         state.texts["--unsupervised_dataset_name"] = trainer.ptx.digest
     for name in trainer.config.model.reward_fn:
-        state.programs[f"--reward_fn {name}"] = function_digest(name)
+        digest = function_digest(name)
+        if digest is not None:
+            state.programs[f"--reward_fn {name}"] = digest
     state.facts = {"score_std": trainer.score_std, "dtype": trainer.engines.dtype}
     return state
 

@@ -52,7 +52,8 @@ class RewardPlan:
         if self._rewards is None:
             self._rewards = [self._model_reward(engines, path) for path in self.model_tokenizers]
             self._rewards += [
-                FunctionReward(function, name) for name, function in self.functions.items()
+                FunctionReward(function, name, on_error=self.config.model.on_reward_error)
+                for name, function in self.functions.items()
             ]
             for reward in self._rewards:
                 logger.info(f"reward: {reward.name} ({type(reward).__name__})")

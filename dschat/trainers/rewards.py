@@ -1,25 +1,31 @@
-"""Rewards: reward models, with the actor's tokenizer or another one, and Python functions."""
+"""Rewards: reward models, with the actor's tokenizer or another one, and functions or graders."""
 
 import importlib.util
 import inspect
 import math
 import numbers
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 
 from dschat.algorithms.masks import pool_last
+from dschat.config.ppo_options import GRADER
 from dschat.data.encoding import Encoder
 from dschat.data.messages import plain_text
+from dschat.rewards.references import MissingColumn
+from dschat.rewards.registry import load_grader
 from dschat.runtime import dist
+from dschat.runtime.log import logger
 from dschat.runtime.manifest import file_entry
 from dschat.runtime.paths import user_path
 from dschat.trainers.rollout import SampledAnswers, join_parts, parts_by_length
 
 CONTEXT_TOKENS = 4  # last tokens of a prompt that are decoded together with its answer
+LARGEST_SCORE = torch.finfo(torch.float32).max
 CULPRIT_SEARCH_S = 10.0  # seconds to look for the answer on which a function fails
 
 
@@ -37,13 +43,22 @@ class AnswerTexts:
     ended: list[bool]  # B; True: the answer ended with an EOS
 
 
+@dataclass(frozen=True)
+class Scores:
+    """What one reward gives B answers."""
+
+    values: torch.Tensor  # [B] fp32; 0 if the reward does not apply or has failed
+    num_inapplicable: int = 0  # answers that the reward does not apply to
+    num_failed: int = 0  # answers on which it failed, with --on_reward_error zero
+
+
 class Reward(Protocol):
     """One source of scores."""
 
     name: str
 
-    def __call__(self, answers: SampledAnswers, texts: Callable[[], AnswerTexts]) -> torch.Tensor:
-        """Return fp32 scores [B].
+    def __call__(self, answers: SampledAnswers, texts: Callable[[], AnswerTexts]) -> Scores:
+        """Return the scores of B answers.
 
         Args:
             answers: B prompts with answers, as token ids of the actor.
@@ -66,10 +81,10 @@ class ModelReward:
         self.name = name
         self.tokens_per_batch = tokens_per_batch
 
-    def __call__(self, answers: SampledAnswers, texts) -> torch.Tensor:
-        """Return fp32 scores [B]; see ``Reward``."""
+    def __call__(self, answers: SampledAnswers, texts) -> Scores:
+        """Return the scores of B answers; see ``Reward``."""
         parts = parts_by_length(answers, tokens=self.tokens_per_batch)
-        return join_parts(answers, parts, self._scores)
+        return Scores(join_parts(answers, parts, self._scores))
 
     def _scores(self, answers: SampledAnswers) -> torch.Tensor:
         values = self.engine(input_ids=answers.input_ids, attention_mask=answers.attention_mask)
@@ -101,8 +116,8 @@ class RetokenisedReward:
         self.encoder = Encoder(tokenizer, prompt_format=prompt_format)
         self.max_tokens = max_tokens
 
-    def __call__(self, answers: SampledAnswers, texts) -> torch.Tensor:
-        """Return fp32 scores [B]; see ``Reward``."""
+    def __call__(self, answers: SampledAnswers, texts) -> Scores:
+        """Return the scores of B answers; see ``Reward``."""
         known = texts()
         ids: list[list[int]] = []
         failure = None
@@ -124,7 +139,7 @@ class RetokenisedReward:
         values = self.engine(input_ids=tokens, attention_mask=mask)
         if failure is not None:
             raise failure
-        return pool_last(values, mask)
+        return Scores(pool_last(values, mask))
 
     def _ids(self, row, answer: str, ended: bool) -> list[int]:
         try:
@@ -140,46 +155,112 @@ class RetokenisedReward:
 class FunctionReward:
     """A Python function of prompts, answers and the other columns of the data set."""
 
-    def __init__(self, function: Callable, name: str):
-        """Call ``function(prompts, answers, **columns)``; `name` is the value of --reward_fn."""
+    def __init__(
+        self, function: Callable, name: str, *, on_error: Literal["stop", "zero"] = "stop"
+    ):
+        """Call ``function(prompts, answers, **columns)``.
+
+        Args:
+            function: returns a number or None (does not apply) for each answer.
+            name: the value of --reward_fn.
+            on_error: "stop" raises if the function raises or a score is not finite; "zero" gives
+                the answers on which it does so 0.
+        """
         self.function = function
         self.name = name
+        self.on_error = on_error
+        self._has_warned = False
         # A column with one of these names is passed as NAME_column.
         parameters = list(inspect.signature(function).parameters)
         self._reserved_names = {"prompts", "answers", *parameters[:2]}
 
-    def __call__(self, answers: SampledAnswers, texts) -> torch.Tensor:
-        """Return fp32 scores [B]; see ``Reward``."""
+    def __call__(self, answers: SampledAnswers, texts) -> Scores:
+        """Return the scores of B answers; see ``Reward``."""
         known = texts()
+        columns = self._columns(known)
+        try:
+            scores = self._call(known.prompts, known.answers, columns)
+        except RewardFailure:
+            raise
+        except MissingColumn as error:  # no row has it
+            raise RewardFailure(f"--reward_fn {self.name}: {error}") from error
+        except (Exception, SystemExit) as error:
+            if self.on_error == "stop":
+                raise RewardFailure(self._error_message(known, columns, error)) from error
+            scores = self._call_by_row(known, columns)
+        values = [0.0] * len(scores)
+        num_failed = 0
+        for i, score in enumerate(scores):
+            if _is_finite(score):
+                values[i] = float(score)
+            elif score is not None:
+                self._handle_bad_score(score, known.prompts[i], known.answers[i])
+                num_failed += 1
+        device = answers.input_ids.device
+        return Scores(torch.tensor(values, device=device), scores.count(None), num_failed)
+
+    def _columns(self, known: AnswerTexts) -> dict[str, list]:
         columns: dict[str, list] = {}
         for name in {name for row in known.rows for name in row.columns}:
             key = f"{name}_column" if name in self._reserved_names else name
             columns[key] = [row.columns.get(name) for row in known.rows]
         if all(row.chosen is not None for row in known.rows):
             columns.setdefault("chosen", [plain_text(row.chosen) for row in known.rows])
-        try:
-            scores = self.function(known.prompts, known.answers, **columns)
-        except (Exception, SystemExit) as error:
-            raise RewardFailure(self._error_message(known, columns, error)) from error
+        return columns
+
+    def _call(self, prompts: list[str], answers: list[str], columns: dict[str, list]) -> list:
+        """Return one score per answer, each a number, None or a mistake.
+
+        Raises:
+            RewardFailure: there is not one score per answer; a fault of the function that no
+                answer causes.
+        """
+        scores = self.function(prompts, answers, **columns)
         if hasattr(scores, "tolist"):  # an array or a tensor
             scores = scores.tolist()
-        self._check_scores(scores, known)
-        return torch.tensor([float(score) for score in scores], device=answers.input_ids.device)
-
-    def _check_scores(self, scores, known: AnswerTexts) -> None:
-        if not hasattr(scores, "__len__") or len(scores) != len(known.answers):
+        if not hasattr(scores, "__len__") or len(scores) != len(answers):
             count = len(scores) if hasattr(scores, "__len__") else type(scores).__name__
             raise RewardFailure(
-                f"--reward_fn {self.name} returned {count} scores for {len(known.answers)} "
-                f"answers, the first of them to the prompt {known.prompts[0]!r}. Return one number "
-                "for each answer."
+                f"--reward_fn {self.name} returned {count} scores for {len(answers)} "
+                f"answers, the first of them to the prompt {prompts[0]!r}. Return one number, or "
+                "None, for each answer."
             )
-        for score, prompt, answer in zip(scores, known.prompts, known.answers, strict=True):
-            if not _is_finite(score):
-                raise RewardFailure(
-                    f"--reward_fn {self.name} returned {_short_repr(score)} for the prompt "
-                    f"{prompt!r} and the answer {answer!r}. Return a finite number."
+        return [_plain_number(score) for score in scores]
+
+    def _call_by_row(self, known: AnswerTexts, columns: dict[str, list]) -> list:
+        """Return the scores of single calls, NaN if one raises."""
+        scores = []
+        for i, (prompt, answer) in enumerate(zip(known.prompts, known.answers, strict=True)):
+            row = {name: [values[i]] for name, values in columns.items()}
+            try:
+                scores += self._call([prompt], [answer], row)
+            except RewardFailure:
+                raise
+            except (Exception, SystemExit) as error:
+                self._warn_once(
+                    f"raised {type(error).__name__}: {error} on the prompt {prompt!r} and the "
+                    f"answer {answer!r}."
                 )
+                scores.append(math.nan)
+        return scores
+
+    def _handle_bad_score(self, score: object, prompt: str, answer: str) -> None:
+        """Raise for a score that is no finite number, or warn of it."""
+        message = (
+            f"returned {_short_repr(score)} for the prompt {prompt!r} and the answer {answer!r}. "
+            "Return a finite number, or None if the reward does not apply."
+        )
+        if self.on_error == "stop":
+            raise RewardFailure(f"--reward_fn {self.name} {message}")
+        self._warn_once(message)
+
+    def _warn_once(self, message: str) -> None:
+        if not self._has_warned:
+            logger.warning(
+                f"--reward_fn {self.name} {message} Such answers get 0 (--on_reward_error zero); "
+                "this is said once, and rewards_failed in the metrics counts them."
+            )
+        self._has_warned = True
 
     def _error_message(
         self, known: AnswerTexts, columns: dict[str, list], error: BaseException
@@ -223,6 +304,8 @@ class WeightedRewards:
         self.weights = weights or [1.0] * len(rewards)
         self.dataset = dataset
         self.tokenizer = tokenizer
+        self.labels = metric_labels([reward.name for reward in rewards])
+        self._tally = _new_tally(len(rewards))
 
     def __call__(self, answers: SampledAnswers) -> torch.Tensor:
         """Return fp32 scores [B]. Every rank must call it.
@@ -240,11 +323,15 @@ class WeightedRewards:
             return known
 
         with torch.no_grad():
-            for reward, weight in zip(self.rewards, self.weights):
+            for i, (reward, weight) in enumerate(zip(self.rewards, self.weights, strict=True)):
                 try:
-                    total = total + weight * reward(answers, texts)
+                    scores = reward(answers, texts)
                 except RewardFailure as error:
                     failure = error
+                    continue
+                total = total + weight * scores.values
+                counts = [len(total), scores.num_inapplicable, scores.num_failed]
+                self._tally[i] += torch.tensor([scores.values.double().sum().item(), *counts])
         if not torch.isfinite(total).all() and failure is None:
             bad = int((~torch.isfinite(total)).nonzero()[0])
             failure = RewardFailure(
@@ -260,6 +347,29 @@ class WeightedRewards:
             raise RewardFailure("A reward failed on another rank; see its message.")
         return total
 
+    def pop_metrics(self, device: torch.device | str = "cpu") -> dict[str, float]:
+        """Return each reward's mean and rates since the last call. Every rank must call it.
+
+        There are none if a reward model is the only reward: its mean is the score.
+
+        Args:
+            device: of the sums over ranks.
+        """
+        tally = dist.all_reduce(self._tally.to(device)).tolist()
+        self._tally = _new_tally(len(self.rewards))
+        metrics: dict[str, float] = {}
+        for reward, label, row in zip(self.rewards, self.labels, tally, strict=True):
+            total, count, inapplicable, failed = row
+            is_function = isinstance(reward, FunctionReward)
+            if count == 0 or not (is_function or len(self.rewards) > 1):
+                continue
+            metrics[f"rewards/{label}"] = total / count
+            if isinstance(reward, FunctionReward):
+                metrics[f"rewards_applied/{label}"] = 1 - inapplicable / count
+                if reward.on_error == "zero":
+                    metrics[f"rewards_failed/{label}"] = failed / count
+        return metrics
+
     def _texts(self, answers: SampledAnswers) -> AnswerTexts:
         index = answers.prompts.index.tolist()
         kept = [
@@ -271,6 +381,26 @@ class WeightedRewards:
             rows=[self.dataset.row(i) for i in index],
             ended=answers.ended.tolist(),
         )
+
+
+def _new_tally(num_rewards: int) -> torch.Tensor:
+    """Return sum of scores, answers, inapplicable and failed answers of each reward, all 0."""
+    return torch.zeros(num_rewards, 4, dtype=torch.float64)
+
+
+def metric_labels(names: list[str]) -> list[str]:
+    """Return short distinct names for metrics: of a function, a grader or a model's folder."""
+    labels: list[str] = []
+    for name in names:
+        short = name.partition("(")[0] if is_grader(name) else name.rpartition(":")[2]
+        short = re.sub(r"[^\w.-]", "_", short.rstrip("/").rpartition("/")[2]) or "reward"
+        label = short
+        number = 2
+        while label in labels:
+            label = f"{short}_{number}"
+            number += 1
+        labels.append(label)
+    return labels
 
 
 def decode_answers(tokenizer, prompts: torch.Tensor, answers: list[torch.Tensor]) -> list[str]:
@@ -296,9 +426,16 @@ def decode_answers(tokenizer, prompts: torch.Tensor, answers: list[torch.Tensor]
     return texts
 
 
+def _plain_number(score: Any) -> Any:
+    """Return a scalar of numpy or torch as Python's number, and anything else as it is."""
+    is_scalar = hasattr(score, "item") and getattr(score, "shape", None) in ((), (1,))
+    return score.item() if is_scalar else score
+
+
 def _is_finite(score: object) -> bool:
+    """Return whether a score is a number that fp32 can hold."""
     try:
-        return isinstance(score, numbers.Real) and math.isfinite(score)
+        return isinstance(score, numbers.Real) and abs(float(score)) <= LARGEST_SCORE
     except OverflowError:  # an integer too large for a float
         return False
 
@@ -311,12 +448,23 @@ def _short_repr(score: object) -> str:
         return f"a {type(score).__name__} of too many digits"
 
 
+def is_grader(name: str) -> bool:
+    """Return whether a value of --reward_fn names a grader, and not "file.py:function"."""
+    return re.fullmatch(GRADER, name, re.DOTALL) is not None
+
+
 def load_function(name: str) -> Callable:
-    """Load the function that `name`, "file.py:function", names.
+    """Load the function that `name`, "file.py:function", names, or the grader of this name.
 
     Raises:
-        ValueError: there is no such file or function, or running the file fails; names --reward_fn.
+        ValueError: there is no such file, function or grader, or running the file fails; names
+            --reward_fn.
     """
+    if is_grader(name):
+        try:
+            return load_grader(name)
+        except ValueError as error:
+            raise ValueError(f"--reward_fn {name}: {error}") from error
     file, _, function = name.rpartition(":")
     path = user_path(file)
     if not path.is_file():
@@ -335,8 +483,10 @@ def load_function(name: str) -> Callable:
     return found
 
 
-def function_digest(name: str) -> str:
-    """Return the sha256 of the file that `name`, "file.py:function", names."""
+def function_digest(name: str) -> str | None:
+    """Return the sha256 of the file that `name`, "file.py:function", names; None for a grader."""
+    if is_grader(name):
+        return None
     return file_entry(user_path(name.rpartition(":")[0]))["sha256"]
 
 

@@ -112,6 +112,9 @@ def test_rloo_takes_scores_from_a_function_and_builds_no_critic(launches, stock)
         assert [row["score"] for row in rows] == expected and len(set(expected)) == 8
     # The function raises if a sampled answer's prompt has another one's number.
     assert all(line["objective/score_std"] > 1 for line in outcome.metrics()[1:])
+    for line in outcome.metrics()[1:]:
+        assert line["rewards/number"] == pytest.approx(line["objective/score"], rel=1e-6)
+        assert line["rewards_applied/number"] == 1 and "rewards_failed/number" not in line
 
 
 @pytest.mark.cases(WARMUP, WARMUP_ALONE)

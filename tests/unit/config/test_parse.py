@@ -750,6 +750,26 @@ def test_only_models_with_adapters_keep_int8_weights():
 
 
 @pytest.mark.parametrize(
+    "name, is_accepted",
+    [
+        ("a/b.py:f", True),
+        ("numeric_match", True),
+        ("regex_match(pattern='a.b:c\\n')", True),
+        ("a/b.py", False),
+        ("a/b.txt:f", False),
+        ("b.py:not a name", False),
+    ],
+)
+def test_rewards_are_functions_of_files_or_graders(name, is_accepted):
+    argv = [*words(STEPS["step 3"][2]), "--reward_fn", name]
+    if is_accepted:
+        assert parse_config(PPOConfig, argv).model.reward_fn == [name]
+        return
+    with pytest.raises(ValueError, match="--reward_fn .*: expected file.py:function, or a grader"):
+        parse_config(PPOConfig, argv)
+
+
+@pytest.mark.parametrize(
     "flags, reference, reward",
     [
         ("--actor_lora_dim 4 --critic_lora_dim 4", False, False),

@@ -2,6 +2,7 @@
 
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +18,9 @@ from dschat.trainers.rewards import (
     RewardFailure,
     WeightedRewards,
     check_critic_tokenizer,
+    function_digest,
     load_function,
+    metric_labels,
     reads_actor_tokens,
     same_tokens,
 )
@@ -56,9 +59,12 @@ def make_answers(texts=("ab", "c"), ended=(True, False)):
     )
 
 
-def weighted(*functions, weights=()):
+def weighted(*functions, weights=(), on_error="stop"):
     rewards = [
-        FunctionReward(f, "f") if isinstance(f, types.FunctionType) else f for f in functions
+        FunctionReward(f, f"{f.__name__}", on_error=on_error)
+        if isinstance(f, types.FunctionType)
+        else f
+        for f in functions
     ]
     return WeightedRewards(rewards, list(weights), Dataset(), byte_tokenizer())
 
@@ -101,13 +107,100 @@ def ending(prompts, answers, **columns):
         (lambda p, a, **c: [1.0], ["1 scores for 2 answers", "'one'"]),
         (lambda p, a, **c: None, ["NoneType", "'one'"]),
         (lambda p, a, **c: [1.0, float("nan")], ["nan", "'two'", "'c'"]),
+        (lambda p, a, **c: [1.0, 1e39], ["1e+39", "'two'", "'c'"]),
         (lambda p, a, **c: [1.0, "good"], ["'good'", "'two'"]),
     ],
 )
 def test_a_failing_function_names_the_prompt_that_caused_it(function, words):
     with pytest.raises(RewardFailure) as caught:
         weighted(function)(make_answers())
-    assert all(word in str(caught.value) for word in ["--reward_fn f", *words])
+    assert all(word in str(caught.value) for word in [f"--reward_fn {function.__name__}", *words])
+
+
+def quiet(prompts, answers, **columns):
+    return [None, 3]
+
+
+def none_or_nan(prompts, answers, **columns):
+    return [None if prompt == "one" else float("nan") for prompt in prompts]
+
+
+def test_scalars_of_python_numpy_and_torch_are_scores_and_none_does_not_apply():
+    def mixed(prompts, answers, **columns):
+        return next(returns)
+
+    returns = iter([[True, np.bool_(True)], [torch.tensor(0.5), torch.tensor([2])], [None, None]])
+    reward = weighted(mixed, quiet)
+    assert [reward(make_answers()).tolist() for _ in range(3)] == [[1, 4], [0.5, 5], [0, 3]]
+    # mixed: 1 + 1 + 0.5 + 2 and two answers of six without a score; quiet: three times 0 + 3.
+    assert reward.pop_metrics() == {
+        "rewards/mixed": pytest.approx(4.5 / 6),
+        "rewards_applied/mixed": pytest.approx(4 / 6),
+        "rewards/quiet": 1.5,
+        "rewards_applied/quiet": 0.5,
+    }
+    assert reward.pop_metrics() == {}
+
+
+def test_zero_gives_only_the_answers_that_fail_0_and_counts_them(caplog):
+    def most(prompts, answers, **columns):
+        assert columns["target"] == ([1, 2] if len(prompts) == 2 else [2 - ("one" in prompts)])
+        return [4.0 + score for score in failing(prompts, answers)]
+
+    reward = weighted(most, none_or_nan, weights=(1, 10), on_error="zero")
+    assert reward(make_answers()).tolist() == reward(make_answers()).tolist() == [4.0, 0.0]
+    assert reward.pop_metrics() == {
+        "rewards/most": 2.0,
+        "rewards_applied/most": 1.0,
+        "rewards_failed/most": 0.5,
+        "rewards/none_or_nan": 0.0,
+        "rewards_applied/none_or_nan": 0.5,
+        "rewards_failed/none_or_nan": 0.5,
+    }
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == 2
+    for word in ("--reward_fn most raised KeyError", "'two'", "'c'", "--on_reward_error zero"):
+        assert word in messages[0]
+    assert "--reward_fn none_or_nan returned nan for the prompt 'two'" in messages[1]
+
+
+@pytest.mark.parametrize(
+    "spec, word", [("numeric_match(column='gold')", "gold"), (None, "1 score")]
+)
+def test_zero_does_not_hide_a_fault_that_no_answer_causes(spec, word):
+    function = load_function(spec) if spec else lambda p, a, **c: [1.0]
+    with pytest.raises(RewardFailure, match=word):
+        weighted(FunctionReward(function, "f", on_error="zero"))(make_answers())
+
+
+def test_a_grader_is_a_reward_by_name():
+    grader = FunctionReward(load_function("numeric_match"), "numeric_match")
+    reward = weighted(grader)
+    assert reward(make_answers(("is 1", "x"))).tolist() == [1.0, 0.0]
+    assert reward.pop_metrics() == {
+        "rewards/numeric_match": 0.5,
+        "rewards_applied/numeric_match": 1.0,
+    }
+    assert function_digest("numeric_match") is None
+    with pytest.raises(ValueError, match="--reward_fn nothing: there is no grader nothing"):
+        load_function("nothing")
+
+
+def test_a_reward_model_is_measured_by_name_only_beside_other_rewards():
+    def engine(input_ids, attention_mask):
+        return torch.ones(input_ids.shape)
+
+    alone = weighted(ModelReward(engine, "out/reward/"))
+    beside = weighted(ModelReward(engine, "out/reward/"), quiet)
+    alone(make_answers())
+    beside(make_answers())
+    assert alone.pop_metrics() == {}
+    assert beside.pop_metrics()["rewards/reward"] == 1.0
+
+
+def test_metric_labels_are_short_and_distinct():
+    names = ["org/RM 7B", "a/r.py:good", "b/r.py:good", "regex_match(pattern='a:b/c')"]
+    assert metric_labels(names) == ["RM_7B", "good", "good_2", "regex_match"]
 
 
 def test_the_search_for_the_answer_that_fails_has_a_time_limit(monkeypatch):
@@ -293,3 +386,11 @@ def test_a_tokenizer_may_extend_the_actors():
     other = byte_tokenizer(pad_is_eos=True)
     with pytest.raises(ValueError, match="--critic_model_name_or_path path"):
         check_critic_tokenizer(actor, other, "path")
+
+
+def test_the_guide_defines_the_metrics_of_rewards():
+    guide = Path(__file__).resolve().parents[3] / "training/step3_rlhf_finetuning/README.md"
+    reward = weighted(quiet, on_error="zero")
+    reward(make_answers())
+    for name in reward.pop_metrics():
+        assert f"| {name.replace('quiet', 'NAME')} |" in guide.read_text(encoding="utf-8")
