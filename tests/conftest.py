@@ -34,15 +34,14 @@ def pytest_configure(config):
     )
 
 
-def pytest_collection_modifyitems(items):
+def pytest_itemcollected(item):
     """Keep the tests that launch runs on one worker of pytest-xdist, in order.
 
     They share launches and take both cores. The other worker runs the unit tests meanwhile.
     """
-    for item in items:
-        folders = item.path.relative_to(Path(__file__).parent).parts
-        if folders[0] != "unit":
-            item.add_marker(pytest.mark.xdist_group("launches"))
+    folders = item.path.relative_to(Path(__file__).parent).parts
+    if folders[0] != "unit":
+        item.add_marker(pytest.mark.xdist_group("launches"))
 
 
 @pytest.fixture(scope="session")

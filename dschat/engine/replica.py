@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from dschat.engine.quantized import QuantizedLinear
 from dschat.engine.zero import gathered, is_partitioned
 from dschat.generation.tensor_parallel import TensorGroup, split_layers
 from dschat.models.lora import ADAPTER, lora_layers
@@ -236,21 +237,39 @@ class Replica:
         return attaches
 
     def _attach(self) -> None:
-        """Replace each adapted layer by a LowRankLinear over the shared weight."""
-        adapted = [w for w in self._copied if w.lora is not None and w.source is not None]
+        """Replace each adapted layer by a LowRankLinear over the shared weight.
+
+        A quantized weight stays packed and is de-quantized in every product: slower, without copy.
+        """
+        adapted = [w for w in self._copied if w.lora is not None]
         for weight in adapted:
             path = next(
                 name for name, module in self.model.named_modules() if module is weight.module
             )
             parent, _, leaf = path.rpartition(".")
-            attached = LowRankLinear(weight.module, weight.lora)
+            base = weight.module if weight.source is not None else self._share_packed(weight)
+            attached = LowRankLinear(base, weight.lora)
             setattr(self.model.get_submodule(parent), leaf, attached)
             self._copied.remove(weight)
-            self._shared.append(Weight(weight.module, weight.leaf, weight.source, weight.base))
+            if weight.source is not None:
+                self._shared.append(Weight(weight.module, weight.leaf, weight.source, weight.base))
             # The adapter's matrices are shared as W is: hold_shared follows them if they move.
             for name in ("A", "B"):
                 matrix = lora_matrix(weight.lora, name)
                 self._shared.append(Weight(attached, name, matrix, weight.base))
+
+    def _share_packed(self, weight: Weight) -> QuantizedLinear:
+        """Return a layer over the packed weight, and the bias, of a quantized training layer."""
+        source = weight.base
+        layer = QuantizedLinear(
+            shared(source.packed), None, like=weight.module, dtype=source.dtype, kind=source.kind
+        )
+        self._shared.append(Weight(layer, "packed", source.packed, source))
+        for other in self._shared:
+            if other.module is weight.module and other.leaf == "bias":
+                layer.bias = shared(other.source)
+                other.module = layer
+        return layer
 
     def hold_shared(self) -> None:
         """Point the shared weights at the training weights' storage, if they do not yet.

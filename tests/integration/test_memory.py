@@ -300,21 +300,20 @@ def test_steps_1_and_2_train_adapters_on_quantized_weights(case, kind, launches,
     assert losses[-1] < losses[0]
 
 
-def greedy_pair(zero: str, more: str = "", *, stored: str = "int8"):
+def greedy_pair(name: str, zero: str, more: str = "", *, stored: str = "int8"):
     argv = f"{ADAPTERS} --only_optimize_lora --quantize_frozen {stored} {ZERO[zero]}"
     argv += " --greedy_rollouts --no_normalize_reward"
-    name = f"{zero}-split" if more else zero
     plain = run_case(f"{stored}-plain-{zero}", argv)
-    hybrid = run_case(f"{stored}-hybrid-{name}", f"{argv} --enable_hybrid_engine {more}")
+    hybrid = run_case(f"{stored}-hybrid-{zero}-{name}", f"{argv} --enable_hybrid_engine {more}")
     return pytest.param(plain, hybrid, id=name, marks=pytest.mark.cases(plain, hybrid))
 
 
 @pytest.mark.parametrize(
     "plain, hybrid",
     [
-        greedy_pair("2-offload", stored="nf4"),
-        greedy_pair("3"),
-        greedy_pair("3", "--inference_tp_size 2"),
+        greedy_pair("attached", "2-offload", "--hybrid_lora attach", stored="nf4"),
+        greedy_pair("gathered", "3"),
+        greedy_pair("split", "3", "--inference_tp_size 2"),
     ],
 )
 def test_the_hybrid_engine_generates_with_quantized_weights_as_the_training_module_does(

@@ -393,9 +393,19 @@ def test_int8_weights_take_a_byte_and_their_scales():
     parts = ppo(f"{flags} --actor_zero_stage 3", world_size=8)
     held = 2 * parts.sizes["actor"].parameters - saved
     assert parts.models["actor"].weights == held / 8 and parts.models["actor"].build == saved / 8
-    # Attached adapters also need the weights themselves, which are in int8.
+    # Merged copies are dense; attached adapters read the packed weights.
     hybrid = f"{flags} --enable_hybrid_engine"
-    assert ppo(f"{hybrid} --hybrid_lora attach").resident["replica"] == 2 * adapted
+    assert ppo(hybrid).resident["replica"] == 2 * adapted
+    assert ppo(f"{hybrid} --hybrid_lora attach").resident["replica"] == 0
+
+
+def test_nf4_weights_take_half_a_byte_and_their_scales():
+    plan = ppo(f"{ADAPTERS} --quantize_frozen nf4 --no_share_reference")
+    dense = ppo(f"{ADAPTERS} --no_share_reference")
+    adapted = 32 * (4 * 4096 * 4096 + 3 * 4096 * 11008)
+    saved = 2 * adapted - (adapted / 2 + 2 * adapted / 64)  # groups of 64, with bf16 scales
+    for role in ("actor", "reference", "critic"):
+        assert dense.models[role].weights - plan.models[role].weights == saved, role
 
 
 def test_a_pair_counts_as_two_texts_and_the_table_shows_what_is_needed():
