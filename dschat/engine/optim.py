@@ -104,9 +104,11 @@ class GradientCheck:
         engine's. A skipped step of fp16 lowers the loss scale.
         """
         for engine, norm in zip(self.engines, self._norms, strict=True):
-            if not self.finite and _has_no_overflow_check(engine):
-                _count_skipped_step(engine)
-                continue
+            if _has_no_overflow_check(engine):
+                engine._global_grad_norm = norm  # DeepSpeed (0.19.8) computes none here
+                if not self.finite:
+                    _count_skipped_step(engine)
+                    continue
             if _takes_norm(engine):
                 _step_with_norm(engine, norm if self.finite else math.inf)
                 continue
@@ -137,18 +139,15 @@ def step_together(*engines) -> bool:
 
 
 def gradient_norm(engine) -> float:
-    """Return the gradient norm of the last optimizer step.
-
-    It is NaN if DeepSpeed does not report it (fp32 without ZeRO).
-    """
+    """Return the gradient norm of the last update, before clipping; NaN before the first one."""
     norm = engine.get_global_grad_norm()
     return float("nan") if norm is None else float(norm)
 
 
 def _square_norm(engine) -> torch.Tensor:
-    """Return the squared norm of the gradients that this rank holds, a float64 scalar.
+    """Return this rank's part of the squared gradient norm, a float64 scalar.
 
-    It is infinite or NaN if a gradient is.
+    The parts of all ranks add up to it. It is infinite or NaN if a gradient is.
     """
     optimizer = engine.optimizer
     gradients = list(_local_gradients(engine))
@@ -158,6 +157,8 @@ def _square_norm(engine) -> torch.Tensor:
     if gradients:
         norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)
         total += torch.stack([norm.to(engine.device) for norm in norms]).double().square().sum()
+    if engine.zero_optimization_stage() == 0:
+        total /= dist.world_size()  # every rank holds all gradients
     return total
 
 

@@ -63,11 +63,8 @@ def check_metrics(lines: list[dict], step: int, options: dict) -> None:
     assert set(lines[0]) == {"step"} | EVALUATED[step]
     assert all(trained <= set(line) for line in lines[1:])
     assert set(lines[-1]) == trained | EVALUATED[step]
-    norms = [line.pop("train/grad_norm") for line in lines[1:]]
     assert all(math.isfinite(value) for line in lines for value in line.values())
-    # In fp32 without ZeRO DeepSpeed reports none.
-    assert norms == [None] * STEPS or all(norm > 0 for norm in norms)
-    assert (None in norms) == (options["zero"] == "0" and options["dtype"] == "fp32")
+    assert all(line["train/grad_norm"] > 0 for line in lines[1:])
 
 
 def toy_rows(stock: Path) -> list[dict]:
