@@ -39,6 +39,7 @@ PROGRAMS = {
     "doctor": Program("dschat.doctor", "what this machine lacks"),
     "inspect": Program("dschat.data.inspect", "what a data set looks like to the steps"),
     "report": Program("dschat.report", "pictures and tables of finished runs"),
+    "rollouts": Program("dschat.rollouts", "answers that a PPO run has learned from"),
 }
 
 

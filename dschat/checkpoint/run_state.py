@@ -50,6 +50,7 @@ CHANGEABLE_FLAGS = {
     "report_to",
     "resume",
     "save_interval",
+    "save_rollouts",
     "save_total_limit",
     "tensorboard_path",
     "trust_remote_code",

@@ -317,7 +317,10 @@ class PPOConfig:
         return found + in_range("--min_answer_len", sampling.min_answer_len, 0, longest)
 
     def _run_problems(self) -> list[str]:
-        found = fields_at_least(self.run, ("eval_interval", "test_stop_step"), 0)
+        not_negative = ("eval_interval", "test_stop_step", "save_rollouts")
+        found = fields_at_least(self.run, not_negative, 0)
+        if self.run.save_rollouts > 0 and self.run.output_dir is None:
+            found.append(f"--save_rollouts {self.run.save_rollouts} needs --output_dir.")
         found += at_least("--eval_prompts", self.run.eval_prompts, 2)
         return found + at_least("--print_answers_interval", self.run.print_answers_interval, 1)
 

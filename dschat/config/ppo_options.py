@@ -400,6 +400,11 @@ class PPORun(RunOptions):
     tensorboard_path: str = flag("step3_tensorboard", "Folder of the TensorBoard events.")
     print_answers: bool = flag(False, "Print prompts and answers of every rank.")
     print_answers_interval: int = flag(1, "Print answers every so many rollouts.")
+    save_rollouts: int = flag(
+        0,
+        "Write prompts, answers and their scores to rollouts/ in --output_dir every so many "
+        "rollouts, for python -m dschat.rollouts; 0: never.",
+    )
     enable_test_mode: bool = flag(False, "Stop after --test_stop_step rollouts.")
     test_stop_step: int = flag(0, "Rollouts after which a test run stops.")
     eval_interval: int = flag(

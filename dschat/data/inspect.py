@@ -38,6 +38,7 @@ from dschat.data.survey import (
 )
 from dschat.models.tokenizer import load_tokenizer
 from dschat.runtime.log import run_main
+from dschat.runtime.text import escape_controls
 
 # The title of each step, and the text that its rows need.
 STEPS = {
@@ -352,7 +353,7 @@ class _Inspection:
             print(f"        {line}".rstrip(" "))
 
     def _paint(self, text: str, color: int | None) -> str:
-        text = _escape_controls(text)
+        text = escape_controls(text)
         if color is None or not text:
             return text
         if not self.color:
@@ -395,13 +396,6 @@ def _split_learned(
     return parts
 
 
-def _escape_controls(text: str) -> str:
-    """Write control characters but line ends as escapes: they could change the terminal."""
-    return "".join(
-        char if char == "\n" or char.isprintable() else ascii(char)[1:-1] for char in text
-    )
-
-
 def _use_color(choice: str) -> bool:
     if choice != "auto":
         return choice == "always"
@@ -424,7 +418,7 @@ def _print_faults(title: str, faults: Sequence[str]) -> None:
     count = "" if title[0].isdigit() else f"{len(faults)} rows "
     _print_line("bad rows", f"{count}{title}:")
     for fault in faults[:FAULTS_SHOWN]:
-        _print_line("", _escape_controls(fault))
+        _print_line("", escape_controls(fault))
     if len(faults) > FAULTS_SHOWN:
         _print_line("", f"... and {len(faults) - FAULTS_SHOWN} more.")
 

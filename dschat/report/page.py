@@ -140,7 +140,8 @@ def comparison_page(runs: Mapping[str, Run]) -> str:
 
 
 def _run_sections(run: Run) -> list[str]:
-    parts = [_table(["result", "before", "after"], _result_rows(run)), _grid(_charts(run))]
+    parts = [_table(["result", "before", "after"], _result_rows(run)), _alarm_list(run)]
+    parts.append(_grid(_charts(run)))
     others = _other_charts(run)
     if others:
         parts.append(f"<details><summary>Other metrics</summary>{_grid(others)}</details>")
@@ -152,6 +153,16 @@ def _run_sections(run: Run) -> list[str]:
         ]
     parts.append(_facts(run))
     return parts
+
+
+def _alarm_list(run: Run) -> str:
+    """Return the alarms of step 3 as HTML; "" if there are none."""
+    if not run.alarms:
+        return ""
+    rows = [
+        f"<li>After rollout {rollout}, {_text(message)}</li>" for rollout, message in run.alarms
+    ]
+    return f"<h3>Alarms</h3><ul>{''.join(rows)}</ul>"
 
 
 def _result_rows(run: Run) -> list[list[str]]:

@@ -10,6 +10,7 @@ from dschat.runtime.run_record import RECORD
 
 SUMMARY = "summary.json"
 METRICS = "metrics.jsonl"
+ALARMS = "alarms.json"
 # The folders of the steps in an output folder of e2e_rlhf.py, in the order of the steps.
 STEP_PATTERNS = ("actor-models/*", "reward-models/*", "step3-models/*")
 
@@ -42,6 +43,7 @@ class Run:
         curves: the points of each metric. A value that was not finite has no point.
         prompts: held-out prompts of step 3.
         margins: differences of score between chosen and rejected answers, by "before" and "after".
+        alarms: rollout and message of each alarm of step 3.
     """
 
     folder: Path
@@ -49,6 +51,7 @@ class Run:
     curves: dict[str, Curve]
     prompts: list[Prompt] = field(default_factory=list)
     margins: dict[str, list[float]] = field(default_factory=dict)
+    alarms: list[tuple[int, str]] = field(default_factory=list)
 
     @property
     def title(self) -> str:
@@ -83,6 +86,7 @@ def read_run(folder: Path) -> Run:
         curves=_read_curves(folder / METRICS),
         prompts=_read_prompts(folder / "evaluation"),
         margins=_read_margins(folder / "evaluation"),
+        alarms=_read_alarms(folder / ALARMS),
     )
 
 
@@ -172,3 +176,12 @@ def _read_margins(folder: Path) -> dict[str, list[float]]:
         if isinstance(margins, list):
             found[name] = [float(value) for value in margins]
     return found
+
+
+def _read_alarms(path: Path) -> list[tuple[int, str]]:
+    """Return the alarms that step 3 has written; none if they cannot be read."""
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        return [(int(row["rollout"]), str(row["message"])) for row in rows]
+    except (OSError, ValueError, TypeError, KeyError):
+        return []

@@ -5,12 +5,14 @@ from typing import Any
 from dschat.algorithms.types import Experience
 from dschat.checkpoint.run_state import RunState
 from dschat.runtime import dist
+from dschat.tracking.alarms import AlarmLog
 from dschat.tracking.metrics import MetricsWriter
 from dschat.tracking.progress import Progress
 from dschat.trainers.ppo import DeepSpeedPPOTrainer
 from dschat.trainers.ppo_metrics import rollout_flops
 from dschat.trainers.rewards import RewardFailure, function_digest
 from dschat.trainers.rollout import print_answers
+from dschat.trainers.saved_rollouts import SavedRollouts
 
 
 def run_state(trainer: DeepSpeedPPOTrainer, loader, metrics: MetricsWriter) -> RunState:
@@ -58,7 +60,7 @@ def train_ppo(
         evaluator: has ``evaluate(rollout) -> metrics``, and ``samples`` of the last evaluation.
         rollouts: number of rollouts of the whole run.
         metrics: gets the metrics of each rollout.
-        tokenizer: the actor's, to print answers.
+        tokenizer: the actor's, to print and save answers.
 
     Raises:
         RewardFailure: a reward failed; the rollouts before it have been saved if possible.
@@ -66,6 +68,14 @@ def train_ppo(
     """
     run = trainer.config.run
     progress = Progress("PPO", rollouts, interval_s=run.log_interval_s, done=state.step)
+    alarms = AlarmLog(run.output_dir, last=state.step)
+    saved = SavedRollouts(
+        run.output_dir,
+        tokenizer,
+        interval=run.save_rollouts,
+        has_reference=trainer.config.has_reference,
+    )
+    saved.delete_after(state.step)
     with state:
         for rollout, batches in zip(range(state.step + 1, rollouts + 1), state.windows()):
             try:
@@ -74,6 +84,7 @@ def train_ppo(
                 raise saved_failure(error, trainer, state) from error
             if run.print_answers and (rollout - 1) % run.print_answers_interval == 0:
                 print_answers(answers, experience.scores, tokenizer)
+            saved.save(rollout, experience, answers)
             values |= trainer.train_rlhf(experience)
             values |= _speed(experience, values, trainer)
             failure = None
@@ -85,6 +96,7 @@ def train_ppo(
                 except RewardFailure as error:
                     failure = error  # raised below: this rollout is done and must be kept
             metrics.write(rollout, values | _pipeline_tags(values))
+            alarms.update(rollout, values)
             progress.update(rollout, _progress_fields(values))
             if failure is not None:
                 state.step = rollout

@@ -561,6 +561,8 @@ BAD_VALUES = {
         ("--eval_prompts 1", "--eval_prompts 1: must be at least 2."),
         ("--test_stop_step -1", "--test_stop_step -1: must be at least 0."),
         ("--print_answers_interval 0", "--print_answers_interval 0: must be at least 1."),
+        ("--save_rollouts -1", "--save_rollouts -1: must be at least 0."),
+        ("--save_rollouts 2", "--save_rollouts 2 needs --output_dir."),
     ],
 }
 

@@ -152,6 +152,23 @@ def test_a_step_shows_its_curves_results_and_configuration(tmp_path):
     assert charts == ["Loss", "Perplexity", "Memory used, GiB", "Learning rate", "a/new_metric"]
 
 
+def test_alarms_are_shown_as_text(tmp_path):
+    folder = plant_ppo(tmp_path)
+    assert "Alarms" not in Page(run_page(read_run(folder))).text
+    alarms = [{"rollout": 12, "name": "kl", "message": f"the KL went up {EVIL}"}]
+    (folder / "alarms.json").write_text(json.dumps(alarms))
+    text = run_page(read_run(folder))
+    assert f"After rollout 12, the KL went up {EVIL}" in Page(text).text
+    assert "<script" not in text
+
+
+@pytest.mark.parametrize("damaged", ["{", "{}", "[1]", '[{"rollout": 1}]', "7"])
+def test_a_damaged_file_of_alarms_is_left_out(tmp_path, damaged):
+    folder = plant_ppo(tmp_path)
+    (folder / "alarms.json").write_text(damaged)
+    assert read_run(folder).alarms == []
+
+
 def test_a_reward_model_shows_the_margins_before_and_after(tmp_path):
     run = read_run(plant_reward(tmp_path))
     assert sorted(run.margins) == ["after", "before"]
