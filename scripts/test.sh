@@ -15,6 +15,6 @@ export TOKENIZERS_PARALLELISM=false
 export HF_HUB_OFFLINE=1
 cd -- "$ROOT"
 if (($# == 0)); then
-    set -- -n 2 --dist loadgroup
+    set -- -n 2
 fi
 exec "$VENV_PYTHON" -m pytest "$@"

@@ -34,14 +34,20 @@ def pytest_configure(config):
     )
 
 
-def pytest_itemcollected(item):
-    """Keep the tests that launch runs on one worker of pytest-xdist, in order.
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Let one worker of pytest-xdist run all tests that launch runs, in order.
 
-    They share launches and take both cores. The other worker runs the unit tests meanwhile.
+    They share launches and take both cores. The other workers run the unit tests, file by file.
     """
-    folders = item.path.relative_to(Path(__file__).parent).parts
-    if folders[0] != "unit":
-        item.add_marker(pytest.mark.xdist_group("launches"))
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.split("::")[0]
+            return file if file.startswith("tests/unit/") else "launches"
+
+    return Scheduling(config, log)
 
 
 @pytest.fixture(scope="session")
