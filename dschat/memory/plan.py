@@ -387,7 +387,8 @@ def _replica_bytes(config: PPOConfig, actor: ModelSize, *, width: int) -> float:
     if config.system.actor_zero_stage == 3:
         size = config.system.inference_tp_size
         return width * (actor.parameters - actor.adapters - actor.split + actor.split / size)
-    return 0.0 if config.system.hybrid_lora == "attach" else width * actor.merged
+    # Attached adapters need no copies of quantized weights, either; the plan is on the safe side.
+    return width * (actor.quantized if config.system.hybrid_lora == "attach" else actor.merged)
 
 
 def _whole_layers_bytes(config: PPOConfig, actor: ModelSize, *, width: int) -> float:

@@ -393,10 +393,10 @@ def test_int8_weights_take_a_byte_and_their_scales():
     parts = ppo(f"{flags} --actor_zero_stage 3", world_size=8)
     held = 2 * parts.sizes["actor"].parameters - saved
     assert parts.models["actor"].weights == held / 8 and parts.models["actor"].build == saved / 8
-    # Merged copies are dense; attached adapters read the packed weights.
+    # The plan counts dense copies, whether adapters are merged or attached.
     hybrid = f"{flags} --enable_hybrid_engine"
     assert ppo(hybrid).resident["replica"] == 2 * adapted
-    assert ppo(f"{hybrid} --hybrid_lora attach").resident["replica"] == 0
+    assert ppo(f"{hybrid} --hybrid_lora attach").resident["replica"] == 2 * adapted
 
 
 def test_nf4_weights_take_half_a_byte_and_their_scales():
