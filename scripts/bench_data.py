@@ -4,7 +4,7 @@
     python scripts/bench_data.py --rows 1000000 --form messages
     python scripts/bench_data.py --rows 100000 --beside trl     # after: pip install --no-deps trl
 
-Rows of random words are written to a temporary folder, with a cache of its own. A start is a fresh
+Rows of random words are written to a temporary folder with a separate cache. A start is a fresh
 process that opens, splits, checks and tokenizes the rows for the step that the form is for, as the
 main of that step does. Seconds begin after the imports. CPU seconds tell more on a machine with
 other work. Anonymous memory is what the process holds besides the files that it maps.

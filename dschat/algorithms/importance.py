@@ -2,7 +2,7 @@
 
 import torch
 
-from dschat.algorithms.losses import LOG_RATIO_BOUND
+from dschat.algorithms.kl import LOG_RATIO_BOUND
 from dschat.algorithms.masks import masked_sum
 
 

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-LOG_RATIO_BOUND = 20.0  # nats
+# In nats. exp(20) is 5e8: ratios and their products stay finite in fp32.
+LOG_RATIO_BOUND = 20.0
 K3_BOUND = 10.0  # nats per token
 
 

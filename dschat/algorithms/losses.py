@@ -3,11 +3,9 @@
 import torch
 import torch.nn.functional as F
 
+from dschat.algorithms.kl import LOG_RATIO_BOUND
 from dschat.algorithms.logprobs import token_logprobs
 from dschat.algorithms.masks import masked_sum
-
-# exp(20) is 5e8: ratios and their products stay finite in fp32.
-LOG_RATIO_BOUND = 20.0
 
 
 def lm_loss_rows(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

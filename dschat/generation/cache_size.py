@@ -1,4 +1,4 @@
-"""The size of a model's cache, from a prefill of its own cache on the meta device.
+"""The size of a model's cache, counted in a prefill on the meta device.
 
 Keys and values may have other widths than the configuration's heads suggest: multi-query and latent
 attention (DeepSeek-V2, section 2.1) cache less, and recurrent layers cache a state that does not

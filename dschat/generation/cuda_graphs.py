@@ -41,25 +41,55 @@ LENGTH_STEP = 64  # cache lengths are multiples of it
 
 
 class StepGraphs:
-    """Graphs of a decode step, captured once for each number of rows, in one pool of memory."""
+    """Graphs of a model's decode step, captured once for each number of rows, in one memory pool.
 
-    def __init__(self, layers: nn.ModuleList, *, compiled: bool, group: TensorGroup | None = None):
-        """
+    They hold the addresses of weights and buffers, so they serve one `key` of settings and weights.
+    """
+
+    def __init__(self, model: nn.Module, *, compiled: bool, group: TensorGroup | None = None):
+        """Let the model decode by kernels that a graph can hold.
+
         Args:
-            layers: the model's decoder layers.
-            compiled: run them through torch.compile.
+            model: the replica's module; its attention becomes decode_attention's.
+            compiled: run its decoder layers through torch.compile.
             group: the ranks that capture together.
         """
+        attention.register()
+        self.model = model
         self.compiled = compiled
         self.group = group
+        self._own_attention = model.config._attn_implementation
+        model.config._attn_implementation = attention.NAME
+        _, layers = decoder_layers(model)
+        use_skinny_linears(layers)
         self.capture_s = 0.0
         self.captures = 0
+        self.key: tuple = ()
         self._layers = CompiledLayers(layers) if compiled else None
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._pool = None
 
-    def __contains__(self, rows: int) -> bool:
-        return rows in self._graphs
+    def fresh_key(
+        self, generation: GenerationConfig, addresses: tuple[int, ...], device: torch.device
+    ) -> tuple | None:
+        """Return the key of these settings and weights if graphs have to be captured for it.
+
+        Args:
+            generation: sampling settings.
+            addresses: those of the replica's weights now.
+            device: of the ranks' tensors.
+
+        Returns:
+            The key; None if it is the present one.
+        """
+        settings = generation.to_dict()
+        settings.pop("num_return_sequences")
+        key = (str(settings), addresses)
+        fresh = key != self.key
+        if self.group is not None:
+            # Weights may have moved on one rank alone; the others capture with it.
+            fresh = bool(self.group.gather(torch.tensor(fresh, device=device)).any())
+        return key if fresh else None
 
     def get(
         self, rows: int, *, step: Callable[[int], None], prepare: Callable[[], None], cache, state
@@ -144,6 +174,17 @@ class StepGraphs:
         if self._layers is not None:
             self._layers.cache = None
 
+    def release(self) -> None:
+        """Free all graphs, and forget what they were captured for."""
+        attention.newest_token.clear()
+        self.clear()
+        self.key = ()
+
+    def undo(self) -> None:
+        """Restore the model's layers. Release the graphs first."""
+        self.model.config._attn_implementation = self._own_attention
+        use_plain_linears(decoder_layers(self.model)[1])
+
 
 class GraphDecoder:
     """Generate with one replica, by graphs that are captured once for each number of rows.
@@ -170,22 +211,15 @@ class GraphDecoder:
                 contain their collectives. Captures, replays and compactions depend on the tokens
                 alone, which are the same on all ranks.
         """
-        attention.register()
         self.model = model
-        self.compiled = compiled
         self.group = group
-        self._own_attention = model.config._attn_implementation
-        model.config._attn_implementation = attention.NAME
-        _, layers = decoder_layers(model)
-        use_skinny_linears(layers)
+        self.graphs = StepGraphs(model, compiled=compiled, group=group)
         self.max_rows = max_rows
         self.max_length = max_length
         self.cache: SlotCache | None = None
         self.state: GraphBuffers | None = None
         self.sampler: Sampler | None = None
         self.pad_token_id = 0
-        self.graphs = StepGraphs(layers, compiled=compiled, group=group)
-        self._key: tuple = ()
         self._counts = torch.zeros(AHEAD, dtype=torch.int64, pin_memory=torch.cuda.is_available())
         self._events = [torch.cuda.Event() for _ in range(AHEAD)]
 
@@ -209,14 +243,8 @@ class GraphDecoder:
         """
         copies, num_new = generation.num_return_sequences or 1, generation.max_new_tokens
         num_rows = len(input_ids) * copies
-        settings = generation.to_dict()
-        settings.pop("num_return_sequences")
-        key = (str(settings), addresses)
-        fresh = key != self._key
-        if self.group is not None:
-            # Weights may have moved on one rank alone; the others capture with it.
-            fresh = bool(self.group.gather(torch.tensor(fresh, device=input_ids.device)).any())
-        if fresh:
+        key = self.graphs.fresh_key(generation, addresses, input_ids.device)
+        if key is not None:
             # Graphs hold the addresses of the sampler's tensors too, so it is kept as long as they.
             self.release()
             agree = keep_tokens if self.group is None else self.group.agree
@@ -234,23 +262,22 @@ class GraphDecoder:
             t.repeat_interleave(copies, dim=0) for t in (input_ids, attention_mask)
         )
         self._start(logits, input_ids, attention_mask)
-        expected = self._plain_step(attention_mask) if fresh else None
-        self._key = key
+        expected = None
+        if key is not None:
+            expected = self._plain_step(attention_mask)
+            self.graphs.key = key
         self._run(num_rows, num_new, expected)
         return Decoded(self.state.tokens[:num_rows].clone(), self.state.logprobs[:num_rows].clone())
 
     def release(self) -> None:
         """Free graphs, cache and buffers. The next call allocates them again."""
-        attention.newest_token.clear()
-        self.graphs.clear()
+        self.graphs.release()
         self.cache = self.state = self.sampler = None
-        self._key = ()
 
     def undo(self) -> None:
         """Free everything and restore the model's layers."""
         self.release()
-        self.model.config._attn_implementation = self._own_attention
-        use_plain_linears(decoder_layers(self.model)[1])
+        self.graphs.undo()
 
     def _allocate(self, shapes, num_rows: int, length: int, num_new: int) -> None:
         """Allocate cache and buffers for `num_rows` responses.

@@ -11,13 +11,12 @@ from transformers import GenerationConfig
 
 from dschat.generation.cuda_graphs import AHEAD, LENGTH_STEP, SMALLEST, StepGraphs, check_step
 from dschat.generation.decoding import SlotCache
-from dschat.generation.kernels import attention
-from dschat.generation.kernels.linear import plain_products, use_plain_linears, use_skinny_linears
+from dschat.generation.kernels.linear import plain_products
 from dschat.generation.sampling import Sampler, keep_tokens
 from dschat.generation.slots import FREE, ResponseQueue, SlotDecoder, SlotState, by_layer
 from dschat.generation.tensor_parallel import TensorGroup
 from dschat.models.forward import takes_position_ids
-from dschat.models.structure import cache_argument, decoder_layers
+from dschat.models.structure import cache_argument
 
 
 class GraphSlotDecoder(SlotDecoder):
@@ -46,16 +45,10 @@ class GraphSlotDecoder(SlotDecoder):
             group: see ``GraphDecoder``.
         """
         super().__init__(model, slots=slots, agree=keep_tokens if group is None else group.agree)
-        attention.register()
         self.group = group
-        self._own_attention = model.config._attn_implementation
-        model.config._attn_implementation = attention.NAME
-        _, layers = decoder_layers(model)
-        use_skinny_linears(layers)
-        self.graphs = StepGraphs(layers, compiled=compiled, group=group)
+        self.graphs = StepGraphs(model, compiled=compiled, group=group)
         self.max_length = max_length
         self.addresses: tuple[int, ...] = ()  # of the replica's weights now
-        self._key: tuple = ()
         self._unchecked = False  # no captured step has been compared with a plain one
         self._logits_seen = torch.empty(0)  # [N, V], of the last step
         self._flags = torch.empty(0)
@@ -64,34 +57,25 @@ class GraphSlotDecoder(SlotDecoder):
 
     def release(self) -> None:
         """Free graphs, cache and buffers. The next call allocates them again."""
-        attention.newest_token.clear()
-        self.graphs.clear()
+        self.graphs.release()
         self.cache = self.state = self.sampler = None
         self._logits_seen = torch.empty(0)
-        self._key = ()
 
     def undo(self) -> None:
         """Free everything and restore the model's layers."""
         self.release()
-        self.model.config._attn_implementation = self._own_attention
-        use_plain_linears(decoder_layers(self.model)[1])
+        self.graphs.undo()
 
     def _prepare(
         self, queue: ResponseQueue, generation: GenerationConfig, rows: int, seed: int
     ) -> None:
         """Keep sampler, cache and state, with their graphs, if they serve this call as well."""
         device = queue.prompts[0].device
-        settings = generation.to_dict()
-        settings.pop("num_return_sequences")
-        key = (str(settings), self.addresses)
-        fresh = key != self._key
-        if self.group is not None:
-            # Weights may have moved on one rank alone; the others capture with it.
-            fresh = bool(self.group.gather(torch.tensor(fresh, device=device)).any())
-        if fresh:
+        key = self.graphs.fresh_key(generation, self.addresses, device)
+        if key is not None:
             self.release()
             self.sampler = Sampler(generation, device, self.agree)
-            self._key = key
+            self.graphs.key = key
             self._unchecked = True
         num_new = generation.max_new_tokens
         self.max_length = max(self.max_length, queue.longest + num_new)
@@ -106,15 +90,15 @@ class GraphSlotDecoder(SlotDecoder):
                 slots=self.slots, responses=queue.num_responses, num_new=num_new, device=device
             )
         self.state.reset(seed=seed, pad_token_id=generation.pad_token_id)
-        self._flags = torch.zeros(
-            AHEAD, self.slots, dtype=torch.bool, pin_memory=torch.cuda.is_available()
-        )
+        if self._flags.shape != (AHEAD, self.slots):
+            self._flags = torch.zeros(
+                AHEAD, self.slots, dtype=torch.bool, pin_memory=torch.cuda.is_available()
+            )
         self._sizes = sorted({-(-rows // divisor) for divisor in (1, 2, 4, SMALLEST)})
 
     def _step(self, rows: int) -> None:
         """Replay the graph of one step, and have the flags of what has ended copied to the host."""
         expected = self._plain_step(rows) if self._unchecked else None
-        self.cache.start(rows=rows, filled=0, captured=True)
         graph = self.graphs.get(
             rows,
             step=self._advance,

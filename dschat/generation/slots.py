@@ -3,9 +3,9 @@
 A batch that is decoded as a whole waits for its longest response. Here responses wait in a queue,
 and the others continue to decode while a newcomer's prompt is prefilled into the slot of a response
 that has ended (continuous batching, Yu et al. 2022, "Orca"). What is sampled does not depend on the
-number of slots: each response draws from a random stream of its own.
+number of slots: each response has its own random stream.
 
-``SlotDecoder`` runs on any device. ``GraphSlotDecoder`` in cuda_graphs.py replays the same step as
+``SlotDecoder`` runs on any device. ``GraphSlotDecoder`` in graph_slots.py replays the same step as
 a CUDA graph.
 """
 

@@ -378,16 +378,17 @@ def _for_generation(
 def _replica_bytes(config: PPOConfig, actor: ModelSize, *, width: int) -> float:
     """Return the bytes of the Hybrid Engine's replica.
 
-    They are 0 if it shares the training weights (ZeRO <= 2 without LoRA, or with attached
-    adapters). With merged LoRA they are the adapted layers. Under ZeRO-3 they are all weights,
-    gathered; with tensor parallelism, this rank's slices of the layers and the rest of the model.
+    They are 0 if it shares the training weights (ZeRO <= 2 without LoRA). With LoRA they are the
+    merged layers; with attached adapters, only those that are quantized. Under ZeRO-3 they are all
+    weights, gathered; with tensor parallelism, this rank's slices of the layers and the rest of the
+    model.
     """
     if not config.system.enable_hybrid_engine:
         return 0.0
     if config.system.actor_zero_stage == 3:
         size = config.system.inference_tp_size
         return width * (actor.parameters - actor.adapters - actor.split + actor.split / size)
-    # Attached adapters need no copies of quantized weights, either; the plan is on the safe side.
+    # An upper bound: attached adapters need no copies of quantized weights, either.
     return width * (actor.quantized if config.system.hybrid_lora == "attach" else actor.merged)
 
 

@@ -16,7 +16,7 @@ FIRST, OTHER, SECOND = [5, 6, 7, 8], [9, 10, 11, 12], [13, 14, 15, 16, 17]
 def check_takes_positions(config: PreTrainedConfig, *, path: str) -> None:
     """Check that the family's forward takes position ids, before any weights are loaded.
 
-    A model with Python code of its own is not checked here; see ``check_packing``.
+    A model that comes with Python code is not checked here; see ``check_packing``.
 
     Args:
         config: of the model.

@@ -79,7 +79,7 @@ def _read_directly(layers: nn.Module) -> Iterator[str]:
     """Yield names of linear modules whose weights a fused computation reads without calling them.
 
     They are in the recurrent mixers of Mamba and its successors, which hold A_log, and in the
-    AltUp of Gemma 3n. Zamba2's shared layers hold adapters of their own.
+    AltUp of Gemma 3n. Zamba2's shared layers have built-in adapters.
     """
     for name, module in layers.named_modules():
         if hasattr(module, "A_log"):

@@ -30,7 +30,7 @@ REPORT = "report.html"
 MOST_PROMPTS = 20
 MOST_CHARACTERS = 4000  # of an answer
 
-# Title and metrics of each chart. Metrics that are in none get one of their own.
+# Title and metrics of each chart. Every other metric gets a separate chart.
 CHARTS = (
     ("Loss", ("train/loss", "eval/loss")),
     ("Perplexity", ("eval/perplexity",)),

@@ -14,44 +14,58 @@ from dschat.rewards.references import references
 Scores = list[float | None]
 
 
-class ExactMatch:
-    """1 if the answer is the reference, apart from the amount of white space."""
+class ReferenceGrader:
+    """A grader that compares each answer with the reference of its row."""
+
+    def __init__(self, column: str = ""):
+        """Set the column of the reference; see ``references``."""
+        self.column = column
+
+    def __call__(self, prompts: list[str], answers: list[str], **columns) -> Scores:
+        """Return one score per answer; None for a row whose reference cannot be used."""
+        wanted = references(columns, self.column)
+        return [
+            self._score(answer, reference)
+            for answer, reference in zip(answers, wanted, strict=True)
+        ]
+
+    def _score(self, answer: str, reference: object) -> float | None:
+        raise NotImplementedError
+
+
+class ExactMatch(ReferenceGrader):
+    """1 if the answer is the reference, apart from the amount of white space; else 0.
+
+    None if there is no reference.
+    """
 
     def __init__(self, column: str = "", ignore_case: bool = False):
         """Set the column of the reference, and whether upper and lower case are the same."""
-        self.column = column
+        super().__init__(column)
         self.ignore_case = ignore_case
 
-    def __call__(self, prompts: list[str], answers: list[str], **columns) -> Scores:
-        """Return 1 or 0 per answer; None for a row without a reference."""
-        wanted = references(columns, self.column)
-        return [
-            None if reference is None else float(self._plain(answer) == self._plain(str(reference)))
-            for answer, reference in zip(answers, wanted, strict=True)
-        ]
+    def _score(self, answer: str, reference: object) -> float | None:
+        if reference is None:
+            return None
+        return float(self._plain(answer) == self._plain(str(reference)))
 
     def _plain(self, text: str) -> str:
         text = " ".join(text.split())
         return text.casefold() if self.ignore_case else text
 
 
-class NumericMatch:
-    """1 if the last number of the answer is that of the reference; see ``last_number``."""
+class NumericMatch(ReferenceGrader):
+    """1 if the last number of the answer is that of the reference, else 0; see ``last_number``.
+
+    None if the reference has no number.
+    """
 
     def __init__(self, column: str = "", tolerance: float = 0.0):
         """Set the column of the reference, and the largest difference of equal numbers."""
         if tolerance < 0:
             raise ValueError(f"tolerance is {tolerance}; it must be 0 or more")
-        self.column = column
+        super().__init__(column)
         self.tolerance = Fraction(str(tolerance))
-
-    def __call__(self, prompts: list[str], answers: list[str], **columns) -> Scores:
-        """Return 1 or 0 per answer; None for a row whose reference has no number."""
-        wanted = references(columns, self.column)
-        return [
-            self._score(answer, reference)
-            for answer, reference in zip(answers, wanted, strict=True)
-        ]
 
     def _score(self, answer: str, reference: object) -> float | None:
         expected = last_number(str(reference))
@@ -134,11 +148,11 @@ def _refuse(name: str) -> None:
     raise ValueError(f"{name} is no JSON")
 
 
-class MathMatch:
+class MathMatch(ReferenceGrader):
     """1 if the last mathematical expression of the answer equals that of the reference.
 
     The library math-verify (Hugging Face) finds and compares them: LaTeX, also in a box, and plain
-    numbers and formulas.
+    numbers and formulas. None if the reference cannot be read.
     """
 
     def __init__(self, column: str = "", timeout_s: int = 5):
@@ -150,17 +164,9 @@ class MathMatch:
                 "math_match needs math-verify: pip install 'dschat[math]' (in a copy of the "
                 "repository: pip install -e '.[math]')"
             ) from error
-        self.column = column
+        super().__init__(column)
         self.timeout_s = timeout_s
         self._library = math_verify
-
-    def __call__(self, prompts: list[str], answers: list[str], **columns) -> Scores:
-        """Return 1 or 0 per answer; None for a row whose reference cannot be read."""
-        wanted = references(columns, self.column)
-        return [
-            self._score(answer, reference)
-            for answer, reference in zip(answers, wanted, strict=True)
-        ]
 
     def _score(self, answer: str, reference: object) -> float | None:
         if reference is None:

@@ -29,7 +29,7 @@ SHORTER = 0.5
 TRUNCATED_RISE = 0.2
 # Rise of the KL, both in nats an answer and in nats a token: answers of thousands of tokens reach
 # any sum. Gao et al. 2022 (Scaling laws for reward model overoptimization) measure how the true
-# reward falls behind the optimized one as this distance grows.
+# reward drops below the optimized one as this distance grows.
 KL_RISE = 25.0
 KL_TOKEN_RISE = 0.1
 # Share of the first rollouts' entropy below which the policy hardly samples anything else.
@@ -137,7 +137,7 @@ class Alarms:
         if not score or not length or SHORTER * length[0] <= length[1] <= LONGER * length[0]:
             return ""
         return (
-            f"the score rose from {score[0]:.3g} to {score[1]:.3g} while the length of answers "
+            f"{_rise(score)} while the length of answers "
             f"went from {length[0]:.0f} to {length[1]:.0f} tokens: the reward may prefer length. "
             "Read answers (--save_rollouts), then raise --kl_coef, or let the reward ignore length."
         )
@@ -148,7 +148,7 @@ class Alarms:
         if not score or not ended or ended[0] - ended[1] <= TRUNCATED_RISE:
             return ""
         return (
-            f"the score rose from {score[0]:.3g} to {score[1]:.3g} while the share of truncated "
+            f"{_rise(score)} while the share of truncated "
             f"answers went from {1 - ended[0]:.0%} to {1 - ended[1]:.0%}. Read answers "
             "(--save_rollouts), then give --missing_eos_penalty or a larger --max_answer_seq_len."
         )
@@ -163,7 +163,7 @@ class Alarms:
         if kl[1] - kl[0] <= bound:
             return ""
         return (
-            f"the score rose from {score[0]:.3g} to {score[1]:.3g} while the KL to the reference "
+            f"{_rise(score)} while the KL to the reference "
             f"went from {kl[0]:.3g} to {kl[1]:.3g} nats an answer: the policy may exploit the "
             "reward. Read answers (--save_rollouts), then raise --kl_coef or set --kl_target."
         )
@@ -257,6 +257,10 @@ def is_number(value: Any) -> bool:
 def mean(values: list[float]) -> float:
     """Return the mean of one or more numbers."""
     return sum(values) / len(values)
+
+
+def _rise(score: tuple[float, float]) -> str:
+    return f"the score rose from {score[0]:.3g} to {score[1]:.3g}"
 
 
 def _metrics(path: Path) -> list[tuple[int, dict[str, Any]]]:

@@ -145,6 +145,17 @@ class Launches:
         }
 
 
+def failing(launches, case: Case) -> list[str]:
+    """Return the checks of a case that failed, and their ranks."""
+    found = enumerate(launches[case].ranks)
+    return [
+        f"rank {rank}: {name}"
+        for rank, result in found
+        for name, holds in result["value"].items()
+        if not holds
+    ]
+
+
 def launch(command: list[str], *, ranks: int, log: Path, timeout_s: float) -> int | str:
     """Run a script under the deepspeed launcher; return its exit status or "timed out"."""
     with open(log, "w") as file:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from launches import Case
+from launches import Case, failing
 from outputs import check_model_folder, load_plainly
 
 
@@ -40,17 +40,6 @@ ZERO = {
     "2-offload": "--actor_zero_stage 2 --critic_zero_stage 2 --offload",
     "3": "--actor_zero_stage 3 --critic_zero_stage 3 --deepspeed_config {stock}/pieces.json",
 }
-
-
-def failing(launches, case) -> list[str]:
-    """Return the checks that failed, and their ranks."""
-    found = enumerate(launches[case].ranks)
-    return [
-        f"rank {rank}: {name}"
-        for rank, result in found
-        for name, holds in result["value"].items()
-        if not holds
-    ]
 
 
 SHARED = [

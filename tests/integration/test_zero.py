@@ -1,7 +1,7 @@
 """Engines in a process group of two: steps that all take or none, and weights in pieces."""
 
 import pytest
-from launches import Case
+from launches import Case, failing
 
 
 def check_case(name: str, function: str, **kwargs):
@@ -49,17 +49,6 @@ WHOLE = [
 SCALED = [check_case(f"scaled-{zero}", "scaled_head", zero=zero) for zero in (0, 3)]
 
 REFUSED = [check_case(f"refused-{zero}", "refused_prompt", zero=zero) for zero in (0, 3)]
-
-
-def failing(launches, case) -> list[str]:
-    """Return the checks that failed, and their ranks."""
-    found = enumerate(launches[case].ranks)
-    return [
-        f"rank {rank}: {name}"
-        for rank, result in found
-        for name, holds in result["value"].items()
-        if not holds
-    ]
 
 
 @pytest.mark.parametrize("case", list(planted_cases()))

@@ -28,6 +28,17 @@ def tiny(family: str, *, pad_is_eos: bool = False, std: float = 0.5, overrides: 
     )
 
 
+class ModelAsEngine(torch.nn.Module):
+    """A model in the place of an engine."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.module = model
+
+    def forward(self, **inputs):
+        return self.module(**inputs)
+
+
 # A tiny OPT shaped like OPT-350m, unlike all others: narrow embedding, projections, post-norm
 # blocks.
 OPT_350M_LIKE = (("word_embed_proj_dim", 32), ("do_layer_norm_before", False))

@@ -11,27 +11,16 @@ from dschat.models.causal_lm import load_causal_lm
 from dschat.models.families import tiny_shape
 from dschat.models.packing import check_packing, check_takes_positions
 from dschat.trainers.supervised import SFTObjective
-from tests.unit.models_helpers import FAMILIES, OPT_350M_LIKE, random_texts, tiny
+from tests.unit.models_helpers import FAMILIES, OPT_350M_LIKE, ModelAsEngine, random_texts, tiny
 
 CASES = [(family, ()) for family in FAMILIES]
 CASES += [("opt", OPT_350M_LIKE), ("mistral", (("sliding_window", 4),))]
 ROWS = [[0, 1, 5], [2, 3, 4]]  # texts of each packed row; the second row is padded
 
 
-class Engine(torch.nn.Module):
-    """A model in the place of an engine."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.module = model
-
-    def forward(self, **inputs):
-        return self.module(**inputs)
-
-
 def load(family, overrides=()):
     folder = tiny(family, std=0.1, overrides=overrides)
-    return Engine(load_causal_lm(folder, dtype=torch.float32, dropout=0.0))
+    return ModelAsEngine(load_causal_lm(folder, dtype=torch.float32, dropout=0.0))
 
 
 def loss_and_gradients(engine, batch):

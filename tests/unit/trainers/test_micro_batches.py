@@ -11,20 +11,9 @@ from dschat.models.tokenizer import load_tokenizer
 from dschat.trainers.dpo import DPOObjective
 from dschat.trainers.micro_batches import split_by_length
 from dschat.trainers.supervised import RewardObjective, SFTObjective
-from tests.unit.models_helpers import FAMILIES, random_texts, tiny
+from tests.unit.models_helpers import FAMILIES, ModelAsEngine, random_texts, tiny
 
 CPU = torch.device("cpu")
-
-
-class Engine(torch.nn.Module):
-    """A model in the place of an engine."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.module = model
-
-    def forward(self, **inputs):
-        return self.module(**inputs)
 
 
 def texts():
@@ -70,7 +59,7 @@ def check_equal(objective, engine, batch, *, tokens):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_sft_does_not_depend_on_the_grouping(family):
     model = load_causal_lm(tiny(family, std=0.1), dtype=torch.float32, dropout=0.0)
-    check_equal(SFTObjective(), Engine(model), texts(), tokens=30)
+    check_equal(SFTObjective(), ModelAsEngine(model), texts(), tokens=30)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -78,14 +67,14 @@ def test_a_reward_model_does_not_depend_on_the_grouping(family):
     folder = tiny(family, std=0.1)
     tokenizer = load_tokenizer(folder)
     model = load_reward_model(folder, dtype=torch.float32, tokenizer=tokenizer, dropout=0.0)
-    check_equal(RewardObjective(), Engine(model), pairs(), tokens=44)
+    check_equal(RewardObjective(), ModelAsEngine(model), pairs(), tokens=44)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_dpo_does_not_depend_on_the_grouping(family):
     load = dict(dtype=torch.float32, dropout=0.0)
     engine, reference = (
-        Engine(load_causal_lm(tiny(name, std=0.1), **load)) for name in (family, family)
+        ModelAsEngine(load_causal_lm(tiny(name, std=0.1), **load)) for name in (family, family)
     )
     with torch.no_grad():
         for parameter in reference.parameters():

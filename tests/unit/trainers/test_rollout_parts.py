@@ -15,8 +15,7 @@ from dschat.trainers.rollout import (
     join_parts,
     parts_by_length,
 )
-from tests.unit.models_helpers import FAMILIES, pad, random_texts, tiny
-from tests.unit.trainers.test_micro_batches import Engine
+from tests.unit.models_helpers import FAMILIES, ModelAsEngine, pad, random_texts, tiny
 
 TOKENS = 48
 
@@ -59,8 +58,10 @@ def test_scoring_does_not_depend_on_the_parts(family):
     mask = answers.response_mask
     folder = tiny(family, std=0.1)
     load = dict(dtype=torch.float32, dropout=0.0)
-    actor = Engine(load_causal_lm(folder, **load)).eval()
-    critic = Engine(load_reward_model(folder, tokenizer=load_tokenizer(folder), **load)).eval()
+    actor = ModelAsEngine(load_causal_lm(folder, **load)).eval()
+    critic = ModelAsEngine(
+        load_reward_model(folder, tokenizer=load_tokenizer(folder), **load)
+    ).eval()
     torch.nn.init.normal_(critic.module.model.score.weight)
     with torch.no_grad():
         for forward in (
