@@ -28,6 +28,7 @@ CPU_OPS = {"ShareMemCommBuilder": "every run"}
 GPU_OPS = {"CPUAdamBuilder": "--offload"}
 # A program without our lock makes torch's before it starts the compiler, by which it is found.
 YOUNG_LOCK_S = 2.0
+POLL_S = 0.1
 LOCK_NAME = "dschat.lock"
 
 
@@ -139,16 +140,18 @@ def _build_lock() -> Iterator[None]:
 
 
 def _clear_stale_lock(folder: Path) -> None:
-    """Delete the lock of torch that a killed build left. The caller holds our lock."""
+    """Wait until no process builds in `folder`, and delete torch's lock if a killed build left it.
+
+    The compiler may outlive the process that started it, which alone would delete the lock. The
+    caller holds our lock.
+    """
     lock = folder / "lock"
-    try:
-        age_s = time.time() - lock.stat().st_mtime
-    except OSError:
-        return
-    time.sleep(min(YOUNG_LOCK_S, max(0.0, YOUNG_LOCK_S - age_s)))
-    if stale_lock(folder):
-        logger.warning(f"deleting {lock}, which a killed build left")
-        lock.unlink(missing_ok=True)
+    began = time.monotonic()
+    while lock.exists():
+        if time.monotonic() - began >= YOUNG_LOCK_S and stale_lock(folder):
+            logger.warning(f"deleting {lock}, which a killed build left")
+            lock.unlink(missing_ok=True)
+        time.sleep(POLL_S)
 
 
 def load_ops_of_every_run() -> None:

@@ -162,6 +162,24 @@ def test_a_killed_build_keeps_no_run_waiting(tmp_path, monkeypatch):
     assert not waiting.is_alive() and builder.loads == 1 and not (folder / "lock").exists()
 
 
+def test_a_compiler_that_outlives_its_run_is_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    folder = tmp_path / "deepspeed_shm_comm"
+    folder.mkdir()
+    (folder / "lock").touch()
+    builder = Builder(folder)
+    monkeypatch.setattr(compiled_ops.get_accelerator(), "create_op_builder", lambda name: builder)
+    compiler = subprocess.Popen(["sleep", "60"], cwd=folder)
+    waiting = threading.Thread(target=compiled_ops.load_op, args=("ShareMemCommBuilder",))
+    waiting.start()
+    waiting.join(compiled_ops.YOUNG_LOCK_S + 1)
+    assert waiting.is_alive() and not builder.loads
+    compiler.kill()
+    compiler.wait()
+    waiting.join(10)
+    assert builder.loads == 1 and not (folder / "lock").exists()
+
+
 def test_a_folder_that_is_not_writable_needs_no_lock(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "file" / "builds"))
