@@ -23,6 +23,8 @@ ZSTD = ["zstandard>=0.22"]
 MATH = ["math-verify>=0.8"]
 # Loggers of --report_to. TensorBoard comes with the requirements.
 LOGGERS = {"wandb": ["wandb>=0.17"], "trackio": ["trackio>=0.3"], "mlflow": ["mlflow>=2.14"]}
+# docs: scripts/build_docs.py.
+DOCS = ["zensical>=0.0.73,<0.2"]
 # test: pytest and what scripts/lint.sh runs. Formatters and type checkers change between versions,
 # so theirs are fixed.
 TEST = [
@@ -78,6 +80,7 @@ setup(
     extras_require={
         "chat": CHAT,
         "demo": DEMO,
+        "docs": DOCS,
         "test": TEST,
         "math": MATH,
         "zstd": ZSTD,

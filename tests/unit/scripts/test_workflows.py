@@ -8,6 +8,7 @@ import yaml
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[3]
+CI = ROOT / ".github" / "workflows" / "ci.yml"
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 
 
@@ -39,7 +40,7 @@ def test_every_job_has_a_limit_and_runs_scripts_that_exist(path):
 
 
 def test_the_oldest_and_newest_libraries_are_tested():
-    workflow = read(ROOT / ".github" / "workflows" / "ci.yml")
+    workflow = read(CI)
     rows = workflow["jobs"]["tests"]["strategy"]["matrix"]["include"]
     assert [row["python"] for row in rows] == ["3.10", "3.11", "3.12", "3.13"]
     for row in rows:
@@ -55,7 +56,7 @@ def test_the_oldest_and_newest_libraries_are_tested():
 
 
 def test_the_usual_libraries_are_those_of_requirements():
-    workflow = read(ROOT / ".github" / "workflows" / "ci.yml")
+    workflow = read(CI)
     rows = workflow["jobs"]["tests"]["strategy"]["matrix"]["include"]
     for row in rows:
         if row["libraries"] != "oldest":
@@ -68,3 +69,9 @@ def test_markers_are_described_for_contributors():
     markers = re.findall(r"^    (\w+): ", (ROOT / "pytest.ini").read_text(), re.MULTILINE)
     assert markers == ["slow", "gpu"]
     assert all(f"-m {marker}" in text for marker in markers)
+
+
+def test_the_documentation_is_built_with_the_version_of_the_extra():
+    commands = [step.get("run", "") for step in read(CI)["jobs"]["docs"]["steps"]]
+    (wanted,) = re.findall(r'^DOCS = \["(.*)"\]$', (ROOT / "setup.py").read_text(), re.MULTILINE)
+    assert any(f'pip install "{wanted}"' in command for command in commands)
