@@ -314,7 +314,7 @@ def measure_ppo(
             is_critic = source.flag.startswith("--critic")
             with partitioned_loading(ds_config):
                 model = random_model(
-                    source.path, dtype=TORCH_DTYPES[self._dtype], tiny=tiny, head=is_critic
+                    source.path, dtype=TORCH_DTYPES[self.dtype], tiny=tiny, head=is_critic
                 )
             disable_dropout(model)
             return model

@@ -65,7 +65,7 @@ def announce(config: Any) -> None:
 
 def _announce_memory(config: Any, given: dict[str, Any]) -> None:
     """Log which of the given memory flags have no effect, and what int8 means for the result."""
-    if given.get("offload_reference_model") and not config.has_reference:
+    if given.get("offload_reference_model") and given.get("kl_coef") == 0:
         logger.info(
             "--offload_reference_model has no effect: with --kl_coef 0 there is no reference"
         )

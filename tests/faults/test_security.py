@@ -145,7 +145,8 @@ def test_data_strings_are_not_opened_as_files(zygote, stock, tmp_path):
     assert run.statuses == [0], run.log[-3000:]
     new = {path.relative_to(tmp_path).parts[0] for path in set(tmp_path.rglob("*")) - before}
     assert new == {"out", "out.log"}
-    known = {"evaluation", "metrics.jsonl", "run.json", "actor", "critic", "actor_ema", ".lock"}
+    known = {"evaluation", "metrics.jsonl", "run.json", "report.html", ".lock"}
+    known |= {"actor", "critic", "actor_ema"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == known
     assert not absolute.exists() and not (tmp_path.parent / "up").exists()
 
