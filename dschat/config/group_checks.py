@@ -3,6 +3,7 @@
 Each returns a list of the problems found, one sentence each.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,29 @@ def frozen_format_problems(system: Any, lora_dim: int, *, flag: str) -> list[str
 def lora_problems(lora: LoraOptions, *, prefix: str = "--") -> list[str]:
     """Check one model's LoRA options; `prefix` is the prefix of their flags."""
     found = at_least(f"{prefix}lora_dim", lora.lora_dim, 0)
+    found += _target_problems(lora, prefix=prefix)
     found += above(f"{prefix}lora_alpha", lora.lora_alpha, 0)
     return found + at_least(f"{prefix}lora_learning_rate", lora.lora_learning_rate, 0)
+
+
+def _target_problems(lora: LoraOptions, *, prefix: str) -> list[str]:
+    """Check the names and regular expressions of --target_modules."""
+    if not lora.target_modules:
+        return []
+    flag = f"{prefix}target_modules"
+    found = []
+    if lora.lora_dim == 0:
+        found.append(f"{flag} names layers to adapt: give {prefix}lora_dim above 0.")
+    if lora.lora_module_name is not None:
+        found.append(f"{flag} and {prefix}lora_module_name exclude each other: give one of them.")
+    if "all-linear" in lora.target_modules and len(lora.target_modules) > 1:
+        found.append(f"{flag} all-linear adapts every linear layer: give no names beside it.")
+    for word in lora.target_modules:
+        try:
+            re.compile(word)
+        except (re.error, OverflowError, RecursionError) as error:
+            found.append(f"{flag} {word}: neither a name nor a regular expression ({error}).")
+    return found
 
 
 def data_problems(data: DataOptions) -> list[str]:

@@ -279,9 +279,26 @@ class LoraOptions:
         "Adapt the linear layers whose full name contains this. Default: the decoder layers of the "
         "model family.",
     )
+    target_modules: list[str] = flag(
+        [],
+        "Adapt these linear layers of the decoder: names such as q_proj v_proj, all-linear, or a "
+        "regular expression that matches full names.",
+    )
     lora_alpha: float = flag(1.0, "LoRA scale: the product is multiplied by lora_alpha / lora_dim.")
+    use_rslora: bool = flag(
+        False, "Multiply by lora_alpha / sqrt(lora_dim) instead (rsLoRA), for high ranks."
+    )
     only_optimize_lora: bool = flag(False, "Train only the adapters and new heads.")
     lora_learning_rate: float = flag(5e-4, "Learning rate of the adapters.")
+
+    def __hash__(self) -> int:
+        """Hash of all values: lists have none."""
+        return hash(repr(self))
+
+    @property
+    def chooses_layers(self) -> bool:
+        """Whether the user chose the layers that are adapted."""
+        return self.lora_module_name is not None or bool(self.target_modules)
 
 
 @dataclass(frozen=True)

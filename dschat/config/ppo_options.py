@@ -152,14 +152,20 @@ class PPOLora:
     actor_lora_module_name: Optional[str] = flag(
         None, "Like --lora_module_name of step 1, for the actor."
     )
+    actor_target_modules: list[str] = flag([], "Like --target_modules of step 1, for the actor.")
     actor_lora_alpha: float = flag(1.0, "LoRA scale of the actor: lora_alpha / lora_dim.")
     actor_lora_learning_rate: float = flag(5e-4, "Learning rate of the actor's adapters.")
     critic_lora_dim: int = flag(0, "Rank of the critic's LoRA adapters; 0: no adapters.")
     critic_lora_module_name: Optional[str] = flag(
         None, "Like --lora_module_name of step 1, for the critic."
     )
+    critic_target_modules: list[str] = flag([], "Like --target_modules of step 1, for the critic.")
     critic_lora_alpha: float = flag(1.0, "LoRA scale of the critic: lora_alpha / lora_dim.")
     critic_lora_learning_rate: float = flag(5e-4, "Learning rate of the critic's adapters.")
+    use_rslora: bool = flag(
+        False,
+        "Multiply by lora_alpha / sqrt(lora_dim) instead (rsLoRA), for high ranks.",
+    )
     only_optimize_lora: bool = flag(
         False,
         "Train only the adapters and the critic's head. A model without adapters (for example with "
@@ -172,7 +178,9 @@ class PPOLora:
         return LoraOptions(
             lora_dim=self.actor_lora_dim,
             lora_module_name=self.actor_lora_module_name,
+            target_modules=self.actor_target_modules,
             lora_alpha=self.actor_lora_alpha,
+            use_rslora=self.use_rslora,
             lora_learning_rate=self.actor_lora_learning_rate,
             only_optimize_lora=self.only_optimize_lora and self.actor_lora_dim > 0,
         )
@@ -183,7 +191,9 @@ class PPOLora:
         return LoraOptions(
             lora_dim=self.critic_lora_dim,
             lora_module_name=self.critic_lora_module_name,
+            target_modules=self.critic_target_modules,
             lora_alpha=self.critic_lora_alpha,
+            use_rslora=self.use_rslora,
             lora_learning_rate=self.critic_lora_learning_rate,
             only_optimize_lora=self.only_optimize_lora and self.critic_lora_dim > 0,
         )

@@ -5,6 +5,7 @@ They are counted on the meta device, so nothing is loaded or allocated.
 
 import copy
 import functools
+import re
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -230,8 +231,10 @@ def _enough_layers(
         return None
     layers = config.get_text_config().num_hidden_layers
     frozen = 0 if system is None else system.freeze_layers
-    one_layer_named = any(letter.isdigit() for letter in lora.lora_module_name or "")
-    are_enough = 0 <= frozen < layers - 2 and not one_layer_named
+    chosen = " ".join([lora.lora_module_name or "", *lora.target_modules])
+    # A number, or a regular expression, may tell layers apart.
+    may_differ = re.search(r"[^\w.\- ]|\d", chosen) is not None
+    are_enough = 0 <= frozen < layers - 2 and not may_differ
     return frozen + 2 if are_enough and _are_alike(config) else None
 
 

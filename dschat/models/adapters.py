@@ -51,6 +51,7 @@ def write_adapter(model: nn.Module, tensors: dict[str, torch.Tensor], path: Path
         r=first.r[ADAPTER],
         lora_alpha=first.lora_alpha[ADAPTER],
         target_modules=sorted(layers),
+        use_rslora=first.use_rslora[ADAPTER],
         fan_in_fan_out=first.fan_in_fan_out,
         task_type="SEQ_CLS" if is_reward else "CAUSAL_LM",
         modules_to_save=[SCORE_HEAD] if is_reward else None,

@@ -6,7 +6,8 @@ s = alpha / dim. B starts at zero.
 """
 
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Optional
 
@@ -21,6 +22,7 @@ from dschat.models.weights import first_names
 from dschat.runtime.log import logger
 
 ADAPTER = "default"  # PEFT's name for an adapter
+ALL_LINEAR = "all-linear"  # PEFT's name for all linear layers
 
 
 def add_lora(
@@ -29,9 +31,11 @@ def add_lora(
     dim: int,
     alpha: float,
     module_name: Optional[str] = None,
+    target_modules: Sequence[str] = (),
     only_optimize_lora: bool,
     dropout: float = 0.0,
-    flag: str = "--lora_module_name",
+    use_rslora: bool = False,
+    prefix: str = "--",
 ) -> int:
     """Add LoRA adapters to linear layers of the decoder, in place; never to the head or embeddings.
 
@@ -45,29 +49,31 @@ def add_lora(
         model: a causal language model or RewardModel, without adapters.
         dim: rank of the adapters.
         alpha: the update is multiplied by alpha / dim.
-        module_name: adapt the layers whose full name contains this; None: all linear layers of the
-            decoder.
+        module_name: see ``target_names``.
+        target_modules: see ``target_names``.
         only_optimize_lora: freeze everything but the adapters and the score head.
         dropout: probability of dropout on the input of A.
-        flag: the command-line flag that `module_name` came from, for messages.
+        use_rslora: multiply by alpha / sqrt(dim) instead (Kalajdzievski 2023, rsLoRA).
+        prefix: of the command-line flags, for messages.
 
     Returns:
         The number of adapted layers.
 
     Raises:
-        ValueError: no layer's name contains `module_name`; the message lists names that exist. Or
-            `dim` is larger than every adapted matrix.
+        ValueError: a name matches no layer; the message lists names that exist. Or `dim` is larger
+            than every adapted matrix.
     """
     inner = pretrained(model)
-    targets = target_names(inner, module_name, flag=flag)
-    prefix, layers = decoder_layers(inner)
-    _check_rank(dim, [inner.get_submodule(name) for name in targets], flag=flag)
+    targets = target_names(inner, module_name, target_modules, prefix=prefix)
+    path, layers = decoder_layers(inner)
+    _check_rank(dim, [inner.get_submodule(name) for name in targets], flag=f"{prefix}lora_dim")
     trainable = {id(p) for p in model.parameters() if p.requires_grad}
     config = LoraConfig(
         r=dim,
         lora_alpha=alpha,
         lora_dropout=dropout,
-        target_modules=[name.removeprefix(f"{prefix}.") for name in targets],
+        use_rslora=use_rslora,
+        target_modules=[name.removeprefix(f"{path}.") for name in targets],
         fan_in_fan_out=isinstance(inner.get_submodule(targets[0]), Conv1D),
     )
     # Into the layers alone, which have no configuration: by a model's type, PEFT would replace the
@@ -80,23 +86,56 @@ def add_lora(
 
 
 def target_names(
-    inner: nn.Module, module_name: Optional[str] = None, *, flag: str = "--lora_module_name"
+    inner: nn.Module,
+    module_name: Optional[str] = None,
+    target_modules: Sequence[str] = (),
+    *,
+    prefix: str = "--",
 ) -> list[str]:
-    """Return the names of the linear layers that ``add_lora`` adapts.
+    """Return the names of the linear layers that ``add_lora`` adapts: all, or those chosen.
+
+    Args:
+        inner: a transformers model.
+        module_name: choose the layers whose full name contains this.
+        target_modules: choose the layers with one of these names, or with a full name that one of
+            these regular expressions matches; "all-linear" stands for all layers.
+        prefix: of the command-line flags, for messages.
 
     Raises:
-        ValueError: no layer's name contains `module_name`; the message lists names that exist.
+        ValueError: a name or an expression matches no layer; the message lists names that exist.
     """
     names = linear_names(inner)
-    targets = [name for name in names if module_name is None or module_name in name]
-    if not targets:
-        last_parts = sorted({name.rsplit(".", 1)[-1] for name in names})
-        raise ValueError(
-            f"{flag} {module_name!r} matches no linear layer of {type(inner).__name__}'s decoder. "
-            "Leave it out to adapt all of them, or give a part of such a name: "
-            f"{', '.join(last_parts)} (in full: {first_names(names, 2)})."
-        )
-    return targets
+    if module_name is not None:
+        found = [name for name in names if module_name in name]
+        if not found:
+            _refuse_target(f"{prefix}lora_module_name", module_name, "a part of such a name", inner)
+        return found
+    if not target_modules or ALL_LINEAR in target_modules:
+        return names
+    for target in target_modules:
+        if not any(_is_target(name, target) for name in names):
+            _refuse_target(
+                f"{prefix}target_modules",
+                target,
+                "such names, or a regular expression that matches full ones",
+                inner,
+            )
+    return [name for name in names if any(_is_target(name, target) for target in target_modules)]
+
+
+def _is_target(name: str, target: str) -> bool:
+    """Return whether `target` is the end of a layer's name, or an expression that matches all."""
+    return f".{name}".endswith(f".{target}") or re.fullmatch(target, name) is not None
+
+
+def _refuse_target(flag: str, target: str, form: str, inner: nn.Module) -> None:
+    names = linear_names(inner)
+    last_parts = sorted({name.rsplit(".", 1)[-1] for name in names})
+    raise ValueError(
+        f"{flag} {target!r} matches no linear layer of {type(inner).__name__}'s decoder. "
+        f"Leave it out to adapt all of them, or give {form}: "
+        f"{', '.join(last_parts)} (in full: {first_names(names, 2)})."
+    )
 
 
 def _check_rank(dim: int, layers: list[nn.Module], *, flag: str) -> None:
@@ -109,7 +148,7 @@ def _check_rank(dim: int, layers: list[nn.Module], *, flag: str) -> None:
             widest = max(widest, layer.in_features, layer.out_features)
     if dim > widest:
         raise ValueError(
-            f"{flag.replace('lora_module_name', 'lora_dim')} {dim}: the largest adapted matrix has "
+            f"{flag} {dim}: the largest adapted matrix has "
             f"{widest} rows or columns, and a higher rank adds nothing. Give a smaller one."
         )
 
@@ -151,14 +190,14 @@ def lora_coverage(model: nn.Module) -> float:
     return sum(math.prod(getattr(w, "ds_shape", w.shape)) for w in adapted.values()) / matrices
 
 
-def log_lora(model: nn.Module, *, module_name: Optional[str], prefix: str = "--") -> None:
+def log_lora(model: nn.Module, *, chosen: bool, prefix: str = "--") -> None:
     """Log the share of the weights that LoRA adapts, and what trains besides.
 
     Less than half of the decoder's weights is a warning, unless the user chose them.
 
     Args:
         model: after ``add_lora``; without adapters nothing is logged.
-        module_name: the scope that the user gave, if any.
+        chosen: the user chose the layers.
         prefix: of the flags that the line names.
     """
     if not has_lora(model):
@@ -171,7 +210,7 @@ def log_lora(model: nn.Module, *, module_name: Optional[str], prefix: str = "--"
     text = f"LoRA adapts {share:.0%} of the decoder layers' weights"
     if besides:
         text += f"; {besides / sum(sizes.values()):.1%} of all parameters train without adapters"
-    if share >= LITTLE or module_name is not None:
+    if share >= LITTLE or chosen:
         logger.info(text)
         return
     logger.warning(

@@ -32,8 +32,10 @@ def prepare_for_training(
             dim=lora.lora_dim,
             alpha=lora.lora_alpha,
             module_name=lora.lora_module_name,
+            target_modules=lora.target_modules,
             only_optimize_lora=lora.only_optimize_lora,
-            flag=f"{prefix}lora_module_name",
+            use_rslora=lora.use_rslora,
+            prefix=prefix,
         )
     if system.freeze_layers:
         freeze_lower_layers(model, system.freeze_layers, flag=f"{prefix}freeze_layers")

@@ -37,7 +37,7 @@ def build_reference(run: SupervisedRun):
         micro_batch_size=config.batch.per_device_train_batch_size,
         world_size=dist.world_size(),
     )
-    load = reference_loader(config.system, config.lora, flag="--lora_module_name")
+    load = reference_loader(config.system, config.lora)
     return build_inference_engine(
         load_start(run, load, ds_config, dropout=0.0), ds_config=ds_config
     )

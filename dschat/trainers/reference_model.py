@@ -11,7 +11,7 @@ from dschat.models.lora import target_names
 
 
 def reference_loader(
-    system: SystemOptions, lora: LoraOptions, *, flag: str
+    system: SystemOptions, lora: LoraOptions, *, prefix: str = "--"
 ) -> Callable[..., torch.nn.Module]:
     """Return the function that loads the reference.
 
@@ -21,7 +21,7 @@ def reference_loader(
     Args:
         system: options of the trained model.
         lora: LoRA options of the trained model.
-        flag: the flag that gives the module name of `lora`, for messages.
+        prefix: of the trained model's LoRA flags, for messages.
     """
     kind = system.frozen_format
     if kind == "none":
@@ -29,7 +29,8 @@ def reference_loader(
 
     def load_rounded(path: str, **loading) -> torch.nn.Module:
         model = load_causal_lm(path, **loading)
-        quantize_linears(model, target_names(model, lora.lora_module_name, flag=flag), kind)
+        names = target_names(model, lora.lora_module_name, lora.target_modules, prefix=prefix)
+        quantize_linears(model, names, kind)
         return model
 
     return load_rounded

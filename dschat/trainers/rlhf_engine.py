@@ -248,7 +248,7 @@ class DeepSpeedRLHFEngine:
         lora_names = prepare_for_training(
             model, lora=options.lora, system=system, role=options.role
         )
-        log_lora(model, module_name=options.lora.lora_module_name, prefix=f"--{options.role}_")
+        log_lora(model, chosen=options.lora.chooses_layers, prefix=f"--{options.role}_")
         if system.frozen_format != "none":
             quantize_linears(model, adapted_layer_names(model), system.frozen_format)
         return build_training_engine(
@@ -275,9 +275,7 @@ class DeepSpeedRLHFEngine:
     def _build_reference(self, source: ModelSource):
         config = self._config
         system = config.system
-        load = reference_loader(
-            config.actor_system, config.actor_lora, flag="--actor_lora_module_name"
-        )
+        load = reference_loader(config.actor_system, config.actor_lora, prefix="--actor_")
         return self._build_inference_engine(
             source._replace(load=load),
             stage=system.actor_zero_stage,

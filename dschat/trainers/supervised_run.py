@@ -199,7 +199,7 @@ def build_engine(
     ds_config = override(ds_config, *config.run.deepspeed_file)
     model = load_start(run, load_model, ds_config, dropout=config.system.dropout)
     lora_names = prepare_for_training(model, lora=config.lora, system=config.system)
-    log_lora(model, module_name=config.lora.lora_module_name)
+    log_lora(model, chosen=config.lora.chooses_layers)
     kind = config.system.frozen_format
     if kind != "none":
         quantize_linears(model, adapted_layer_names(model), kind)

@@ -1,5 +1,6 @@
 """Parsing of flags and files: DeepSpeed-Chat's names and defaults, and messages to users."""
 
+import dataclasses
 import json
 import typing
 from pathlib import Path
@@ -862,3 +863,24 @@ def test_tokens_of_scoring_hold_the_longest_prompt_and_answer():
     flags = "--actor_model_name_or_path opt-125m --critic_model_name_or_path opt-125m"
     with pytest.raises(ValueError, match="--scoring_tokens_per_batch 511 is less than .* give 512"):
         parse_config(PPOConfig, f"{flags} --scoring_tokens_per_batch 511".split())
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_target_modules_are_checked(step):
+    config_class, _, required = STEPS[step]
+    prefix = "actor_" if step == "step 3" else ""
+    given = {**required, f"{prefix}target_modules": ["q_proj", ".*mlp.*"]}
+    assert f"give --{prefix}lora_dim above 0" in message(config_class, words(given))
+    given[f"{prefix}lora_dim"] = 4
+    config = parse_config(config_class, words(given))
+    lora = config.actor_lora if step == "step 3" else config.lora
+    assert lora.target_modules == ["q_proj", ".*mlp.*"] and lora.chooses_layers
+    assert hash(lora) == hash(dataclasses.replace(lora))
+    wrong = {
+        **given,
+        f"{prefix}target_modules": ["all-linear", "(q_proj"],
+        f"{prefix}lora_module_name": "mlp",
+    }
+    found = message(config_class, words(wrong))
+    for part in ("exclude each other", "give no names beside it", "(q_proj: neither a name nor"):
+        assert part in found

@@ -207,6 +207,7 @@ def test_logits_are_chunked_as_in_the_loss():
         (LoraOptions(), 3),
         (LoraOptions(lora_dim=4), 1),
         (LoraOptions(lora_dim=4, only_optimize_lora=True), 0),
+        (LoraOptions(lora_dim=4, target_modules=[r".*\.[02]\..*(mlp|fc|dense).*"]), 0),
     ],
 )
 def test_counting_a_few_layers_gives_the_size_of_all(family, reward, lora, freeze):

@@ -19,9 +19,9 @@ FP32 = torch.float32
 IDS = random_texts((8,))[0][None]
 
 
-def with_random_adapters(model, *, only_optimize_lora: bool = True):
+def with_random_adapters(model, *, only_optimize_lora: bool = True, **options):
     """Add adapters that change the output to the model, and return it."""
-    add_lora(model, dim=2, alpha=3.0, only_optimize_lora=only_optimize_lora)
+    add_lora(model, dim=2, alpha=3.0, only_optimize_lora=only_optimize_lora, **options)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name in sorted(lora_parameter_names(model)):
@@ -35,10 +35,18 @@ def logits(model) -> torch.Tensor:
         return model.eval()(IDS).logits
 
 
-@pytest.mark.parametrize("family", ["llama", "opt", "gpt2"])
-def test_peft_loads_the_adapter_and_finds_the_merged_model(tmp_path, family):
+@pytest.mark.parametrize(
+    "family, options",
+    [
+        ("llama", {}),
+        ("opt", {"use_rslora": True}),
+        ("gpt2", {}),
+        ("llama", {"target_modules": ["q_proj", ".*layers.1.mlp.*"], "use_rslora": True}),
+    ],
+)
+def test_peft_loads_the_adapter_and_finds_the_merged_model(tmp_path, family, options):
     base = tiny(family)
-    model = with_random_adapters(load_causal_lm(base, dtype=FP32))
+    model = with_random_adapters(load_causal_lm(base, dtype=FP32), **options)
     save_model(model, load_tokenizer(base), tmp_path / "out")
     merged = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
     plain = AutoModelForCausalLM.from_pretrained(base)

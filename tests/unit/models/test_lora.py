@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import torch
 
@@ -88,8 +90,47 @@ def test_a_name_that_matches_nothing_is_an_error(name):
             alpha=1,
             module_name=name,
             only_optimize_lora=True,
-            flag="--actor_lora_module_name",
+            prefix="--actor_",
         )
+
+
+@pytest.mark.parametrize(
+    "family, targets, number",
+    [
+        ("llama", ["q_proj", "v_proj"], 4),
+        ("llama", ["layers.1.mlp.up_proj", "self_attn.q_proj"], 3),
+        ("llama", ["all-linear"], 14),
+        ("llama", [r"model\.layers\.1\..*(up|down)_proj"], 2),
+        ("llama", [r".*layers\.[01]\.mlp.*", "q_proj"], 8),
+        ("gpt2", ["c_attn"], 2),
+        ("opt", ["fc1"], 2),
+    ],
+)
+def test_target_modules_are_names_or_expressions(family, targets, number):
+    model = load(family)
+    found = add_lora(model, dim=2, alpha=1.0, target_modules=targets, only_optimize_lora=True)
+    assert found == number == len(lora_layers(model))
+
+
+@pytest.mark.parametrize("target", ["proj", "lm_head", "layers.1", "q_proj|k_proj", ".*query.*"])
+def test_a_target_that_matches_nothing_is_an_error_beside_others_that_match(target):
+    with pytest.raises(
+        ValueError,
+        match=f"--target_modules {re.escape(repr(target))}.*down_proj.*q_proj.*model.layers.0.mlp",
+    ):
+        add_lora(
+            load("llama"),
+            dim=2,
+            alpha=1,
+            target_modules=["v_proj", target],
+            only_optimize_lora=True,
+        )
+
+
+def test_rslora_divides_alpha_by_the_root_of_the_rank():
+    model = load("llama")
+    add_lora(model, dim=4, alpha=3.0, use_rslora=True, only_optimize_lora=True)
+    assert {layer.scaling["default"] for layer in lora_layers(model).values()} == {1.5}
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -41,7 +41,7 @@ def test_the_share_of_the_adapted_weights_is_logged(caplog):
     dense = tiny_family_model("llama")
     add_lora(dense, dim=2, alpha=4.0, only_optimize_lora=True)
     assert lora_coverage(dense) == 1.0
-    log_lora(dense, module_name=None)
+    log_lora(dense, chosen=False)
     assert "adapts 100%" in caplog.text and "train without adapters" not in caplog.text
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
 
@@ -52,10 +52,10 @@ def test_less_than_half_of_the_weights_is_a_warning(caplog):
     add_lora(mixture, dim=2, alpha=4.0, only_optimize_lora=False)
     layers = [name for name, _ in mixture.named_parameters() if "experts" in name]
     assert layers and lora_coverage(mixture) < 0.5
-    log_lora(mixture, module_name=None, prefix="--actor_")
+    log_lora(mixture, chosen=False, prefix="--actor_")
     (record,) = [record for record in caplog.records if "LoRA" in record.message]
     assert record.levelname == "WARNING" and "--actor_only_optimize_lora" in record.message
     assert "% of all parameters train without adapters" in record.message
     caplog.clear()
-    log_lora(mixture, module_name="q_proj")
+    log_lora(mixture, chosen=True)
     assert caplog.records[0].levelname == "INFO"
