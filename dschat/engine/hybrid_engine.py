@@ -6,6 +6,8 @@ decoding.py.
 """
 
 import contextlib
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from deepspeed.runtime.rollout.base import (
@@ -14,7 +16,7 @@ from deepspeed.runtime.rollout.base import (
     RolloutRequest,
     SamplingConfig,
 )
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from dschat.engine.replica import MEMORY_SHARE, LoraMode, Replica, free_memory
 from dschat.engine.split_check import check_split
@@ -33,6 +35,7 @@ from dschat.generation.slots import Prompts, SlotDecoder, SlotStats, takes_slots
 from dschat.generation.tensor_parallel import TensorGroup, gather_prompts
 from dschat.models.structure import pretrained
 from dschat.runtime import dist
+from dschat.runtime.activity import part_of, report
 from dschat.runtime.log import logger
 
 GIB = 2**30
@@ -60,7 +63,7 @@ class Generator(RolloutEngine):
 
     def decode_all(self, batches: list[Prompts], generation: GenerationConfig) -> list[Decoded]:
         """Return the responses to several batches of prompts, as ``decode`` does for one."""
-        return [self.decode(*batch, generation) for batch in batches]
+        return decode_each(batches, partial(self.decode, generation=generation))
 
     def generate(self, request: RolloutRequest, sampling: SamplingConfig) -> RolloutBatch:
         """Generate through DeepSpeed's interface; greedy at temperature 0.
@@ -122,9 +125,32 @@ class PlainGenerator(Generator):
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 generation_config=generation,
+                logits_processor=LogitsProcessorList([TokenReport(input_ids, generation)]),
                 synced_gpus=self.engine.zero_optimization_stage() == 3 and dist.world_size() > 1,
             )
         return Decoded(sequences[:, input_ids.shape[1] :], None)
+
+
+class TokenReport(LogitsProcessor):
+    """A reporter of how many tokens transformers' generate has chosen; it changes no score."""
+
+    def __init__(self, input_ids: torch.Tensor, generation: GenerationConfig):
+        """Set the prompts [B, P] and the sampling settings."""
+        self._num_prompt = input_ids.shape[1]
+        self._num_new = generation.max_new_tokens
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        report(token=(input_ids.shape[1] - self._num_prompt, self._num_new))
+        return scores
+
+
+def decode_each(batches: list[Prompts], decode: Callable[..., Decoded]) -> list[Decoded]:
+    """Return the responses to each batch; what is reported meanwhile has the batch's number."""
+    found = []
+    for number, batch in enumerate(batches, 1):
+        with part_of(batch=(number, len(batches))):
+            found.append(decode(*batch))
+    return found
 
 
 class HybridEngine(Generator):
@@ -260,7 +286,7 @@ class HybridEngine(Generator):
     def _decode_batches(self, batches, generation) -> list[Decoded]:
         """Return the responses to batches that are the same on all ranks of a group."""
         if self.slots == 0:
-            return [self._decode(ids, mask, generation) for ids, mask in batches]
+            return decode_each(batches, partial(self._decode, generation=generation))
         reason = takes_slots(self.replica.model, generation)
         if reason is None:
             return self._decode_in_slots(batches, generation)
@@ -270,7 +296,7 @@ class HybridEngine(Generator):
                 f"Hybrid Engine: {self._model_name} decodes batch by batch in spite of "
                 f"--generation_slots, since {reason}"
             )
-        return [self._decode_eagerly(ids, mask, generation) for ids, mask in batches]
+        return decode_each(batches, partial(self._decode_eagerly, generation=generation))
 
     def _decode_in_slots(self, batches, generation) -> list[Decoded]:
         """Return the responses, decoded in slots; once more with half the slots if memory ends."""

@@ -33,6 +33,7 @@ from dschat.generation.sampling import Sampler, keep_tokens
 from dschat.generation.tensor_parallel import TensorGroup
 from dschat.models.forward import takes_position_ids
 from dschat.models.structure import cache_argument, decoder_layers
+from dschat.runtime.activity import report
 from dschat.runtime.log import logger
 
 AHEAD = 8  # steps by which the host may be ahead of the device
@@ -407,6 +408,7 @@ class GraphDecoder:
             if step > AHEAD:
                 self._events[place].synchronize()  # of the step AHEAD steps ago
                 remaining = int(self._counts[place])
+                report(answers=(num_rows - remaining, num_rows), token=(step - AHEAD + 1, num_new))
                 if remaining == 0:
                     break
                 fitting = next(size for size in sizes if size >= remaining)

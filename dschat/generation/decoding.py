@@ -23,6 +23,7 @@ from dschat.generation.sampling import Agree, Sampler, keep_tokens
 from dschat.models.families import READS_LEFT_PADDING
 from dschat.models.forward import position_ids_from_mask, takes_position_ids
 from dschat.models.structure import cache_argument, forward_takes
+from dschat.runtime.activity import report
 
 GROUP_TOKENS = 64  # prompts whose lengths are in one interval of so many tokens share a prefill
 POLL_STEPS = 8  # steps between reads from the device whether all responses have ended
@@ -415,6 +416,7 @@ def eager_decode(
         finished = finished | sampler.is_end(new)
         if _poll(step, texts.device):
             live = (~finished).nonzero().squeeze(-1)
+            report(answers=(num_rows - len(live), num_rows), token=(step + 1, num_new))
             if len(live) == 0:
                 break
             if plain and len(live) <= COMPACT_AT * len(rows):

@@ -36,6 +36,7 @@ from dschat.generation.sampling import (
     response_mask,
     row_noise,
 )
+from dschat.runtime.activity import report
 
 REFILL_SHARE = 16  # newcomers are prefilled together once a 16th of the slots is free
 FREE = -1  # the response of a slot that has none
@@ -246,12 +247,18 @@ class SlotDecoder:
             self.stats.stepped_slots += rows
             self._free_finished()
             self._refill(queue)
+            self._report(queue)
         self.stats.tokens = self._num_tokens(queue.num_responses)
         self.stats.total_s = time.monotonic() - started
         sizes = [len(ids) * copies for ids, _ in batches]
         tokens = self.state.tokens[: queue.num_responses].clone().split(sizes)
         logprobs = self.state.logprobs[: queue.num_responses].clone().split(sizes)
         return [Decoded(*pair) for pair in zip(tokens, logprobs)]
+
+    def _report(self, queue: ResponseQueue) -> None:
+        """Report how many responses are known to have ended."""
+        open_responses = len(queue.waiting) + len(self._held) - self._held.count(FREE)
+        report(answers=(queue.num_responses - open_responses, queue.num_responses))
 
     def _num_tokens(self, responses: int) -> int:
         """Return the number of tokens up to the ends of the first `responses`."""

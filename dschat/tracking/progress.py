@@ -1,10 +1,12 @@
 """The progress line of a run."""
 
+import contextlib
 import time
+from collections.abc import Iterator
 
 import torch
 
-from dschat.runtime import dist
+from dschat.runtime import activity, dist
 from dschat.runtime.live_line import INTERVAL_S, LIVE, has_terminal
 from dschat.runtime.log import logger
 
@@ -72,12 +74,44 @@ class ReportedBatches:
             yield batch
 
 
+@contextlib.contextmanager
+def reported_work(name: str, *, interval_s: float = 5.0) -> Iterator[None]:
+    """Show what the work in this block gives to ``activity.report``, on rank 0.
+
+    ``PPO  rollout 3  batch 2/4  answers 12/64  token 130/512  mem 3.1/24.0 GiB  0:42 so far``
+
+    On a terminal the line is live. Elsewhere each line comes after twice the time of the one before
+    it, so that long work prints few.
+
+    Args:
+        name: what the line begins with.
+        interval_s: seconds before the first line.
+    """
+    if not dist.is_main():
+        yield
+        return
+    pace = _Pace(interval_s)
+    due_s = max(interval_s, 1.0)
+
+    def show(**counts: tuple[int, int]) -> None:
+        nonlocal due_s
+        seconds = pace.seconds()
+        if seconds < due_s:
+            return
+        due_s = seconds + INTERVAL_S if pace.live else 2 * seconds
+        parts = [name, *(f"{key} {done}/{total}" for key, (done, total) in counts.items())]
+        pace.log("  ".join([*parts, f"mem {memory_text()}", f"{clock(seconds)} so far"]))
+
+    with activity.watched(show):
+        yield
+
+
 class _Pace:
     """The schedule of progress lines, and their display."""
 
     def __init__(self, interval_s: float):
-        self._live = has_terminal()
-        self._interval_s = min(interval_s, INTERVAL_S) if self._live else interval_s
+        self.live = has_terminal()
+        self._interval_s = min(interval_s, INTERVAL_S) if self.live else interval_s
         self._start = time.monotonic()
         self._last = -float("inf")
 
@@ -95,7 +129,7 @@ class _Pace:
 
     def log(self, text: str, *, stays: bool = False) -> None:
         """Log a line: on a terminal as the live line, unless it stays."""
-        logger.info(text, extra=LIVE if self._live and not stays else None)
+        logger.info(text, extra=LIVE if self.live and not stays else None)
 
 
 def clock(seconds: float) -> str:

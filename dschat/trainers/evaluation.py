@@ -9,7 +9,7 @@ import torch
 
 from dschat.runtime import dist
 from dschat.runtime.log import logger
-from dschat.tracking.progress import ReportedBatches
+from dschat.tracking.progress import ReportedBatches, reported_work
 from dschat.trainers.rollout import exact_kl, generate, sampling_config
 
 NUM_SAMPLES = 16  # answers of an evaluation that loggers show
@@ -111,7 +111,8 @@ class PolicyEvaluator:
         parts = []
         with _seeded(self.seed + dist.rank(), device):
             batches = [prompts.to(device) for prompts in self.loader]
-            sampled = generate(engines.generator, batches, generation=self.generation)
+            with reported_work("PPO  evaluation", interval_s=self.log_interval_s):
+                sampled = generate(engines.generator, batches, generation=self.generation)
             engines.generator.end_rollout()
             scored = ReportedBatches(
                 sampled, "PPO  evaluation, scoring", interval_s=self.log_interval_s

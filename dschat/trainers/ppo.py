@@ -30,7 +30,7 @@ from dschat.engine.optim import GradientCheck, gradient_norm
 from dschat.models.forward import forward_logits
 from dschat.runtime import dist
 from dschat.runtime.log import logger
-from dschat.tracking.progress import memory_gib
+from dschat.tracking.progress import memory_gib, reported_work
 from dschat.trainers.dynamic_sampling import Scored, replace_equal_groups
 from dschat.trainers.ppo_metrics import (
     UpdateTotals,
@@ -218,7 +218,9 @@ class DeepSpeedPPOTrainer:
             nonlocal seconds
             started = time.monotonic()
             prompts = [batch.to(device) for batch in prompts]
-            answers = generate(generator, prompts, generation=self.generation)
+            name = f"PPO  rollout {self.rollouts + 1}"
+            with reported_work(name, interval_s=self.config.run.log_interval_s):
+                answers = generate(generator, prompts, generation=self.generation)
             generator.end_rollout()
             seconds += time.monotonic() - started
             return [(batch, self.rewards(batch)) for batch in answers]

@@ -1,6 +1,7 @@
 """Metrics, progress and tables."""
 
 import csv
+import itertools
 import json
 import math
 import sys
@@ -9,6 +10,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
+from dschat.runtime import activity
 from dschat.tracking import progress, table
 from dschat.tracking.loggers import TensorBoardLogger, open_loggers
 from dschat.tracking.metrics import MetricsWriter
@@ -137,7 +139,43 @@ def test_on_a_terminal_the_line_is_live_until_the_last(monkeypatch):
     assert steps == [("1", True), ("2", True), ("3", True), ("4", False)]
 
 
-def test_only_rank_0_shows_progress(shown, as_rank_1):
+def test_reported_work_prints_few_lines(shown, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(progress, "memory_text", lambda: "1.0/2.0 GiB")
+    for seconds, expected in ((4, 0), (3600, 10)):
+        shown.clear()
+        with progress.reported_work("PPO  rollout 3", interval_s=5.0):
+            with activity.part_of(batch=(2, 4)):
+                for token in range(seconds):
+                    activity.report(token=(token, 4000))
+                    now[0] += 1.0
+        assert len(shown) == expected
+    activity.report(token=(1, 2))  # after the block
+    assert [line.split("token ")[1].split("/")[0] for line in shown[:4]] == ["5", "10", "20", "40"]
+    assert shown[0] == "PPO  rollout 3  batch 2/4  token 5/4000  mem 1.0/2.0 GiB  0:05 so far"
+
+
+def test_reported_work_is_live_on_a_terminal_after_the_interval(monkeypatch):
+    now = [100.0]
+    records = []
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(progress, "has_terminal", lambda: True)
+    monkeypatch.setattr(
+        progress.logger, "info", lambda text, extra: records.append((text, bool(extra)))
+    )
+    with progress.reported_work("PPO  rollout 3", interval_s=5.0):
+        for token in range(25):
+            activity.report(token=(token, 25))
+            now[0] += 0.25
+    found = [(text.split("token ")[1].split("/")[0], live) for text, live in records]
+    assert found == [("20", True), ("22", True), ("24", True)]
+
+
+def test_only_rank_0_shows_progress(shown, as_rank_1, monkeypatch):
+    monkeypatch.setattr(progress.time, "monotonic", itertools.count(0, 100).__next__)
+    with progress.reported_work("PPO", interval_s=0.0):
+        activity.report(token=(1, 2))
     progress.Progress("SFT", 1).update(1, {})
     assert len(list(progress.ReportedBatches("abc", "SFT", interval_s=0.0))) == 3
     assert shown == []
