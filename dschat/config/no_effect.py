@@ -87,6 +87,9 @@ def _announce_memory(config: Any, given: dict[str, Any]) -> None:
     offloads = any(value for name, value in given.items() if name.startswith("offload"))
     if not given["pin_memory"] and not offloads:
         logger.info("--no_pin_memory has no effect: nothing is offloaded")
+    has_adapters = any(value for name, value in given.items() if name.endswith("lora_dim"))
+    if not given.get("lora_experts", True) and not has_adapters:
+        logger.info("--no_lora_experts has no effect: no model has adapters")
     flag = f"--quantize_frozen {given.get('quantize_frozen')}"
     if given.get("enable_mixed_precision_lora"):
         flag = "--enable_mixed_precision_lora"

@@ -276,8 +276,8 @@ class LoraOptions:
     lora_dim: int = flag(0, "Rank of the LoRA adapters; 0: no adapters.")
     lora_module_name: Optional[str] = flag(
         None,
-        "Adapt the linear layers whose full name contains this. Default: the decoder layers of the "
-        "model family.",
+        "Adapt the linear layers and experts whose full name contains this. Default: all of the "
+        "decoder layers.",
     )
     target_modules: list[str] = flag(
         [],
@@ -290,6 +290,11 @@ class LoraOptions:
     )
     only_optimize_lora: bool = flag(False, "Train only the adapters and new heads.")
     lora_learning_rate: float = flag(5e-4, "Learning rate of the adapters.")
+    lora_experts: bool = flag(
+        True,
+        "Adapt the experts of a mixture of experts as well, each with its own adapter. Routers are "
+        "never adapted.",
+    )
 
     def __hash__(self) -> int:
         """Hash of all values: lists have none."""

@@ -171,6 +171,7 @@ class PPOLora:
         "Train only the adapters and the critic's head. A model without adapters (for example with "
         "--critic_lora_dim 0) is trained in full.",
     )
+    lora_experts: bool = flag(True, "Like --lora_experts of step 1, for the actor and the critic.")
 
     @property
     def actor(self) -> LoraOptions:
@@ -183,6 +184,7 @@ class PPOLora:
             use_rslora=self.use_rslora,
             lora_learning_rate=self.actor_lora_learning_rate,
             only_optimize_lora=self.only_optimize_lora and self.actor_lora_dim > 0,
+            lora_experts=self.lora_experts,
         )
 
     @property
@@ -196,6 +198,7 @@ class PPOLora:
             use_rslora=self.use_rslora,
             lora_learning_rate=self.critic_lora_learning_rate,
             only_optimize_lora=self.only_optimize_lora and self.critic_lora_dim > 0,
+            lora_experts=self.lora_experts,
         )
 
 

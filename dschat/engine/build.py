@@ -19,6 +19,7 @@ from dschat.engine.compiled_ops import load_ops_of_every_run
 from dschat.engine.device import on_cpu
 from dschat.engine.launch_env import process_variables, shared_buffers
 from dschat.engine.optim import adamw
+from dschat.models.lora import expert_adapters
 from dschat.models.structure import decoder_layers
 from dschat.runtime import dist
 from dschat.runtime.hardware import can_compile, threads_per_rank
@@ -261,11 +262,13 @@ def _fetch_whole_layers(model: torch.nn.Module, ds_config: dict) -> None:
 def _compile_layers(model: torch.nn.Module) -> None:
     """Compile each decoder layer in place; equal layers share one compilation.
 
-    Under ZeRO-3 it would not pay: DeepSpeed's hooks fetch weights inside the layer, and each hook
-    would break the graph.
+    Not if experts have adapters: PEFT changes their module in each forward pass, and that would
+    break the graph. Under ZeRO-3 it would not pay: DeepSpeed's hooks fetch weights inside the
+    layer, and each hook would break the graph.
     """
     for layer in decoder_layers(model)[1]:
-        layer.compile()
+        if not expert_adapters(layer):
+            layer.compile()
 
 
 def build_inference_engine(model: torch.nn.Module, *, ds_config: dict):

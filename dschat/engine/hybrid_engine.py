@@ -33,6 +33,7 @@ from dschat.generation.graph_slots import GraphSlotDecoder
 from dschat.generation.sampling import eos_ids, keep_tokens, response_mask
 from dschat.generation.slots import Prompts, SlotDecoder, SlotStats, takes_slots
 from dschat.generation.tensor_parallel import TensorGroup, gather_prompts
+from dschat.models.lora import expert_adapters
 from dschat.models.structure import pretrained
 from dschat.runtime import dist
 from dschat.runtime.activity import part_of, report
@@ -417,6 +418,8 @@ class HybridEngine(Generator):
             )
         if replica.partitioned:
             return f"weights gathered from ZeRO-3, {size} on every rank"
+        if replica.attached and replica.copied_bytes:
+            return f"the training weights, LoRA attached, and merged copies of experts, {size}"
         if replica.attached:
             return "the training weights, LoRA attached"
         if replica.copied_bytes:
@@ -437,8 +440,10 @@ class HybridEngine(Generator):
         if self.replica.partitioned:
             group_size = 1 if self.group is None else self.group.size
             remedies.append(f"give --inference_tp_size {2 * group_size}")
-        elif copies:
+        elif copies and not self.replica.attached:
             remedies.append("give --hybrid_lora attach")
+        if expert_adapters(self.engine.module):
+            remedies.append("give --no_lora_experts")
         remedies += [f"lower {rows_flag}", "leave out --enable_hybrid_engine"]
         raise ValueError(
             f"--enable_hybrid_engine needs {(copies + cache) / GIB:.1f} GiB on each device: "

@@ -20,12 +20,19 @@ import psutil
 import torch
 import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 
 from dschat.engine.quantized import QuantizedLinear
 from dschat.engine.zero import gathered, is_partitioned
 from dschat.generation.tensor_parallel import TensorGroup, split_layers
-from dschat.models.lora import ADAPTER, lora_layers
+from dschat.models.lora import (
+    ADAPTER,
+    adapted_name,
+    lora_layers,
+    low_rank_update,
+    plain_name,
+)
 from dschat.models.structure import decoder_layers
 from dschat.runtime.log import logger
 
@@ -83,6 +90,10 @@ class Weight:
             buffer.copy_(weight)
             return
         a, b = lora_matrix(self.lora, "A").detach(), lora_matrix(self.lora, "B").detach()
+        if isinstance(self.lora, ParamWrapper):
+            update = low_rank_update(self.lora, a.float(), b.float(), shape=weight.shape)
+            buffer.copy_(weight.float() + update)
+            return
         if self.lora.fan_in_fan_out:
             a, b = b.T, a.T
         if self.cut == 0:
@@ -148,7 +159,11 @@ class Replica:
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
             self.model = type(source)(config)
         self.model.eval().requires_grad_(False)
-        self._layers = lora_layers(source)
+        # Without the wrappers of adapters: the module inside has the same plain name, and is later.
+        self._modules = {plain_name(name): module for name, module in source.named_modules()}
+        self._layers = {
+            adapted_name(name, layer): layer for name, layer in lora_layers(source).items()
+        }
         self.partitioned = any(is_partitioned(p) for p in source.parameters())
         assert self.partitioned or group is None, "a shared weight has no slices"
         self._cut = {} if group is None else split_layers(self.model, group)
@@ -156,7 +171,7 @@ class Replica:
         self._copied: list[Weight] = []
         self._aliases: list[tuple[nn.Module, str, Weight]] = []
         self._collect(source)
-        self._copy_buffers(source)
+        self._copy_buffers()
         self.attached = bool(self._layers) and not self.partitioned and self._attaches(lora_mode)
         if self.attached:
             self._attach()
@@ -173,9 +188,8 @@ class Replica:
         seen: dict[int, Weight] = {}
         for name, _ in self.model.named_parameters(remove_duplicate=False):
             path, _, leaf = name.rpartition(".")
-            found = source.get_submodule(path)
-            lora = self._layers.get(path) if leaf == "weight" else None
-            base = found.base_layer if isinstance(found, LoraLayer) else found
+            lora = self._layers.get(name)
+            base = self._modules[path]
             parameter = base._parameters.get(leaf)
             is_quantized = (
                 parameter is None and leaf == "weight" and hasattr(base, "dequantized_weight")
@@ -197,15 +211,14 @@ class Replica:
             else:
                 self._shared.append(weight)
 
-    def _copy_buffers(self, source: nn.Module) -> None:
+    def _copy_buffers(self) -> None:
         """Copy buffers and plain tensors of modules, such as rotary frequencies.
 
         They are on the meta device until then. They are small, and not shared, since a forward pass
         may change them. load_state_dict would leave out the non-persistent ones.
         """
         for path, module in self.model.named_modules():
-            found = source.get_submodule(path)
-            found = found.base_layer if isinstance(found, LoraLayer) else found
+            found = self._modules[path]
             for holder, other in ((module._buffers, found._buffers), (vars(module), vars(found))):
                 for name, tensor in list(holder.items()):
                     if isinstance(tensor, torch.Tensor) and tensor.is_meta:
@@ -240,8 +253,11 @@ class Replica:
         """Replace each adapted layer by a LowRankLinear over the shared weight.
 
         A quantized weight stays packed and is de-quantized in every product: slower, without copy.
+        Experts are merged copies all the same.
         """
-        adapted = [w for w in self._copied if w.lora is not None]
+        adapted = [
+            w for w in self._copied if w.lora is not None and not isinstance(w.lora, ParamWrapper)
+        ]
         for weight in adapted:
             path = next(
                 name for name, module in self.model.named_modules() if module is weight.module

@@ -63,7 +63,10 @@ def kept_bytes(size: ModelSize, *, tokens: int, width: int, checkpointing: bool)
     """
     per_layer = width * size.hidden if checkpointing else layer_bytes(size, width=width)
     ends = (4 + 3 * width) * size.hidden  # the first hidden state, and the last norm
-    return tokens * (size.trained_layers * per_layer + ends)
+    # A layer with adapted experts computes with copies of their weights, and makes one more.
+    copies = 2 if checkpointing else size.trained_layers + 1
+    experts = copies * width * size.adapted_experts / max(size.layers, 1)
+    return tokens * (size.trained_layers * per_layer + ends) + experts
 
 
 def packed_mask_bytes(

@@ -22,7 +22,15 @@ from dschat.generation.tensor_parallel import split_plan
 from dschat.models.causal_lm import load_config
 from dschat.models.classifiers import ensure_classifier
 from dschat.models.families import FAMILIES, SHAPES, shape_config
-from dschat.models.lora import lora_parameter_names
+from dschat.models.lora import (
+    ADAPTER,
+    adapted_layer_names,
+    adapted_weight,
+    expert_adapters,
+    lora_layers,
+    lora_parameter_names,
+    plain_name,
+)
 from dschat.models.prepare import prepare_for_training
 from dschat.models.reward_model import RewardModel
 from dschat.models.structure import decoder_layers, embedding_modules, pretrained
@@ -48,6 +56,7 @@ class ModelSize:
     lora_width: int = 0  # columns of all A x of one layer
     adapters: int = 0
     merged: int = 0  # weights that have adapters
+    adapted_experts: int = 0  # of these, the weights of experts
     rounding: float = 1.0  # each parameter rounded up to a power of two, over the exact size
     dropout: float = 0.0
     quantized: int = 0  # weights that --quantize_frozen keeps in another format
@@ -186,7 +195,7 @@ def model_size(
         vocab=0 if reward else text.vocab_size,
         trained_layers=unbuilt + _trained_layers(model, prefix, len(built)) if trained else 0,
         trains_norms=any(p.dim() == 1 for _, p in trained),
-        lora_width=sum(p.shape[0] for name, p in built[-1].named_parameters() if "lora_A" in name),
+        lora_width=_lora_width(built[-1]),
         dropout=_dropout(text, system),
         split=_split_count(model, **repeated),
         positions=_learned_positions(model, text),
@@ -204,20 +213,30 @@ def _parameter_counts(model: nn.Module, *, last: str, repeats: int) -> dict:
         repeats: number of times that the last layer counts.
     """
     adapters = lora_parameter_names(model)
+    adapted = {id(adapted_weight(layer)) for layer in lora_layers(model).values()}
+    experts = {id(adapted_weight(layer)) for layer in expert_adapters(model)}
     groups: dict[tuple, int] = {}
     rounded = 0
-    counts = dict.fromkeys(("parameters", "adapters", "merged"), 0)
+    names = ("parameters", "adapters", "merged", "adapted_experts")
+    counts = dict.fromkeys(names, 0)
     for name, p in model.named_parameters():
         times = repeats if name.startswith(last) else 1
         numel = p.numel() * times
         rounded += next_power_of_two(p.numel()) * times
         counts["parameters"] += numel
         counts["adapters"] += numel * (name in adapters)
-        counts["merged"] += numel * name.endswith("base_layer.weight")
+        counts["merged"] += numel * (id(p) in adapted)
+        counts["adapted_experts"] += numel * (id(p) in experts)
         if p.requires_grad:
             key = (name in adapters, p.dim() > 1)
             groups[key] = groups.get(key, 0) + numel
     return {"groups": tuple(groups.values()), "rounding": rounded / counts["parameters"], **counts}
+
+
+def _lora_width(layer: nn.Module) -> int:
+    """Return the columns of all A x of a decoder layer; experts' adapters are added to weights."""
+    layers = (layer.get_submodule(name.rpartition(".")[0]) for name in adapted_layer_names(layer))
+    return sum(adapted.r[ADAPTER] for adapted in layers)
 
 
 def _enough_layers(
@@ -265,11 +284,10 @@ def _on_meta(config: PreTrainedConfig, *, reward: bool, trust_remote_code: bool)
 
 
 def _quantized_counts(model: nn.Module, kind: Format, *, last: str, repeats: int) -> dict[str, int]:
-    """Count the weights with adapters, which are kept quantized; see ``_parameter_counts``."""
+    """Count the layers with adapters, which are kept quantized; see ``_parameter_counts``."""
     found = dict(quantized=0, packed_bytes=0, largest_quantized=0)
-    for name, linear in model.named_modules():
-        if not name.endswith(".base_layer"):
-            continue
+    for name in adapted_layer_names(model):
+        linear = model.get_submodule(name)
         numel = linear.weight.numel()
         times = repeats if name.startswith(last) else 1
         found["quantized"] += times * numel
@@ -284,7 +302,7 @@ def _split_count(model: nn.Module, *, last: str, repeats: int) -> int:
     plan = split_plan(pretrained(model).config)
     found = 0
     for name, p in model.named_parameters():
-        path, _, leaf = name.replace(".base_layer.", ".").rpartition(".")
+        path, _, leaf = plain_name(name).rpartition(".")
         style = next((style for linear, style in plan.items() if path.endswith(f".{linear}")), None)
         is_cut = style == "colwise" or (style == "rowwise" and leaf == "weight")
         found += is_cut * p.numel() * (repeats if name.startswith(last) else 1)

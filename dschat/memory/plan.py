@@ -389,7 +389,9 @@ def _replica_bytes(config: PPOConfig, actor: ModelSize, *, width: int) -> float:
         size = config.system.inference_tp_size
         return width * (actor.parameters - actor.adapters - actor.split + actor.split / size)
     # An upper bound: attached adapters need no copies of quantized weights, either.
-    return width * (actor.quantized if config.system.hybrid_lora == "attach" else actor.merged)
+    # Experts are merged copies in any case.
+    attached = actor.quantized + actor.adapted_experts
+    return width * (attached if config.system.hybrid_lora == "attach" else actor.merged)
 
 
 def _whole_layers_bytes(config: PPOConfig, actor: ModelSize, *, width: int) -> float:

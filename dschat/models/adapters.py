@@ -1,6 +1,7 @@
 """LoRA adapter folders in PEFT's format: writing one, and merging one into a loaded base model."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,8 +12,18 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from dschat.models.lora import ADAPTER, lora_layers, lora_parameter_names
-from dschat.models.structure import SCORE_HEAD, pretrained
+from dschat.models.lora import (
+    ADAPTER,
+    adapted_layer_names,
+    adapted_name,
+    expert_adapters,
+    expert_product,
+    has_outputs_first,
+    lora_layers,
+    lora_parameter_names,
+    plain_name,
+)
+from dschat.models.structure import SCORE_HEAD, expert_names, pretrained
 from dschat.models.weights import refuse_damaged_weights
 
 ADAPTER_FOLDER = "adapter"  # inside the folder of the merged model
@@ -50,9 +61,10 @@ def write_adapter(model: nn.Module, tensors: dict[str, torch.Tensor], path: Path
     config = LoraConfig(
         r=first.r[ADAPTER],
         lora_alpha=first.lora_alpha[ADAPTER],
-        target_modules=sorted(layers),
+        target_modules=sorted(plain_name(name) for name in adapted_layer_names(model)),
+        target_parameters=_adapted_experts(model),
         use_rslora=first.use_rslora[ADAPTER],
-        fan_in_fan_out=first.fan_in_fan_out,
+        fan_in_fan_out=any(layer.fan_in_fan_out for layer in layers.values()),
         task_type="SEQ_CLS" if is_reward else "CAUSAL_LM",
         modules_to_save=[SCORE_HEAD] if is_reward else None,
         base_model_name_or_path=model.name_or_path,
@@ -62,6 +74,15 @@ def write_adapter(model: nn.Module, tensors: dict[str, torch.Tensor], path: Path
     config.save_pretrained(path)
     weights = {PREFIX + name: tensor.contiguous() for name, tensor in saved.items()}
     save_file(weights, path / WEIGHTS_FILE)
+
+
+def _adapted_experts(model: nn.Module) -> list[str] | None:
+    """Return the names of the experts' parameters that have adapters; None if there are none."""
+    experts = {id(layer) for layer in expert_adapters(model)}
+    layers = lora_layers(model).items()
+    return (
+        sorted(adapted_name(name, layer) for name, layer in layers if id(layer) in experts) or None
+    )
 
 
 def adapter_has_head(folder: str | Path, *, flag: str) -> bool:
@@ -103,9 +124,9 @@ def merge_adapter(model: nn.Module, folder: str | Path, *, flag: str) -> int:
         ) from error
     _check_kind(config, folder, flag=flag)
     layers = _read_weights(folder, flag=flag)
-    modules = dict(model.named_modules())
+    places = _places(model, config)
     unmatched = sorted(
-        name for name, parts in layers.items() if not _fits(modules.get(name), name, parts)
+        name for name, parts in layers.items() if not _fits(places.get(name), name, parts)
     )
     if unmatched:
         raise ValueError(
@@ -114,17 +135,73 @@ def merge_adapter(model: nn.Module, folder: str | Path, *, flag: str) -> int:
             "merge it into a model folder by PEFT first."
         )
     for name, parts in layers.items():
-        weight = modules[name].weight
         if "whole" in parts:
-            _update_weight(weight, lambda old, new=parts["whole"]: new)
+            _update_weight(places[name].weight, lambda old, new=parts["whole"]: new)
             continue
-        update = _scale(config, name, dim=parts["lora_A"].shape[0]) * (
-            parts["lora_B"].float() @ parts["lora_A"].float()
+        update = _update(config, name, places[name], parts)
+        _update_weight(
+            places[name].weight, lambda old, update=update: old.float() + update.to(old.device)
         )
-        if isinstance(modules[name], Conv1D):
-            update = update.T
-        _update_weight(weight, lambda old, update=update: old.float() + update.to(old.device))
     return len(layers)
+
+
+@dataclass(frozen=True)
+class Place:
+    """A weight of the base model that an adapter can change.
+
+    Attributes:
+        module: the module that holds the weight.
+        leaf: the weight's name in it.
+        is_stacked: it holds the weights of experts.
+    """
+
+    module: nn.Module
+    leaf: str = "weight"
+    is_stacked: bool = False
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The weight, which ZeRO-3 may have partitioned."""
+        return getattr(self.module, self.leaf)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the whole weight."""
+        return tuple(getattr(self.weight, "ds_shape", self.weight.shape))
+
+
+def _places(model: nn.Module, config: LoraConfig) -> dict[str, Place]:
+    """Return the weights that adapters may change by the names of their layers in a file of PEFT.
+
+    PEFT wraps a module of experts once for each of the parameters that it adapts, in the order of
+    their definition: the first one is the innermost.
+    """
+    modules = dict(model.named_modules())
+    places = {name: Place(module) for name, module in modules.items() if hasattr(module, "weight")}
+    targets = [f".{target}" for target in config.target_parameters or ()]
+    wrapped: dict[str, list[str]] = {}
+    for parameter in expert_names(model):
+        if any(f".{parameter}".endswith(target) for target in targets):
+            name, _, leaf = parameter.rpartition(".")
+            wrapped.setdefault(name, []).append(leaf)
+    for name, leaves in wrapped.items():
+        for depth, leaf in enumerate(reversed(leaves)):
+            places[name + ".base_layer" * depth] = Place(modules[name], leaf, is_stacked=True)
+    return places
+
+
+def _update(
+    config: LoraConfig, name: str, place: Place, parts: dict[str, torch.Tensor]
+) -> torch.Tensor:
+    """Return what an adapter adds to the weight at `place`, in fp32."""
+    a, b = parts["lora_A"].float(), parts["lora_B"].float()
+    if place.is_stacked:
+        dim = a.shape[0] // place.shape[0]
+        scale = _scale(config, f"{plain_name(name)}.{place.leaf}", dim=dim)
+        outputs_first = has_outputs_first(place.module)
+        return scale * expert_product(a, b, shape=place.shape, outputs_first=outputs_first)
+    update = _scale(config, name, dim=a.shape[0]) * (b @ a)
+    return update.T if isinstance(place.module, Conv1D) else update
 
 
 def _read_weights(folder: Path, *, flag: str) -> dict[str, dict[str, torch.Tensor]]:
@@ -150,20 +227,25 @@ def _scale(config: LoraConfig, name: str, *, dim: int) -> float:
     return alpha / (dim**0.5 if config.use_rslora else dim)
 
 
-def _fits(module: nn.Module | None, name: str, parts: dict[str, torch.Tensor]) -> bool:
-    """Return whether `parts` are the head of `module` or an adapter for its weight."""
+def _fits(place: Place | None, name: str, parts: dict[str, torch.Tensor]) -> bool:
+    """Return whether `parts` are the head at `place` or an adapter for its weight."""
     expected = {"whole"} if name == SCORE_HEAD else {"lora_A", "lora_B"}
-    if set(parts) != expected or not hasattr(module, "weight"):
+    if set(parts) != expected or place is None:
         return False
-    # Under ZeRO-3 the whole weight's shape is ds_shape.
-    shape = tuple(getattr(module.weight, "ds_shape", module.weight.shape))
     if name == SCORE_HEAD:
-        return tuple(parts["whole"].shape) == shape
+        return tuple(parts["whole"].shape) == place.shape
     a = parts["lora_A"]
     b = parts["lora_B"]
     if a.dim() != 2 or b.dim() != 2 or not 0 < a.shape[0] == b.shape[1]:
         return False
-    return (b.shape[0], a.shape[1]) == (shape[::-1] if isinstance(module, Conv1D) else shape)
+    if not place.is_stacked:
+        is_transposed = isinstance(place.module, Conv1D)
+    else:
+        is_transposed = not has_outputs_first(place.module)
+        if a.shape[0] % place.shape[0]:
+            return False
+    shape = place.shape[-2:]
+    return (b.shape[0], a.shape[1]) == (shape[::-1] if is_transposed else shape)
 
 
 def _check_kind(config: PeftConfig, folder: Path, *, flag: str) -> None:

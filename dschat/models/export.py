@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from dschat.models.lora import plain_name
 from dschat.models.structure import pretrained
 from dschat.models.tokenizer import VOCABULARY_FILES, eos_token_ids
 from dschat.models.weights import first_names
@@ -119,7 +120,7 @@ def _complete_tensors(
     for name, value in model.state_dict(keep_vars=True).items():
         if ".lora_" in name:
             continue
-        name = name.replace(".base_layer.", ".")
+        name = plain_name(name)
         if hasattr(value, "dense_shape"):
             # A quantised tensor has another name and shape than the weight that it stands for.
             name = f"{name.rpartition('.')[0]}.weight"

@@ -34,6 +34,7 @@ def prepare_for_training(
             module_name=lora.lora_module_name,
             target_modules=lora.target_modules,
             only_optimize_lora=lora.only_optimize_lora,
+            experts=lora.lora_experts,
             use_rslora=lora.use_rslora,
             prefix=prefix,
         )

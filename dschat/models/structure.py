@@ -75,6 +75,22 @@ def linear_names(model: nn.Module) -> list[str]:
     ]
 
 
+def expert_names(model: nn.Module) -> list[str]:
+    """Return the full names of the parameters in which experts of the decoder layers are stacked.
+
+    transformers keeps them in modules whose class ends with "Experts", as [experts, out, in] or
+    [experts, in, out]. Adapters around the modules do not change the names.
+    """
+    prefix, layers = decoder_layers(model)
+    return [
+        f"{prefix}.{name}.{leaf}".replace(".base_layer", "")
+        for name, module in layers.named_modules()
+        if type(module).__name__.endswith("Experts")
+        for leaf, parameter in module.named_parameters(recurse=False)
+        if len(getattr(parameter, "ds_shape", parameter.shape)) == 3
+    ]
+
+
 def _read_directly(layers: nn.Module) -> Iterator[str]:
     """Yield names of linear modules whose weights a fused computation reads without calling them.
 

@@ -7,7 +7,7 @@ import torch
 from dschat.config.options import LoraOptions, SystemOptions
 from dschat.engine.quantized import quantize_linears
 from dschat.models.causal_lm import load_causal_lm
-from dschat.models.lora import target_names
+from dschat.models.lora import lora_targets
 
 
 def reference_loader(
@@ -29,8 +29,14 @@ def reference_loader(
 
     def load_rounded(path: str, **loading) -> torch.nn.Module:
         model = load_causal_lm(path, **loading)
-        names = target_names(model, lora.lora_module_name, lora.target_modules, prefix=prefix)
-        quantize_linears(model, names, kind)
+        targets = lora_targets(
+            model,
+            lora.lora_module_name,
+            lora.target_modules,
+            experts=lora.lora_experts,
+            prefix=prefix,
+        )
+        quantize_linears(model, targets.layers, kind)
         return model
 
     return load_rounded

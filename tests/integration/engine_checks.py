@@ -86,8 +86,21 @@ class Plant:
 
 
 def training_engine(
-    path: str, load, stock: str, *, zero: int, dtype: str, offload: bool, accumulation: int
+    path: str,
+    load,
+    stock: str,
+    *,
+    zero: int,
+    dtype: str,
+    offload: bool,
+    accumulation: int,
+    persistent: int | None = None,
 ):
+    """Return an engine that trains the model at `path`, read by `load`.
+
+    Args:
+        persistent: elements up to which ZeRO-3 keeps a parameter whole; None: the usual number.
+    """
     system = SystemOptions(zero_stage=zero, offload=offload)
     ds_config = training_config(
         system,
@@ -98,6 +111,8 @@ def training_engine(
         on_cpu=on_cpu(),
     )
     ds_config = override(ds_config, f"{stock}/fp16.json" if dtype == "fp16" else None)
+    if persistent is not None:
+        ds_config["zero_optimization"]["stage3_param_persistence_threshold"] = persistent
     with partitioned_loading(ds_config):
         model = load(path, dtype=TORCH_DTYPES[dtype], tokenizer=load_tokenizer(path))
     return build_training_engine(

@@ -49,6 +49,12 @@ WHOLE = [
 SCALED = [check_case(f"scaled-{zero}", "scaled_head", zero=zero) for zero in (0, 3)]
 
 REFUSED = [check_case(f"refused-{zero}", "refused_prompt", zero=zero) for zero in (0, 3)]
+EXPERTS = Case(
+    "expert-adapters",
+    ranks=2,
+    function="expert_checks.py:expert_adapters_train_alike",
+    kwargs={"stock": "{stock}", "family": "gpt_oss", "out": "{out}"},
+)
 
 
 @pytest.mark.parametrize("case", list(planted_cases()))
@@ -73,3 +79,8 @@ def test_a_prompt_that_one_rank_cannot_show_ends_all(case, launches):
     assert (
         said[0] == "A reward failed on another rank; see its message." and "not this one" in said[1]
     )
+
+
+@pytest.mark.cases(EXPERTS)
+def test_adapters_of_experts_train_alike_under_all_stages(launches):
+    assert failing(launches, EXPERTS) == []

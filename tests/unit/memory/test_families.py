@@ -1,12 +1,15 @@
 """The memory plan on miniatures of transformers' families, against models that are really built."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import DynamicCache, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
-from dschat.config.options import SystemOptions
+from dschat.config.options import LoraOptions, SystemOptions
 from dschat.generation.cache_size import LayerCache, class_cache, count_cache
+from dschat.memory.activations import kept_bytes
 from dschat.memory.model_size import model_size
 from dschat.memory.plan import StepPlan
 from dschat.memory.report import sureness_lines
@@ -67,6 +70,19 @@ def test_multi_query_attention_caches_one_head():
     config = tiny_config("falcon")
     one_head = model_size(config).cache.elements(rows=1, positions=1)
     assert one_head == 2 * config.num_hidden_layers * config.hidden_size // 4
+
+
+def test_copies_of_adapted_experts_are_counted():
+    config, lora = tiny_config("qwen3_moe"), LoraOptions(lora_dim=2)
+    adapted = model_size(config, lora=lora, system=SystemOptions())
+    without = model_size(config, lora=replace(lora, lora_experts=False), system=SystemOptions())
+    a_layer = 4 * (64 * 64 + 64 * 32)
+    assert adapted.adapted_experts == adapted.merged - without.merged == 2 * a_layer
+    assert without.adapted_experts == 0 and adapted.lora_width == without.lora_width == 4 * 2
+    for checkpointing, copies in ((False, 3), (True, 2)):
+        options = dict(tokens=10, width=2, checkpointing=checkpointing)
+        kept = [kept_bytes(size, **options) for size in (adapted, without)]
+        assert kept[0] - kept[1] == copies * 2 * a_layer
 
 
 def test_counting_leaves_the_model_as_it_was():

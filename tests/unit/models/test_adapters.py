@@ -13,6 +13,7 @@ from dschat.models.causal_lm import load_causal_lm
 from dschat.models.lora import add_lora, lora_parameter_names
 from dschat.models.reward_model import load_reward_model
 from dschat.models.tokenizer import load_tokenizer
+from tests.tiny_families import tiny_family_model
 from tests.unit.models_helpers import close, random_texts, tiny
 
 FP32 = torch.float32
@@ -55,6 +56,23 @@ def test_peft_loads_the_adapter_and_finds_the_merged_model(tmp_path, family, opt
     assert close(logits(PeftModel.from_pretrained(plain, adapter)), merged, 1e-4)
     # As a model path, the adapter is the merged model bit for bit.
     again = load_causal_lm(str(adapter), dtype=FP32, tokenizer=load_tokenizer(str(adapter)))
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in again.state_dict().items())
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_adapters_of_experts_are_written_and_merged_as_peft_does(tmp_path, family):
+    plain = tiny_family_model(family)
+    plain.save_pretrained(tmp_path / "base")
+    tokenizer = load_tokenizer(tiny("llama"))
+    tokenizer.save_pretrained(tmp_path / "base")
+    model = with_random_adapters(load_causal_lm(str(tmp_path / "base"), dtype=FP32))
+    save_model(model, tokenizer, tmp_path / "out")
+    merged = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
+    assert close(logits(model), merged, 1e-3) and not close(logits(plain), merged, 0.1)
+    adapter = tmp_path / "out" / ADAPTER_FOLDER
+    assert close(logits(PeftModel.from_pretrained(plain, adapter)), merged, 1e-3)
+    again = load_causal_lm(str(adapter), dtype=FP32, tokenizer=tokenizer)
     expected = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in again.state_dict().items())
 

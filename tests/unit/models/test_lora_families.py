@@ -2,8 +2,17 @@
 
 import pytest
 import torch
+from peft.tuners.lora.layer import ParamWrapper
 
-from dschat.models.lora import add_lora, log_lora, lora_coverage, lora_layers, merged_state_dict
+from dschat.models.lora import (
+    adapted_name,
+    add_lora,
+    log_lora,
+    lora_coverage,
+    lora_layers,
+    low_rank_update,
+    merged_state_dict,
+)
 from tests.tiny_families import COMMON, RARE, tiny_family_model
 from tests.unit.models_helpers import close
 
@@ -46,15 +55,61 @@ def test_the_share_of_the_adapted_weights_is_logged(caplog):
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
 
 
+def test_experts_have_adapters_and_routers_do_not(caplog):
+    caplog.set_level("INFO")
+    mixture = tiny_family_model("qwen2_moe")
+    add_lora(mixture, dim=2, alpha=4.0, only_optimize_lora=True)
+    adapted = {adapted_name(name, layer) for name, layer in lora_layers(mixture).items()}
+    inner = "model.layers.1.mlp."
+    assert {n.removeprefix(inner) for n in adapted if n.startswith(inner)} == {
+        "experts.gate_up_proj",
+        "experts.down_proj",
+        *(f"shared_expert.{name}_proj.weight" for name in ("gate", "up", "down")),
+    }
+    assert 0.95 < lora_coverage(mixture) < 1
+    log_lora(mixture, chosen=False)
+    assert "LoRA adapts 99%" in caplog.text
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
+def test_a_scope_may_name_experts_alone():
+    mixture = tiny_family_model("qwen3_moe")
+    assert add_lora(mixture, dim=2, alpha=1.0, module_name="experts", only_optimize_lora=True) == 4
+    assert {type(layer) for layer in lora_layers(mixture).values()} == {ParamWrapper}
+    with pytest.raises(ValueError, match="'experts' matches no linear layer"):
+        add_lora(
+            tiny_family_model("qwen3_moe"),
+            dim=2,
+            alpha=1.0,
+            module_name="experts",
+            experts=False,
+            only_optimize_lora=True,
+        )
+
+
+def test_each_expert_has_a_product_of_its_own():
+    mixture = tiny_family_model("gpt_oss")
+    add_lora(mixture, dim=2, alpha=6.0, module_name="down_proj", only_optimize_lora=True)
+    layer = lora_layers(mixture)["model.layers.0.mlp.experts"]
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    assert a.shape == (4 * 2, 96) and b.shape == (64, 2 * 4)
+    torch.nn.init.normal_(b, generator=torch.Generator().manual_seed(0))
+    update = low_rank_update(layer, a, b, shape=torch.Size((4, 96, 64)))
+    for expert in range(4):
+        rows = a[2 * expert : 2 * expert + 2]
+        columns = b[:, expert::4]
+        # gpt-oss stores [experts, in, out].
+        assert torch.allclose(update[expert], 3.0 * (columns @ rows).T, atol=1e-6)
+
+
 def test_less_than_half_of_the_weights_is_a_warning(caplog):
     caplog.set_level("INFO")
     mixture = tiny_family_model("qwen3_moe")
-    add_lora(mixture, dim=2, alpha=4.0, only_optimize_lora=False)
-    layers = [name for name, _ in mixture.named_parameters() if "experts" in name]
-    assert layers and lora_coverage(mixture) < 0.5
+    add_lora(mixture, dim=2, alpha=4.0, only_optimize_lora=False, experts=False)
+    assert lora_coverage(mixture) < 0.5
     log_lora(mixture, chosen=False, prefix="--actor_")
     (record,) = [record for record in caplog.records if "LoRA" in record.message]
-    assert record.levelname == "WARNING" and "--actor_only_optimize_lora" in record.message
+    assert record.levelname == "WARNING" and "--no_lora_experts" in record.message
     assert "% of all parameters train without adapters" in record.message
     caplog.clear()
     log_lora(mixture, chosen=True)
