@@ -27,6 +27,10 @@ LONGER = 2.0
 SHORTER = 0.5
 # Rise of the share of answers that were cut off: from 5% to above 25%, for example.
 TRUNCATED_RISE = 0.2
+# Rise of the share of 4-grams that an answer has had before: from 2% to above 12%, for example.
+REPETITION_RISE = 0.1
+# Fall of a judge, a reward of weight 0, in standard deviations of its first scores.
+JUDGE_FALL = 0.25
 # Rise of the KL, both in nats an answer and in nats a token: answers of thousands of tokens reach
 # any sum. Gao et al. 2022 (Scaling laws for reward model overoptimization) measure how the true
 # reward drops below the optimized one as this distance grows.
@@ -49,8 +53,12 @@ WATCHED = (
     "objective/entropy",
     "response/length_mean",
     "response/eos_rate",
+    "response/repetition",
     "rollout/equal_groups",
 )
+# The metrics of judges are watched, too: a mean and a standard deviation for each name.
+JUDGE = "judges/"
+JUDGE_SPREAD = "judges_std/"
 
 
 @dataclass(frozen=True)
@@ -83,7 +91,9 @@ class Alarms:
         self._checks: dict[str, Callable[[], str]] = {
             "length": self._check_length,
             "truncated": self._check_truncated,
+            "repetition": self._check_repetition,
             "kl": self._check_kl,
+            "judge": self._check_judge,
             "entropy": self._check_entropy,
             "equal_groups": self._check_equal_groups,
             "evaluation": self._check_evaluation,
@@ -96,6 +106,9 @@ class Alarms:
             rollout: its number; 0: the evaluation before training.
             values: by metric; a value that is None or not finite counts as missing.
         """
+        for name in values:
+            if name.startswith((JUDGE, JUDGE_SPREAD)):
+                self._series.setdefault(name, [])
         for name, series in self._series.items():
             if is_number(values.get(name)):
                 series.append(values[name])
@@ -152,6 +165,35 @@ class Alarms:
             f"answers went from {1 - ended[0]:.0%} to {1 - ended[1]:.0%}. Read answers "
             "(--save_rollouts), then give --missing_eos_penalty or a larger --max_answer_seq_len."
         )
+
+    def _check_repetition(self) -> str:
+        score = self._score_change()
+        repeated = self._change("response/repetition")
+        if not score or not repeated or repeated[1] - repeated[0] <= REPETITION_RISE:
+            return ""
+        return (
+            f"{_rise(score)} while the share of 4-grams "
+            f"that repeat earlier ones of their answer went from {repeated[0]:.0%} to "
+            f"{repeated[1]:.0%}. Read answers (--save_rollouts), then raise --kl_coef, or let the "
+            "reward see repetition."
+        )
+
+    def _check_judge(self) -> str:
+        score = self._score_change()
+        for name in self._series:
+            judge = self._change(name) if name.startswith(JUDGE) else None
+            if not score or not judge:
+                continue
+            label = name.removeprefix(JUDGE)
+            spreads = self._series[JUDGE_SPREAD + label][:WINDOW]
+            if judge[0] - judge[1] > JUDGE_FALL * mean(spreads or [0.0]):
+                return (
+                    f"{_rise(score)} while the judge {label} "
+                    f"fell from {judge[0]:.3g} to {judge[1]:.3g}: the policy may exploit the "
+                    "reward. Read answers (--save_rollouts), then raise --kl_coef, or give the "
+                    "judge a weight (--reward_weights)."
+                )
+        return ""
 
     def _check_kl(self) -> str:
         score = self._score_change()

@@ -5,6 +5,7 @@ import torch
 from dschat.algorithms.advantages import equal_groups
 from dschat.algorithms.losses import explained_variance, value_moments
 from dschat.algorithms.masks import masked_sum, mean_and_std, moments
+from dschat.algorithms.repetition import repeated_share
 from dschat.algorithms.types import Experience
 from dschat.runtime import dist
 
@@ -31,12 +32,14 @@ def rollout_metrics(
     mask = experience.response_mask
     lengths = mask.sum(-1).double()
     clipped = (experience.scores / score_std).abs() > reward_clip
+    answers = experience.input_ids[:, -mask.shape[1] :]
     per_row = {
         "objective/score_clipped_frac": clipped.double().sum(),
         "objective/kl": masked_sum(experience.logprobs - experience.ref_logprobs, mask).double(),
         "objective/reward": masked_sum(experience.rewards, mask).double(),
         "response/length_mean": lengths.sum(),
         "response/eos_rate": ended.double().sum(),
+        "response/repetition": repeated_share(answers, mask).sum(),
     }
     blocks = [
         moments(experience.scores, torch.ones_like(ended)),

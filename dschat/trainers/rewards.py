@@ -330,8 +330,7 @@ class WeightedRewards:
                     failure = error
                     continue
                 total = total + weight * scores.values
-                counts = [len(total), scores.num_inapplicable, scores.num_failed]
-                self._tally[i] += torch.tensor([scores.values.double().sum().item(), *counts])
+                self._tally[i] += _tally_of(scores)
         if not torch.isfinite(total).all() and failure is None:
             bad = int((~torch.isfinite(total)).nonzero()[0])
             failure = RewardFailure(
@@ -350,7 +349,8 @@ class WeightedRewards:
     def pop_metrics(self, device: torch.device | str = "cpu") -> dict[str, float]:
         """Return each reward's mean and rates since the last call. Every rank must call it.
 
-        There are none if a reward model is the only reward: its mean is the score.
+        There are none if a reward model is the only reward: its mean is the score. A reward of
+        weight 0 is a judge: it is measured, and not learned from.
 
         Args:
             device: of the sums over ranks.
@@ -358,12 +358,18 @@ class WeightedRewards:
         tally = dist.all_reduce(self._tally.to(device)).tolist()
         self._tally = _new_tally(len(self.rewards))
         metrics: dict[str, float] = {}
-        for reward, label, row in zip(self.rewards, self.labels, tally, strict=True):
-            total, count, inapplicable, failed = row
+        for reward, label, row, weight in zip(
+            self.rewards, self.labels, tally, self.weights, strict=True
+        ):
+            total, squares, count, inapplicable, failed = row
             is_function = isinstance(reward, FunctionReward)
             if count == 0 or not (is_function or len(self.rewards) > 1):
                 continue
-            metrics[f"rewards/{label}"] = total / count
+            mean = total / count
+            metrics[f"rewards/{label}"] = mean
+            if weight == 0:
+                metrics[f"judges/{label}"] = mean
+                metrics[f"judges_std/{label}"] = math.sqrt(max(0.0, squares / count - mean * mean))
             if isinstance(reward, FunctionReward):
                 metrics[f"rewards_applied/{label}"] = 1 - inapplicable / count
                 if reward.on_error == "zero":
@@ -384,8 +390,16 @@ class WeightedRewards:
 
 
 def _new_tally(num_rewards: int) -> torch.Tensor:
-    """Return sum of scores, answers, inapplicable and failed answers of each reward, all 0."""
-    return torch.zeros(num_rewards, 4, dtype=torch.float64)
+    """Return what ``_tally_of`` counts for each reward, all 0."""
+    return torch.zeros(num_rewards, 5, dtype=torch.float64)
+
+
+def _tally_of(scores: Scores) -> torch.Tensor:
+    """Return [5]: sum of scores and of their squares; all, inapplicable and failed answers."""
+    values = scores.values.double().cpu()
+    sums = [values.sum().item(), values.square().sum().item()]
+    counts = [len(values), scores.num_inapplicable, scores.num_failed]
+    return torch.tensor([*sums, *counts], dtype=torch.float64)
 
 
 def metric_labels(names: list[str]) -> list[str]:

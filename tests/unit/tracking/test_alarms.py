@@ -16,6 +16,9 @@ HEALTHY = {
     "objective/entropy": (2.0, 1.2),
     "response/length_mean": (100.0, 140.0),
     "response/eos_rate": (0.95, 0.9),
+    "response/repetition": (0.02, 0.05),
+    "judges/taste": (0.5, 0.4),
+    "judges_std/taste": (1.0, 1.0),
     "rollout/equal_groups": (0.1, 0.5),
 }
 ROLLOUTS = 20
@@ -25,9 +28,11 @@ def series(**changed: tuple[float, float]) -> list[dict[str, float]]:
     """Return metrics that go from the first to the second value of each range, in a line.
 
     Args:
-        changed: ranges other than the healthy ones, by the part of the name after the slash.
+        changed: ranges other than the healthy ones, by the part of the name after the slash, or
+            "judge".
     """
     ranges = {name: changed.get(name.split("/")[1], span) for name, span in HEALTHY.items()}
+    ranges["judges/taste"] = changed.get("judge", HEALTHY["judges/taste"])
     return [
         {name: start + (end - start) * i / (ROLLOUTS - 1) for name, (start, end) in ranges.items()}
         for i in range(ROLLOUTS)
@@ -59,6 +64,8 @@ PLANTED = {
     "shorter answers": ("length", {"length_mean": (100.0, 20.0)}, "tokens"),
     "truncated answers": ("truncated", {"eos_rate": (0.95, 0.4)}, "--missing_eos_penalty"),
     "KL": ("kl", {"kl": (0.0, 60.0)}, "--kl_coef"),
+    "repetition": ("repetition", {"repetition": (0.02, 0.4)}, "4-grams"),
+    "judge": ("judge", {"judge": (0.5, -0.5)}, "judge taste"),
     "entropy": ("entropy", {"entropy": (2.0, 0.05)}, "--entropy_coef"),
     "equal groups": ("equal_groups", {"equal_groups": (0.5, 1.0)}, "groups"),
 }
@@ -77,7 +84,10 @@ def test_a_planted_series_raises_its_alarm_once(case):
     assert alarms.raised[0].rollout > 5
 
 
-@pytest.mark.parametrize("case", ["longer answers", "shorter answers", "truncated answers", "KL"])
+@pytest.mark.parametrize(
+    "case",
+    ["longer answers", "shorter answers", "truncated answers", "KL", "repetition", "judge"],
+)
 def test_a_band_that_is_left_without_a_rising_score_is_silent(case):
     _, changed, _ = PLANTED[case]
     assert raised(series(**changed, score=(0.0, 0.0))) == []

@@ -142,6 +142,17 @@ def test_scalars_of_python_numpy_and_torch_are_scores_and_none_does_not_apply():
     assert reward.pop_metrics() == {}
 
 
+def test_a_reward_of_weight_0_is_a_judge():
+    def judge(prompts, answers, **columns):
+        return [1.0, 4.0]
+
+    reward = weighted(judge, quiet, weights=(0, 1))
+    assert reward(make_answers()).tolist() == reward(make_answers()).tolist() == [0.0, 3.0]
+    metrics = reward.pop_metrics()
+    assert (metrics["judges/judge"], metrics["judges_std/judge"]) == (2.5, 1.5)
+    assert metrics["rewards/judge"] == 2.5 and "judges/quiet" not in metrics
+
+
 def test_zero_gives_only_the_answers_that_fail_0_and_counts_them(caplog):
     def most(prompts, answers, **columns):
         assert columns["target"] == ([1, 2] if len(prompts) == 2 else [2 - ("one" in prompts)])
