@@ -11,15 +11,11 @@ missed.
 """
 
 import argparse
-import hashlib
-import itertools
 import json
-import os
 import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
@@ -29,9 +25,8 @@ sys.path.insert(0, str(ROOT))
 from dschat.pipeline.summary import ppo_section, read_jsonl  # noqa: E402
 from dschat.runtime.files import write_json  # noqa: E402
 from dschat.runtime.hardware import hardware, versions  # noqa: E402
-from dschat.runtime.manifest import file_entry  # noqa: E402
-from dschat.runtime.ports import free_port  # noqa: E402
 from dschat.tracking.table import table  # noqa: E402
+from scripts._launches import fingerprints, flags_shown, run_step  # noqa: E402
 
 MAIN = ROOT / "training" / "step3_rlhf_finetuning" / "main.py"
 DEMO = (
@@ -163,21 +158,8 @@ def launch(name: str, flags: list[str], seed: int, output: Path, work: Path) -> 
         if known["flags"] == asked["flags"] and same_models:
             return known["seconds"]
     folder = work / f"{name}_seed{seed}"
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", str(free_port())]
-    command += ["--num_gpus" if has_gpu() else "--num_accelerators", "1", str(MAIN), *flags]
-    command += ["--seed", str(seed), "--output_dir", str(folder)]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-    }
-    started = time.monotonic()
-    log = output / f"{name}_seed{seed}.log"
-    with open(log, "w") as file:
-        done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
-    if done.returncode:
-        raise RuntimeError(f"{name}, seed {seed}, failed; see {log}")
-    seconds = time.monotonic() - started
-    log.unlink()
+    words = [*flags, "--seed", str(seed), "--output_dir", str(folder)]
+    seconds = run_step(MAIN, words, log=output / f"{name}_seed{seed}.log")
     shutil.copy(folder / "metrics.jsonl", target)
     judge = None
     if name in ("epochs1", "epochs4", "control") and "--reward_fn" not in flags:
@@ -201,39 +183,6 @@ def launch(name: str, flags: list[str], seed: int, output: Path, work: Path) -> 
 def seeds_of(name: str, seeds: list[int]) -> list[int]:
     """Return the seeds of a kind of run: the control and the sums run with the first one only."""
     return seeds if name.startswith("epochs") else seeds[:1]
-
-
-def flags_shown(flags: list[str]) -> str:
-    """Return the flags as text, with the last part of absolute paths only."""
-    words = []
-    for flag in flags:
-        name, equals, value = flag.rpartition("=")
-        if os.path.isabs(value):
-            value = Path(value).name
-        words.append(name + equals + value)
-    return " ".join(words)
-
-
-def fingerprints(flags: list[str]) -> dict[str, str]:
-    """Return a fingerprint of the model of each flag that names a model's folder.
-
-    It is the beginning of a sha256 over the model's configuration and weights.
-    """
-    found = {}
-    for flag, word in itertools.pairwise(flags):
-        folder = Path(word)
-        if (folder / "config.json").is_file():
-            files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
-            sums = "".join(file_entry(file)["sha256"] for file in files)
-            found[flag] = hashlib.sha256(sums.encode()).hexdigest()[:12]
-    return found
-
-
-def has_gpu() -> bool:
-    """Return whether there is a GPU."""
-    import torch
-
-    return torch.cuda.is_available()
 
 
 def mean_gains(output: Path, name: str, seeds: list[int]) -> dict[int, float]:

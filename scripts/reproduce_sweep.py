@@ -28,9 +28,9 @@ from dschat.pipeline.summary import read_jsonl  # noqa: E402
 from dschat.runtime.files import write_json  # noqa: E402
 from dschat.runtime.hardware import hardware, versions  # noqa: E402
 from dschat.tracking.table import table  # noqa: E402
+from scripts._launches import has_gpu  # noqa: E402
 from scripts.bench_training_memory import compile_cpu_adam  # noqa: E402
 from scripts.plot_sweep import NAME, STAGES, SWITCH, draw, summary  # noqa: E402
-from scripts.reproduce_ppo import has_gpu  # noqa: E402
 
 SINGLE = (
     ROOT / "training/step3_rlhf_finetuning/training_scripts/opt/single_node/sweep/run_single.sh"
