@@ -46,7 +46,7 @@ ARROWS = {
     "config": ("runtime",),
     "runtime": (),
     "algorithms": (),
-    "rewards": (),
+    "rewards": ("config", "runtime"),
     "": ("engine", "memory", "models", "tracking", "config", "runtime"),
 }
 # Most lines of a function below its signature. Look again at one over 60.

@@ -49,6 +49,8 @@ CHANGEABLE_FLAGS = {
     "print_loss",
     "report_to",
     "resume",
+    "reward_timeout_s",
+    "reward_workers",
     "save_interval",
     "save_rollouts",
     "save_total_limit",

@@ -1,5 +1,6 @@
 """The configuration of step 3, PPO: its option groups, the checks across them and derived sizes."""
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -274,6 +275,12 @@ class PPOConfig:
             found += finite("--reward_weights", weight)
         found += _duplicates("--reward_model_name_or_path", self.reward_models)
         found += _duplicates("--reward_fn", model.reward_fn)
+        found += fields_at_least(model, ("reward_workers", "reward_timeout_s"), 0)
+        if 0 < model.reward_timeout_s < math.inf and not model.reward_workers:
+            found.append(
+                f"--reward_timeout_s {model.reward_timeout_s:g} needs --reward_workers: only a "
+                "function in another process can be stopped."
+            )
         for name in model.reward_fn:
             file, _, function = name.rpartition(":")
             is_grader = re.fullmatch(GRADER, name, re.DOTALL)

@@ -61,14 +61,25 @@ class PPOModels(ModelOptions):
     reward_fn: list[str] = flag(
         [],
         "Rewards in Python: file.py:function(prompts, answers, **columns) -> list of numbers, None "
-        "for an answer that it does not apply to. The columns are those of the data. Or graders by "
+        "for an answer that it does not apply to; async, or a class whose objects are called, too. "
+        "The columns are those of the data. Or graders by "
         "name, with options in brackets: exact_match, numeric_match, math_match, regex_match, "
         "valid_json, length_penalty.",
     )
     on_reward_error: Literal["stop", "zero"] = flag(
         "stop",
-        "If a --reward_fn raises or gives NaN: stop the run, or give the answer 0 and count it in "
-        "the metrics. May change on --resume.",
+        "If a --reward_fn raises, hangs (--reward_timeout_s) or gives NaN: stop the run, or give "
+        "the answer 0 and count it in the metrics. May change on --resume.",
+    )
+    reward_workers: int = flag(
+        0,
+        "Processes on each rank that call each --reward_fn, with a part of the answers each; 0: "
+        "call it in the run's own process.",
+    )
+    reward_timeout_s: float = flag(
+        0.0,
+        "With --reward_workers: seconds that one call of a --reward_fn may take before "
+        "--on_reward_error applies to the answer on which it hangs; 0: no limit.",
     )
     reward_weights: list[float] = flag(
         [], "Weights of the rewards, models first, then functions. Default: 1 each."

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from dschat.config.ppo import PPOConfig
 from dschat.models.tokenizer import ensure_unambiguous_pad, load_tokenizer
+from dschat.rewards.loading import load_function
+from dschat.rewards.pool import WorkerPool
 from dschat.runtime.log import logger
 from dschat.trainers.rewards import (
     FunctionReward,
@@ -13,7 +15,6 @@ from dschat.trainers.rewards import (
     Reward,
     WeightedRewards,
     check_critic_tokenizer,
-    load_function,
     reads_actor_tokens,
     same_tokens,
 )
@@ -52,14 +53,22 @@ class RewardPlan:
         if self._rewards is None:
             self._rewards = [self._model_reward(engines, path) for path in self.model_tokenizers]
             self._rewards += [
-                FunctionReward(function, name, on_error=self.config.model.on_reward_error)
-                for name, function in self.functions.items()
+                self._function_reward(name, function) for name, function in self.functions.items()
             ]
             for reward in self._rewards:
                 logger.info(f"reward: {reward.name} ({type(reward).__name__})")
         return WeightedRewards(
             self._rewards, self.config.model.reward_weights, dataset, self.tokenizer
         )
+
+    def _function_reward(self, name: str, function: Callable) -> FunctionReward:
+        options = self.config.model
+        pool = None
+        if options.reward_workers:
+            pool = WorkerPool(
+                name, num_workers=options.reward_workers, timeout_s=options.reward_timeout_s
+            )
+        return FunctionReward(function, name, on_error=options.on_reward_error, pool=pool)
 
     def _model_reward(self, engines, path: str) -> Reward:
         tokenizer = self.model_tokenizers[path]

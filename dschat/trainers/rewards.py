@@ -1,23 +1,22 @@
 """Rewards: reward models, with the actor's tokenizer or another one, and functions or graders."""
 
-import importlib.util
 import inspect
 import math
 import numbers
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
 
 from dschat.algorithms.masks import pool_last
-from dschat.config.ppo_options import GRADER
 from dschat.data.encoding import Encoder
 from dschat.data.messages import plain_text
+from dschat.rewards.loading import Caller, is_grader
+from dschat.rewards.pool import Call, WorkerFailure, WorkerPool
 from dschat.rewards.references import MissingColumn
-from dschat.rewards.registry import load_grader
 from dschat.runtime import dist
 from dschat.runtime.log import logger
 from dschat.runtime.manifest import file_entry
@@ -41,6 +40,7 @@ class AnswerTexts:
     answers: list[str]  # B answers, without special tokens
     rows: list  # B rows of the data set
     ended: list[bool]  # B; True: the answer ended with an EOS
+    token_ids: list[list[int]]  # B answers as the actor's token ids, with the EOS
 
 
 @dataclass(frozen=True)
@@ -156,38 +156,61 @@ class FunctionReward:
     """A Python function of prompts, answers and the other columns of the data set."""
 
     def __init__(
-        self, function: Callable, name: str, *, on_error: Literal["stop", "zero"] = "stop"
+        self,
+        function: Callable,
+        name: str,
+        *,
+        on_error: Literal["stop", "zero"] = "stop",
+        pool: WorkerPool | None = None,
     ):
         """Call ``function(prompts, answers, **columns)``.
 
         Args:
-            function: returns a number or None (does not apply) for each answer.
+            function: returns a number or None (does not apply) for each answer, or an awaitable of
+                these. If it names them as parameters, it also gets `ended`, `token_ids` and
+                `conversations` (the prompts as the data has them: texts or messages).
             name: the value of --reward_fn.
             on_error: "stop" raises if the function raises or a score is not finite; "zero" gives
                 the answers on which it does so 0.
+            pool: processes that call the function; None: it is called in this one.
         """
         self.function = function
         self.name = name
         self.on_error = on_error
+        self._pool = pool
+        self._call = Caller(function)
         self._has_warned = False
         # A column with one of these names is passed as NAME_column.
         parameters = list(inspect.signature(function).parameters)
-        self._reserved_names = {"prompts", "answers", *parameters[:2]}
+        self._extras = {"ended", "token_ids", "conversations"} & set(parameters)
+        self._reserved_names = {"prompts", "answers", *parameters[:2], *self._extras}
 
     def __call__(self, answers: SampledAnswers, texts) -> Scores:
         """Return the scores of B answers; see ``Reward``."""
         known = texts()
         columns = self._columns(known)
-        try:
-            scores = self._call(known.prompts, known.answers, columns)
-        except RewardFailure:
-            raise
-        except MissingColumn as error:  # no row has it
-            raise RewardFailure(f"--reward_fn {self.name}: {error}") from error
-        except (Exception, SystemExit) as error:
-            if self.on_error == "stop":
-                raise RewardFailure(self._error_message(known, columns, error)) from error
-            scores = self._call_by_row(known, columns)
+        rows = list(range(len(known.answers)))
+        parts = [rows]
+        if self._pool is not None:  # parts of nearly the same size, one for each worker
+            count = min(self._pool.num_workers, len(rows))
+            parts = [
+                rows[len(rows) * i // count : len(rows) * (i + 1) // count] for i in range(count)
+            ]
+        scores: list = []
+        for part, outcome in zip(parts, self._run(known, columns, parts), strict=True):
+            if isinstance(outcome, MissingColumn):  # no row has it
+                raise RewardFailure(f"--reward_fn {self.name}: {outcome}") from outcome
+            if isinstance(outcome, BaseException) and self.on_error == "stop":
+                message = self._error_message(known, columns, part, outcome)
+                raise RewardFailure(message) from outcome
+            if isinstance(outcome, BaseException):
+                scores += self._scores_by_row(known, columns, part, outcome)
+            else:
+                scores += self._checked(outcome, known, part)
+        return self._finite(scores, known, answers.input_ids.device)
+
+    def _finite(self, scores: list, known: AnswerTexts, device: torch.device) -> Scores:
+        """Return the scores as a tensor, with 0 for those that are None or have failed."""
         values = [0.0] * len(scores)
         num_failed = 0
         for i, score in enumerate(scores):
@@ -196,7 +219,6 @@ class FunctionReward:
             elif score is not None:
                 self._handle_bad_score(score, known.prompts[i], known.answers[i])
                 num_failed += 1
-        device = answers.input_ids.device
         return Scores(torch.tensor(values, device=device), scores.count(None), num_failed)
 
     def _columns(self, known: AnswerTexts) -> dict[str, list]:
@@ -206,42 +228,73 @@ class FunctionReward:
             columns[key] = [row.columns.get(name) for row in known.rows]
         if all(row.chosen is not None for row in known.rows):
             columns.setdefault("chosen", [plain_text(row.chosen) for row in known.rows])
+        if "conversations" in self._extras:
+            columns["conversations"] = [row.prompt for row in known.rows]
+        for name in self._extras - {"conversations"}:
+            columns[name] = getattr(known, name)
         return columns
 
-    def _call(self, prompts: list[str], answers: list[str], columns: dict[str, list]) -> list:
+    def _run(
+        self, known: AnswerTexts, columns: dict[str, list], parts: list[list[int]]
+    ) -> Iterator[Any]:
+        """Yield, part by part, what the function returns for these rows, or its exception."""
+        calls: list[Call] = []
+        for part in parts:
+            prompts = [known.prompts[i] for i in part]
+            texts = [known.answers[i] for i in part]
+            chosen = {name: [values[i] for i in part] for name, values in columns.items()}
+            calls.append((prompts, texts, chosen))
+        if self._pool is not None:
+            yield from self._pool.run(calls)
+            return
+        for call in calls:
+            try:
+                outcome = self._call(*call)
+            except (Exception, SystemExit) as error:
+                outcome = error
+            yield outcome
+
+    def _checked(self, scores: Any, known: AnswerTexts, part: list[int]) -> list:
         """Return one score per answer, each a number, None or a mistake.
 
         Raises:
             RewardFailure: there is not one score per answer; a fault of the function that no
                 answer causes.
         """
-        scores = self.function(prompts, answers, **columns)
-        if hasattr(scores, "tolist"):  # an array or a tensor
-            scores = scores.tolist()
-        if not hasattr(scores, "__len__") or len(scores) != len(answers):
-            count = len(scores) if hasattr(scores, "__len__") else type(scores).__name__
+        if not isinstance(scores, list) or len(scores) != len(part):
+            count = len(scores) if isinstance(scores, list) else type(scores).__name__
             raise RewardFailure(
-                f"--reward_fn {self.name} returned {count} scores for {len(answers)} "
-                f"answers, the first of them to the prompt {prompts[0]!r}. Return one number, or "
-                "None, for each answer."
+                f"--reward_fn {self.name} returned {count} scores for {len(part)} "
+                f"answers, the first of them to the prompt {known.prompts[part[0]]!r}. Return one "
+                "number, or None, for each answer."
             )
-        return [_plain_number(score) for score in scores]
+        return scores
 
-    def _call_by_row(self, known: AnswerTexts, columns: dict[str, list]) -> list:
-        """Return the scores of single calls, NaN if one raises."""
-        scores = []
-        for i, (prompt, answer) in enumerate(zip(known.prompts, known.answers, strict=True)):
-            row = {name: [values[i]] for name, values in columns.items()}
-            try:
-                scores += self._call([prompt], [answer], row)
-            except RewardFailure:
-                raise
-            except (Exception, SystemExit) as error:
+    def _run_singly(
+        self, known: AnswerTexts, columns: dict[str, list], part: list[int], error: BaseException
+    ) -> Iterator[tuple[int, Any]]:
+        """Yield each row of a part that raised `error`, with its own outcome."""
+        if len(part) == 1:
+            yield part[0], error
+            return
+        single = [[i] for i in part]
+        # Not strict: the caller may stop early.
+        yield from zip(part, self._run(known, columns, single), strict=False)
+
+    def _scores_by_row(
+        self, known: AnswerTexts, columns: dict[str, list], part: list[int], error: BaseException
+    ) -> list:
+        """Return the scores of single calls, NaN if one raises; together they raised `error`."""
+        scores: list = []
+        for i, outcome in self._run_singly(known, columns, part, error):
+            if isinstance(outcome, BaseException):
                 self._warn_once(
-                    f"raised {type(error).__name__}: {error} on the prompt {prompt!r} and the "
-                    f"answer {answer!r}."
+                    f"raised {_error_text(outcome)} on the prompt {known.prompts[i]!r} and the "
+                    f"answer {known.answers[i]!r}."
                 )
                 scores.append(math.nan)
+            else:
+                scores += self._checked(outcome, known, [i])
         return scores
 
     def _handle_bad_score(self, score: object, prompt: str, answer: str) -> None:
@@ -263,29 +316,27 @@ class FunctionReward:
         self._has_warned = True
 
     def _error_message(
-        self, known: AnswerTexts, columns: dict[str, list], error: BaseException
+        self,
+        known: AnswerTexts,
+        columns: dict[str, list],
+        part: list[int],
+        error: BaseException,
     ) -> str:
-        """Return the message for `error`, raised on a whole batch.
+        """Return the message for `error`, raised on several answers.
 
         It names the first answer on which the function fails alone, if one is found in time.
         """
-        culprit = ""
         deadline = time.monotonic() + CULPRIT_SEARCH_S
-        for i, (prompt, answer) in enumerate(zip(known.prompts, known.answers, strict=True)):
+        culprit = (
+            f" on {len(part)} answers, the first of them to the prompt {known.prompts[part[0]]!r}"
+        )
+        for i, outcome in self._run_singly(known, columns, part, error):
+            if isinstance(outcome, BaseException):
+                culprit = f" on the prompt {known.prompts[i]!r} and the answer {known.answers[i]!r}"
+                break
             if time.monotonic() > deadline:  # for example, the function waits for a server
                 break
-            row = {name: [values[i]] for name, values in columns.items()}
-            try:
-                self.function([prompt], [answer], **row)
-            except (Exception, SystemExit):
-                culprit = f" on the prompt {prompt!r} and the answer {answer!r}"
-                break
-        if not culprit:
-            culprit = (
-                f" on {len(known.answers)} answers, the first of them to the prompt "
-                f"{known.prompts[0]!r}"
-            )
-        return f"--reward_fn {self.name} raised {type(error).__name__}: {error}{culprit}."
+        return f"--reward_fn {self.name} raised {_error_text(error)}{culprit}."
 
 
 class WeightedRewards:
@@ -386,6 +437,7 @@ class WeightedRewards:
             answers=decode_answers(self.tokenizer, answers.prompts.input_ids, kept),
             rows=[self.dataset.row(i) for i in index],
             ended=answers.ended.tolist(),
+            token_ids=[ids.tolist() for ids in kept],
         )
 
 
@@ -440,10 +492,9 @@ def decode_answers(tokenizer, prompts: torch.Tensor, answers: list[torch.Tensor]
     return texts
 
 
-def _plain_number(score: Any) -> Any:
-    """Return a scalar of numpy or torch as Python's number, and anything else as it is."""
-    is_scalar = hasattr(score, "item") and getattr(score, "shape", None) in ((), (1,))
-    return score.item() if is_scalar else score
+def _error_text(error: BaseException) -> str:
+    """Return an exception as its type and message; a worker's message has the type already."""
+    return str(error) if isinstance(error, WorkerFailure) else f"{type(error).__name__}: {error}"
 
 
 def _is_finite(score: object) -> bool:
@@ -460,41 +511,6 @@ def _short_repr(score: object) -> str:
         return f"{score!r:.60}"
     except ValueError:  # Python refuses to print integers of thousands of digits
         return f"a {type(score).__name__} of too many digits"
-
-
-def is_grader(name: str) -> bool:
-    """Return whether a value of --reward_fn names a grader, and not "file.py:function"."""
-    return re.fullmatch(GRADER, name, re.DOTALL) is not None
-
-
-def load_function(name: str) -> Callable:
-    """Load the function that `name`, "file.py:function", names, or the grader of this name.
-
-    Raises:
-        ValueError: there is no such file, function or grader, or running the file fails; names
-            --reward_fn.
-    """
-    if is_grader(name):
-        try:
-            return load_grader(name)
-        except ValueError as error:
-            raise ValueError(f"--reward_fn {name}: {error}") from error
-    file, _, function = name.rpartition(":")
-    path = user_path(file)
-    if not path.is_file():
-        raise ValueError(f"--reward_fn {name}: there is no file {path}.")
-    spec = importlib.util.spec_from_file_location(f"reward_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
-        raise ValueError(
-            f"--reward_fn {name}: {path} does not run: {type(error).__name__}: {error}"
-        ) from error
-    found = getattr(module, function, None)
-    if not callable(found):
-        raise ValueError(f"--reward_fn {name}: {path} has no function {function}.")
-    return found
 
 
 def function_digest(name: str) -> str | None:

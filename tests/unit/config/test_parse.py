@@ -772,6 +772,14 @@ def test_rewards_are_functions_of_files_or_graders(name, is_accepted):
         parse_config(PPOConfig, argv)
 
 
+def test_a_time_limit_of_rewards_needs_workers():
+    argv = [*words(STEPS["step 3"][2]), *"--reward_fn a.py:f --reward_timeout_s 5".split()]
+    with pytest.raises(ValueError, match="--reward_timeout_s 5 needs --reward_workers"):
+        parse_config(PPOConfig, argv)
+    model = parse_config(PPOConfig, [*argv, "--reward_workers", "2"]).model
+    assert (model.reward_timeout_s, model.reward_workers) == (5.0, 2)
+
+
 @pytest.mark.parametrize(
     "flags, reference, reward",
     [

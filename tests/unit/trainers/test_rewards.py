@@ -11,6 +11,8 @@ import torch
 from dschat.algorithms.types import PromptBatch
 from dschat.data.row import Row
 from dschat.demo.tiny_models import byte_tokenizer
+from dschat.rewards.loading import load_function
+from dschat.rewards.pool import WorkerPool
 from dschat.trainers.rewards import (
     FunctionReward,
     ModelReward,
@@ -19,7 +21,6 @@ from dschat.trainers.rewards import (
     WeightedRewards,
     check_critic_tokenizer,
     function_digest,
-    load_function,
     metric_labels,
     reads_actor_tokens,
     same_tokens,
@@ -387,6 +388,75 @@ def test_functions_load_from_a_file_or_the_error_says_why_not(tmp_path):
         with pytest.raises(ValueError, match=word) as caught:
             load_function(name)
         assert "--reward_fn" in str(caught.value)
+
+
+WORKER_FUNCTIONS = """
+import os
+import time
+
+
+class Lengths:
+    async def __call__(self, prompts, answers, *, ended, token_ids, conversations, **columns):
+        assert conversations == prompts and len(columns["target"]) == len(prompts)
+        print("printed by a worker")
+        if "hang" in answers:
+            time.sleep(60)
+        if "die" in answers:
+            os._exit(3)
+        if "raise" in answers:
+            raise KeyError("no such key")
+        return [len(ids) + 0.25 * end for ids, end in zip(token_ids, ended)]
+
+
+class Broken:
+    def __init__(self, needed):
+        pass
+
+
+class Mute:
+    pass
+"""
+
+
+@pytest.fixture(scope="module")
+def lengths(tmp_path_factory):
+    """Return the name of a class of rewards, and two workers that call it."""
+    file = tmp_path_factory.mktemp("rewards") / "rewards.py"
+    file.write_text(WORKER_FUNCTIONS)
+    name = f"{file}:Lengths"
+    pool = WorkerPool(name, num_workers=2, timeout_s=2)
+    yield name, pool
+    pool.close()
+
+
+@pytest.mark.parametrize("with_pool", [False, True])
+def test_an_async_class_is_a_reward_that_asks_for_tokens_and_ends(lengths, with_pool):
+    name, pool = lengths
+    reward = FunctionReward(load_function(name), name, pool=pool if with_pool else None)
+    # "ab" and an EOS; "c" without one.
+    assert weighted(reward)(make_answers()).tolist() == [3.25, 1.0]
+    with pytest.raises(RewardFailure, match="KeyError.*no such key.*'one'.*'raise'"):
+        weighted(reward)(make_answers(("raise", "c")))
+
+
+def test_a_worker_that_hangs_or_ends_names_the_answer(lengths, caplog):
+    name, pool = lengths
+    with pytest.raises(RewardFailure, match="ended with exit code 3.*'two'.*'die'"):
+        weighted(FunctionReward(load_function(name), name, pool=pool))(make_answers(("ab", "die")))
+    rewards = weighted(FunctionReward(load_function(name), name, pool=pool, on_error="zero"))
+    assert rewards(make_answers(("ab", "hang"))).tolist() == [3.25, 0.0]
+    assert rewards.pop_metrics()["rewards_failed/Lengths"] == 0.5
+    assert "TimeoutError: no scores after 2 s" in caplog.text and "'hang'" in caplog.text
+    # The next answers have a worker again.
+    assert rewards(make_answers()).tolist() == [3.25, 1.0]
+
+
+def test_a_class_that_cannot_be_made_or_called_is_refused(lengths):
+    file = lengths[0].removesuffix(":Lengths")
+    with pytest.raises(ValueError, match="--reward_fn .*Broken without arguments fails.*needed"):
+        load_function(f"{file}:Broken")
+    with pytest.raises(ValueError, match="Mute has no method __call__"):
+        load_function(f"{file}:Mute")
 
 
 def test_a_tokenizer_may_extend_the_actors():
