@@ -7,7 +7,8 @@
 Rows of random words are written to a temporary folder with a separate cache. A start is a fresh
 process that opens, splits, checks and tokenizes the rows for the step that the form is for, as the
 main of that step does. Seconds begin after the imports. CPU seconds tell more on a machine with
-other work. Anonymous memory is what the process holds besides the files that it maps.
+other work. Both, and the anonymous memory, are of the process and its forks together: memory is
+what they hold besides the files that they map, and a page that they share counts once.
 """
 
 import argparse
@@ -21,6 +22,8 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+
+import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -136,7 +139,7 @@ def start_trl(folder: Path, form: str) -> dict:
 
 
 class Meter:
-    """Measures seconds, and the growth of this process's memory, while it is open."""
+    """Measures seconds, and the growth of memory, while it is open."""
 
     def __enter__(self) -> "Meter":
         """Start."""
@@ -160,14 +163,21 @@ class Meter:
         }
 
     def _watch(self) -> None:
-        while not self._done.wait(0.1):
+        while not self._done.wait(0.25):
             self._peak = max(self._peak, anonymous_bytes())
 
 
 def anonymous_bytes() -> int:
-    """Return the anonymous memory of this process."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+    """Return the anonymous memory of this process and its children; shared pages count once."""
+    process = psutil.Process()
+    total = 0
+    for pid in (process.pid, *(child.pid for child in process.children(recursive=True))):
+        try:
+            lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+        except OSError:  # it has ended
+            continue
+        total += sum(int(line.split()[1]) for line in lines if line.startswith("Pss_Anon"))
+    return total * 1024
 
 
 def cpu_seconds() -> float:

@@ -1,6 +1,5 @@
 """Tokenization that gives a conversation the same ids in every step."""
 
-import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -8,7 +7,8 @@ from transformers import PreTrainedTokenizerBase
 
 from dschat.data.row import Row
 from dschat.data.templates import Rendered, TextFormat
-from dschat.data.word_borders import last_word_border, splits_at_words
+from dschat.data.word_borders import last_word_border
+from dschat.data.words import WordTokenizer
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Encoder:
         self.format = TextFormat(prompt_format, tokenizer)
         self.end_token_id = tokenizer.eos_token_id if end_token_id is None else end_token_id
         self.lead = leading_ids(tokenizer)
-        self._splits_at_words = splits_at_words(tokenizer)
+        self._words = WordTokenizer(tokenizer)
 
     def encode(self, row: Row, *, with_turns: bool = False) -> Encoded:
         """Encode one row.
@@ -110,7 +110,7 @@ class Encoder:
 
         0: all of it is needed. Otherwise the ids before that place are the same whatever follows.
         """
-        return last_word_border(prompt) if self._splits_at_words else 0
+        return last_word_border(prompt) if self._words.splits else 0
 
     def _answer(
         self, rendered: Rendered, text: str, context: list[int], joint: list[int]
@@ -143,64 +143,18 @@ class Encoder:
         self, rendered: Sequence[Rendered]
     ) -> list[tuple[list[int], tuple[tuple[int, int], ...]]]:
         """Return the ids of each row's prompt, and where its earlier answers are in them."""
-        needs_spans = [bool(row.turns) and self.tokenizer.is_fast for row in rendered]
-        plain, marked = (
-            [row.prompt for row, needs in zip(rendered, needs_spans, strict=True) if needs == kind]
-            for kind in (False, True)
-        )
-        plain_ids = iter(self._tokenize(plain))
-        marked_ids = iter(self._tokenize_with_spans(marked))
         prompts = []
-        for row, needs in zip(rendered, needs_spans, strict=True):
-            ids, spans = next(marked_ids) if needs else (next(plain_ids), None)
+        found = self._words.tokenize_with_ranges(
+            [row.prompt for row in rendered], [row.turns for row in rendered]
+        )
+        for ids, turns in found:
             prompt = self._with_lead(ids)
-            prompts.append((prompt, self._turn_positions(row, spans, len(prompt) - len(ids))))
+            shift = len(prompt) - len(ids)
+            prompts.append((prompt, tuple((begin + shift, end + shift) for begin, end in turns)))
         return prompts
 
-    def _turn_positions(
-        self, rendered: Rendered, spans: list[tuple[int, int]] | None, shift: int
-    ) -> tuple[tuple[int, int], ...]:
-        """Return where the ranges of characters in `rendered.turns` are in the prompt's ids.
-
-        Args:
-            rendered: the row.
-            spans: the characters of each id; None: the tokenizer does not tell them.
-            shift: ids that were put in front.
-        """
-        if not rendered.turns:
-            return ()
-        if spans is None:
-            borders = [place for turn in rendered.turns for place in turn]
-            counts = [len(ids) for ids in self._tokenize([rendered.prompt[:at] for at in borders])]
-            pairs = zip(counts[::2], counts[1::2], strict=True)
-            return tuple((begin + shift, end + shift) for begin, end in pairs)
-        # Tokens without characters, as some tokenizers add, are in no turn.
-        tokens = [(i, b, e) for i, (b, e) in enumerate(spans) if e > b]
-        begins = [b for _, b, _ in tokens]
-        ends = [e for _, _, e in tokens]
-        found = []
-        for begin, end in rendered.turns:
-            first = bisect.bisect_left(begins, begin)
-            last = bisect.bisect_right(ends, end) - 1
-            if first <= last:
-                found.append((tokens[first][0] + shift, tokens[last][0] + 1 + shift))
-        return tuple(found)
-
-    def _tokenize_with_spans(self, texts: list[str]) -> list[tuple[list[int], list]]:
-        if not texts:
-            return []
-        found = self.tokenizer(
-            texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-        )
-        return list(zip(found["input_ids"], found["offset_mapping"], strict=True))
-
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
-        if not texts:
-            return []
-        # verbose=False: the tokenizer would warn about long texts, but they are cut after this.
-        return self.tokenizer(
-            texts, add_special_tokens=False, return_attention_mask=False, verbose=False
-        )["input_ids"]
+        return self._words.tokenize(texts)
 
 
 def leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -5,15 +5,15 @@ decides what is in it: the rows, the tokenizer with its template, the options, a
 own code. A second start with the same data reads it and does no work.
 """
 
+import functools
 import hashlib
+import itertools
 import json
 import logging
 import os
-import time
 from array import array
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,17 +25,14 @@ from transformers import PreTrainedTokenizerBase
 
 from dschat.data.cache import code_digest, digest_of
 from dschat.data.datasets import LeftOut, TextDataset
+from dschat.data.parallel import map_rows
 from dschat.data.row import Row
 from dschat.data.splits import Blend
 from dschat.data.templates import Rendered
 from dschat.runtime.files import write_json
-from dschat.runtime.hardware import cpu_cores
 
 logger = logging.getLogger(__name__)
 
-CHUNK_ROWS = 512
-MAX_THREADS = 16
-PROGRESS_S = 10.0
 FAULTS_SHOWN = 5
 
 
@@ -54,6 +51,18 @@ class Report:
     num_faults: int = 0
     faults: list[str] = field(default_factory=list)  # the first of each kind
     items_digest: str = field(default="", compare=False)  # a hash of all kept items
+
+    def add(self, other: "Report") -> None:
+        """Add the rows of another part, which follow."""
+        self.num_rows += other.num_rows
+        self.kept.extend(other.kept)
+        self.num_cut += other.num_cut
+        self.longest = max(self.longest, other.longest)
+        self.num_tokens += other.num_tokens
+        self.num_hidden_turns += other.num_hidden_turns
+        self.left_out.update(other.left_out)
+        self.num_faults += other.num_faults
+        self.faults += other.faults[: FAULTS_SHOWN - len(self.faults)]
 
     def describe(self, limit: str) -> str:
         """Describe the rows in one line.
@@ -191,71 +200,35 @@ def encode_rows(
 ) -> Iterator[list[EncodedRow]]:
     """Encode all rows, a chunk at a time, and count in `report` what becomes of them.
 
-    Threads tokenize while this one reads and renders the next rows.
-
     Args:
         dataset: not changed.
         report: an empty one.
         name: what the rows are, for progress in the log.
         most_faults: keep this many messages of faults; None: all.
     """
-    report.num_rows = len(dataset)
-    begun = shown = time.monotonic()
-    # A tokenizer in Python would only take turns with this thread.
-    num_threads = min(MAX_THREADS, cpu_cores()) if dataset.tokenizer.is_fast else 1
-    with ThreadPoolExecutor(num_threads) as threads:
-        waiting: deque[_Chunk] = deque()
-        for begin in range(0, len(dataset), CHUNK_ROWS):
-            positions = range(begin, min(begin + CHUNK_ROWS, len(dataset)))
-            waiting.append(_begin_chunk(dataset, positions, threads))
-            if len(waiting) > num_threads:
-                yield _finish_chunk(dataset, waiting.popleft(), report, most_faults)
-            now = time.monotonic()
-            if now - shown > PROGRESS_S:
-                shown = now
-                done = positions.stop
-                rest = (now - begun) * (len(dataset) - done) / done
-                logger.info(
-                    "%s: tokenized %d of %d rows, %.0f s left", name, done, len(dataset), rest
-                )
-        while waiting:
-            yield _finish_chunk(dataset, waiting.popleft(), report, most_faults)
+    encode = functools.partial(_encode_chunk, dataset, report, most_faults)
+    yield from map_rows(encode, len(dataset), name=f"{name}: tokenized", serial=True)
 
 
-@dataclass(frozen=True)
-class _Chunk:
-    """Rendered rows that are being tokenized."""
-
-    rows: list[tuple[int, Row, Rendered]]  # each with its position
-    faults: list[ValueError]
-    encoded: Future
-
-
-def _begin_chunk(dataset: TextDataset, positions: range, threads: ThreadPoolExecutor) -> _Chunk:
-    rows = []
-    faults = []
-    for position in positions:
-        try:
-            row = dataset.row(position)
-            rows.append((position, row, dataset.render(row)))
-        except ValueError as error:
-            faults.append(error)
-    texts = [rendered for _, _, rendered in rows]
-    return _Chunk(rows, faults, threads.submit(dataset.encoder.encode_all, texts))
-
-
-def _finish_chunk(
-    dataset: TextDataset, chunk: _Chunk, report: Report, most_faults: int | None
+def _encode_chunk(
+    dataset: TextDataset, report: Report, most_faults: int | None, positions: range
 ) -> list[EncodedRow]:
     def add_fault(error: ValueError) -> None:
         report.num_faults += 1
         if most_faults is None or len(report.faults) < most_faults:
             report.faults.append(str(error))
 
-    for fault in chunk.faults:
-        add_fault(fault)
+    report.num_rows += len(positions)
+    rows = []
+    for position in positions:
+        try:
+            row = dataset.row(position)
+            rows.append((position, row, dataset.render(row)))
+        except ValueError as error:
+            add_fault(error)
+    encoded_rows = dataset.encoder.encode_all([rendered for _, _, rendered in rows])
     found = []
-    for (position, row, rendered), encoded in zip(chunk.rows, chunk.encoded.result(), strict=True):
+    for (position, row, rendered), encoded in zip(rows, encoded_rows, strict=True):
         num_tokens = dataset.num_tokens(encoded)
         report.longest = max(report.longest, num_tokens)
         item = None
@@ -274,20 +247,50 @@ def _finish_chunk(
     return found
 
 
+# Columns of items: lists of int as all values [sum of T] int32 and the length [N] of each; numbers
+# as float64 [N].
+Columns = dict[str, tuple[np.ndarray, np.ndarray] | np.ndarray]
+
+
+def _prepare_chunk(dataset: TextDataset, positions: range) -> tuple[Report, Columns]:
+    """Return what becomes of a chunk of rows, and the items of those that are used."""
+    report = Report()
+    rows = _encode_chunk(dataset, report, FAULTS_SHOWN, positions)
+    items = [row.item for row in rows if row.item is not None]
+    columns: Columns = {}
+    for name in dataset.list_columns:
+        lists = [item[name] for item in items]
+        lengths = np.fromiter(map(len, lists), np.int32, len(lists))
+        values = np.fromiter(itertools.chain.from_iterable(lists), np.int32, lengths.sum())
+        columns[name] = values, lengths
+    for name in dataset.number_columns:
+        columns[name] = np.array([item[name] for item in items], dtype=np.float64)
+    return report, columns
+
+
 def _prepare_items(
     dataset: TextDataset, report: Report, name: str
 ) -> Iterator[pyarrow.RecordBatch]:
     """Yield the items of all rows that are used, a chunk at a time, and set the report's digest."""
     digest = hashlib.sha256()
     schema = _schema(dataset)
-    for chunk in encode_rows(dataset, report, name=name):
-        items = [row.item for row in chunk if row.item is not None]
-        if items:
-            columns = {column: [item[column] for item in items] for column in schema.names}
-            batch = pyarrow.RecordBatch.from_pydict(columns, schema=schema)
+    prepare_chunk = functools.partial(_prepare_chunk, dataset)
+    for part, columns in map_rows(prepare_chunk, len(dataset), name=f"{name}: tokenized"):
+        report.add(part)
+        if part.kept:
+            arrays = [_to_arrow(columns[column]) for column in schema.names]
+            batch = pyarrow.RecordBatch.from_arrays(arrays, schema=schema)
             _update_digest(digest, batch)
             yield batch
     report.items_digest = digest.hexdigest()
+
+
+def _to_arrow(column: tuple[np.ndarray, np.ndarray] | np.ndarray) -> pyarrow.Array:
+    if isinstance(column, np.ndarray):
+        return pyarrow.array(column)
+    values, lengths = column
+    ends = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    return pyarrow.ListArray.from_arrays(pyarrow.array(ends), pyarrow.array(values))
 
 
 def _update_digest(digest: "hashlib._Hash", batch: pyarrow.RecordBatch) -> None:

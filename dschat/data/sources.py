@@ -4,6 +4,7 @@ Every row is checked once, when the dataset is opened. A bad row thus stops a ru
 loads, and the rows left out do not depend on the step: all steps split the same rows.
 """
 
+import functools
 import hashlib
 import json
 import logging
@@ -20,6 +21,7 @@ from dschat.data.cache import code_digest, digest_of, keep_arrays, one_at_a_time
 from dschat.data.forms import ROW_FAULTS, Reading, find_form
 from dschat.data.hub_sets import HUB_SETS, HubSet, local_json_row
 from dschat.data.messages import plain_text
+from dschat.data.parallel import map_rows
 from dschat.data.row import Row
 from dschat.data.tables import LOCAL_JSON, Fault, Table, open_tables, parse_entry
 from dschat.data.templates import parse_turns
@@ -236,44 +238,76 @@ def _load_part(table: Table, file: Path) -> Part:
         )
 
 
-def _check_table(table: Table, hub_set: HubSet, reading: Reading, *, skip: bool) -> Part:
-    """Return all good rows of a table; raise ValueError for others, or leave them out if `skip`."""
-    faults = table.faults
+@dataclass
+class _Checked:
+    """The rows of a table, or of a part of it, that were found; as `Part` has them."""
+
     # Arrays, since a list of a million int takes 40 MB.
-    index, pick, group = array("q"), array("i"), array("Q")
-    has = {name: bytearray() for name in ("prompt", "chosen", "rejected")}
-    columns: Counter = Counter()
-    for number, raw in enumerate(_iterate_rows(table.rows)):
+    index: array = field(default_factory=lambda: array("q"))
+    pick: array = field(default_factory=lambda: array("i"))
+    group: array = field(default_factory=lambda: array("Q"))
+    has: dict[str, bytearray] = field(
+        default_factory=lambda: {name: bytearray() for name in ("prompt", "chosen", "rejected")}
+    )
+    columns: Counter = field(default_factory=Counter)
+    faults: list[Fault] = field(default_factory=list)
+
+    def add(self, other: "_Checked") -> None:
+        """Add the rows of the next part."""
+        self.index.extend(other.index)
+        self.pick.extend(other.pick)
+        self.group.extend(other.group)
+        for name, flags in self.has.items():
+            flags.extend(other.has[name])
+        self.columns.update(other.columns)
+        self.faults.extend(other.faults)
+
+
+def _check_rows(table: Table, hub_set: HubSet, reading: Reading, numbers: range) -> _Checked:
+    """Read some raw rows of a table."""
+    found = _Checked()
+    for number, raw in zip(numbers, _iterate_rows(table.rows, numbers), strict=True):
         try:
             rows = hub_set.read(raw, reading)
             groups = [conversation_group(row) for row in rows]
         except ROW_FAULTS as error:
-            faults.append(table.fault(number, describe_fault(error)))
+            found.faults.append(table.fault(number, describe_fault(error)))
             continue
         for choice, row in enumerate(rows):
-            index.append(number)
-            pick.append(choice)
-            group.append(groups[choice])
-            has["prompt"].append(bool(row.prompt))
-            has["chosen"].append(row.chosen is not None)
-            has["rejected"].append(row.rejected is not None)
+            found.index.append(number)
+            found.pick.append(choice)
+            found.group.append(groups[choice])
+            found.has["prompt"].append(bool(row.prompt))
+            found.has["chosen"].append(row.chosen is not None)
+            found.has["rejected"].append(row.rejected is not None)
         if rows:
             further = rows[0].columns
-            columns.update(name for name in further if raw.get(name) is not None)
-    good = index
+            found.columns.update(name for name in further if raw.get(name) is not None)
+    return found
+
+
+def _check_table(table: Table, hub_set: HubSet, reading: Reading, *, skip: bool) -> Part:
+    """Return all good rows of a table; raise ValueError for others, or leave them out if `skip`."""
+    found = _Checked(faults=table.faults)
+    check_rows = functools.partial(_check_rows, table, hub_set, reading)
+    for part in map_rows(check_rows, len(table.rows), name=f"{table.title}: checked"):
+        found.add(part)
+    index, pick, group = found.index, found.pick, found.group
     if group and all(value == group[0] for value in group):
         # One prompt for all rows: their answers tell them apart.
         all_rows = (hub_set.read(table.rows[number], reading) for number in index)
         alike = [rows[choice] for rows, choice in zip(all_rows, pick, strict=True)]
         group = array("Q", (_hash_text(f"{row.prompt} {row.chosen}") for row in alike))
-    if faults and (not skip or not good or table.lost_after is not None):
-        raise ValueError(_format_faults(table, sorted(faults), all_bad=not good))
+    if found.faults and (not skip or not index or table.lost_after is not None):
+        raise ValueError(_format_faults(table, sorted(found.faults), all_bad=not index))
     warning = ""
-    if faults:
-        total = len(faults) + len(good)
-        warning = f"left out {len(faults)} bad rows of {total}; the first: {min(faults)}"
+    if found.faults:
+        total = len(found.faults) + len(index)
+        warning = (
+            f"left out {len(found.faults)} bad rows of {total}; the first: {min(found.faults)}"
+        )
         logger.warning("%s", warning)
-    if not good:
+    if not index:
         raise ValueError(
             f"{table.title}: no rows in it. Give at least one, or take it out of --data_path."
         )
@@ -282,20 +316,20 @@ def _check_table(table: Table, hub_set: HubSet, reading: Reading, *, skip: bool)
         index=np.array(index, dtype=np.int64),
         pick=np.array(pick, dtype=np.int32),
         group=np.array(group, dtype=np.uint64),
-        has={name: np.array(flags, dtype=bool) for name, flags in has.items()},
-        columns=dict(columns),
+        has={name: np.array(flags, dtype=bool) for name, flags in found.has.items()},
+        columns=dict(found.columns),
         warning=warning,
     )
 
 
-def _iterate_rows(rows: Sequence) -> Iterator[dict]:
+def _iterate_rows(rows: Sequence, numbers: range) -> Iterator[dict]:
     if not isinstance(rows, datasets.Dataset):
-        yield from rows
+        yield from map(rows.__getitem__, numbers)
         return
-    # In batches: reading an Arrow table one row at a time is twenty times as slow.
-    for batch in rows.iter(batch_size=1000):
-        for values in zip(*batch.values(), strict=True):
-            yield dict(zip(batch, values, strict=True))
+    # At once: reading an Arrow table one row at a time is twenty times as slow.
+    batch = rows[numbers.start : numbers.stop]
+    for values in zip(*batch.values(), strict=True):
+        yield dict(zip(batch, values, strict=True))
 
 
 def _format_faults(table: Table, faults: list[Fault], *, all_bad: bool) -> str:

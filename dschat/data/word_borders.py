@@ -1,13 +1,29 @@
 """Places in a text at which a tokenizer never joins what is on both sides.
 
 Between such places a text can be tokenized in parts: a prompt once, and only its last words again
-with each answer.
+with each answer, and a word that has come before not at all.
 """
+
+import re
 
 from transformers import PreTrainedTokenizerBase
 
 REACH = 400  # characters before the end of a text that are searched
-PROBES = ("one two three", "Der Bär mag Öl", "один два три")
+# Letters of Latin, Greek and Cyrillic, and the marks after a word that leave the next space alone.
+LETTERS = "A-Za-zÀ-ÖØ-öø-ɏΑ-ΡΣ-ϡЀ-ҁ"
+MARKS = ",.;:?!"
+BORDER = re.compile(f"(?= [{LETTERS}])(?<=[{LETTERS}{MARKS}])")
+PROBES = (
+    "one two three",
+    "Der Bär mag Öl",
+    "один два три",
+    "one, two. three; four: five? six! seven",
+)
+
+
+def split_words(text: str) -> list[str]:
+    """Split a text before each single space between two words; marks stay with their word."""
+    return BORDER.split(text)
 
 
 def last_word_border(text: str) -> int:
@@ -21,19 +37,20 @@ def last_word_border(text: str) -> int:
 
 
 def splits_at_words(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Return whether the tokenizer cuts a text before each space between letters, first of all.
+    """Return whether the tokenizer cuts a text before each space between words, first of all.
 
-    Then no token and no merge spans such a place, and the ids before it do not depend on the text
-    after it. Tokenizers without a pre-tokenizer (Llama 2, Gemma) merge across words, and the added
-    tokens of a few have spaces.
+    The first word may have a mark at its end. Then no token and no merge spans such a place, and
+    the ids before it do not depend on the text after it. Tokenizers without a pre-tokenizer (Llama
+    2, Gemma) merge across words, and the added tokens of a few have spaces.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or backend.pre_tokenizer is None:
         return False
     for token in tokenizer.added_tokens_decoder.values():
         takes_spaces = token.lstrip or token.rstrip
-        ends_in_letter = token.content[:1].isalpha() or token.content[-1:].isalpha()
-        if " " in token.content or (takes_spaces and ends_in_letter):
+        ends = (token.content[:1], token.content[-1:])
+        ends_in_word = any(end.isalpha() or end in MARKS for end in ends)
+        if " " in token.content or (takes_spaces and ends_in_word):
             return False
     return all(_splits(tokenizer, probe) for probe in PROBES)
 
@@ -44,16 +61,9 @@ def _splits(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
     pieces = [range(*place) for _, place in backend.pre_tokenizer.pre_tokenize_str(shown)]
     if any(start in piece[1:] for start in _spaces(shown) for piece in pieces):
         return False
-    whole = _ids(tokenizer, text)
-    return all(
-        whole == _ids(tokenizer, text[:start]) + _ids(tokenizer, text[start:])
-        for start in _spaces(text)
-    )
+    whole, *words = tokenizer([text, *split_words(text)], add_special_tokens=False)["input_ids"]
+    return whole == [token for word in words for token in word]
 
 
 def _spaces(text: str) -> list[int]:
     return [at for at, char in enumerate(text) if char == " "]
-
-
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -1,7 +1,7 @@
 import pytest
 
 from dschat.config.sft import SFTData
-from dschat.data import preparation
+from dschat.data import parallel
 from dschat.data.blends import open_blends
 from dschat.data.collate import collate_pairs, collate_prompts, collate_text
 from dschat.data.datasets import LeftOut, PairDataset, PromptDataset, SFTDataset
@@ -361,7 +361,7 @@ def test_the_cache_holds_the_same_items_and_follows_what_decides_them(tmp_path, 
 
 
 def test_progress_names_the_rows(caplog, monkeypatch):
-    monkeypatch.setattr(preparation, "PROGRESS_S", -1)
+    monkeypatch.setattr(parallel, "PROGRESS_S", -1)
     data = SFTDataset([Row("p", "a")] * 3, make_tokenizer(), max_seq_len=9, prompt_format="plain")
     with caplog.at_level("INFO"):
         prepare(data, cache_dir=None, skip_bad_rows=False, name="training data")
