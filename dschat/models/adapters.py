@@ -1,6 +1,5 @@
 """LoRA adapter folders in PEFT's format: writing one, and merging one into a loaded base model."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from dschat.models.lora import (
     plain_name,
 )
 from dschat.models.structure import SCORE_HEAD, expert_names, pretrained
-from dschat.models.weights import refuse_damaged_weights
+from dschat.models.weights import refuse_damaged_weights, update_weight
 
 ADAPTER_FOLDER = "adapter"  # inside the folder of the merged model
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -136,10 +135,10 @@ def merge_adapter(model: nn.Module, folder: str | Path, *, flag: str) -> int:
         )
     for name, parts in layers.items():
         if "whole" in parts:
-            _update_weight(places[name].weight, lambda old, new=parts["whole"]: new)
+            update_weight(places[name].weight, lambda old, new=parts["whole"]: new)
             continue
         update = _update(config, name, places[name], parts)
-        _update_weight(
+        update_weight(
             places[name].weight, lambda old, update=update: old.float() + update.to(old.device)
         )
     return len(layers)
@@ -268,14 +267,3 @@ def _check_kind(config: PeftConfig, folder: Path, *, flag: str) -> None:
             f"{'; '.join(faults)}. Merge it into a model folder by PEFT first (merge_and_unload, "
             "save_pretrained)."
         )
-
-
-def _update_weight(weight: torch.Tensor, compute: Callable[..., torch.Tensor]) -> None:
-    """Copy `compute(weight)` into a parameter, whole or partitioned; all ranks compute the same."""
-    is_partitioned = hasattr(weight, "ds_id")
-    if is_partitioned:
-        weight.all_gather()
-    with torch.no_grad():
-        weight.copy_(compute(weight.detach()))
-    if is_partitioned:
-        weight.partition(has_been_updated=True)

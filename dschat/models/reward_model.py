@@ -32,15 +32,13 @@ from dschat.models.forward import position_ids_from_mask, takes_position_ids
 from dschat.models.structure import SCORE_HEAD
 from dschat.models.tokenizer import as_ids, ensure_unambiguous_pad
 from dschat.models.vocabulary import check_vocabulary, grow_vocabulary
-from dschat.models.weights import refuse_damaged_weights, require_complete
+from dschat.models.weights import refuse_damaged_weights, require_complete, update_weight
 
 logger = logging.getLogger(__name__)
 
 # Names of the base model and the head in DeepSpeed-Chat's checkpoints.
 DEEPSPEED_CHAT_BASE = "rwtransformer."
 DEEPSPEED_CHAT_HEAD = "v_head.weight"
-# Entries of configurations with the standard deviation by which transformers initialises weights.
-INITIALIZER_STDS = ("initializer_range", "init_std")
 
 
 class RewardModel(nn.Module):
@@ -203,15 +201,7 @@ def _load_classifier(
     source: str, loading: dict, *, config: PreTrainedConfig, fresh_head: bool, path: str, flag: str
 ) -> PreTrainedModel:
     """Load a sequence classifier; its head alone is newly initialised if `fresh_head`."""
-    width = getattr(config, "word_embed_proj_dim", None) or config.get_text_config().hidden_size
-    entries = _initializers(config, std=(width + 1) ** -0.5)
-    initial = {name: getattr(config, name) for name in entries if hasattr(config, name)}
-    if fresh_head:
-        # transformers initialises the head alone, by the configuration's deviation, which is
-        # therefore changed while it loads. Drawing the head afterwards would need the parameter's
-        # data, of which ZeRO-3 leaves an empty shard.
-        for name, value in entries.items():
-            setattr(config, name, value)
+    generator = torch.Generator().set_state(torch.get_rng_state())
     with refuse_damaged_weights(path, flag=flag):
         try:
             model, info = AutoModelForSequenceClassification.from_pretrained(
@@ -228,15 +218,11 @@ def _load_classifier(
                 f"{flag} {path!r} cannot be a reward model: {reason} Give a decoder-only language "
                 "model whose backbone is part of transformers, or a reward model."
             ) from error
-    if fresh_head:
-        for name in entries:
-            delattr(model.config, name)
-    for name, value in initial.items():
-        setattr(model.config, name, value)
     require_complete(
         model, info, path=path, flag=flag, fresh=[f"{SCORE_HEAD}.weight"] if fresh_head else []
     )
-    if fresh_head:
+    if fresh_head and isinstance(getattr(model, SCORE_HEAD, None), nn.Linear):
+        width = _draw_head(model.score.weight, generator)
         logger.info(
             "%s %s: the reward head is new, drawn with standard deviation 1/sqrt(%d)",
             flag,
@@ -246,12 +232,23 @@ def _load_classifier(
     return model
 
 
-def _initializers(config: PreTrainedConfig, *, std: float) -> dict[str, float]:
-    """Return entries of a configuration that make transformers draw linear weights with `std`."""
-    if hasattr(config, "w_init_variance_scale"):  # RecurrentGemma's, over the convolution's width
-        return {"w_init_variance_scale": std**2 * config.conv1d_width}
-    names = [name for name in INITIALIZER_STDS if hasattr(config, name)]
-    return dict.fromkeys(names or INITIALIZER_STDS[:1], std)
+def _draw_head(weight: torch.Tensor, generator: torch.Generator) -> int:
+    """Draw a head [1, hidden] from N(0, 1 / (hidden + 1)), and return hidden.
+
+    The values are the same under every ZeRO stage: transformers draws a partitioned weight after
+    other random numbers than a whole one. The global generator continues after them.
+
+    Args:
+        weight: the head's weight, which ZeRO-3 may have partitioned; every rank must call this.
+        generator: on the CPU.
+    """
+    shape = getattr(weight, "ds_shape", weight.shape)
+    drawn = torch.empty(shape, dtype=weight.dtype).normal_(
+        std=(shape[1] + 1) ** -0.5, generator=generator
+    )
+    update_weight(weight, lambda old: drawn.to(old.device))
+    torch.set_rng_state(generator.get_state())
+    return int(shape[1])
 
 
 def _deepspeed_chat_tensors(source: str) -> Optional[dict[str, torch.Tensor]]:

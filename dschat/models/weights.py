@@ -1,10 +1,11 @@
-"""Checks of the weights that from_pretrained read."""
+"""Checks of the weights that from_pretrained read, and changes of partitioned weights."""
 
 import contextlib
 import pickle
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
+import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
@@ -75,3 +76,14 @@ def require_complete(
             "Check that config.json and the weights belong together and are of the right kind of "
             "model."
         )
+
+
+def update_weight(weight: torch.Tensor, compute: Callable[..., torch.Tensor]) -> None:
+    """Copy `compute(weight)` into a parameter, whole or partitioned; all ranks compute the same."""
+    is_partitioned = hasattr(weight, "ds_id")
+    if is_partitioned:
+        weight.all_gather()
+    with torch.no_grad():
+        weight.copy_(compute(weight.detach()))
+    if is_partitioned:
+        weight.partition(has_been_updated=True)

@@ -16,7 +16,7 @@ from dschat.engine.build import (
 from dschat.engine.device import TORCH_DTYPES, on_cpu
 from dschat.engine.ds_config import inference_config, training_config
 from dschat.engine.optim import step_together
-from dschat.engine.zero import full_tensors, scale_parameter
+from dschat.engine.zero import full_tensors, gathered, scale_parameter
 from dschat.models.causal_lm import load_causal_lm
 from dschat.models.forward import forward_logits
 from dschat.models.reward_model import load_reward_model
@@ -198,6 +198,31 @@ def whole_weights(stock: str, *, family: str, dtype: str, reward: bool) -> dict:
             t.device.type == "cpu" and t.data_ptr() for t in found.values()
         )
     return result
+
+
+def fresh_heads(stock: str) -> dict:
+    """Compare new reward heads with and without ZeRO-3; all entries should be true."""
+    path = f"{stock}/base/llama"
+    heads, following = [], []
+    for zero in (0, 3):
+        config = inference_config(
+            SystemOptions(zero_stage=zero),
+            dtype="fp32",
+            micro_batch_size=2,
+            world_size=dist.world_size(),
+        )
+        torch.manual_seed(5)
+        with partitioned_loading(config):
+            model = load_reward_model(path, dtype=torch.float32, tokenizer=load_tokenizer(path))
+        following.append(torch.rand(3))
+        head = model.model.score.weight
+        with gathered([head]):
+            heads.append(head.detach().clone().cpu())
+    return {
+        "equal": torch.equal(*heads),
+        "of the right size": abs(heads[0].std().item() * 65**0.5 - 1) < 0.3,
+        "the generator continues alike": torch.equal(*following),
+    }
 
 
 def scaled_head(stock: str, *, zero: int) -> dict:

@@ -46,6 +46,7 @@ WHOLE = [
         ("gpt2", "fp32", True),
     )
 ]
+FRESH = check_case("fresh-heads", "fresh_heads")
 SCALED = [check_case(f"scaled-{zero}", "scaled_head", zero=zero) for zero in (0, 3)]
 
 REFUSED = [check_case(f"refused-{zero}", "refused_prompt", zero=zero) for zero in (0, 3)]
@@ -64,6 +65,11 @@ def test_a_bad_gradient_stops_all_engines_on_all_ranks(case, launches):
 
 @pytest.mark.parametrize("case", WHOLE)
 def test_partitioned_weights_are_seen_whole(case, launches):
+    assert failing(launches, case) == []
+
+
+@pytest.mark.parametrize("case", [FRESH])
+def test_a_new_reward_head_is_the_same_under_all_stages(case, launches):
     assert failing(launches, case) == []
 
 
