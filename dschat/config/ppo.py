@@ -120,6 +120,12 @@ class PPOConfig:
         return [self.model.critic_model_name_or_path]
 
     @property
+    def reward_flag(self) -> str:
+        """The flag that names the reward models."""
+        named = bool(self.model.reward_model_name_or_path)
+        return "--reward_model_name_or_path" if named else "--critic_model_name_or_path"
+
+    @property
     def shares_reference(self) -> bool:
         """Whether the reference is the actor with its adapters off."""
         return (

@@ -151,26 +151,9 @@ def load_reward_model(
         path, flag=flag, trust_remote_code=trust_remote_code, dropout=dropout
     )
     ensure_classifier(config)
-    is_classifier = next(iter(config.architectures or ()), "").endswith("ForSequenceClassification")
-    if is_classifier and config.num_labels != 1:
-        raise ValueError(
-            f"{flag} {path!r} is a classifier with {config.num_labels} labels; a reward model has "
-            "one. Give a reward model, or a causal language model to train one from."
-        )
+    old_checkpoint = _find_head(path, source, config, flag=flag, fresh_head=fresh_head)
     config.num_labels = 1
     check_vocabulary(tokenizer, config.get_text_config().vocab_size, path=path, flag=flag)
-    with refuse_damaged_weights(path, flag=flag):
-        old_checkpoint = _deepspeed_chat_tensors(source)
-    if (
-        old_checkpoint is None
-        and not is_classifier
-        and not fresh_head
-        and not adapter_has_head(path, flag=flag)
-    ):
-        raise ValueError(
-            f"{flag} {path!r} is a language model without a reward head, and its scores would be "
-            "random. Give a sequence classifier with one label, such as step 2 saves."
-        )
     if old_checkpoint is not None:
         model = _load_deepspeed_chat(
             old_checkpoint, config=config, dtype=dtype, path=path, flag=flag
@@ -178,7 +161,12 @@ def load_reward_model(
     else:
         loading = dict(dtype=dtype, trust_remote_code=trust_remote_code)
         model = _load_classifier(
-            source, loading, config=config, fresh_head=not is_classifier, path=path, flag=flag
+            source,
+            loading,
+            config=config,
+            fresh_head=not _is_classifier(config),
+            path=path,
+            flag=flag,
         )
     merge_if_adapter(model, path, flag=flag)
     check_finite(model, path=path, flag=flag)
@@ -188,6 +176,54 @@ def load_reward_model(
     # Set last: an embedding takes the id as its padding_idx when built, and may be too small then.
     model.config.pad_token_id = pad_token_id
     return RewardModel(model)
+
+
+def check_reward_model(path: str, *, flag: str, trust_remote_code: bool = False) -> None:
+    """Check, without loading weights, that a model scores texts: that it has a reward head.
+
+    Raises:
+        ValueError: nothing there, incomplete, more than one label, or no head.
+    """
+    source, config = load_config(path, flag=flag, trust_remote_code=trust_remote_code)
+    _find_head(path, source, config, flag=flag, fresh_head=False)
+
+
+def _is_classifier(config: PreTrainedConfig) -> bool:
+    """Return whether a configuration is that of a sequence classifier."""
+    return next(iter(config.architectures or ()), "").endswith("ForSequenceClassification")
+
+
+def _find_head(
+    path: str, source: str, config: PreTrainedConfig, *, flag: str, fresh_head: bool
+) -> Optional[dict[str, torch.Tensor]]:
+    """Check that a model has a reward head, unless it may get one.
+
+    Args:
+        path: as given by the user.
+        source: of ``load_config``, as is `config`.
+        flag: the command-line flag that `path` came from, for messages.
+        fresh_head: allow a causal language model.
+
+    Returns:
+        The tensors of a DeepSpeed-Chat reward checkpoint; None for other sources.
+
+    Raises:
+        ValueError: more than one label, damaged weights, or no head.
+    """
+    if _is_classifier(config) and config.num_labels != 1:
+        raise ValueError(
+            f"{flag} {path!r} is a classifier with {config.num_labels} labels; a reward model has "
+            "one. Give a reward model, or a causal language model to train one from."
+        )
+    with refuse_damaged_weights(path, flag=flag):
+        old_checkpoint = _deepspeed_chat_tensors(source)
+    has_head = old_checkpoint is not None or _is_classifier(config)
+    if not (has_head or fresh_head or adapter_has_head(path, flag=flag)):
+        raise ValueError(
+            f"{flag} {path!r} is a language model without a reward head, and its scores would be "
+            "random. Give a sequence classifier with one label, such as step 2 saves."
+        )
+    return old_checkpoint
 
 
 def _generation_end_ids(source: str) -> set[int]:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from dschat.config.ppo import PPOConfig
+from dschat.models.reward_model import check_reward_model
 from dschat.models.tokenizer import ensure_unambiguous_pad, load_tokenizer
 from dschat.rewards.loading import load_function
 from dschat.rewards.pool import WorkerPool
@@ -72,9 +73,7 @@ class RewardPlan:
 
     def _model_reward(self, engines, path: str) -> Reward:
         tokenizer = self.model_tokenizers[path]
-        named = bool(self.config.model.reward_model_name_or_path)
-        flag = "--reward_model_name_or_path" if named else "--critic_model_name_or_path"
-        engine = engines.add_reward(path, flag=flag, tokenizer=tokenizer)
+        engine = engines.add_reward(path, flag=self.config.reward_flag, tokenizer=tokenizer)
         if self._reads_actor_tokens(path):
             tokens = self.config.batch.scoring_tokens_per_batch
             return ModelReward(engine, path, tokens_per_batch=tokens)
@@ -99,8 +98,8 @@ def plan_rewards(config: PPOConfig, tokenizer) -> RewardPlan:
         tokenizer: the actor's.
 
     Raises:
-        ValueError: a tokenizer or function cannot be loaded, or the critic cannot read the actor's
-            tokens.
+        ValueError: a tokenizer or function cannot be loaded, the critic cannot read the actor's
+            tokens, or a reward model has no head that scores.
     """
     options = config.model
 
@@ -117,7 +116,11 @@ def plan_rewards(config: PPOConfig, tokenizer) -> RewardPlan:
     if config.has_critic:
         critic_tokenizer = load(options.critic_model_name_or_path, "--critic_model_name_or_path")
         check_critic_tokenizer(tokenizer, critic_tokenizer, options.critic_model_name_or_path)
-    models = {path: load(path, "--reward_model_name_or_path") for path in config.reward_models}
+    models = {path: load(path, config.reward_flag) for path in config.reward_models}
+    for path in models:
+        check_reward_model(
+            path, flag=config.reward_flag, trust_remote_code=options.trust_remote_code
+        )
     functions = {name: load_function(name) for name in options.reward_fn}
     return RewardPlan(config, tokenizer, critic_tokenizer, models, functions)
 
