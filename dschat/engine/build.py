@@ -59,7 +59,8 @@ def start_processes(local_rank: int = -1) -> torch.device:
     try:
         # The other ranks wait in a collective while rank 0 writes a model.
         timeout = {} if os.environ.get("DEEPSPEED_TIMEOUT") else dict(timeout=COLLECTIVE_TIMEOUT)
-        deepspeed.init_distributed(**timeout)
+        with contextlib.redirect_stdout(None):  # DeepSpeed prints that it loaded an operator
+            deepspeed.init_distributed(**timeout)
     except torch.distributed.DistNetworkError as error:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise ValueError(

@@ -17,6 +17,9 @@ from collections.abc import Callable
 from dschat.runtime.live_line import TerminalHandler, has_terminal
 
 logger = logging.getLogger("dschat")
+# A filter, since DeepSpeed sets its logger's level when it is imported. It warns of what needs no
+# action, such as a machine without an accelerator.
+logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
 
 # Seconds that ranks other than the first of a node delay their message. The first rank usually
 # fails of the same cause and reports it, and the launcher then ends the other ranks.
@@ -48,7 +51,7 @@ def set_up_logging() -> None:
     logger.handlers[:] = [handler]
     logger.propagate = False
     logger.setLevel(logging.INFO if _rank() == 0 else logging.WARNING)
-    for noisy in ("DeepSpeed", "transformers", "datasets"):
+    for noisy in ("transformers", "datasets"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     # DeepSpeed still calls torch.distributed functions by their old names.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")

@@ -348,3 +348,17 @@ def test_only_a_terminal_has_a_live_line(monkeypatch):
     finally:
         log.logger.handlers[:] = handlers
         log.logger.propagate = True
+
+
+def test_warnings_of_deepspeed_are_not_shown_whatever_its_level(capsys):
+    deepspeed = logging.getLogger("DeepSpeed")
+    before, handler = deepspeed.level, logging.StreamHandler(sys.stdout)
+    deepspeed.addHandler(handler)
+    try:
+        deepspeed.setLevel(logging.WARNING)  # as its import does
+        deepspeed.warning("no accelerator")
+        deepspeed.error("a fault")
+    finally:
+        deepspeed.removeHandler(handler)
+        deepspeed.setLevel(before)
+    assert capsys.readouterr().out == "a fault\n"
