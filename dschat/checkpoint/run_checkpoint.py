@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from dschat.engine.reshard import load_engine_universally
 from dschat.engine.state import load_engine, save_engine
 from dschat.runtime import dist
-from dschat.runtime.files import fsync, write_json, write_text
+from dschat.runtime.files import apply_umask, fsync, write_json, write_text
 from dschat.runtime.log import logger
 from dschat.runtime.manifest import content_fault, file_entry, read_manifest, write_manifest
 
@@ -250,6 +250,7 @@ def _write_rank_files(
     names = [_rank_file(dist.rank())]
     tensors = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
     save_file(tensors, temporary / names[0], metadata={"state": json.dumps(state)})
+    apply_umask(temporary / names[0])
     fsync(temporary / names[0])
     if dist.is_main():
         write_json(temporary / FACTS, facts)

@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
 from dschat.models.families import FAMILIES, TINY_VOCAB, tiny_shape
+from dschat.runtime.files import apply_umask
 
 BOS, EOS = "<s>", "</s>"
 CHAT_TEMPLATE = (
@@ -109,4 +110,5 @@ def make_tiny_model(
     path = Path(path)
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
+    apply_umask(path)
     return path

@@ -2,7 +2,6 @@
 
 import copy
 import fnmatch
-import os
 import re
 import shutil
 import tempfile
@@ -18,7 +17,7 @@ from dschat.models.lora import plain_name
 from dschat.models.structure import pretrained
 from dschat.models.tokenizer import VOCABULARY_FILES, eos_token_ids
 from dschat.models.weights import first_names
-from dschat.runtime.files import fsync
+from dschat.runtime.files import apply_umask, fsync, umask
 
 MAX_SHARD_SIZE = "5GB"
 # Files of a saved model, removed when another takes its place. All other files of a folder
@@ -76,7 +75,7 @@ def save_pretrained_folder(
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     try:
-        temporary.chmod(0o777 & ~_umask())  # mkdtemp's folders are private to their owner
+        temporary.chmod(0o777 & ~umask())  # mkdtemp's folders are private to their owner
         dtype = next(t.dtype for t in weights.values() if t.is_floating_point())
         shell.save_pretrained(temporary, state_dict=weights, max_shard_size=MAX_SHARD_SIZE)
         # save_pretrained writes the dtype of the module, which may differ from that of the tensors.
@@ -85,7 +84,7 @@ def save_pretrained_folder(
         tokenizer.save_pretrained(temporary)
         if write_more is not None:
             write_more(temporary)
-        _apply_umask(temporary)
+        apply_umask(temporary)
         replace_folder(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -267,18 +266,3 @@ def _move_other_files(old: Path, path: Path) -> None:
     for entry in old.iterdir():
         if entry.name not in models and not (path / entry.name).exists():
             entry.rename(path / entry.name)
-
-
-def _apply_umask(folder: Path) -> None:
-    """Give every file in `folder` the mode of a new file; safetensors makes files private."""
-    mode = 0o666 & ~_umask()
-    for file in folder.rglob("*"):
-        if file.is_file():
-            file.chmod(mode)
-
-
-def _umask() -> int:
-    """Return the process's umask; reading it means setting it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

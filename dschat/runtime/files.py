@@ -30,3 +30,18 @@ def fsync(path: str | Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def apply_umask(path: Path) -> None:
+    """Give a file, or every file in a folder, the mode of a new file; safetensors' are private."""
+    mode = 0o666 & ~umask()
+    for file in path.rglob("*") if path.is_dir() else [path]:
+        if file.is_file():
+            file.chmod(mode)
+
+
+def umask() -> int:
+    """Return the process's umask; reading it means setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

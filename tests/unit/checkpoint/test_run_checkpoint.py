@@ -48,6 +48,13 @@ def test_the_oldest_checkpoint_is_deleted_after_the_newest_is_saved(tmp_path):
     assert newest_checkpoint(tmp_path).step == 100
 
 
+def test_files_have_the_mode_of_the_umask(tmp_path):
+    save(tmp_path, 2)
+    (tmp_path / "new").touch()
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) > 4 and len({path.stat().st_mode for path in files}) == 1
+
+
 def test_damaged_newer_checkpoints_do_not_push_out_those_of_this_run(tmp_path):
     for step in (900, 1000):
         assert save(tmp_path, step)
