@@ -3,28 +3,24 @@
 from collections.abc import Sequence
 
 
-def group_by_length(
-    lengths: Sequence[Sequence[int]], *, tokens: int, least: int = 1
-) -> list[list[int]]:
+def group_by_length(lengths: Sequence[int], *, tokens: int, least: int = 1) -> list[list[int]]:
     """Divide rows into groups of like length.
 
     Rows are taken from the longest to the shortest. A group is full if one more row would bring its
     rows, times the width that they are padded to, above `tokens`.
 
     Args:
-        lengths: of each row the tokens of its parts, such as a prompt and an answer. A group is as
-            wide as the longest first part, plus the longest second one, and so on.
+        lengths: tokens of each row.
         tokens: most tokens of a group, with padding; a single row may have more.
         least: the fewest groups, at most the number of rows.
 
     Returns:
-        The indices of each group's rows.
+        The indices of each group's rows, the longest first.
     """
     groups: list[list[int]] = []
-    for row in sorted(range(len(lengths)), key=lambda i: sum(lengths[i]), reverse=True):
-        joined = [*groups[-1], row] if groups else []
-        if joined and padded_tokens(joined, lengths) <= tokens:
-            groups[-1] = joined
+    for row in sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True):
+        if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= tokens:
+            groups[-1].append(row)
         else:
             groups.append([row])
     while len(groups) < least:
@@ -35,8 +31,6 @@ def group_by_length(
     return groups
 
 
-def padded_tokens(rows: Sequence[int], lengths: Sequence[Sequence[int]]) -> int:
-    """Return the tokens of a group, with padding; see ``group_by_length``."""
-    parts = zip(*(lengths[row] for row in rows), strict=True)
-    width: int = sum(max(part) for part in parts)
-    return len(rows) * width
+def padded_tokens(rows: Sequence[int], lengths: Sequence[int]) -> int:
+    """Return the tokens of a group of rows, with padding."""
+    return len(rows) * max(lengths[row] for row in rows)

@@ -9,20 +9,30 @@ from dschat.algorithms.masks import masked_sum
 
 
 def lm_loss_rows(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute the next-token negative log-likelihood per row.
+    """Sum ``lm_loss_tokens`` over each row.
+
+    Returns:
+        nll [B] fp32, and the number of the tokens with a label [B] int64.
+    """
+    nll, mask = lm_loss_tokens(logits, labels)
+    return nll.sum(-1), mask.sum(-1)
+
+
+def lm_loss_tokens(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute the negative log-likelihood of each next token.
 
     Args:
         logits: [B, T, V]; position t predicts ``labels[:, t + 1]``.
         labels: [B, T] int64, -100 on tokens without loss.
 
     Returns:
-        nll [B] fp32, summed over each row's tokens, and the number of those tokens [B] int64.
+        nll [B, T] fp32, 0 if the next token has no label, and whether it has one [B, T] bool.
     """
     # The last position predicts nothing; leaving it in spares a copy of all logits.
     targets = F.pad(labels[:, 1:], (0, 1), value=-100)
     mask = targets != -100
     logprobs, _ = token_logprobs(logits, targets.clamp(min=0))
-    return -torch.where(mask, logprobs, torch.zeros_like(logprobs)).sum(-1), mask.sum(-1)
+    return -torch.where(mask, logprobs, torch.zeros_like(logprobs)), mask
 
 
 def pairwise_loss(

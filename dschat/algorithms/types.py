@@ -60,6 +60,22 @@ class PairBatch(Movable):
 
 
 @dataclass(frozen=True)
+class PackedPairBatch(PackedBatch):
+    """Preference pairs, several texts in each row; N pairs have 2N texts of up to L tokens.
+
+    Text n of the first half is preferred to text n of the second half.
+    """
+
+    margins: torch.Tensor  # [2N] fp32, how much better the chosen answer is; 0 if unknown
+    places: torch.Tensor  # [2N, L] int64, each text's tokens in the rows one after the other
+    text_mask: torch.Tensor  # [2N, L] int64, 1 on the tokens of a text
+
+    def by_text(self, values: torch.Tensor) -> torch.Tensor:
+        """Return the `values` [B, T] of the rows' tokens as [2N, L], padded on the right."""
+        return values.flatten()[self.places]
+
+
+@dataclass(frozen=True)
 class PromptBatch(Movable):
     """Prompts, padded on the left, ready for generation."""
 

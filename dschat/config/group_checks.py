@@ -179,6 +179,11 @@ def single_model_problems(config: Any) -> list[str]:
     found += fields_at_least(config.batch, sizes, 1)
     if config.system.dropout is not None:
         found += in_range("--dropout", config.system.dropout, 0.0, 1.0)
+    if config.batch.packing and config.batch.tokens_per_batch:
+        found.append(
+            "--packing and --tokens_per_batch exclude each other: --per_device_train_batch_size "
+            "counts packed rows, whose length follows from --max_seq_len."
+        )
     return found
 
 

@@ -377,18 +377,35 @@ class BatchOptions:
         "Divide the rows of an update into micro-batches of like length with at most this many "
         "tokens, padding included; 0: into micro-batches of --per_device_train_batch_size rows.",
     )
+    packing: bool = flag(
+        False,
+        "Put several training texts in each row of --max_seq_len tokens (step 2 and DPO: several "
+        "pairs in each row of twice as many); no text sees another. The batch size then counts "
+        "packed rows.",
+    )
 
     def layout(self, accumulation: int) -> tuple[int, int]:
         """Return the rows of a micro-batch and the micro-batches of an update, for DeepSpeed.
 
-        With --tokens_per_batch both vary: these are the fewest rows and the most micro-batches.
-
         Args:
             accumulation: value of --gradient_accumulation_steps.
         """
-        if self.tokens_per_batch:
-            return 1, self.per_device_train_batch_size * accumulation
-        return self.per_device_train_batch_size, accumulation
+        return micro_batch_layout(
+            self.per_device_train_batch_size, accumulation, tokens=self.tokens_per_batch
+        )
+
+
+def micro_batch_layout(rows: int, accumulation: int, *, tokens: int) -> tuple[int, int]:
+    """Return the rows of a micro-batch and the micro-batches of an update, for DeepSpeed.
+
+    With a limit of tokens both vary: these are the fewest rows and the most micro-batches.
+
+    Args:
+        rows: rows of a micro-batch without a limit.
+        accumulation: value of --gradient_accumulation_steps.
+        tokens: most tokens of a micro-batch; 0: no limit.
+    """
+    return (1, rows * accumulation) if tokens else (rows, accumulation)
 
 
 @dataclass(frozen=True)

@@ -236,12 +236,13 @@ class PPOConfig:
         )
         found = fields_at_least(self.batch, sizes, 1)
         found += fields_at_least(self.data, ("max_prompt_seq_len", "max_answer_seq_len"), 1)
-        found += tokens_per_batch_problems(
-            self.batch.scoring_tokens_per_batch,
-            least=self.data.max_prompt_seq_len + self.data.max_answer_seq_len,
-            row="--max_prompt_seq_len and --max_answer_seq_len together",
-            flag="--scoring_tokens_per_batch",
-        )
+        for name in ("scoring_tokens_per_batch", "training_tokens_per_batch"):
+            found += tokens_per_batch_problems(
+                getattr(self.batch, name),
+                least=self.data.max_prompt_seq_len + self.data.max_answer_seq_len,
+                row="--max_prompt_seq_len and --max_answer_seq_len together",
+                flag=f"--{name}",
+            )
         if not found and self.rows_per_update > 0 and self.rollout_rows % self.rows_per_update:
             found.append(
                 f"A rollout of {self.rollout_rows} rows per rank "

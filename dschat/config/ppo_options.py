@@ -13,6 +13,7 @@ from dschat.config.options import (
     ScheduleOptions,
     SystemOptions,
     flag,
+    micro_batch_layout,
 )
 
 # The values of --reward_fn that name a grader: "numeric_match", "length_penalty(limit=200)".
@@ -119,11 +120,26 @@ class PPOBatch:
         "Score the answers of a generation batch in parts of like length with at most this many "
         "tokens, padding included; 0: all at once.",
     )
+    training_tokens_per_batch: int = flag(
+        0,
+        "Divide the rows of an update into micro-batches of like length with at most this many "
+        "tokens, padding included; 0: into micro-batches of --per_device_training_batch_size rows.",
+    )
     generation_batches: int = flag(1, "Generation batches per rollout.")
     ppo_epochs: int = flag(1, "Passes over each rollout.")
     num_samples_per_prompt: int = flag(
         1, "Answers sampled per prompt; rollouts grow by this factor."
     )
+
+    def layout(self, accumulation: int) -> tuple[int, int]:
+        """Return the rows of a micro-batch and the micro-batches of an update, for DeepSpeed.
+
+        Args:
+            accumulation: value of --gradient_accumulation_steps.
+        """
+        return micro_batch_layout(
+            self.per_device_training_batch_size, accumulation, tokens=self.training_tokens_per_batch
+        )
 
 
 @dataclass(frozen=True)

@@ -30,17 +30,6 @@ class SFTData(TextOptions):
 
 
 @dataclass(frozen=True)
-class SFTBatch(BatchOptions):
-    """Batch sizes of step 1."""
-
-    packing: bool = flag(
-        False,
-        "Put several training texts in each row of --max_seq_len tokens; no text sees another. "
-        "The batch size then counts packed rows.",
-    )
-
-
-@dataclass(frozen=True)
 class SFTRun(RunOptions):
     """Output of step 1."""
 
@@ -54,7 +43,7 @@ class SFTConfig:
 
     data: SFTData
     model: OneModelOptions
-    batch: SFTBatch
+    batch: BatchOptions
     optim: OptimOptions
     schedule: ScheduleOptions
     lora: LoraOptions
@@ -64,11 +53,6 @@ class SFTConfig:
     def problems(self) -> list[str]:
         """Return everything that is wrong with these options, one sentence each."""
         found = single_model_problems(self)
-        if self.batch.packing and self.batch.tokens_per_batch:
-            found.append(
-                "--packing and --tokens_per_batch exclude each other: a packed row has "
-                "--max_seq_len tokens, and --per_device_train_batch_size counts rows."
-            )
         return found + tokens_per_batch_problems(
             self.batch.tokens_per_batch,
             least=self.data.max_seq_len,

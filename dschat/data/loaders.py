@@ -15,7 +15,7 @@ from dschat.config.sft import SFTData
 from dschat.data.blends import epoch_draws, open_blends
 from dschat.data.cache import prepared_folder
 from dschat.data.datasets import PairDataset, PromptDataset, SFTDataset, TextDataset
-from dschat.data.packing import PackedDataset, collate_packed
+from dschat.data.packing import PackedDataset, collate_packed, collate_packed_pairs
 from dschat.data.preparation import prepare
 from dschat.data.row import Row
 from dschat.data.samplers import PackedSampler, ShardedSampler
@@ -263,7 +263,8 @@ def make_loaders(
         eval_batch_size: rows of one evaluation batch of one rank.
         window: training batches per update (step 3: per rollout).
         seed: seed of the shuffling.
-        pack_to: tokens of a training row that holds several items; None: one item a row.
+        pack_to: tokens of a training row that holds several items, texts or pairs; None: one item
+            a row.
         tokens_per_batch: above 0, a training batch has the rows of all batches of an update, which
             the trainer divides again; see ``group_by_length``.
 
@@ -292,7 +293,7 @@ def make_loaders(
 
 
 def make_packed_loader(
-    dataset: SFTDataset,
+    dataset: TextDataset,
     *,
     pad_id: int,
     capacity: int,
@@ -317,8 +318,9 @@ def make_packed_loader(
     Raises:
         ValueError: there are fewer rows than one batch per rank.
     """
+    is_pairs = isinstance(dataset, PairDataset)
     sampler = PackedSampler(
-        dataset.lengths()[:, 0],
+        dataset.lengths().sum(1),
         capacity=capacity,
         rank=rank,
         world_size=world_size,
@@ -328,18 +330,19 @@ def make_packed_loader(
         draws=dataset.draws,
     )
     logger.info(
-        "--packing: %d texts in %d rows of up to %d tokens",
+        "--packing: %d %s in %d rows of up to %d tokens",
         len(dataset),
+        "pairs" if is_pairs else "texts",
         sampler.num_rows,
         capacity,
     )
     _check_one_batch(sampler.num_rows, batch_size, kind="packed rows")
-    collate = functools.partial(collate_packed, pad_id=pad_id)
+    collate = collate_packed_pairs if is_pairs else collate_packed
     return DataLoader(
         PackedDataset(dataset),
         batch_size=batch_size,
         sampler=sampler,
-        collate_fn=collate,
+        collate_fn=functools.partial(collate, pad_id=pad_id),
         num_workers=0,
     )
 
@@ -372,8 +375,7 @@ def batch_lengths(
 
 def group_lengths(lengths: np.ndarray, *, tokens: int) -> Iterator[np.ndarray]:
     """Yield the lengths of each micro-batch of --tokens_per_batch, given all rows' [B, C]."""
-    widths = [(int(width),) for width in lengths.max(1)]
-    for group in group_by_length(widths, tokens=tokens // lengths.shape[1]):
+    for group in group_by_length(lengths.max(1).tolist(), tokens=tokens // lengths.shape[1]):
         yield lengths[group]
 
 

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from dschat.algorithms.types import PackedBatch
+from dschat.algorithms.types import PackedBatch, PackedPairBatch
 from dschat.data.collate import pad
-from dschat.data.datasets import IGNORED, SFTDataset
+from dschat.data.datasets import IGNORED, TextDataset
 
 
 def pack_best_fit(lengths: Sequence[int], *, capacity: int) -> list[list[int]]:
@@ -49,7 +49,7 @@ def pack_best_fit(lengths: Sequence[int], *, capacity: int) -> list[list[int]]:
 class PackedDataset:
     """The items of a dataset, read a packed row at a time."""
 
-    def __init__(self, dataset: SFTDataset):
+    def __init__(self, dataset: TextDataset):
         """Read items of `dataset`, which is prepared."""
         self.dataset = dataset
 
@@ -91,3 +91,39 @@ def collate_packed(rows: Sequence[Sequence[dict]], pad_id: int) -> PackedBatch:
     return PackedBatch(
         input_ids=input_ids, attention_mask=attention_mask, labels=labels, position_ids=positions
     )
+
+
+def collate_packed_pairs(rows: Sequence[Sequence[dict]], pad_id: int) -> PackedPairBatch:
+    """Concatenate the texts of the pairs of each row; pad the rows on the right to the longest.
+
+    A chosen text is followed by the rejected one. Labels are as in ``collate_packed``.
+    """
+    texts_of_rows = [[text for pair in row for text in _texts_of_pair(pair)] for row in rows]
+    packed = collate_packed(texts_of_rows, pad_id)
+    width = packed.input_ids.shape[1]
+    places = []
+    for number, texts in enumerate(texts_of_rows):
+        start = number * width
+        for text in texts:
+            end = start + len(text["input_ids"])
+            places.append(range(start, end))
+            start = end
+    # The chosen texts, which are at even places, come first.
+    columns, text_mask = pad([*places[::2], *places[1::2]], 0)
+    margins = [pair.get("margin", 0.0) for row in rows for pair in row]
+    return PackedPairBatch(
+        **vars(packed),
+        margins=torch.tensor(margins * 2, dtype=torch.float32),
+        places=columns,
+        text_mask=text_mask,
+    )
+
+
+def _texts_of_pair(pair: dict) -> list[dict]:
+    """Return the chosen and the rejected text of a pair, with labels on the answers."""
+    texts = []
+    for name in ("chosen_ids", "rejected_ids"):
+        ids = pair[name]
+        num_prompt = pair["num_prompt"]
+        texts.append({"input_ids": ids, "labels": [IGNORED] * num_prompt + ids[num_prompt:]})
+    return texts

@@ -307,6 +307,7 @@ def _ppo_kinds(config: PPOConfig, *, world_size: int) -> list[list[Change]]:
     generation = batch.per_device_generation_batch_size
     steps = config.schedule.gradient_accumulation_steps
     batches = batch.generation_batches
+    one_row = config.data.max_prompt_seq_len + config.data.max_answer_seq_len
     return [
         [Change({"per_device_eval_batch_size": min(batch.per_device_eval_batch_size, 4)}, 0)],
         [
@@ -316,6 +317,9 @@ def _ppo_kinds(config: PPOConfig, *, world_size: int) -> list[list[Change]]:
         _fewer_rows(
             "per_device_training_batch_size", training, "gradient_accumulation_steps", steps
         ),
+        [Change({"training_tokens_per_batch": one_row}, 1)]
+        if batch.training_tokens_per_batch
+        else [],
         _fewer_rows("per_device_generation_batch_size", generation, "generation_batches", batches),
         _replica_changes(config, world_size=world_size),
         [Change({"offload_idle_states": True}, 2)],

@@ -4,7 +4,6 @@ from collections.abc import Iterable
 from typing import Any
 
 from dschat.config.ppo import PPOConfig
-from dschat.config.sft import SFTConfig
 from dschat.generation.tensor_parallel import split_problems
 from dschat.memory.model_size import ModelSize, find_config, named_size
 from dschat.memory.plan import StepPlan, plan_step
@@ -29,7 +28,7 @@ def checked_plan(config, *, world_size: int, dtype: str, rewards: Iterable[str] 
         return plan
     path = config.model.model_name_or_path
     check_length(config.data.max_seq_len, plan.sizes["model"], path)
-    if isinstance(config, SFTConfig) and config.batch.packing:
+    if config.batch.packing:
         trust = config.model.trust_remote_code
         shape = find_config(path, flag="--model_name_or_path", trust_remote_code=trust)
         check_takes_positions(shape, path=path)

@@ -123,11 +123,11 @@ def _plan_supervised(config, *, world_size: int, dtype: str) -> StepPlan:
     )
     there = sum_parts(beside, resident_parts(model))
     masks = 0.0
-    if isinstance(config, SFTConfig) and batch.packing:
+    if batch.packing:
         masks = packed_mask_bytes(
             size,
             rows=batch.per_device_train_batch_size,
-            length=length,
+            length=rows * length,
             width=width,
             checkpointing=system.gradient_checkpointing,
         )
@@ -168,9 +168,8 @@ def _plan_ppo(config: PPOConfig, *, world_size: int, dtype: str) -> StepPlan:
         idle = [drop_idle_states(model) for model in idle]
     waiting = sum_parts(resident, *map(resident_parts, idle))
 
-    train = batch.per_device_training_batch_size
-    tokens = train * (prompt + answer)
-    logits = train * (answer + 1) * actor.vocab
+    tokens, positions = _training_tokens(config)
+    logits = positions * actor.vocab
     group = _group_size(config)
     prompts = inference_bytes(actor, tokens=group * decoded * prompt, width=width, split=group)
     exact_kl = 0.0
@@ -217,7 +216,8 @@ def _plan_ppo(config: PPOConfig, *, world_size: int, dtype: str) -> StepPlan:
             config, sizes["critic"], models, tokens=tokens, width=width, there=there
         )
     if data.unsupervised_dataset_name:
-        ptx = _ptx_parts(config, actor, models["actor"], tokens=tokens, width=width)
+        texts = batch.per_device_training_batch_size * (prompt + answer)
+        ptx = _ptx_parts(config, actor, models["actor"], tokens=texts, width=width)
         parts["actor PTX"] = sum_parts(there, ptx)
     return StepPlan(
         models,
@@ -225,6 +225,18 @@ def _plan_ppo(config: PPOConfig, *, world_size: int, dtype: str) -> StepPlan:
         {**resident, **{f"{k} (while generating)": v for k, v in passing.items()}},
         parts,
     )
+
+
+def _training_tokens(config: PPOConfig) -> tuple[int, int]:
+    """Return the tokens of an update's largest micro-batch, and its positions with logits."""
+    data = config.data
+    length = data.max_prompt_seq_len + data.max_answer_seq_len
+    most = config.batch.training_tokens_per_batch
+    if most:
+        tokens = min(most, config.rows_per_update * length)
+        return tokens, tokens  # the shortest prompt may be a single token
+    rows = config.batch.per_device_training_batch_size
+    return rows * length, rows * (data.max_answer_seq_len + 1)
 
 
 def _scoring_bytes(
@@ -235,9 +247,8 @@ def _scoring_bytes(
     tokens = rows * (config.data.max_prompt_seq_len + answer)
     positions = rows * (answer + 1)
     if config.batch.scoring_tokens_per_batch:
-        # At most all tokens of a part are answers.
-        tokens = min(tokens, config.batch.scoring_tokens_per_batch)
-        positions = min(positions, config.batch.scoring_tokens_per_batch)
+        # The shortest prompt of a part may be a single token.
+        tokens = positions = min(tokens, config.batch.scoring_tokens_per_batch)
     elements = positions * sizes["actor"].vocab
     logits = loss_bytes(elements, width=width, sliced=True, backward=False)
     forwards = (inference_bytes(size, tokens=tokens, width=width) for size in sizes.values())
@@ -300,7 +311,7 @@ def _ppo_models(config: PPOConfig, *, world_size: int, dtype: str) -> tuple[dict
             role_system,
             dtype=dtype,
             world_size=world_size,
-            accumulation=config.schedule.gradient_accumulation_steps,
+            accumulation=config.batch.layout(config.schedule.gradient_accumulation_steps)[1],
             average=average,
         )
         if system.offload_idle_states:

@@ -28,7 +28,7 @@ from dschat.models.adapters import adapter_has_head
 from dschat.models.causal_lm import load_config, merge_if_adapter
 from dschat.models.classifiers import ensure_classifier
 from dschat.models.folder_checks import check_finite
-from dschat.models.forward import position_ids_from_mask, takes_position_ids
+from dschat.models.forward import packed_inputs, position_ids_from_mask, takes_position_ids
 from dschat.models.structure import SCORE_HEAD
 from dschat.models.tokenizer import as_ids, ensure_unambiguous_pad
 from dschat.models.vocabulary import check_vocabulary, grow_vocabulary
@@ -94,7 +94,8 @@ class RewardModel(nn.Module):
                 it may sample ids of padding rows.
             attention_mask: [B, T], 1 where a token counts. None: padding is on the right, where no
                 token sees it.
-            position_ids: [B, T] int64; by default they count the attended tokens.
+            position_ids: [B, T] int64; by default they count the attended tokens. Without
+                `attention_mask` those of rows that hold several texts; see ``PackedBatch``.
         """
         known = input_ids.clamp(max=self.model.get_input_embeddings().num_embeddings - 1)
         inputs = dict(input_ids=known, use_cache=False)
@@ -104,6 +105,8 @@ class RewardModel(nn.Module):
             inputs["position_ids"] = (
                 position_ids_from_mask(attention_mask) if position_ids is None else position_ids
             )
+        if attention_mask is None and position_ids is not None:
+            inputs |= packed_inputs(self.model, position_ids)
         hidden = self.model.base_model(**inputs).last_hidden_state
         head = self.reward_head if self.use_reward_head else self.model.score
         return head(hidden.to(head.weight.dtype)).squeeze(-1).float()

@@ -11,13 +11,13 @@ from dschat.algorithms.losses import (
     ipo_loss,
     robust_dpo_loss,
 )
-from dschat.algorithms.types import PairBatch
+from dschat.algorithms.types import PackedPairBatch, PairBatch
 from dschat.engine.build import build_inference_engine
 from dschat.engine.ds_config import inference_config
 from dschat.engine.shared_models import AdaptersOff
 from dschat.runtime import dist
 from dschat.trainers.reference_model import reference_loader
-from dschat.trainers.supervised import answer_nll, evaluate_rows
+from dschat.trainers.supervised import answer_nll, count_pairs, evaluate_rows
 from dschat.trainers.supervised_run import SupervisedRun, load_start
 
 
@@ -69,15 +69,17 @@ class DPOObjective:
         self.label_smoothing = label_smoothing
         self.loss_type = loss_type
 
-    def weight(self, batch: PairBatch) -> torch.Tensor:
+    def weight(self, batch: PairBatch | PackedPairBatch) -> torch.Tensor:
         """Return the number of pairs."""
-        return torch.tensor(batch.input_ids.shape[0] // 2, device=batch.input_ids.device)
+        return count_pairs(batch)
 
-    def loss_sum(self, engine, batch: PairBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def loss_sum(
+        self, engine, batch: PairBatch | PackedPairBatch
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Return the loss summed over pairs, and sums of rewards and log-probabilities to log."""
-        logprobs, ref_logprobs = self._logprobs(engine, batch)
+        logprobs, ref_logprobs, lengths = self._logprobs(engine, batch)
         chosen, rejected = implicit_rewards(logprobs, ref_logprobs, beta=self.beta).chunk(2)
-        loss = self._pair_losses(chosen, rejected, *_answer_lengths(batch).chunk(2))
+        loss = self._pair_losses(chosen, rejected, *lengths.chunk(2))
         chosen_logprobs, rejected_logprobs = logprobs.chunk(2)
         logged = {
             "rewards/accuracy": chosen > rejected,
@@ -98,9 +100,9 @@ class DPOObjective:
         """
 
         def columns_of(batch: PairBatch) -> torch.Tensor:  # [B, 6]
-            logprobs, ref_logprobs = self._logprobs(engine, batch)
-            both = (logprobs, ref_logprobs, _answer_lengths(batch).to(logprobs.dtype))
-            return torch.stack([half for column in both for half in column.chunk(2)], -1)
+            logprobs, ref_logprobs, lengths = self._logprobs(engine, batch)
+            columns = (logprobs, ref_logprobs, lengths.to(logprobs.dtype))
+            return torch.stack([half for column in columns for half in column.chunk(2)], -1)
 
         rows = evaluate_rows(engine, loader, num_rows, columns_of)
         chosen_logprobs, rejected_logprobs, *others = rows.unbind(-1)
@@ -139,11 +141,14 @@ class DPOObjective:
         loss = robust_dpo_loss if self.loss_type == "robust" else dpo_loss
         return loss(chosen, rejected, label_smoothing=self.label_smoothing)
 
-    def _logprobs(self, engine, batch: PairBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    def _logprobs(
+        self, engine, batch: PairBatch | PackedPairBatch
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return log-probabilities of the answers, summed over tokens with the end token.
 
         Returns:
-            [2B] of the policy, and [2B] of the reference.
+            [2B] of the policy, [2B] of the reference, and [2B] int64, the number of tokens of each
+            answer with its end token, at least 1.
         """
         training = engine.module.training
         reference = AdaptersOff(engine) if self.reference is None else self.reference
@@ -153,10 +158,5 @@ class DPOObjective:
         with torch.no_grad():
             ref_nll, _ = answer_nll(reference, batch)
         engine.train(training)
-        nll, _ = answer_nll(engine, batch)
-        return -nll, -ref_nll
-
-
-def _answer_lengths(batch: PairBatch) -> torch.Tensor:
-    """Return the number of tokens of each answer with its end token, [2B] int64, at least 1."""
-    return (batch.labels[:, 1:] != -100).sum(-1).clamp(min=1)
+        nll, lengths = answer_nll(engine, batch)
+        return -nll, -ref_nll, lengths.clamp(min=1)

@@ -1,5 +1,6 @@
-"""Micro-batches of rows of like length (--tokens_per_batch), each as wide as its longest row."""
+"""Micro-batches of rows of like length, each as wide as its longest row."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -26,7 +27,7 @@ def split_by_length(
     """
     texts = 2 if isinstance(batch, PairBatch) else 1
     lengths = batch.attention_mask.sum(-1).view(texts, -1).amax(0)
-    groups = agreed_groups([(n,) for n in lengths.tolist()], tokens=tokens // texts, device=device)
+    (groups,) = agreed_groups([lengths.tolist()], tokens=tokens // texts, device=device)
     found = []
     for group in groups:
         first = torch.tensor(group)
@@ -44,11 +45,22 @@ def split_by_length(
 
 
 def agreed_groups(
-    lengths: list[tuple[int, ...]], *, tokens: int, device: torch.device
-) -> list[list[int]]:
-    """Return ``group_by_length``, with as many groups on every rank; every rank must call it."""
-    groups = group_by_length(lengths, tokens=tokens)
+    batches: Sequence[Sequence[int]], *, tokens: int, device: torch.device
+) -> list[list[list[int]]]:
+    """Return ``group_by_length`` of each batch, with as many groups of it on every rank.
+
+    Every rank must call it with as many batches. The ranks agree in one exchange.
+
+    Args:
+        batches: of each batch the tokens of its rows.
+        tokens: most tokens of a group, with padding.
+        device: for the exchange between ranks.
+    """
+    groups = [group_by_length(lengths, tokens=tokens) for lengths in batches]
     if not dist.has_peers():
         return groups
-    most = dist.all_reduce(torch.tensor(len(groups), device=device), "max")
-    return group_by_length(lengths, tokens=tokens, least=int(most))
+    own = torch.tensor([len(found) for found in groups], device=device)
+    return [
+        group_by_length(lengths, tokens=tokens, least=most)
+        for lengths, most in zip(batches, dist.all_reduce(own, "max").tolist(), strict=True)
+    ]

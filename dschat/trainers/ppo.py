@@ -13,7 +13,6 @@ from typing import Protocol
 import torch
 
 from dschat.algorithms.kl import KLController, kl_estimate
-from dschat.algorithms.logprobs import token_logprobs
 from dschat.algorithms.losses import (
     aggregation_count,
     aggregation_weights,
@@ -31,7 +30,15 @@ from dschat.models.forward import forward_logits
 from dschat.runtime import dist
 from dschat.runtime.log import logger
 from dschat.tracking.progress import memory_gib, reported_work
+from dschat.trainers.answers import (
+    align_experience,
+    answer_logprobs,
+    answer_values,
+    row_lengths,
+    trim,
+)
 from dschat.trainers.dynamic_sampling import Scored, replace_equal_groups
+from dschat.trainers.micro_batches import agreed_groups
 from dschat.trainers.ppo_metrics import (
     UpdateTotals,
     equal_groups_metric,
@@ -42,15 +49,12 @@ from dschat.trainers.rewards import WeightedRewards
 from dschat.trainers.rlhf_engine import DeepSpeedRLHFEngine
 from dschat.trainers.rollout import (
     SampledAnswers,
-    answer_logits,
-    answer_values,
     concatenate,
     correct_importance,
     generate,
     make_experience,
     sampling_config,
     scale_by_batch,
-    trim,
     whiten,
 )
 
@@ -286,29 +290,36 @@ class DeepSpeedPPOTrainer:
         ]
         # At least 1: --mask_truncated may leave nothing to learn, and the losses are 0 then.
         tokens, policy_count = dist.all_reduce(torch.stack(counts).sum(0)).clamp(min=1)
-        # DeepSpeed averages gradients over ranks and divides by the accumulation steps; undo both.
-        undo = dist.world_size() * len(window)
         actor, critic = self.engines.actor, self.engines.critic
+        # DeepSpeed averages gradients over ranks and divides by the accumulation steps; undo both.
+        undo = dist.world_size() * actor.gradient_accumulation_steps()
         warming_up = self.config.has_critic and self.rollouts < self.config.ppo.critic_warmup_steps
         learning = [critic] if warming_up else self.engines.trained
         approx_kl = torch.zeros((), device=tokens.device)
         losses: dict[str, torch.Tensor] = {}  # sums of this rank, by name
         for number, batch in enumerate(window, 1):
+            is_last = number == len(window)
             if actor in learning:
                 loss, sums, ratio_max = self._actor_loss(batch)
                 _add(losses, "policy", loss)
-                self._backward_actor(loss * undo / policy_count, totals, losses, undo)
+                num_ptx = self._ptx_batches(is_last=is_last)
+                _backward(actor, loss * undo / policy_count, is_last=is_last and not num_ptx)
+                for left in reversed(range(num_ptx)):
+                    loss_of_text = self._ptx_loss(totals, losses, undo)
+                    _backward(actor, loss_of_text, is_last=is_last and not left)
                 totals.add({"policy/loss": loss}, self._policy_count(batch))
                 totals.add(sums, batch.loss_mask.sum(), ratio_max)
                 approx_kl += sums["policy/approx_kl"]
             if critic is not None:
                 loss, sums = self._critic_loss(batch)
                 _add(losses, "value", loss)
-                critic.backward(loss * undo / tokens)
+                _backward(critic, loss * undo / tokens, is_last=is_last)
                 totals.add(sums, batch.loss_mask.sum())
-            if number < len(window):
+            if not is_last:
                 for engine in learning:
                     engine.step()
+        roles = {"policy": actor, "value": critic}
+        totals.count_update(window, [name for name in roles if roles[name] in learning])
         # The one transfer of an update: gradient norms, losses and KL together.
         measured = torch.stack([*losses.values(), approx_kl.double() / tokens])
         check = GradientCheck(*learning, measured=measured)
@@ -326,31 +337,71 @@ class DeepSpeedPPOTrainer:
         return target is not None and mean_kl > target
 
     def _windows(self, experience: Experience):
-        """Yield the micro-batches of each update; the configuration ensures that sizes divide."""
-        rows = self.config.batch.per_device_training_batch_size
-        steps = self.config.schedule.gradient_accumulation_steps
-        for _ in range(self.config.batch.ppo_epochs):
-            order = torch.randperm(len(experience.scores), generator=self._order).to(
-                experience.scores.device
-            )
-            for index in order.view(-1, steps, rows):
-                yield [trim(experience.rows(micro)) for micro in index]
+        """Yield the micro-batches of each update; the configuration ensures that sizes divide.
 
-    def _backward_actor(
-        self, loss: torch.Tensor, totals: UpdateTotals, losses: dict[str, torch.Tensor], undo: int
-    ) -> None:
-        """Run backward of the policy loss, and of the PTX loss if there is one.
-
-        Both count as one micro-step of the engine.
+        --training_tokens_per_batch groups the rows of an update; which rows they are stays the
+        same.
         """
-        actor = self.engines.actor
+        lengths = row_lengths(experience)
+        device = experience.scores.device
+        cut = align_experience if self.config.batch.training_tokens_per_batch else trim
+        for _ in range(self.config.batch.ppo_epochs):
+            order = torch.randperm(len(experience.scores), generator=self._order)
+            updates = order.view(-1, self.config.rows_per_update).tolist()
+            for window in self._micro_batches(updates, lengths, device):
+                yield [
+                    cut(
+                        experience.rows(torch.tensor(rows).to(device, non_blocking=True)),
+                        [lengths[row] for row in rows],
+                    )
+                    for rows in window
+                ]
+
+    def _micro_batches(
+        self, updates: list[list[int]], lengths: list[tuple[int, int]], device: torch.device
+    ) -> list[list[list[int]]]:
+        """Return the rows of each micro-batch of each update.
+
+        Args:
+            updates: the rows of each update.
+            lengths: of all rows of the rollout; see ``row_lengths``.
+            device: for the exchange between ranks.
+        """
+        batch = self.config.batch
+        if not batch.training_tokens_per_batch:
+            size = batch.per_device_training_batch_size
+            return [
+                [rows[start : start + size] for start in range(0, len(rows), size)]
+                for rows in updates
+            ]
+        groups = agreed_groups(
+            [[sum(lengths[row]) for row in rows] for rows in updates],
+            tokens=batch.training_tokens_per_batch,
+            device=device,
+        )
+        return [
+            [[rows[place] for place in group] for group in window]
+            for rows, window in zip(updates, groups, strict=True)
+        ]
+
+    def _ptx_batches(self, *, is_last: bool) -> int:
+        """Return how many PTX batches follow a micro-batch.
+
+        An update has --gradient_accumulation_steps of them: one after each micro-batch, or with
+        --training_tokens_per_batch, which changes the number of these, all after the last one.
+        """
         if self.ptx is None:
-            actor.backward(loss)
-            return
-        actor.set_gradient_accumulation_boundary(False)
-        actor.backward(loss)
-        # A boundary that is set stays: let the engine count micro-steps again.
-        actor.set_gradient_accumulation_boundary(None)
+            return 0
+        if not self.config.batch.training_tokens_per_batch:
+            return 1
+        return self.config.schedule.gradient_accumulation_steps if is_last else 0
+
+    def _ptx_loss(
+        self, totals: UpdateTotals, losses: dict[str, torch.Tensor], undo: int
+    ) -> torch.Tensor:
+        """Return the weighted PTX loss of the next batch of text, ready for backward."""
+        assert self.ptx is not None
+        actor = self.engines.actor
         batch = next(self.ptx).to(actor.device)
         logits = forward_logits(
             actor, actor.module, input_ids=batch.input_ids, attention_mask=batch.attention_mask
@@ -359,20 +410,15 @@ class DeepSpeedPPOTrainer:
         _add(losses, "PTX", nll)
         # A mean over this micro-batch of all ranks, and over the micro-batches of the update.
         share = undo / self.config.schedule.gradient_accumulation_steps / dist.all_reduce(tokens)
-        actor.backward(self.config.data.unsup_coef * nll * share)
         totals.add({"ptx/loss": nll}, tokens)
+        return self.config.data.unsup_coef * nll * share
 
     def _actor_loss(
         self, batch: Experience
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
         """Return the loss summed over tokens, sums to log, and the largest probability ratio."""
-        num_tokens = batch.response_mask.shape[1]
-        logits = answer_logits(
-            self.engines.actor, batch.input_ids, batch.attention_mask, num_tokens
-        )
-        tokens = batch.input_ids[:, -num_tokens:]
-        logprobs, entropy = token_logprobs(
-            logits, tokens, temperature=self.config.sampling.temperature
+        logprobs, entropy = answer_logprobs(
+            self.engines.actor, batch, temperature=self.config.sampling.temperature
         )
         ppo = self.config.ppo
         options = self.config.objective
@@ -413,12 +459,8 @@ class DeepSpeedPPOTrainer:
         )
 
     def _critic_loss(self, batch: Experience) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        num_tokens = batch.response_mask.shape[1]
-        values = answer_values(
-            self.engines.critic, batch.input_ids, batch.attention_mask, num_tokens
-        )
         loss, stats = value_loss(
-            values,
+            answer_values(self.engines.critic, batch),
             batch.values,
             batch.returns,
             batch.loss_mask,
@@ -449,6 +491,15 @@ class DeepSpeedPPOTrainer:
                     "The weights were not updated. Lower --actor_learning_rate or "
                     "--critic_learning_rate; instead of --dtype fp16, take bf16 or fp32."
                 )
+
+
+def _backward(engine, loss: torch.Tensor, *, is_last: bool) -> None:
+    """Run the engine's backward; `is_last`: of the update.
+
+    The engine cannot count an update's backwards, since their number varies.
+    """
+    engine.set_gradient_accumulation_boundary(is_last)
+    engine.backward(loss)
 
 
 def _add(losses: dict[str, torch.Tensor], name: str, loss: torch.Tensor) -> None:

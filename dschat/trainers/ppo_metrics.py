@@ -142,8 +142,18 @@ class UpdateTotals:
         self._sums: dict[str, torch.Tensor] = {}
         self._tokens: dict[str, torch.Tensor] = {}
         self._micro_batches: dict[str, int] = {}
+        self._updates: dict[str, int] = {}
+        self._real: torch.Tensor | float = 0.0
+        self._computed = 0
         self._ratio_max: torch.Tensor | None = None
         self.skipped = 0
+
+    def count_update(self, window: list[Experience], names: list[str]) -> None:
+        """Count an update of the models of these `names`, and the tokens of its micro-batches."""
+        for name in names:
+            self._updates[name] = self._updates.get(name, 0) + 1
+        self._real += torch.stack([batch.attention_mask.sum() for batch in window]).sum().double()
+        self._computed += sum(batch.input_ids.numel() for batch in window)
 
     def add(
         self,
@@ -162,14 +172,22 @@ class UpdateTotals:
             self._ratio_max = ratio_max
 
     def means(self) -> dict[str, float]:
-        """Return per-token means over all ranks, and a rank's number of micro-batches per model."""
-        reduced = dist.all_reduce(torch.stack([*self._sums.values(), *self._tokens.values()]))
-        sums, tokens = reduced.chunk(2)
-        means = dict(zip(self._sums, (sums / tokens.clamp(min=1)).tolist()))
+        """Return means over all ranks, and a rank's numbers of updates and micro-batches.
+
+        The means are per answer token; ``train/real_tokens`` is the share of the tokens that were
+        computed which are no padding.
+        """
+        real = torch.as_tensor(self._real)
+        computed = torch.full_like(real, self._computed)
+        counts = [*self._sums.values(), real, *self._tokens.values(), computed]
+        sums, tokens = dist.all_reduce(torch.stack(counts)).chunk(2)
+        names = [*self._sums, "train/real_tokens"]
+        means = dict(zip(names, (sums / tokens.clamp(min=1)).tolist(), strict=True))
         if self._ratio_max is not None:
             means["policy/ratio_max"] = dist.all_reduce(self._ratio_max, "max").item()
         for name in ("policy", "value"):
             if f"{name}/loss" in means:
                 means[f"{name}/micro_batches"] = float(self._micro_batches[f"{name}/loss"])
+                means[f"{name}/updates"] = float(self._updates[name])
         means["policy/skipped_steps"] = float(self.skipped)
         return means

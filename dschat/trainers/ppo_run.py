@@ -128,13 +128,13 @@ def _speed(
     config = trainer.config
     # A model may learn from less than all passes: during the critic's warm-up, and after
     # --target_kl has ended the updates.
-    one_pass = config.rollout_rows // config.batch.per_device_training_batch_size
+    one_pass = config.rollout_rows // config.rows_per_update
     roles = (("policy", engines.actor), ("value", engines.critic))
     flops = rollout_flops(
         generated=[engines.actor.module],
         scored=[engine.module for engine in (*engines.trained, *engines.frozen)],
         trained=[
-            (engine.module, values.get(f"{name}/micro_batches", 0.0) / one_pass)
+            (engine.module, values.get(f"{name}/updates", 0.0) / one_pass)
             for name, engine in roles
             if engine is not None
         ],

@@ -140,7 +140,7 @@ def ds_configs(config, *, dtype: str, world_size: int) -> dict[str, dict]:
     Returns:
         By name: "model", or "actor" and "critic" in step 3.
     """
-    steps = config.schedule.gradient_accumulation_steps
+    rows, steps = config.batch.layout(config.schedule.gradient_accumulation_steps)
     shared = dict(
         dtype=dtype,
         world_size=world_size,
@@ -149,7 +149,6 @@ def ds_configs(config, *, dtype: str, world_size: int) -> dict[str, dict]:
     )
     if not isinstance(config, PPOConfig):
         step = 1 if isinstance(config, SFTConfig) else 2
-        rows, steps = config.batch.layout(steps)
         found = training_config(
             config.system,
             micro_batch_size=rows,
@@ -165,7 +164,7 @@ def ds_configs(config, *, dtype: str, world_size: int) -> dict[str, dict]:
     for role, system in systems.items():
         found = training_config(
             system,
-            micro_batch_size=config.batch.per_device_training_batch_size,
+            micro_batch_size=rows,
             gradient_accumulation_steps=steps,
             tensorboard_name=f"step3_{role}",
             **shared,

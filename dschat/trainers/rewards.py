@@ -21,6 +21,7 @@ from dschat.runtime import dist
 from dschat.runtime.log import logger
 from dschat.runtime.manifest import file_entry
 from dschat.runtime.paths import user_path
+from dschat.trainers.answers import AlignedTexts, text_values
 from dschat.trainers.rollout import SampledAnswers, join_parts, parts_by_length
 
 CONTEXT_TOKENS = 4  # last tokens of a prompt that are decoded together with its answer
@@ -86,9 +87,8 @@ class ModelReward:
         parts = parts_by_length(answers, tokens=self.tokens_per_batch)
         return Scores(join_parts(answers, parts, self._scores))
 
-    def _scores(self, answers: SampledAnswers) -> torch.Tensor:
-        values = self.engine(input_ids=answers.input_ids, attention_mask=answers.attention_mask)
-        return pool_last(values, answers.attention_mask)
+    def _scores(self, answers: SampledAnswers | AlignedTexts) -> torch.Tensor:
+        return pool_last(text_values(self.engine, answers), answers.attention_mask)
 
 
 class RetokenisedReward:

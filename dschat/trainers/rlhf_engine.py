@@ -227,11 +227,12 @@ class DeepSpeedRLHFEngine:
 
     def _training_config(self, options: TrainingOptions) -> dict:
         config = self._config
+        rows, steps = config.batch.layout(config.schedule.gradient_accumulation_steps)
         ds_config = training_config(
             options.system,
             dtype=self.dtype,
-            micro_batch_size=config.batch.per_device_training_batch_size,
-            gradient_accumulation_steps=config.schedule.gradient_accumulation_steps,
+            micro_batch_size=rows,
+            gradient_accumulation_steps=steps,
             world_size=dist.world_size(),
             on_cpu=on_cpu(),
             tensorboard_path=config.run.tensorboard_path if config.run.enable_tensorboard else None,

@@ -17,7 +17,7 @@ from dschat.algorithms.advantages import (
 )
 from dschat.algorithms.importance import importance_weights
 from dschat.algorithms.kl import kl_estimate
-from dschat.algorithms.logprobs import full_kl, token_logprobs
+from dschat.algorithms.logprobs import full_kl
 from dschat.algorithms.masks import last_index, masked_whiten, moments
 from dschat.algorithms.types import Experience, PromptBatch
 from dschat.config.ppo import PPOConfig
@@ -25,9 +25,16 @@ from dschat.config.ppo_objective import PPOObjective
 from dschat.config.ppo_options import PPOSampling
 from dschat.generation.decoding import Decoded
 from dschat.generation.sampling import response_mask
-from dschat.models.forward import forward_logits
 from dschat.runtime import dist
 from dschat.runtime.log import logger
+from dschat.trainers.answers import (
+    AlignedTexts,
+    align,
+    answer_logits,
+    answer_logprobs,
+    answer_values,
+    row_lengths,
+)
 from dschat.trainers.micro_batches import agreed_groups
 
 
@@ -139,35 +146,10 @@ def _answers(
     )
 
 
-def answer_logits(
-    engine, input_ids: torch.Tensor, attention_mask: torch.Tensor, num_answer_tokens: int
-) -> torch.Tensor:
-    """Return the logits [B, R, V] that predict the last R tokens of `input_ids` [B, P + R].
-
-    R is `num_answer_tokens`.
-    """
-    logits = forward_logits(
-        engine,
-        engine.module,
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        logits_to_keep=num_answer_tokens + 1,
-    )
-    return logits[:, :-1]
-
-
-def answer_values(
-    engine, input_ids: torch.Tensor, attention_mask: torch.Tensor, num_answer_tokens: int
-) -> torch.Tensor:
-    """Return the values V(s_t) [B, R], each read one position before token t."""
-    values = engine(input_ids=input_ids, attention_mask=attention_mask)
-    return values[:, -num_answer_tokens - 1 : -1]
-
-
 def parts_by_length(
     answers: SampledAnswers, *, tokens: int
-) -> list[tuple[torch.Tensor, SampledAnswers]]:
-    """Divide answers into parts of like length, without the columns that are padding in a part.
+) -> list[tuple[torch.Tensor, SampledAnswers | AlignedTexts]]:
+    """Divide answers into parts of like length, with aligned rows.
 
     Every rank must call it; all get as many parts.
 
@@ -176,42 +158,24 @@ def parts_by_length(
         tokens: most tokens of a part, padding included; 0: one part, as it is.
 
     Returns:
-        The rows [N] int64 of each part, and its answers, without sampled logprobs.
+        The rows [N] int64 of each part, and its answers.
     """
-    rows = torch.arange(len(answers.ended), device=answers.ended.device)
+    device = answers.ended.device
     if not tokens:
-        return [(rows, answers)]
-    num_prompt = answers.prompts.input_ids.shape[1]
-    lengths = torch.stack(
-        [answers.prompts.attention_mask.sum(-1), answers.response_mask.sum(-1)], dim=-1
-    )
-    groups = agreed_groups(lengths.tolist(), tokens=tokens, device=rows.device)
-    if len(groups) == 1:
-        return [(rows, answers)]
-    parts = []
-    for index in (rows[group] for group in groups):
-        longest_prompt, longest_answer = lengths[index].amax(0).tolist()
-        start, stop = num_prompt - longest_prompt, num_prompt + longest_answer
-        prompts = answers.prompts.rows(index)
-        part = SampledAnswers(
-            prompts=replace(
-                prompts,
-                input_ids=prompts.input_ids[:, start:],
-                attention_mask=prompts.attention_mask[:, start:],
-            ),
-            input_ids=answers.input_ids[index, start:stop],
-            attention_mask=answers.attention_mask[index, start:stop],
-            response_mask=answers.response_mask[index, :longest_answer],
-            ended=answers.ended[index],
-        )
-        parts.append((index, part))
+        return [(torch.arange(len(answers.ended), device=device), answers)]
+    lengths = row_lengths(answers)
+    (groups,) = agreed_groups([[sum(parts) for parts in lengths]], tokens=tokens, device=device)
+    parts: list[tuple[torch.Tensor, SampledAnswers | AlignedTexts]] = []
+    for group in groups:
+        rows = torch.tensor(group).to(device, non_blocking=True)
+        parts.append((rows, align(answers.rows(rows), [lengths[row] for row in group])))
     return parts
 
 
 def join_parts(
     answers: SampledAnswers,
-    parts: list[tuple[torch.Tensor, SampledAnswers]],
-    forward: Callable[[SampledAnswers], torch.Tensor],
+    parts: list[tuple[torch.Tensor, SampledAnswers | AlignedTexts]],
+    forward: Callable[[SampledAnswers | AlignedTexts], torch.Tensor],
 ) -> torch.Tensor:
     """Return the results of `forward` on all parts, in the order of the rows.
 
@@ -224,7 +188,7 @@ def join_parts(
         [B] or [B, R]; 0 after the longest answer of a part.
     """
     results = [forward(part) for _, part in parts]
-    if len(parts) == 1:
+    if parts[0][1] is answers:
         return results[0]
     joined = results[0].new_zeros(answers.response_mask.shape[: results[0].dim()])
     for (rows, _), found in zip(parts, results, strict=True):
@@ -263,17 +227,21 @@ def make_experience(
     with torch.no_grad():
         # The logits of one model at a time: those of both would be the memory peak.
         logprobs = join_parts(
-            answers, parts, lambda part: _sampled_logprobs(engines.actor, part, temperature)
+            answers,
+            parts,
+            lambda part: answer_logprobs(engines.actor, part, temperature=temperature)[0],
         )
         ref_logprobs = logprobs
         if config.has_reference:
             ref_logprobs = join_parts(
-                answers, parts, lambda part: _sampled_logprobs(engines.ref, part, temperature)
+                answers,
+                parts,
+                lambda part: answer_logprobs(engines.ref, part, temperature=temperature)[0],
             )
         zeros = torch.zeros_like(logprobs)
         values = zeros
         if config.has_critic:
-            values = join_parts(answers, parts, lambda part: _values(engines.critic, part))
+            values = join_parts(answers, parts, lambda part: answer_values(engines.critic, part))
         kl = kl_estimate(logprobs, ref_logprobs, config.ppo.kl_estimator)
         rewards = shape_rewards(
             scores / score_std,
@@ -301,19 +269,6 @@ def make_experience(
         returns=returns,
         scores=scores,
     )
-
-
-def _values(engine, answers: SampledAnswers) -> torch.Tensor:
-    """Return ``answer_values`` [B, R] of sampled answers."""
-    num_tokens = answers.tokens.shape[1]
-    return answer_values(engine, answers.input_ids, answers.attention_mask, num_tokens)
-
-
-def _sampled_logprobs(engine, answers: SampledAnswers, temperature: float) -> torch.Tensor:
-    """Return the logprobs [B, R] of the answers' tokens under the model inside `engine`."""
-    num_tokens = answers.tokens.shape[1]
-    logits = answer_logits(engine, answers.input_ids, answers.attention_mask, num_tokens)
-    return token_logprobs(logits, answers.tokens, temperature=temperature)[0]
 
 
 def _answer_penalties(answers: SampledAnswers, config: PPOConfig) -> torch.Tensor:
@@ -430,22 +385,6 @@ def concatenate(experiences: list[Experience], *, pad_token_id: int) -> Experien
                 tensor = F.pad(tensor, (0, right))
             columns.setdefault(name, []).append(tensor)
     return Experience(**{name: torch.cat(tensors) for name, tensors in columns.items()})
-
-
-def trim(experience: Experience) -> Experience:
-    """Remove columns that are padding in every row: losses stay the same, forwards get shorter."""
-    num_answer = experience.response_mask.shape[1]
-    num_prompt = experience.input_ids.shape[1] - num_answer
-    keep = int(experience.response_mask.sum(-1).max())
-    start = int(experience.attention_mask[:, :num_prompt].argmax(-1).min())
-    columns = {}
-    for name, tensor in vars(experience).items():
-        if name in ("input_ids", "attention_mask"):
-            tensor = tensor[:, start : num_prompt + keep]
-        elif tensor.dim() == 2:
-            tensor = tensor[:, :keep]
-        columns[name] = tensor
-    return Experience(**columns)
 
 
 def exact_kl(engines, answers: SampledAnswers) -> torch.Tensor:

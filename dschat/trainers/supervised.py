@@ -13,9 +13,9 @@ from typing import Protocol
 
 import torch
 
-from dschat.algorithms.losses import centering_loss, lm_loss_rows, pairwise_loss
+from dschat.algorithms.losses import centering_loss, lm_loss_tokens, pairwise_loss
 from dschat.algorithms.masks import pool_last
-from dschat.algorithms.types import PackedBatch, PairBatch, TextBatch
+from dschat.algorithms.types import PackedBatch, PackedPairBatch, PairBatch, TextBatch
 from dschat.checkpoint.run_state import RunState
 from dschat.engine.optim import GradientCheck, gradient_norm
 from dschat.models.forward import forward_logits
@@ -88,11 +88,13 @@ class RewardObjective:
         """Set the weight of ``centering_loss`` in training; evaluation leaves it out."""
         self.center_rewards_coef = center_rewards_coef
 
-    def weight(self, batch: PairBatch) -> torch.Tensor:
+    def weight(self, batch: PairBatch | PackedPairBatch) -> torch.Tensor:
         """Return the number of pairs."""
-        return torch.tensor(batch.input_ids.shape[0] // 2, device=batch.input_ids.device)
+        return count_pairs(batch)
 
-    def loss_sum(self, engine, batch: PairBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def loss_sum(
+        self, engine, batch: PairBatch | PackedPairBatch
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Return the loss summed over pairs, and the number of pairs in the right order."""
         chosen, rejected = self._scores(engine, batch)
         margins = batch.margins.chunk(2)[0]
@@ -116,7 +118,14 @@ class RewardObjective:
             "eval/margin": (chosen - rejected).mean().item(),
         }
 
-    def _scores(self, engine, batch: PairBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    def _scores(
+        self, engine, batch: PairBatch | PackedPairBatch
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if isinstance(batch, PackedPairBatch):
+            values = engine(
+                input_ids=batch.input_ids, attention_mask=None, position_ids=batch.position_ids
+            )
+            return pool_last(batch.by_text(values), batch.text_mask).chunk(2)
         # Pairs are padded on the right, so causal attention needs no mask.
         values = engine(input_ids=batch.input_ids, attention_mask=None)
         return pool_last(values, batch.attention_mask).chunk(2)
@@ -225,7 +234,7 @@ def run_update(
         if number < len(window):
             engine.step()
     tokens = torch.stack([batch.attention_mask.sum() for batch in window]).sum()
-    computed = tokens.new_tensor(sum(batch.input_ids.numel() for batch in window))
+    computed = torch.full_like(tokens, sum(batch.input_ids.numel() for batch in window))
     measured = [value.double() for value in (*sums.values(), own_weight, tokens, computed)]
     check = GradientCheck(engine, measured=torch.stack(measured))
     *totals, all_weight, all_tokens, all_computed = check.measured
@@ -247,11 +256,18 @@ def run_update(
     }
 
 
-def answer_nll(engine, batch: TextBatch | PairBatch) -> tuple[torch.Tensor, torch.Tensor]:
+def count_pairs(batch: PairBatch | PackedPairBatch) -> torch.Tensor:
+    """Return the number of pairs as an int64 scalar, without a transfer to the GPU."""
+    return torch.full((), len(batch.margins) // 2, device=batch.margins.device)
+
+
+def answer_nll(
+    engine, batch: TextBatch | PairBatch | PackedPairBatch
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the negative log-likelihood of the labels of each row, and their number.
 
     Returns:
-        [B] fp32 and [B] int64; see ``lm_loss_rows``.
+        [B] fp32 and [B] int64; [2N] of the texts of packed pairs.
     """
     logits = forward_logits(
         engine,
@@ -260,7 +276,11 @@ def answer_nll(engine, batch: TextBatch | PairBatch) -> tuple[torch.Tensor, torc
         attention_mask=None,
         position_ids=batch.position_ids if isinstance(batch, PackedBatch) else None,
     )
-    return lm_loss_rows(logits, batch.labels)
+    nll, mask = lm_loss_tokens(logits, batch.labels)
+    if isinstance(batch, PackedPairBatch):
+        nll = batch.by_text(nll) * batch.text_mask
+        mask = batch.by_text(mask) * batch.text_mask
+    return nll.sum(-1), mask.sum(-1)
 
 
 def evaluate_rows(engine, loader, num_rows: int, columns_of) -> torch.Tensor:

@@ -11,7 +11,6 @@ from dschat.checkpoint.run_state import RunState, find_checkpoint, saved_dtype
 from dschat.checkpoint.save_model import save_model
 from dschat.config.no_effect import announce
 from dschat.config.parse import step_title
-from dschat.config.sft import SFTConfig
 from dschat.engine.build import (
     build_training_engine,
     override,
@@ -116,7 +115,7 @@ def train_run(
     total_steps = schedule.max_train_steps or epoch_steps * schedule.num_train_epochs
     tensorboard = options.tensorboard_path if options.enable_tensorboard else None
     engine = build_engine(run, load_model, total_steps=total_steps, tensorboard=tensorboard)
-    if isinstance(config, SFTConfig) and config.batch.packing:
+    if config.batch.packing:
         check_packing(engine, engine.module, path=config.model.model_name_or_path)
     done = run.checkpoint.step if run.checkpoint else None
     metrics = open_metrics(config, number=run.number, resume_from=done)

@@ -21,13 +21,13 @@ from dschat.models.structure import pretrained
 from dschat.models.tokenizer import load_tokenizer
 from dschat.runtime import dist
 from dschat.trainers import ppo
+from dschat.trainers.answers import row_lengths, trim
 from dschat.trainers.ppo_metrics import UpdateTotals
 from dschat.trainers.rlhf_engine import DeepSpeedRLHFEngine
 from dschat.trainers.rollout import (
     concatenate,
     make_experience,
     parts_by_length,
-    trim,
     whiten,
 )
 
@@ -72,6 +72,7 @@ def update(
     fill: int = PAD,
     wider: bool = False,
     trimmed: bool = True,
+    tokens: int = 0,
     with_ptx: bool = False,
     family: str = "llama",
 ) -> dict:
@@ -85,6 +86,7 @@ def update(
         fill: the token at positions that are not attended.
         wider: add columns on both sides that are not attended.
         trimmed: drop the columns of micro-batches that are not attended, as in training.
+        tokens: of a micro-batch, which then has rows of like length.
     """
     flags = (
         f"--actor_zero_stage {zero} --critic_zero_stage {zero} "
@@ -95,7 +97,7 @@ def update(
         f"--gradient_accumulation_steps {accumulation}"
     )
     flags += f" --actor_learning_rate 1e-3 --critic_learning_rate 1e-3 --unsup_coef {PTX_COEF}"
-    flags += f" --entropy_coef {ENTROPY_COEF}"
+    flags += f" --entropy_coef {ENTROPY_COEF} --training_tokens_per_batch {tokens}"
     if sgd:
         flags += f" --deepspeed_config {stock}/sgd.json"
     texts = load_file(f"{stock}/ptx.safetensors")["texts"]
@@ -121,10 +123,12 @@ def update(
         mine = whole.rows(torch.arange(dist.rank(), len(whole.scores), dist.world_size()))
         kept = {name: tensor.clone() for name, tensor in vars(mine).items()}
         window = [mine.rows(index) for index in torch.arange(len(mine.scores)).split(rows)]
+        if trimmed:
+            window = [trimmed_rows(batch) for batch in window]
+        if tokens:
+            (window,) = trainer._windows(mine)
         trainer.engines.train()
-        trainer.optimizer_step(
-            [trim(batch) if trimmed else batch for batch in window], UpdateTotals()
-        )
+        trainer.optimizer_step(window, UpdateTotals())
     finally:
         build.adamw = adamw
         ppo.GradientCheck = check_gradients
@@ -169,6 +173,10 @@ def fixed_rollout(
     )
     mask = tensors["response_mask"]
     return Experience(loss_mask=mask, importance=mask.float(), **tensors)
+
+
+def trimmed_rows(experience: Experience) -> Experience:
+    return trim(experience, row_lengths(experience))
 
 
 def gradient_descent(model, **_) -> torch.optim.Optimizer:
@@ -294,7 +302,7 @@ def rollout(stock: str, *, family: str, zero: int) -> dict:
         "the policy has moved": kl.abs().max().item() > 1e-3,
         "advantages whitened": abs(metrics["advantage/std"] - 1) > 1e-3 and is_white(experience),
         "rows survive concatenation": torch.equal(
-            trim(whole.rows(torch.arange(8))).input_ids, raw.input_ids
+            trimmed_rows(whole.rows(torch.arange(8))).input_ids, raw.input_ids
         ),
         "the ratio is 1 before the first update": ratio_error < 1e-5,
         "no gradient": not any(tensor.requires_grad for tensor in vars(experience).values()),

@@ -34,11 +34,16 @@ SPLITS = {
     ]
     for sgd in (True, False)
 }
+# With 36 tokens the ranks, too, differ in the micro-batches that they need.
+SPLITS[True] += [
+    update_case(f"grouped-{layout}-{zero}", layout, zero, tokens=36)
+    for layout, zero in (("1x4x2", 0), ("1x8", 2), ("2x4", 3))
+]
 PTX = [
     update_case(f"ptx-{layout}-{zero}", layout, zero, with_ptx=True)
     for layout in ("1x8", "1x4x2")
     for zero in STAGES
-]
+] + [update_case("ptx-grouped", "1x4x2", 2, with_ptx=True, tokens=36)]
 PLAIN = SPLITS[True][0]
 PLAINS = {
     "llama": PLAIN,

@@ -39,6 +39,13 @@ BY_LAYOUT = [
     equal_runs([step_case(1, *case, more="--packing") for case in zip(LAYOUTS, "023")], "packing"),
     *(
         equal_runs(
+            [step_case(step, *case, more="--packing") for case in (("1x8", "0"), ("2x4", zero))],
+            f"{NAMES[step]}-packing",
+        )
+        for step, zero in ((2, "3"), ("dpo", "2"))
+    ),
+    *(
+        equal_runs(
             [step_case(step, "1x8", "0")]
             + [step_case(step, *case, more="--tokens_per_batch 96") for case in grouped],
             f"{NAMES[step]}-tokens-per-batch",

@@ -37,6 +37,7 @@ def main() -> None:
         window=config.schedule.gradient_accumulation_steps,
         seed=config.run.seed,
         tokens_per_batch=config.batch.tokens_per_batch,
+        pack_to=2 * config.data.max_seq_len if config.batch.packing else None,
     )
     objective = DPOObjective(
         build_reference(run),

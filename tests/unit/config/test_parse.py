@@ -860,6 +860,7 @@ def test_loggers_that_cannot_be_used_are_named(monkeypatch):
         (RewardConfig, "--tokens_per_batch 1023", "less than one pair .*: give 1024 or more, or 0"),
         (DPOConfig, "--tokens_per_batch -1", "less than one pair .*: give 1024 or more, or 0"),
         (SFTConfig, "--packing --tokens_per_batch 4096", "exclude each other"),
+        (DPOConfig, "--packing --tokens_per_batch 4096", "exclude each other"),
     ],
 )
 def test_tokens_per_batch_hold_the_longest_row(config_class, flags, message):
@@ -867,10 +868,11 @@ def test_tokens_per_batch_hold_the_longest_row(config_class, flags, message):
         parse_config(config_class, ["--model_name_or_path", "opt-125m", *flags.split()])
 
 
-def test_tokens_of_scoring_hold_the_longest_prompt_and_answer():
+@pytest.mark.parametrize("name", ["--scoring_tokens_per_batch", "--training_tokens_per_batch"])
+def test_tokens_of_step_3_hold_the_longest_prompt_and_answer(name):
     flags = "--actor_model_name_or_path opt-125m --critic_model_name_or_path opt-125m"
-    with pytest.raises(ValueError, match="--scoring_tokens_per_batch 511 is less than .* give 512"):
-        parse_config(PPOConfig, f"{flags} --scoring_tokens_per_batch 511".split())
+    with pytest.raises(ValueError, match=f"{name} 511 is less than .* give 512"):
+        parse_config(PPOConfig, f"{flags} {name} 511".split())
 
 
 @pytest.mark.parametrize("step", STEPS)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dschat.data.loaders import real_share
-from dschat.data.packing import collate_packed, pack_best_fit
+from dschat.data.packing import collate_packed, collate_packed_pairs, pack_best_fit
 from dschat.data.samplers import PackedSampler
 
 LENGTHS = np.random.RandomState(0).randint(1, 40, 200)
@@ -74,6 +74,21 @@ def test_a_batch_has_positions_from_zero_and_no_label_across_texts():
     assert batch.attention_mask.tolist() == [[1] * 5, [1, 1, 1, 0, 0]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1], [0, 1, 2, 0, 1]]
     assert batch.labels.tolist() == [[-100, 2, 3, -100, 5], [-100, 2, 3, -100, -100]]
+
+
+def test_a_batch_of_pairs_finds_each_text_again():
+    one = dict(chosen_ids=[1, 2, 3], rejected_ids=[1, 4], num_prompt=1, margin=2.0)
+    other = dict(chosen_ids=[5], rejected_ids=[5, 6, 7, 8], num_prompt=0)
+    batch = collate_packed_pairs([[one, other], [one]], pad_id=0)
+    assert batch.input_ids.tolist() == [[1, 2, 3, 1, 4, 5, 5, 6, 7, 8], [1, 2, 3, 1, 4] + [0] * 5]
+    assert batch.labels[0].tolist() == [-100, 2, 3, -100, 4, -100, -100, 6, 7, 8]
+    assert batch.position_ids[0].tolist() == [0, 1, 2, 0, 1, 0, 0, 1, 2, 3]
+    texts = [row[mask.bool()] for row, mask in zip(batch.by_text(batch.input_ids), batch.text_mask)]
+    assert [text.tolist() for text in texts] == [
+        *([1, 2, 3], [5], [1, 2, 3]),
+        *([1, 4], [5, 6, 7, 8], [1, 4]),
+    ]
+    assert batch.margins.tolist() == [2, 0, 2, 2, 0, 2]
 
 
 def test_the_share_of_real_tokens_counts_what_each_batch_is_padded_to():

@@ -11,8 +11,8 @@ import pyarrow.parquet
 import pytest
 
 from dschat.config.group_checks import streaming_problems
-from dschat.config.options import ScheduleOptions
-from dschat.config.sft import SFTBatch, SFTData
+from dschat.config.options import BatchOptions, ScheduleOptions
+from dschat.config.sft import SFTData
 from dschat.data.collate import collate_pairs, collate_text
 from dschat.data.loaders import build_pair_data, build_sft_data, make_loaders
 from dschat.data.splits import SPLIT_SALT, Assignment, share_of
@@ -193,7 +193,7 @@ def test_data_that_cannot_be_streamed(tmp_path):
 
 def test_flags_that_need_the_number_of_rows_are_refused():
     known = ScheduleOptions(max_train_steps=3)
-    batch = SFTBatch()
+    batch = BatchOptions()
     assert streaming_problems(options("x"), known, batch) == []
     for data, schedule, flag in (
         (options("x"), ScheduleOptions(), "--max_train_steps"),
@@ -205,7 +205,7 @@ def test_flags_that_need_the_number_of_rows_are_refused():
         (problem,) = streaming_problems(data, schedule, batch)
         assert flag in problem
     for changes in ({"packing": True}, {"tokens_per_batch": 512}):
-        (problem,) = streaming_problems(options("x"), known, SFTBatch(**changes))
+        (problem,) = streaming_problems(options("x"), known, BatchOptions(**changes))
         assert f"--{next(iter(changes))}" in problem
     assert streaming_problems(options("x", streaming=False), ScheduleOptions(), batch) == []
 

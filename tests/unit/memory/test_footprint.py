@@ -266,10 +266,27 @@ def test_scoring_holds_at_most_the_tokens_that_are_given():
 
     given = scored("--per_device_generation_batch_size 64 --scoring_tokens_per_batch 4096")
     assert given < scored("--per_device_generation_batch_size 64")
-    # As eight rows of 512 tokens, or more: all tokens of a part may be of answers.
+    # As eight rows of 512 tokens, or more: all tokens of a part may have logits.
     assert given >= scored("--per_device_generation_batch_size 8")
     few = "--per_device_generation_batch_size 2"
-    assert scored(f"{few} --scoring_tokens_per_batch 4096") == scored(few)
+    assert scored(few) < scored(f"{few} --scoring_tokens_per_batch 4096") < given
+
+
+def test_an_update_of_step_3_holds_at_most_the_tokens_that_are_given():
+    def trained(flags: str, name: str = "actor backward") -> dict:
+        more = "--max_answer_seq_len 256 --per_device_generation_batch_size 64"
+        return ppo(f"{more} {flags}").parts[name]
+
+    tokens = "--training_tokens_per_batch 4096"
+    given = trained(f"--per_device_training_batch_size 32 {tokens}")
+    assert given["activations"] < trained("--per_device_training_batch_size 32")["activations"]
+    # As eight rows of 512 tokens, or more: all tokens of a micro-batch may have logits.
+    eight = trained("--per_device_training_batch_size 8 --gradient_accumulation_steps 2")
+    assert given["activations"] >= eight["activations"]
+    # The gradients of several micro-batches are kept.
+    assert given["gradients"] == eight["gradients"]
+    few = trained(f"--per_device_training_batch_size 2 {tokens}")
+    assert few["activations"] < given["activations"]
 
 
 def test_step_3_has_four_models_or_three_without_a_critic():

@@ -241,7 +241,7 @@ def test_a_shared_reference_has_neither_adapters_nor_dropout(training, tmp_path)
     policy.train(training)
     objective = DPOObjective(None, beta=BETA, label_smoothing=0.0)
     batch = collate_pairs(ITEMS, EOS)
-    logprobs, ref_logprobs = objective._logprobs(PlainEngine(policy), batch)
+    logprobs, ref_logprobs, _ = objective._logprobs(PlainEngine(policy), batch)
     assert policy.training == training
     rows = [
         (item[key], item["num_prompt"]) for key in ("chosen_ids", "rejected_ids") for item in ITEMS
@@ -250,7 +250,7 @@ def test_a_shared_reference_has_neither_adapters_nor_dropout(training, tmp_path)
         expected = torch.stack([plain_logprob(start, *row) for row in rows])
     torch.testing.assert_close(ref_logprobs, expected, rtol=1e-5, atol=1e-5)
     assert not ref_logprobs.requires_grad and logprobs.requires_grad
-    again, _ = objective._logprobs(PlainEngine(policy), batch)
+    again, *_ = objective._logprobs(PlainEngine(policy), batch)
     assert torch.equal(again, logprobs) != training  # dropout stays in the policy's training
     assert not torch.allclose(logprobs, ref_logprobs)
 

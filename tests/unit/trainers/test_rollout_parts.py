@@ -7,11 +7,10 @@ from dschat.algorithms.types import PromptBatch
 from dschat.models.causal_lm import load_causal_lm
 from dschat.models.reward_model import load_reward_model
 from dschat.models.tokenizer import load_tokenizer
+from dschat.trainers.answers import answer_logprobs, answer_values
 from dschat.trainers.rewards import ModelReward
 from dschat.trainers.rollout import (
     SampledAnswers,
-    _sampled_logprobs,
-    _values,
     join_parts,
     parts_by_length,
 )
@@ -41,9 +40,7 @@ def test_parts_hold_every_answer_once_without_padded_columns():
     assert sorted(torch.cat([rows for rows, _ in parts]).tolist()) == list(range(5))
     for rows, part in parts:
         assert part.input_ids.numel() <= TOKENS
-        assert part.attention_mask[:, 0].any() and part.response_mask[:, -1].any()
-        assert part.ended.equal(answers.ended[rows])
-        assert part.prompts.index.equal(rows)
+        assert part.attention_mask[:, 0].all() and part.attention_mask[:, -1].any()
         for row, ids, mask in zip(rows, part.input_ids, part.attention_mask, strict=True):
             kept = answers.attention_mask[row].bool()
             assert ids[mask.bool()].equal(answers.input_ids[row][kept])
@@ -65,8 +62,8 @@ def test_scoring_does_not_depend_on_the_parts(family):
     torch.nn.init.normal_(critic.module.model.score.weight)
     with torch.no_grad():
         for forward in (
-            lambda part: _sampled_logprobs(actor, part, 0.7),
-            lambda part: _values(critic, part),
+            lambda part: answer_logprobs(actor, part, temperature=0.7)[0],
+            lambda part: answer_values(critic, part),
         ):
             expected = forward(answers)
             found = join_parts(answers, parts, forward)
