@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,10 +10,12 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from dschat.algorithms.grouping import group_by_length
 from dschat.config.parse import parse_config
 from dschat.config.reward import RewardConfig
 from dschat.config.sft import SFTConfig
 from dschat.data.collate import collate_pairs, collate_text
+from dschat.data.datasets import IGNORED
 from dschat.data.loaders import batch_lengths, build_pair_data, build_sft_data, make_loaders
 
 VOCABULARY = 8192
@@ -25,6 +28,10 @@ SETTINGS = (
     ("--tokens_per_batch {tokens}, 256 rows an update", "--tokens_per_batch {tokens}", 16),
     ("--packing, 16 rows a micro-batch", "--packing", 1),
 )
+
+
+# Of step 3: rows of an update.
+UPDATES = (16, 64, 256)
 
 
 def measure(paths: list[str], *, tokenizer: str | None, max_seq_len: int) -> list[dict]:
@@ -41,8 +48,6 @@ def measure(paths: list[str], *, tokenizer: str | None, max_seq_len: int) -> lis
         words = AutoTokenizer.from_pretrained(tokenizer) if tokenizer else train_bpe(Path(path))
         for step in (1, 2):
             for name, flags, accumulation in SETTINGS:
-                if step == 2 and "--packing" in flags:
-                    continue
                 name = name.format(tokens=4 * max_seq_len)
                 flags = flags.format(tokens=4 * max_seq_len)
                 flags = f"{flags} --gradient_accumulation_steps {accumulation}"
@@ -60,7 +65,61 @@ def measure(paths: list[str], *, tokenizer: str | None, max_seq_len: int) -> lis
                     f"{row['computed_to_real']:.3f} computed tokens a real one",
                     flush=True,
                 )
+        for row in ppo_rows(path, words, max_seq_len=max_seq_len):
+            found.append({"data": path, "step": 3, "max_seq_len": max_seq_len} | row)
+            print(f"{path}, step 3, {row['setting']}: {100 * row['real_share']:.1f}% real")
     return found
+
+
+def ppo_rows(path: str, tokenizer: PreTrainedTokenizerBase, *, max_seq_len: int) -> Iterator[dict]:
+    """Yield the shares of real tokens in updates and scoring of step 3, if policies answered as the
+    file does.
+
+    Prompts have at most half of `max_seq_len` tokens, and answers are cut to as many.
+    """
+    rows = answer_lengths(path, tokenizer, longest=max_seq_len // 2)
+    random.Random(0).shuffle(rows)
+    tokens = 4 * max_seq_len
+    for per_update in UPDATES:
+        updates = [rows[i : i + per_update] for i in range(0, len(rows), per_update)]
+        plain = [u[i : i + ROWS] for u in updates for i in range(0, len(u), ROWS)]
+        columns = [len(u) * (max(p for p, _ in u) + max(a for _, a in u)) for u in plain]
+        yield _ppo_row(f"padded, {per_update} rows an update", rows, columns)
+        columns = []
+        for lengths in ([p + a for p, a in update] for update in updates):
+            for group in group_by_length(lengths, tokens=tokens):
+                columns.append(len(group) * max(lengths[i] for i in group))
+        name = f"--training_tokens_per_batch {tokens}, {per_update} rows an update"
+        yield _ppo_row(name, rows, columns)
+
+
+def _ppo_row(setting: str, rows: list[tuple[int, int]], columns: list[int]) -> dict:
+    real = sum(prompt + answer for prompt, answer in rows)
+    return {
+        "setting": setting,
+        "texts": len(rows),
+        "micro_batches": len(columns),
+        "real_tokens": real,
+        "computed_tokens": sum(columns),
+        "real_share": round(real / sum(columns), 4),
+        "computed_to_real": round(sum(columns) / real, 4),
+    }
+
+
+def answer_lengths(
+    path: str, tokenizer: PreTrainedTokenizerBase, *, longest: int
+) -> list[tuple[int, int]]:
+    """Return the tokens of the prompt and the last answer of each row with a prompt that fits."""
+    with tempfile.TemporaryDirectory() as cache:
+        words = (
+            f"--model_name_or_path none --data_path {path} --max_seq_len 1000000 --train_on last "
+            f"--data_output_path {cache} --skip_bad_rows --data_split 1,0,0"
+        )
+        config = parse_config(SFTConfig, words.split())
+        train, _ = build_sft_data(config.data, tokenizer, end_token_id=tokenizer.eos_token_id)
+        labels = [train[i]["labels"] for i in range(len(train))]
+    counts = [(row.count(IGNORED), len(row)) for row in labels]
+    return [(p, min(both - p, longest)) for p, both in counts if p <= longest]
 
 
 def count_tokens(
@@ -80,7 +139,7 @@ def count_tokens(
         config = parse_config(SFTConfig if step == 1 else RewardConfig, words.split())
         build = build_sft_data if step == 1 else build_pair_data
         train, held_out = build(config.data, tokenizer, end_token_id=tokenizer.eos_token_id)
-        is_packed = step == 1 and config.batch.packing
+        row_tokens = max_seq_len if step == 1 else 2 * max_seq_len
         loader, _ = make_loaders(
             train,
             held_out,
@@ -90,7 +149,7 @@ def count_tokens(
             eval_batch_size=ROWS,
             window=config.schedule.gradient_accumulation_steps,
             seed=config.run.seed,
-            pack_to=max_seq_len if is_packed else None,
+            pack_to=row_tokens if config.batch.packing else None,
             tokens_per_batch=config.batch.tokens_per_batch,
         )
         batches = list(batch_lengths(train, loader, config.batch.tokens_per_batch))
