@@ -152,7 +152,9 @@ def update(
             save_file(flat, f"{out}/{name}.safetensors")
     return {
         "frozen": all(torch.equal(tensor, kept[name]) for name, tensor in vars(mine).items()),
-        "micro_steps": [engine.micro_steps % accumulation for engine in trainer.engines.trained],
+        "open_micro_steps": [
+            engine.micro_steps - len(window) for engine in trainer.engines.trained
+        ],
     }
 
 

@@ -156,7 +156,7 @@ def test_ptx_adds_its_gradient_in_the_same_step(launches, stock):
                 case.name,
                 role,
             )
-        assert launches[case].value["micro_steps"] == [0, 0], case.name
+        assert launches[case].value["open_micro_steps"] == [0, 0], case.name
         moved = result(launches, case, "changes")
         assert distance({name: -tensor for name, tensor in moved.items()}, expected) < 1e-5, (
             case.name
@@ -180,7 +180,7 @@ def test_padding_changes_nothing(case, launches):
 def test_updates_leave_the_rollout_as_it_was_and_no_micro_step_open(launches):
     for case in SPLITS[True] + SPLITS[False]:
         for rank in launches[case].ranks:
-            assert rank["value"] == {"frozen": True, "micro_steps": [0, 0]}, case.name
+            assert rank["value"] == {"frozen": True, "open_micro_steps": [0, 0]}, case.name
 
 
 @pytest.mark.cases(WHITENING)

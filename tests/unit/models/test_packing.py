@@ -74,7 +74,7 @@ def pairs():
     """Return the padded pairs, and the same pairs packed: two in a row, and one in a padded row."""
     rows = [text.tolist() for text in random_texts((9, 4, 16, 5, 6, 12))]
     pairs = [
-        {"chosen_ids": chosen, "rejected_ids": rejected, "num_prompt": 3, "margin": float(number)}
+        {"chosen_ids": chosen, "rejected_ids": rejected, "num_prompt": 1, "margin": float(number)}
         for number, (chosen, rejected) in enumerate(zip(rows[::2], rows[1::2], strict=True))
     ]
     return collate_packed_pairs([pairs[:2], pairs[2:]], pad_id=1), collate_pairs(pairs, pad_id=1)
