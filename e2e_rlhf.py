@@ -125,6 +125,12 @@ def parse_args(argv=None) -> argparse.Namespace:
         help="updates (step 3: rollouts) between checkpoints; 0: save only when stopped",
     )
     parser.add_argument(
+        "--max-restarts",
+        type=int,
+        default=0,
+        help="start a step again so many times after a fault; needs --save-interval",
+    )
+    parser.add_argument(
         "--report-to",
         nargs="+",
         help="send the metrics of all steps to tensorboard, csv, wandb, trackio or mlflow, too",
@@ -225,6 +231,8 @@ def step_command(step: int, plan: Plan, args: argparse.Namespace, *, on_gpu: boo
         flags += ["--report_to", *args.report_to]
     if args.save_interval:
         flags += ["--save_interval", str(args.save_interval)]
+    if args.max_restarts:
+        flags += ["--max_restarts", str(args.max_restarts)]
     return [
         str(MAINS[step]),
         *models[step],
@@ -265,7 +273,8 @@ def run_step(command: list[str], log: Path, args: argparse.Namespace, *, on_gpu:
     if not on_gpu:
         defaults["OMP_NUM_THREADS"] = str(threads_per_rank(count))
     environment = child_environment(defaults)
-    if count and "CUDA_VISIBLE_DEVICES" not in os.environ:
+    # The fork has no supervisor.
+    if count and "CUDA_VISIBLE_DEVICES" not in os.environ and not args.max_restarts:
         from dschat.engine.fork_launcher import start_launcher
 
         start = partial(
@@ -383,7 +392,8 @@ def main() -> None:
     if not torch.accelerator.is_available():
         # Else every process of DeepSpeed warns that it found no accelerator.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    given = {name: getattr(args, name) for name in ("num_processes", "save_interval", "hostfile")}
+    names = ("num_processes", "save_interval", "max_restarts", "hostfile")
+    given = {name: getattr(args, name) for name in names}
     several = args.deployment_type == "multi_node"
     check_arguments(
         args.output_dir,

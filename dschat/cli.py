@@ -68,7 +68,7 @@ def command_of(name: str, words: list[str]) -> list[str]:
     if "--" in words:
         place = words.index("--")
         launcher_words, words = words[:place], words[place + 1 :]
-    return [sys.executable, "-m", "deepspeed.launcher.runner", *launcher_words, file, *words]
+    return [sys.executable, "-m", "dschat.engine.deepspeed_runner", *launcher_words, file, *words]
 
 
 def usage() -> str:

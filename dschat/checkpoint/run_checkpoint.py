@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,11 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch.distributed import ProcessGroup
 
+from dschat.engine.host_memory import HostMemory
 from dschat.engine.reshard import load_engine_universally
-from dschat.engine.state import load_engine, save_engine
+from dschat.engine.state import copy_engine, load_engine, save_engine, write_files
 from dschat.runtime import dist
 from dschat.runtime.files import apply_umask, fsync, write_json, write_text
 from dschat.runtime.log import logger
@@ -104,28 +107,115 @@ def save_checkpoint(
         True if the checkpoint was written. False if that failed, for example because the disk is
         full: a warning is logged, and earlier checkpoints are untouched.
     """
-    path = root / f"step_{step:08d}"
-    temporary = root / f".{path.name}.tmp"
+    temporary = _temporary(root, step)
     fault = dist.first_fault(_failure(_make_empty, temporary) if dist.is_main() else "")
-    entries: dict[str, dict] = {}
+    entries: dict[Path, dict] = {}
     for name, engine in engines.items() if not fault else ():
         written, fault = save_engine(engine, temporary, name)
-        entries |= {
-            file.relative_to(temporary).as_posix(): entry for file, entry in written.items()
-        }
+        entries |= written
         fault = dist.first_fault(fault)
         if fault:
             break
+    contents = _RankContents(facts, tensors, state, entries)
+    return _complete(root, step, contents, keep=keep, fault=fault)
+
+
+def copy_checkpoint(
+    root: Path,
+    step: int,
+    *,
+    engines: dict[str, object],
+    facts: dict,
+    tensors: dict[str, torch.Tensor],
+    state: dict,
+    keep: int,
+    memory: HostMemory,
+    group: ProcessGroup | None,
+) -> Callable[[], bool]:
+    """Copy the state to host memory, to be written while training continues.
+
+    Every rank must call it, and what it returns.
+
+    Args:
+        root: as all others that are not named here, see ``save_checkpoint``.
+        step: N.
+        engines: by name.
+        facts: JSON.
+        tensors: state of this rank.
+        state: further state.
+        keep: number of checkpoints.
+        memory: holds the copy until it is written.
+        group: for the messages of what is returned; see ``dist.new_cpu_group``.
+
+    Returns:
+        A function that writes the checkpoint, in any thread, and returns what ``save_checkpoint``
+        returns.
+    """
+    temporary = _temporary(root, step)
+    fault = dist.first_fault(_failure(_make_empty, temporary) if dist.is_main() else "")
+    memory.begin()
+    files: dict[Path, Any] = {}
+    for name, engine in engines.items() if not fault else ():
+        copied, fault = copy_engine(engine, temporary, name, memory)
+        files |= copied
+        fault = dist.first_fault(fault)
+        if fault:
+            break
+    facts, tensors, state = memory.copy((facts, tensors, state))
+
+    def write() -> bool:
+        entries, failure = write_files(files) if not fault else ({}, fault)
+        failure = dist.first_fault(failure, group)
+        contents = _RankContents(facts, tensors, state, entries)
+        return _complete(root, step, contents, keep=keep, fault=failure, group=group)
+
+    return write
+
+
+@dataclass(frozen=True)
+class _RankContents:
+    """What a rank adds to a checkpoint."""
+
+    facts: dict
+    tensors: dict[str, torch.Tensor]
+    state: dict
+    entries: dict[Path, dict]  # of the engines' files, which are written already
+
+
+def _complete(
+    root: Path,
+    step: int,
+    contents: _RankContents,
+    *,
+    keep: int,
+    fault: str,
+    group: ProcessGroup | None = None,
+) -> bool:
+    """Write the rest of a checkpoint after its engines; see ``save_checkpoint``.
+
+    Args:
+        root: the folder of all checkpoints of the run.
+        step: N.
+        contents: of this rank.
+        keep: number of checkpoints to keep.
+        fault: the same on all ranks; "" if the engines are written.
+        group: for the messages between ranks.
+    """
+    path = root / f"step_{step:08d}"
+    temporary = _temporary(root, step)
+    entries = {
+        file.relative_to(temporary).as_posix(): entry for file, entry in contents.entries.items()
+    }
     if not fault:
-        failure = _failure(_write_rank_files, temporary, facts, tensors, state, entries)
-        fault = dist.first_fault(failure)
-    gathered = dist.gather_texts(json.dumps(entries))
+        failure = _failure(_write_rank_files, temporary, contents, entries)
+        fault = dist.first_fault(failure, group)
+    gathered = dist.gather_texts(json.dumps(entries), group)
     if not fault and dist.is_main():
         all_entries: dict[str, dict] = {}
         for text in gathered:
             all_entries |= json.loads(text)
         fault = _failure(_finish, temporary, path, all_entries)
-    fault = dist.first_fault(fault)
+    fault = dist.first_fault(fault, group)
     if fault:
         # On every rank: if hosts share no folder, each has its own part.
         shutil.rmtree(temporary, ignore_errors=True)
@@ -135,14 +225,19 @@ def save_checkpoint(
             "Earlier checkpoints are untouched; the run continues."
         )
     elif keep and dist.is_main():
-        # Newer folders are damaged checkpoints that this run did not resume from. They do not
-        # count, or they would push out the checkpoints of this run.
-        for old in [folder for folder in _folders(root) if _step(folder) <= step][:-keep]:
-            problem = _failure(_delete, old)
-            if problem:
-                logger.warning(f"Could not delete {old}: {problem}")
-    dist.barrier()
+        _delete_older(root, step, keep=keep)
+    dist.barrier(group)
     return not fault
+
+
+def _delete_older(root: Path, step: int, *, keep: int) -> None:
+    """Delete all checkpoints up to `step` but the newest `keep`."""
+    # Newer folders are damaged checkpoints that this run did not resume from. They do not
+    # count, or they would push out the checkpoints of this run.
+    for old in [folder for folder in _folders(root) if _step(folder) <= step][:-keep]:
+        problem = _failure(_delete, old)
+        if problem:
+            logger.warning(f"Could not delete {old}: {problem}")
 
 
 def newest_checkpoint(root: Path) -> Checkpoint | None:
@@ -238,22 +333,27 @@ def _rank_file(rank: int) -> str:
     return f"rank_{rank:05d}.safetensors"
 
 
+def _temporary(root: Path, step: int) -> Path:
+    """Return the folder in which a checkpoint is written before it is renamed."""
+    return root / f".step_{step:08d}.tmp"
+
+
 def _make_empty(temporary: Path) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
 
 
-def _write_rank_files(
-    temporary: Path, facts: dict, tensors: dict, state: dict, entries: dict[str, dict]
-) -> None:
+def _write_rank_files(temporary: Path, contents: _RankContents, entries: dict[str, dict]) -> None:
     """Write the state of this rank, and on rank 0 the facts; add the files to `entries`."""
     names = [_rank_file(dist.rank())]
-    tensors = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
-    save_file(tensors, temporary / names[0], metadata={"state": json.dumps(state)})
+    tensors = {
+        key: tensor.detach().cpu().contiguous().clone() for key, tensor in contents.tensors.items()
+    }
+    save_file(tensors, temporary / names[0], metadata={"state": json.dumps(contents.state)})
     apply_umask(temporary / names[0])
     fsync(temporary / names[0])
     if dist.is_main():
-        write_json(temporary / FACTS, facts)
+        write_json(temporary / FACTS, contents.facts)
         names.append(FACTS)
     entries.update({name: file_entry(temporary / name) for name in names})
 

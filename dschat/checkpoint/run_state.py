@@ -10,12 +10,14 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
+from dschat.checkpoint.background import BackgroundSaves
 from dschat.checkpoint.run_checkpoint import (
     Checkpoint,
+    copy_checkpoint,
     delete_newer,
     is_shared,
     last_step,
@@ -25,7 +27,7 @@ from dschat.checkpoint.run_checkpoint import (
 )
 from dschat.config.parse import config_dict, default_dict
 from dschat.config.ppo import PPOConfig
-from dschat.runtime import dist
+from dschat.runtime import dist, heartbeat
 from dschat.runtime.grace import report_update
 from dschat.runtime.interrupt import Interruption, PeerWatch
 from dschat.runtime.log import Stopped, logger
@@ -35,19 +37,23 @@ from dschat.tracking.metrics import MetricsWriter
 
 # Flags that may differ when a run is resumed: they change neither the numbers nor the model.
 CHANGEABLE_FLAGS = {
+    "background_save",
     "data_output_path",
     "deepscale",
     "deepspeed",
     "enable_tensorboard",
+    "hang_timeout_s",
     "ignore_memory_plan",
     "local_rank",
     "log_interval_s",
+    "max_restarts",
     "on_reward_error",  # a run that stopped on an error may continue without stopping
     "output_dir",
     "print_answers",
     "print_answers_interval",
     "print_loss",
     "report_to",
+    "restart_delay_s",
     "resume",
     "reward_timeout_s",
     "reward_workers",
@@ -67,6 +73,10 @@ BATCH_SIZE_FLAGS = {
     "per_device_train_batch_size",
     "per_device_training_batch_size",
 }
+
+
+# Seconds that a run which has failed waits for a checkpoint that is being written.
+LAST_SAVE_S = 60.0
 
 
 class Stateful(Protocol):
@@ -216,6 +226,8 @@ class RunState:
         self._step_began = 0.0
         self._interruption = Interruption()
         self._peers = PeerWatch()
+        self._background: BackgroundSaves | None = None
+        self._copied_step = 0  # `step` of the newest copy that is to become a checkpoint
 
     @property
     def steps_per_epoch(self) -> int:
@@ -262,11 +274,16 @@ class RunState:
 
     def __enter__(self) -> "RunState":
         self._step_began = time.monotonic()
+        if self.config.run.background_save:
+            self._background = BackgroundSaves()
+        self._beat()
         self._interruption.__enter__()
         self._peers.__enter__()
         return self
 
     def __exit__(self, *error) -> None:
+        if not isinstance(error[1], KeyboardInterrupt):
+            self._wait_for_save(None if error[1] is None else LAST_SAVE_S)
         self._peers.__exit__(*error)
         self._interruption.__exit__(*error)
 
@@ -281,10 +298,13 @@ class RunState:
         """
         self.step += 1
         report_update(time.monotonic() - self._step_began)
+        self._beat()
         run = self.config.run
         received = 0 if last else self._interruption.agreed()
         is_due = run.save_interval and self.step % run.save_interval == 0
-        saved = run.output_dir is not None and (is_due or received) and self._save()
+        saved = False
+        if run.output_dir is not None and (is_due or received):
+            saved = self._save(in_background=not (received or last))
         if received:
             if saved:
                 outcome = (
@@ -308,10 +328,44 @@ class RunState:
         """
         if self.config.run.output_dir is None:
             return False
+        self._wait_for_save()
         already_saved = self._saved_step == self.step and self.step > 0
         return already_saved or self._save()
 
-    def _save(self) -> bool:
+    def _beat(self) -> None:
+        """Tell the supervisor, if there is one, which update is done."""
+        if self.config.run.max_restarts and dist.is_main():
+            heartbeat.beat(self.config.run.output_dir, self.step)
+
+    def _save(self, *, in_background: bool = False) -> bool:
+        """Save a checkpoint; in the background, if that is on, only copy what it needs.
+
+        Returns:
+            True if the checkpoint is complete, or copied.
+        """
+        self._wait_for_save()
+        contents = self._contents()
+        root = checkpoint_root(self.config.run.output_dir)
+        background = self._background
+        if background is not None and in_background:
+            write = copy_checkpoint(
+                root, self.step, **contents, memory=background.memory, group=background.group
+            )
+            background.start(write)
+            self._copied_step = self.step
+            return True
+        saved = save_checkpoint(root, self.step, **contents)
+        if saved:
+            self._saved_step = self.step
+        return saved
+
+    def _wait_for_save(self, timeout_s: float | None = None) -> None:
+        """Wait for a checkpoint that is being written in the background."""
+        if self._background is not None and self._background.wait(timeout_s):
+            self._saved_step = self._copied_step
+
+    def _contents(self) -> dict[str, Any]:
+        """Return what a checkpoint of this moment holds, as arguments of ``save_checkpoint``."""
         tensors, state = random_state()
         tensors = {f"random/{key}": value for key, value in tensors.items()}
         values = {"random": state}
@@ -330,18 +384,13 @@ class RunState:
             **self.facts,
         }
         self.metrics.sync()
-        saved = save_checkpoint(
-            checkpoint_root(self.config.run.output_dir),
-            self.step,
+        return dict(
             engines=self.engines,
             facts=facts,
             tensors=tensors,
             state=values,
             keep=self.config.run.save_total_limit,
         )
-        if saved:
-            self._saved_step = self.step
-        return saved
 
     def _restore_random(self) -> None:
         if self._restored is None:

@@ -6,10 +6,12 @@ DeepSpeed-Chat; docs/differences_from_deepspeed_chat.md explains those that diff
 """
 
 import importlib.util
+import os
 from dataclasses import dataclass, field
 from typing import Any, Literal, Optional
 
 from dschat.config.value_checks import fields_at_least, seed_value
+from dschat.runtime import supervisor
 
 Dtype = Literal["auto", "fp16", "bf16", "fp32"]
 FrozenFormat = Literal["none", "int8", "nf4"]
@@ -182,10 +184,32 @@ class RunOptions:
     save_total_limit: int = flag(
         2, "Keep this many checkpoints and delete older ones; 0: keep all."
     )
+    background_save: bool = flag(
+        False,
+        "Copy a checkpoint to host memory and write it while training continues. Each rank keeps "
+        "memory for one copy of its part of the checkpoint.",
+    )
     resume: Optional[str] = flag(
         None,
         "Resume from a checkpoint: its folder, or latest (the newest complete one in --output_dir; "
         "if there is none, the run starts from the beginning).",
+    )
+    max_restarts: int = flag(
+        0,
+        "Start the run again from its newest checkpoint, up to so many times, after a crash, a "
+        "kill, a hang or a lack of memory. Needs --save_interval, and a launcher of dschat (the "
+        "launch scripts, e2e_rlhf.py, dschat.engine.deepspeed_runner) or python -m "
+        "dschat.supervise before the command.",
+    )
+    hang_timeout_s: float = flag(
+        supervisor.DEFAULT_HANG_TIMEOUT_S,
+        "With --max_restarts: seconds without an update (step 3: a rollout), after which a run "
+        "hangs. They must be enough for loading, an evaluation and saving the model, too.",
+    )
+    restart_delay_s: float = flag(
+        supervisor.DEFAULT_RESTART_DELAY_S,
+        "With --max_restarts: seconds before a restart; twice as many if the run made no progress "
+        "since the restart before.",
     )
     log_interval_s: float = flag(5.0, "Seconds between progress lines.")
     enable_tensorboard: bool = flag(
@@ -229,7 +253,8 @@ class RunOptions:
 
     def problems(self) -> list[str]:
         """Return everything that is wrong with these options, one sentence each."""
-        found = fields_at_least(self, ("save_interval", "save_total_limit", "log_interval_s"), 0)
+        counts = ("save_interval", "save_total_limit", "log_interval_s", "max_restarts")
+        found = fields_at_least(self, (*counts, "hang_timeout_s", "restart_delay_s"), 0)
         if self.output_dir == "":
             found.append(
                 "--output_dir has no value: give a folder, or leave the flag out to save nothing."
@@ -246,7 +271,21 @@ class RunOptions:
                 found.append(f"--save_interval {self.save_interval} {reason}")
             if self.resume:
                 found.append(f"--resume {self.resume} {reason}")
-        return found
+        return found + self._restart_problems()
+
+    def _restart_problems(self) -> list[str]:
+        """Return why the run could not be restarted, if --max_restarts is given."""
+        given = f"--max_restarts {self.max_restarts}"
+        if self.max_restarts < 1 or self.dry_run:
+            return []
+        if not self.output_dir or not self.save_interval:
+            return [f"{given} needs --output_dir and --save_interval: a restart uses checkpoints."]
+        if supervisor.VARIABLE not in os.environ:
+            return [
+                f"{given}: this launcher does not restart a run. Put python -m dschat.supervise "
+                "before the whole command, and the flag on the command line, after main.py."
+            ]
+        return []
 
 
 def _logger_problems(names: list[str], *, output_dir: str | None) -> list[str]:

@@ -20,6 +20,7 @@ def check_arguments(
     num_gpus: int | None,
     save_interval: int,
     hostfile: str | None,
+    max_restarts: int = 0,
     several_hosts: bool = False,
 ) -> None:
     """Check that the run can start, and make the output folder.
@@ -30,6 +31,7 @@ def check_arguments(
         num_gpus: GPUs of this machine; None if the run spans several machines.
         save_interval: updates between two checkpoints; 0: no checkpoints at intervals.
         hostfile: DeepSpeed's hostfile, if any.
+        max_restarts: restarts of each step after faults.
         several_hosts: whether the deployment is multi_node.
 
     Raises:
@@ -37,6 +39,9 @@ def check_arguments(
     """
     found = at_least("--num-processes", num_processes, 0)
     found += at_least("--save-interval", save_interval, 0)
+    found += at_least("--max-restarts", max_restarts, 0)
+    if max_restarts > 0 and not save_interval:
+        found.append(f"--max-restarts {max_restarts} needs --save-interval: give both.")
     if num_gpus and num_processes > num_gpus:
         found.append(
             f"--num-processes {num_processes}: this machine has {num_gpus} GPU(s). "

@@ -69,30 +69,41 @@ def gather_rows(rows: torch.Tensor, num_rows: int | None = None) -> torch.Tensor
     return rows if num_rows is None else rows[:num_rows]
 
 
-def gather_texts(text: str) -> list[str]:
-    """Gather the strings of all ranks, in the order of ranks."""
+def new_cpu_group() -> dist.ProcessGroup | None:
+    """Return another group of all ranks, for a thread; None without peers. All ranks call it."""
+    return dist.new_group(backend="gloo") if has_peers() else None
+
+
+def gather_texts(text: str, group: dist.ProcessGroup | None = None) -> list[str]:
+    """Gather the strings of all ranks, in the order of ranks.
+
+    Args:
+        text: of this rank.
+        group: from ``new_cpu_group``; None: the group of training.
+    """
     if not has_peers():
         return [text]
     # As bytes in a tensor: torch.distributed.all_gather_object would unpickle data of other ranks.
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
     own = torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)
     lengths = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(world_size())]
-    dist.all_gather(lengths, torch.tensor([len(own)], device=device))
+    dist.all_gather(lengths, torch.tensor([len(own)], device=device), group=group)
     longest = max(int(length) for length in lengths)
     texts = [torch.empty(longest, dtype=torch.uint8, device=device) for _ in range(world_size())]
-    dist.all_gather(texts, torch.nn.functional.pad(own, (0, longest - len(own))))
+    padded = torch.nn.functional.pad(own, (0, longest - len(own)))
+    dist.all_gather(texts, padded, group=group)
     return [
         bytes(row[: int(length)].tolist()).decode()
         for row, length in zip(texts, lengths, strict=True)
     ]
 
 
-def first_fault(fault: str) -> str:
+def first_fault(fault: str, group: dist.ProcessGroup | None = None) -> str:
     """Return the first non-empty `fault` by rank, on every rank; "" if all are empty."""
-    return next((text for text in gather_texts(fault) if text), "")
+    return next((text for text in gather_texts(fault, group) if text), "")
 
 
-def barrier() -> None:
+def barrier(group: dist.ProcessGroup | None = None) -> None:
     """Wait for all ranks."""
     if has_peers():
-        dist.barrier()
+        dist.barrier(group)

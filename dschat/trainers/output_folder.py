@@ -13,7 +13,7 @@ from dschat.models.export import model_files, repair_folder
 from dschat.report.model_card import CARD, is_classifier, write_model_card
 from dschat.report.page import write_report
 from dschat.report.run_files import read_run
-from dschat.runtime import dist
+from dschat.runtime import dist, supervisor
 from dschat.runtime.files import write_json
 from dschat.runtime.hardware import hardware, versions
 from dschat.runtime.lock import lock_folder
@@ -202,4 +202,16 @@ def record_run(config, output_dir: str | None, *, dtype: str, **facts) -> None:
         "versions": versions(),
         **facts,
     }
+    restarts = _earlier_restarts(Path(output_dir))
+    if restarts and (facts.get("resumed_from") is not None or supervisor.is_restarted()):
+        record["restarts"] = restarts
     write_json(Path(output_dir) / RECORD, record)
+
+
+def _earlier_restarts(folder: Path) -> list:
+    """Return the faults that a supervisor has recorded in the run.json of a folder."""
+    try:
+        found = json.loads((folder / RECORD).read_text(encoding="utf-8")).get("restarts", [])
+    except (OSError, ValueError, AttributeError):
+        return []
+    return found if isinstance(found, list) else []

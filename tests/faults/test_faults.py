@@ -1,17 +1,13 @@
 """Faults that a run survives or reports: kills, a full disk, dead ranks, damaged files."""
 
-import contextlib
-import os
 import random
 import re
 import shutil
 import signal
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
-from launches import MAINS, environment, launcher
 
 from dschat.checkpoint.run_checkpoint import newest_checkpoint, open_checkpoint
 
@@ -140,15 +136,26 @@ def test_a_full_disk_costs_only_a_checkpoint(ranks, full_on, zygote, tmp_path, r
     record(injected=2, survived=2, **after.lost(whole))  # the kill and the disk
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_all_ranks_end_when_one_is_killed(victim, zygote, tmp_path):
-    started = zygote.start(1, tmp_path / "out", f"{SFT} --max_train_steps 2000", ranks=2)
+@pytest.mark.parametrize("step, argv, victim", [(1, SFT, 0), ("dpo", PAIRS, 1)])
+def test_all_ranks_end_when_one_is_killed(step, argv, victim, zygote, tmp_path):
+    started = zygote.start(step, tmp_path / "out", f"{argv} --max_train_steps 2000", ranks=2)
     started.wait_for_step(3)
     started.kill_rank(victim)
     run = zygote.wait(started, timeout_s=60)
     other = 1 - victim
     assert run.statuses[victim] == -9 and run.statuses[other] == 1, run.log[-3000:]
     assert f"error (rank {other})" in run.log and "another rank of the run has ended" in run.log
+
+
+def test_a_rank_that_was_stopped_for_a_while_loses_nothing(zygote, tmp_path):
+    started = zygote.start(3, tmp_path / "out", PPO.replace("_steps 6", "_steps 12"), ranks=2)
+    started.wait_for_step(2)
+    started.signal_rank(1, signal.SIGSTOP)
+    time.sleep(3)
+    assert last_step(tmp_path / "out") < 12
+    started.signal_rank(1, signal.SIGCONT)
+    run = zygote.wait(started)
+    assert run.statuses == [0, 0] and steps_of(run)[-1] == 12, run.log[-3000:]
 
 
 def test_a_rank_waiting_for_a_dead_rank_exits(zygote, tmp_path):
@@ -373,35 +380,3 @@ def test_a_reward_that_fails_ends_the_run_after_a_checkpoint(fatal, done, zygote
     assert f"{function}:reward: its file has changed since rollout {done}" in resumed.log
     assert f"resuming after rollout {done}" in resumed.log and steps_of(resumed) == list(range(7))
     record(injected=1, survived=1)
-
-
-def test_a_killed_rank_ends_a_launcher_run(stock, tmp_path):
-    argv = [word.format(stock=stock) for word in f"{SFT} --max_train_steps 5000".split()]
-    command = launcher(2) + [str(MAINS[1]), *argv, "--output_dir", str(tmp_path / "out")]
-    with open(tmp_path / "log", "w") as log:
-        process = subprocess.Popen(
-            command,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=environment(),
-            cwd=tmp_path,
-            start_new_session=True,
-        )
-    try:
-        metrics = tmp_path / "out" / "metrics.jsonl"
-        deadline = time.monotonic() + 90
-        while not metrics.exists() or metrics.read_bytes().count(b"\n") < 3:
-            assert time.monotonic() < deadline, (tmp_path / "log").read_text()[-3000:]
-            time.sleep(0.01)
-        (holder,) = re.findall(r"process (\d+) on", (tmp_path / "out" / ".lock").read_text())
-        os.kill(int(holder), signal.SIGKILL)
-        killed = time.monotonic()
-        assert process.wait(60) != 0 and time.monotonic() - killed < 60
-        assert "rank 1: another rank of the run has ended" in (tmp_path / "log").read_text()
-        with pytest.raises(ProcessLookupError):
-            os.killpg(process.pid, 0)
-    finally:
-        # No process of the run survives a test that fails; after one that passes the group is gone.
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()

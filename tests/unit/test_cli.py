@@ -26,7 +26,7 @@ def test_every_program_exists(name):
 
 def test_a_training_step_starts_under_the_launcher():
     main = str(ROOT / "training" / "step1_supervised_finetuning" / "main.py")
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner"]
+    launcher = [sys.executable, "-m", "dschat.engine.deepspeed_runner"]
     assert cli.command_of("sft", ["--seed", "1"]) == [*launcher, main, "--seed", "1"]
     assert cli.command_of("sft", ["--num_gpus", "2", "--", "--seed", "1"]) == [
         *launcher,

@@ -241,6 +241,15 @@ def test_all_bad_arguments_are_named_at_once(tmp_path):
     check_arguments(
         str(tmp_path / "out"), num_processes=3, num_gpus=0, save_interval=0, hostfile=None
     )
+    with pytest.raises(ValueError, match="--max-restarts 2 needs --save-interval"):
+        check_arguments(
+            str(tmp_path / "out"),
+            num_processes=1,
+            num_gpus=0,
+            save_interval=0,
+            hostfile=None,
+            max_restarts=2,
+        )
     hosts = tmp_path / "hosts"
     hosts.touch()
     options = dict(num_gpus=None, save_interval=0, hostfile=str(hosts))
