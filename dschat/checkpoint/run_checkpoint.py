@@ -82,6 +82,11 @@ class Checkpoint:
             return tensors, json.loads(file.metadata()["state"])
 
 
+def checkpoint_folder(root: Path, step: int) -> Path:
+    """Return the folder of the checkpoint after `step` updates or rollouts."""
+    return root / f"step_{step:08d}"
+
+
 def save_checkpoint(
     root: Path,
     step: int,

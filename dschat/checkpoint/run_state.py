@@ -17,6 +17,7 @@ import torch
 from dschat.checkpoint.background import BackgroundSaves
 from dschat.checkpoint.run_checkpoint import (
     Checkpoint,
+    checkpoint_folder,
     copy_checkpoint,
     delete_newer,
     is_shared,
@@ -33,6 +34,7 @@ from dschat.runtime.interrupt import Interruption, PeerWatch
 from dschat.runtime.log import Stopped, logger
 from dschat.runtime.paths import user_path
 from dschat.runtime.seeds import random_state, seed_everything, set_random_state
+from dschat.tracking.callbacks import Callbacks
 from dschat.tracking.metrics import MetricsWriter
 
 # Flags that may differ when a run is resumed: they change neither the numbers nor the model.
@@ -197,7 +199,14 @@ class RunState:
     """
 
     def __init__(
-        self, config, *, loader, window: int, engines: dict[str, object], metrics: MetricsWriter
+        self,
+        config,
+        *,
+        loader,
+        window: int,
+        engines: dict[str, object],
+        metrics: MetricsWriter,
+        callbacks: Callbacks | None = None,
     ):
         """Start before the first update or rollout.
 
@@ -207,10 +216,12 @@ class RunState:
             window: batches of the loader in an update or rollout.
             engines: those that train, by name.
             metrics: written to disk before a checkpoint is saved.
+            callbacks: called by the training loop, and after a checkpoint is saved.
         """
         self.config = config
         self.engines = engines
         self.metrics = metrics
+        self.callbacks = callbacks or Callbacks()
         self.loader = loader
         self.window = window
         self.unit = unit_name(config)
@@ -356,13 +367,19 @@ class RunState:
             return True
         saved = save_checkpoint(root, self.step, **contents)
         if saved:
-            self._saved_step = self.step
+            self._note_saved(self.step)
         return saved
+
+    def _note_saved(self, step: int) -> None:
+        """Note that the checkpoint of a step is complete."""
+        self._saved_step = step
+        root = checkpoint_root(self.config.run.output_dir)
+        self.callbacks.on_save(checkpoint_folder(root, step))
 
     def _wait_for_save(self, timeout_s: float | None = None) -> None:
         """Wait for a checkpoint that is being written in the background."""
         if self._background is not None and self._background.wait(timeout_s):
-            self._saved_step = self._copied_step
+            self._note_saved(self._copied_step)
 
     def _contents(self) -> dict[str, Any]:
         """Return what a checkpoint of this moment holds, as arguments of ``save_checkpoint``."""

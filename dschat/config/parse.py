@@ -63,6 +63,17 @@ def parse_config(config_class: Any, argv: list[str] | None = None) -> Any:
     else:
         values = _from_flags(parser, _with_config_file(parser, argv, title), title)
     config = config_class(**dict(zip(groups, values, strict=True)))
+    check_config(config)
+    return config
+
+
+def check_config(config: Any) -> None:
+    """Check a configuration whose values have the right types.
+
+    Raises:
+        ValueError: it is bad. The message lists every problem, one per line.
+    """
+    values = [getattr(config, field.name) for field in dataclasses.fields(config)]
     problems = config.problems()
     for group in values:
         if hasattr(group, "problems"):
@@ -76,7 +87,6 @@ def parse_config(config_class: Any, argv: list[str] | None = None) -> Any:
         ]
     if problems:
         raise ValueError("\n".join(problems))
-    return config
 
 
 def step_title(config_class: type) -> str:

@@ -17,6 +17,7 @@ from dschat.config.ppo_objective import PPOObjective, objective_problems
 from dschat.config.ppo_options import (
     GRADER,
     MODEL_FOLDERS,
+    OBJECT_PREFIX,
     PPOAlgorithm,
     PPOBatch,
     PPOData,
@@ -291,7 +292,8 @@ class PPOConfig:
         for name in model.reward_fn:
             file, _, function = name.rpartition(":")
             is_grader = re.fullmatch(GRADER, name, re.DOTALL)
-            if not is_grader and not (file.endswith(".py") and function.isidentifier()):
+            is_function = file.endswith(".py") or name == OBJECT_PREFIX + function
+            if not is_grader and not (is_function and function.isidentifier()):
                 found.append(
                     f"--reward_fn {name}: expected file.py:function, or a grader such as "
                     "numeric_match."

@@ -18,6 +18,8 @@ from dschat.config.options import (
 
 # The values of --reward_fn that name a grader: "numeric_match", "length_penalty(limit=200)".
 GRADER = r"[a-z_]+(\(.*\))?"
+# Before the name of a value that stands for a Python object: "object:my_reward".
+OBJECT_PREFIX = "object:"
 # Subfolders of the output folder that step 3 saves models to.
 MODEL_FOLDERS = ("actor", "critic", "actor_ema")
 

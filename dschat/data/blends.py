@@ -1,7 +1,7 @@
 """The rows of a step: its share of every source, and what is held out for evaluation."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 
 import numpy as np
@@ -17,6 +17,7 @@ from dschat.data.splits import (
     parse_shares,
     share_sizes,
 )
+from dschat.data.tables import Table
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +26,12 @@ PREFERRED_PARTS = {1: ("sft", "gen"), 2: ("prefs", "preference"), 3: ("gen", "pr
 
 
 def open_blends(
-    data: DataOptions, *, step: int, needs: str, whole: Sequence[str] = ()
+    data: DataOptions,
+    *,
+    step: int,
+    needs: str,
+    whole: Sequence[str] = (),
+    given: Mapping[str, dict[str, Table]] | None = None,
 ) -> tuple[Blend, Blend]:
     """Open the training and evaluation rows of a step.
 
@@ -37,6 +43,7 @@ def open_blends(
         step: 1, 2 or 3; gets its share of each source of --data_path.
         needs: "prompt", "chosen" or "rejected": the text that every row must have.
         whole: further sources, of which the step gets all rows.
+        given: tables of rows in memory, by the entry of --data_path that stands for them.
 
     Raises:
         ValueError: for data that cannot be used; names the flag, the source and the row.
@@ -53,6 +60,7 @@ def open_blends(
             split=data.dataset_split,
             prefer=PREFERRED_PARTS[step],
             cache_dir=data.data_output_path,
+            given=(given or {}).get(path),
         )
         for path in paths
     ]

@@ -2,8 +2,8 @@
 
 import functools
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 from torch.utils.data import DataLoader, Dataset, Subset
@@ -21,12 +21,15 @@ from dschat.data.row import Row
 from dschat.data.samplers import PackedSampler, ShardedSampler
 from dschat.data.splits import Blend, first_indices_per_source
 from dschat.data.streams import Stream, StreamLoader
+from dschat.data.tables import Table
 from dschat.data.templates import HUMAN_ASSISTANT_TEMPLATE
 from dschat.runtime import dist
 
 logger = logging.getLogger(__name__)
 
 MIN_HELD_OUT_PROMPTS = 2
+# Tables of rows in memory, by the entry of --data_path that stands for them.
+GivenTables: TypeAlias = Mapping[str, dict[str, Table]]
 
 
 def make_loader(
@@ -79,10 +82,12 @@ def build_sft_data(
     tokenizer: PreTrainedTokenizerBase,
     *,
     end_token_id: int,
+    given: GivenTables | None = None,
 ) -> tuple[SFTDataset, SFTDataset]:
     """Build the training and evaluation data of step 1.
 
-    It is step 1's share of --data_path, and all of --sft_only_data_path.
+    It is step 1's share of --data_path, and all of --sft_only_data_path. `given` is rows in memory,
+    see ``open_blends``.
 
     Raises:
         ValueError: for data that cannot be used, rows without an answer, or a part that is empty.
@@ -92,7 +97,7 @@ def build_sft_data(
     if stream is not None:
         rows = stream.first_rows()
     else:
-        rows = open_blends(data, step=1, needs="chosen", whole=data.sft_only_data_path)
+        rows = open_blends(data, step=1, needs="chosen", whole=data.sft_only_data_path, given=given)
     options: dict[str, Any] = dict(
         max_seq_len=data.max_seq_len,
         prompt_format=data.prompt_format,
@@ -113,10 +118,12 @@ def build_pair_data(
     end_token_id: int,
     cut_fraction: float = 0.0,
     seed: int = 0,
+    given: GivenTables | None = None,
 ) -> tuple[PairDataset, PairDataset]:
     """Build the training and evaluation data of step 2 and of DPO.
 
-    Only training pairs are cut by `cut_fraction`, see `PairDataset`.
+    Only training pairs are cut by `cut_fraction`, see `PairDataset`. `given` is rows in memory, see
+    ``open_blends``.
 
     Raises:
         ValueError: for data that cannot be used, rows without a rejected answer, or a part that is
@@ -127,7 +134,7 @@ def build_pair_data(
     if stream is not None:
         rows = stream.first_rows()
     else:
-        rows = open_blends(data, step=2, needs="rejected")
+        rows = open_blends(data, step=2, needs="rejected", given=given)
     train_rows, eval_rows = rows
     options: dict[str, Any] = dict(
         max_seq_len=data.max_seq_len,
@@ -143,14 +150,20 @@ def build_pair_data(
 
 
 def build_prompt_data(
-    data: DataOptions, tokenizer: PreTrainedTokenizerBase, *, max_prompt_len: int
+    data: DataOptions,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_prompt_len: int,
+    given: GivenTables | None = None,
 ) -> tuple[PromptDataset, PromptDataset]:
     """Build the training and evaluation prompts of step 3.
+
+    `given` is rows in memory, see ``open_blends``.
 
     Raises:
         ValueError: for data that cannot be used, a part that is empty, or a single held-out prompt.
     """
-    rows = open_blends(data, step=3, needs="prompt")
+    rows = open_blends(data, step=3, needs="prompt", given=given)
     options: dict[str, Any] = dict(
         max_prompt_len=max_prompt_len,
         prompt_format=data.prompt_format,

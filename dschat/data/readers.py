@@ -434,7 +434,8 @@ def _read_cells(reader) -> tuple[list[str] | None, str]:
 
 
 def _describe_other(value: object) -> str:
-    return f"an object with named fields, or a text, is expected, not {json.dumps(value)[:60]}"
+    shown = json.dumps(value, default=repr)[:60]
+    return f"an object with named fields, or a text, is expected, not {shown}"
 
 
 def _describe_decode_error(error: UnicodeDecodeError) -> str:

@@ -23,7 +23,7 @@ from dschat.data.hub_sets import HUB_SETS, HubSet, local_json_row
 from dschat.data.messages import plain_text
 from dschat.data.parallel import map_rows
 from dschat.data.row import Row
-from dschat.data.tables import LOCAL_JSON, Fault, Table, open_tables, parse_entry
+from dschat.data.tables import LOCAL_JSON, Entry, Fault, Table, open_tables, parse_entry
 from dschat.data.templates import parse_turns
 from dschat.data.text_checks import describe_fault
 
@@ -103,6 +103,7 @@ def load_source(
     split: str | None = None,
     prefer: tuple[str, ...] = (),
     cache_dir: str | None = None,
+    given: dict[str, Table] | None = None,
 ) -> Source:
     """Open one entry of --data_path.
 
@@ -118,18 +119,19 @@ def load_source(
         split: part to train on, if the entry names none.
         prefer: see `tables.open_tables`.
         cache_dir: folder for downloads from the hub; None: that of the datasets library.
+        given: the tables that `path` stands for, from ``memory.tables_in_memory``; None: open it.
 
     Raises:
         ValueError: for anything that cannot be used; names the file and line or the dataset and
             row, and the remedy.
     """
-    entry = parse_entry(path)
-    known_set = find_hub_set(entry.path)
+    entry = parse_entry(path) if given is None else Entry(path)
+    known_set = find_hub_set(entry.path) if given is None else None
     hub_set = known_set or HubSet()
     if path == LOCAL_JSON:
         hub_set = HubSet(local_json_row)
     reading = reading or Reading()
-    tables = open_tables(
+    tables = given or open_tables(
         entry.path,
         repository=hub_set.repository,
         config=entry.config or hub_set.config or config,

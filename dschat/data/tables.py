@@ -62,6 +62,7 @@ class Chunk:
     num_rows: int
     # The line of each row; None: messages give the row's number, counted from 1.
     lines: Sequence[int] | None = None
+    unit: str = "line"  # of `lines`, for messages
     faults: tuple[tuple[int, str], ...] = ()  # (line, message) of what could not be read
     lost_after: int | None = None  # the line after which rows cannot be told from one another
 
@@ -71,7 +72,7 @@ class Chunk:
 
     def place(self, line: int) -> str:
         """Return "rows.jsonl, line 7" or "name (train), row 7"."""
-        unit = "row" if self.lines is None else "line"
+        unit = "row" if self.lines is None else self.unit
         return f"{self.title}, {unit} {line}"
 
 
@@ -82,6 +83,7 @@ class Table:
     rows: Sequence  # list of dict, or a memory-mapped datasets.Dataset
     title: str
     chunks: tuple[Chunk, ...]  # one per file, in the order of the rows
+    content: bytes = b""  # a hash of rows that are in no file
 
     @property
     def faults(self) -> list[Fault]:
@@ -113,6 +115,8 @@ class Table:
 
     def digest(self, folder: Path) -> bytes:
         """Return a hash of the content; those of files are kept in `folder`."""
+        if self.content:
+            return self.content
         if isinstance(self.rows, datasets.Dataset):
             return self.rows._fingerprint.encode()
         return b"".join(file_digest(chunk.title, folder) for chunk in self.chunks)

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from dschat.config.ppo_options import GRADER
+from dschat.config.ppo_options import GRADER, OBJECT_PREFIX
 from dschat.rewards.registry import load_grader
 from dschat.runtime.paths import user_path
 
@@ -31,6 +31,11 @@ def load_function(name: str) -> Callable:
             return load_grader(name)
         except ValueError as error:
             raise ValueError(f"--reward_fn {name}: {error}") from error
+    if name.startswith(OBJECT_PREFIX):
+        raise ValueError(
+            f"--reward_fn {name}: this names a Python object that was given to PPOTrainer. Give "
+            "the object again, or file.py:function."
+        )
     file, _, function = name.rpartition(":")
     path = user_path(file)
     if not path.is_file():

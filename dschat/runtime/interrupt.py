@@ -41,10 +41,7 @@ class Interruption:
     def __enter__(self) -> "Interruption":
         """Handle signals from now on."""
         if threading.current_thread() is threading.main_thread():
-            # The previous context may still handle signals: its handler is a method of it.
-            previous = getattr(signal.getsignal(SIGNALS[0]), "__self__", None)
-            if isinstance(previous, Interruption):
-                previous.release()
+            release_signals()
             self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
         return self
 
@@ -79,6 +76,13 @@ class Interruption:
             _write_stderr(f"\nReceived {name}: {outcome} (rank {dist.rank()})\n")
         elif number == signal.SIGINT and now - self._when > REPEATED_WITHIN_S:
             raise KeyboardInterrupt
+
+
+def release_signals() -> None:
+    """Restore the signal handlers from before the last context, which may still handle signals."""
+    last = getattr(signal.getsignal(SIGNALS[0]), "__self__", None)  # its handler is a method
+    if isinstance(last, Interruption):
+        last.release()
 
 
 class PeerWatch:

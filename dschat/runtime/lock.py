@@ -17,7 +17,7 @@ _held: dict[Path, int] = {}  # folder -> open file; the lock is held while the f
 
 
 def lock_folder(folder: Path) -> None:
-    """Lock `folder` until this process ends.
+    """Lock `folder` until this process ends, or ``unlock_folder``.
 
     Raises:
         BlockingIOError: another process holds the lock; the message names it.
@@ -25,6 +25,13 @@ def lock_folder(folder: Path) -> None:
     folder = folder.resolve()
     if folder not in _held:
         _held[folder] = _lock(folder)
+
+
+def unlock_folder(folder: Path) -> None:
+    """Release the lock of `folder`, if this process holds it."""
+    descriptor = _held.pop(folder.resolve(), None)
+    if descriptor is not None:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager

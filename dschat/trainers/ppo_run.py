@@ -1,11 +1,13 @@
 """The training loop of step 3: rollouts, updates, evaluations and reports."""
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from dschat.algorithms.types import Experience
 from dschat.checkpoint.run_state import RunState
 from dschat.runtime import dist
 from dschat.tracking.alarms import AlarmLog
+from dschat.tracking.callbacks import Callbacks
 from dschat.tracking.metrics import MetricsWriter
 from dschat.tracking.progress import Progress
 from dschat.trainers.ppo import DeepSpeedPPOTrainer
@@ -15,13 +17,22 @@ from dschat.trainers.rollout import print_answers
 from dschat.trainers.saved_rollouts import SavedRollouts
 
 
-def run_state(trainer: DeepSpeedPPOTrainer, loader, metrics: MetricsWriter) -> RunState:
+def run_state(
+    trainer: DeepSpeedPPOTrainer,
+    loader,
+    metrics: MetricsWriter,
+    *,
+    callbacks: Callbacks | None = None,
+    functions: Mapping[str, Callable] | None = None,
+) -> RunState:
     """Return the state of a PPO run: everything that changes from rollout to rollout.
 
     Args:
         trainer: holds the engines, the moving average and the PTX batches.
         loader: of training prompts.
         metrics: the metrics file.
+        callbacks: called during the run.
+        functions: those of the rewards, by the value of --reward_fn.
     """
     engines = {"actor": trainer.engines.actor, "critic": trainer.engines.critic}
     state = RunState(
@@ -30,13 +41,14 @@ def run_state(trainer: DeepSpeedPPOTrainer, loader, metrics: MetricsWriter) -> R
         window=trainer.config.batch.generation_batches,
         engines={name: engine for name, engine in engines.items() if engine is not None},
         metrics=metrics,
+        callbacks=callbacks,
     )
     parts: dict[str, Any] = {"trainer": trainer, "ema": trainer.ema, "ptx": trainer.ptx}
     state.parts = {name: part for name, part in parts.items() if part is not None}
     if trainer.ptx is not None:
         state.texts["--unsupervised_dataset_name"] = trainer.ptx.digest
     for name in trainer.config.model.reward_fn:
-        digest = function_digest(name)
+        digest = function_digest(name, functions)
         if digest is not None:
             state.programs[f"--reward_fn {name}"] = digest
     state.facts = {"score_std": trainer.score_std, "dtype": trainer.engines.dtype}
@@ -56,7 +68,8 @@ def train_ppo(
 
     Args:
         trainer: the PPO trainer.
-        state: gives the prompts, and after each rollout may save the run or stop it.
+        state: gives the prompts, and after each rollout may save the run or stop it; its callbacks
+            are called.
         evaluator: has ``evaluate(rollout) -> metrics``, and ``samples`` of the last evaluation.
         rollouts: number of rollouts of the whole run.
         metrics: gets the metrics of each rollout.
@@ -85,6 +98,8 @@ def train_ppo(
             if run.print_answers and (rollout - 1) % run.print_answers_interval == 0:
                 print_answers(answers, experience.scores, tokenizer)
             saved.save(rollout, experience, answers)
+            if state.callbacks.read_rollouts:
+                state.callbacks.on_rollout(rollout, saved.rows(experience, answers))
             values |= trainer.train_rlhf(experience)
             values |= _speed(experience, values, trainer)
             failure = None
@@ -98,6 +113,8 @@ def train_ppo(
             metrics.write(rollout, values | _pipeline_tags(values))
             alarms.update(rollout, values)
             progress.update(rollout, _progress_fields(values))
+            state.callbacks.on_update(rollout, values)
+            state.callbacks.on_evaluate(rollout, values)
             if failure is not None:
                 state.step = rollout
                 raise saved_failure(failure, trainer, state) from failure

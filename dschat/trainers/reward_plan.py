@@ -1,7 +1,9 @@
 """From options to rewards. Everything that can be checked is checked before a model loads."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
 
 from dschat.config.ppo import PPOConfig
 from dschat.models.reward_model import check_reward_model
@@ -26,7 +28,7 @@ class RewardPlan:
     """The rewards of a run, and the tokenizers. Models load at the first ``build``."""
 
     config: PPOConfig
-    tokenizer: object  # the actor's
+    tokenizer: PreTrainedTokenizerBase  # the actor's
     critic_tokenizer: object | None  # None without a critic
     model_tokenizers: dict[str, object]  # by path of the reward model
     functions: dict[str, Callable]  # by the value of --reward_fn
@@ -90,12 +92,15 @@ class RewardPlan:
         )
 
 
-def plan_rewards(config: PPOConfig, tokenizer) -> RewardPlan:
+def plan_rewards(
+    config: PPOConfig, tokenizer, *, functions: Mapping[str, Callable] | None = None
+) -> RewardPlan:
     """Load the tokenizers and functions of the rewards, and check that the critic fits the actor.
 
     Args:
         config: of the run.
         tokenizer: the actor's.
+        functions: Python objects by the value of --reward_fn that stands for them.
 
     Raises:
         ValueError: a tokenizer or function cannot be loaded, the critic cannot read the actor's
@@ -121,8 +126,9 @@ def plan_rewards(config: PPOConfig, tokenizer) -> RewardPlan:
         check_reward_model(
             path, flag=config.reward_flag, trust_remote_code=options.trust_remote_code
         )
-    functions = {name: load_function(name) for name in options.reward_fn}
-    return RewardPlan(config, tokenizer, critic_tokenizer, models, functions)
+    given = functions or {}
+    found = {name: given.get(name) or load_function(name) for name in options.reward_fn}
+    return RewardPlan(config, tokenizer, critic_tokenizer, models, found)
 
 
 def tokenizer_mismatch(actor: str, reward: str) -> str:

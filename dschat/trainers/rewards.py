@@ -1,17 +1,19 @@
 """Rewards: reward models, with the actor's tokenizer or another one, and functions or graders."""
 
+import hashlib
 import inspect
 import math
 import numbers
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
 
 from dschat.algorithms.masks import pool_last
+from dschat.config.ppo_options import OBJECT_PREFIX
 from dschat.data.encoding import Encoder
 from dschat.data.messages import plain_text
 from dschat.rewards.loading import Caller, is_grader
@@ -513,11 +515,30 @@ def _short_repr(score: object) -> str:
         return f"a {type(score).__name__} of too many digits"
 
 
-def function_digest(name: str) -> str | None:
-    """Return the sha256 of the file that `name`, "file.py:function", names; None for a grader."""
+def function_digest(name: str, functions: Mapping[str, Callable] | None = None) -> str | None:
+    """Return the sha256 of what a value of --reward_fn runs; None for a grader.
+
+    Args:
+        name: "file.py:function": its file counts; "object:NAME": its source counts.
+        functions: by name.
+
+    Returns:
+        None also if the source of a function is not known.
+    """
+    if functions and name.startswith(OBJECT_PREFIX):
+        return _source_digest(functions[name])
     if is_grader(name):
         return None
     return file_entry(user_path(name.rpartition(":")[0]))["sha256"]
+
+
+def _source_digest(function: Callable) -> str | None:
+    """Return the sha256 of the source of a function, or of an object's class; None if unknown."""
+    code = function if inspect.isroutine(function) else type(function)
+    try:
+        return hashlib.sha256(inspect.getsource(code).encode()).hexdigest()
+    except (OSError, TypeError):  # made by exec, or written in C
+        return None
 
 
 def same_tokens(tokenizer, other) -> bool:

@@ -43,8 +43,7 @@ class SavedRollouts:
         """
         if self.folder is None or not self.interval or rollout % self.interval:
             return
-        ended = torch.cat([batch.ended for batch in answers])
-        rows = self._rows(experience, ended)
+        rows = self.rows(experience, answers)
         if not dist.is_main():
             return
         path = self.folder / f"rollout_{rollout:06d}.jsonl"
@@ -61,8 +60,12 @@ class SavedRollouts:
                 if int(file.stem.removeprefix("rollout_")) > rollout:
                     file.unlink()
 
-    def _rows(self, experience: Experience, ended: torch.Tensor) -> list[dict]:
-        """Return one row for each answer of all ranks, in the order of ranks."""
+    def rows(self, experience: Experience, answers: list[SampledAnswers]) -> list[dict]:
+        """Return one row for each answer of all ranks, in the order of ranks.
+
+        Every rank must call it. See ``save`` for the arguments.
+        """
+        ended = torch.cat([batch.ended for batch in answers])
         mask = experience.response_mask
         num_prompt = experience.input_ids.shape[1] - mask.shape[1]
         numbers = {

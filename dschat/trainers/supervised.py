@@ -150,7 +150,8 @@ def train_supervised(
     Args:
         engine: the DeepSpeed engine.
         objective: the loss and the evaluation.
-        run: gives the batches, and after each update may save the run or stop it.
+        run: gives the batches, and after each update may save the run or stop it; its callbacks
+            are called.
         eval_loader: in the data set's order.
         num_eval_rows: rows of the evaluation set; rows after them wrap around and are not counted.
         total_steps: updates of the whole run.
@@ -172,6 +173,7 @@ def train_supervised(
         _save_margins(objective, run)
         _report_evaluation(objective, "before training", evaluated)
         metrics.write(0, evaluated)
+        run.callbacks.on_evaluate(0, evaluated)
     progress = Progress(objective.name, total_steps, interval_s=log_interval_s, done=run.step)
     evaluate_every = eval_interval or run.steps_per_epoch
     windows = run.windows()
@@ -189,6 +191,8 @@ def train_supervised(
             if print_loss:
                 logger.info(f"epoch {epoch}, update {step}, loss {values['train/loss']:.6f}")
             progress.update(step, _progress_fields(values))
+            run.callbacks.on_update(step, values)
+            run.callbacks.on_evaluate(step, values)
             run.end_step(last=step == total_steps)
 
 

@@ -1,10 +1,12 @@
-"""Setup and saving in steps 1, 2 and DPO; the mains call these functions in order."""
+"""Setup and saving in steps 1, 2 and DPO; ``dschat.steps`` calls these functions in order."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from dschat.checkpoint.run_checkpoint import Checkpoint
 from dschat.checkpoint.run_state import RunState, find_checkpoint, saved_dtype
@@ -28,6 +30,7 @@ from dschat.models.tokenizer import end_token_id, load_tokenizer
 from dschat.runtime import dist
 from dschat.runtime.log import logger
 from dschat.runtime.seeds import seed_everything
+from dschat.tracking.callbacks import Callback, Callbacks
 from dschat.trainers.output_folder import (
     open_metrics,
     prepare_output_dir,
@@ -46,13 +49,14 @@ class SupervisedRun:
     config: Any  # SFTConfig, RewardConfig or DPOConfig
     device: torch.device
     dtype: str
-    tokenizer: object
+    tokenizer: PreTrainedTokenizerBase
     end_token_id: int
     checkpoint: Checkpoint | None  # to resume from
     planned_memory_gib: dict[str, float] = field(default_factory=dict)  # see ``show_plan``
+    callbacks: Callbacks = field(default_factory=Callbacks)
 
 
-def start_run(config, *, number: int) -> SupervisedRun:
+def start_run(config, *, number: int, callbacks: Iterable[Callback] = ()) -> SupervisedRun:
     """Set up everything that a run needs before its data and its model.
 
     Joins the process group, checks the output folder, looks for a checkpoint, seeds, loads the
@@ -61,6 +65,7 @@ def start_run(config, *, number: int) -> SupervisedRun:
     Args:
         config: SFTConfig, RewardConfig or DPOConfig.
         number: of the step.
+        callbacks: called during the run.
 
     Raises:
         ValueError: the tokenizer, the output folder or the checkpoint cannot be used, or the run
@@ -81,7 +86,17 @@ def start_run(config, *, number: int) -> SupervisedRun:
     end = end_token_id(tokenizer, add_eot_token=model.add_eot_token, eot_token=model.eot_token)
     dtype = resolve_dtype(model.dtype, saved=saved_dtype(checkpoint))
     planned = show_plan(config, dtype=dtype)
-    return SupervisedRun(number, config, device, dtype, tokenizer, end, checkpoint, planned)
+    return SupervisedRun(
+        number,
+        config,
+        device,
+        dtype,
+        tokenizer,
+        end,
+        checkpoint,
+        planned,
+        Callbacks(callbacks),
+    )
 
 
 def train_run(
@@ -134,6 +149,7 @@ def train_run(
         window=window,
         engines={"model": engine},
         metrics=metrics,
+        callbacks=run.callbacks,
     )
     state.facts = {"dtype": run.dtype}
     if config.data.streaming:
@@ -169,6 +185,7 @@ def save_run(run: SupervisedRun, model: torch.nn.Module, tokenizer=None) -> None
     if run.config.run.output_dir is not None:
         save_model(model, tokenizer or run.tokenizer, Path(run.config.run.output_dir))
         write_pages(run.config.run.output_dir)
+        run.callbacks.on_save(Path(run.config.run.output_dir))
 
 
 def build_engine(

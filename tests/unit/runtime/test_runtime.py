@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,8 @@ import pytest
 import torch
 
 from dschat.runtime import dist, files, hardware, live_line, log
+from dschat.runtime.interrupt import Interruption, release_signals
+from dschat.runtime.lock import lock_folder, unlock_folder
 from dschat.runtime.run_record import recorded_format
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -362,3 +365,24 @@ def test_warnings_of_deepspeed_are_not_shown_whatever_its_level(capsys):
         deepspeed.removeHandler(handler)
         deepspeed.setLevel(before)
     assert capsys.readouterr().out == "a fault\n"
+
+
+def test_a_lock_is_released(tmp_path):
+    lock_folder(tmp_path)
+    script = "import sys; from dschat.runtime.lock import *; lock_folder(Path(sys.argv[1]))"
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    busy = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert busy.returncode and "another run writes to it" in busy.stderr
+    unlock_folder(tmp_path)
+    assert subprocess.run(command, cwd=ROOT).returncode == 0
+    unlock_folder(tmp_path)  # it holds none
+
+
+def test_signals_are_handled_as_before_after_a_run():
+    before = signal.getsignal(signal.SIGTERM)
+    with Interruption():
+        pass
+    assert signal.getsignal(signal.SIGTERM) != before
+    release_signals()
+    assert signal.getsignal(signal.SIGTERM) == before
+    release_signals()

@@ -9,6 +9,7 @@ import torch
 
 from dschat.algorithms.types import Experience, PromptBatch
 from dschat.runtime import dist
+from dschat.tracking.callbacks import Callbacks
 from dschat.tracking.metrics import MetricsWriter
 from dschat.trainers import ppo_run
 from dschat.trainers.rollout import SampledAnswers
@@ -178,6 +179,7 @@ class State(contextlib.nullcontext):
     def __init__(self, step: int):
         super().__init__()
         self.step = step
+        self.callbacks = Callbacks()
 
     def windows(self):
         while True:

@@ -1,0 +1,60 @@
+"""Step 2: train a reward model on preference pairs."""
+
+from collections.abc import Iterable
+
+from dschat.config.reward import RewardConfig
+from dschat.data.collate import collate_pairs
+from dschat.data.loaders import GivenTables, build_pair_data, first_rows, make_loaders
+from dschat.models.reward_model import load_reward_model
+from dschat.models.tokenizer import ensure_unambiguous_pad
+from dschat.runtime import dist
+from dschat.tracking.callbacks import Callback
+from dschat.trainers.supervised import RewardObjective
+from dschat.trainers.supervised_run import save_run, start_run, train_run
+
+
+def run_reward(
+    config: RewardConfig, *, given: GivenTables | None = None, callbacks: Iterable[Callback] = ()
+) -> None:
+    """Run step 2, and save the model to --output_dir.
+
+    Args:
+        config: of the run.
+        given: rows in memory, see ``open_blends``.
+        callbacks: called during the run.
+    """
+    run = start_run(config, number=2, callbacks=callbacks)
+    # The saved model finds the last token by the pad id, so no text may contain the pad token.
+    pad_id = ensure_unambiguous_pad(run.tokenizer)
+    train_data, eval_data = build_pair_data(
+        config.data,
+        run.tokenizer,
+        end_token_id=run.end_token_id,
+        cut_fraction=config.data.cut_fraction,
+        seed=config.run.seed,
+        given=given,
+    )
+    max_eval_rows = (
+        config.run.eval_iters * config.batch.per_device_eval_batch_size * dist.world_size()
+    )
+    train_loader, eval_loader = make_loaders(
+        train_data,
+        first_rows(eval_data, max_eval_rows),
+        collate_pairs,
+        pad_id=pad_id,
+        train_batch_size=config.batch.per_device_train_batch_size,
+        eval_batch_size=config.batch.per_device_eval_batch_size,
+        window=config.schedule.gradient_accumulation_steps,
+        seed=config.run.seed,
+        tokens_per_batch=config.batch.tokens_per_batch,
+        pack_to=2 * config.data.max_seq_len if config.batch.packing else None,
+    )
+    model = train_run(
+        run,
+        RewardObjective(center_rewards_coef=config.loss.center_rewards_coef),
+        load_model=load_reward_model,
+        train_loader=train_loader,
+        eval_loader=eval_loader,
+        eval_interval=config.run.eval_interval,
+    )
+    save_run(run, model.model)

@@ -1,0 +1,48 @@
+"""Step 1: supervised fine-tuning of a causal language model on demonstrations."""
+
+from collections.abc import Iterable
+
+from dschat.config.sft import SFTConfig
+from dschat.data.collate import collate_text
+from dschat.data.loaders import GivenTables, build_sft_data, make_loaders
+from dschat.models.causal_lm import load_causal_lm
+from dschat.tracking.callbacks import Callback
+from dschat.trainers.supervised import SFTObjective
+from dschat.trainers.supervised_run import save_run, start_run, train_run
+
+
+def run_sft(
+    config: SFTConfig, *, given: GivenTables | None = None, callbacks: Iterable[Callback] = ()
+) -> None:
+    """Run step 1, and save the model to --output_dir.
+
+    Args:
+        config: of the run.
+        given: rows in memory, see ``open_blends``.
+        callbacks: called during the run.
+    """
+    run = start_run(config, number=1, callbacks=callbacks)
+    train_data, eval_data = build_sft_data(
+        config.data, run.tokenizer, end_token_id=run.end_token_id, given=given
+    )
+    train_loader, eval_loader = make_loaders(
+        train_data,
+        eval_data,
+        collate_text,
+        pad_id=run.tokenizer.pad_token_id,
+        train_batch_size=config.batch.per_device_train_batch_size,
+        eval_batch_size=config.batch.per_device_eval_batch_size,
+        window=config.schedule.gradient_accumulation_steps,
+        seed=config.run.seed,
+        tokens_per_batch=config.batch.tokens_per_batch,
+        pack_to=config.data.max_seq_len if config.batch.packing else None,
+    )
+    model = train_run(
+        run,
+        SFTObjective(),
+        load_model=load_causal_lm,
+        train_loader=train_loader,
+        eval_loader=eval_loader,
+        print_loss=config.run.print_loss,
+    )
+    save_run(run, model)
