@@ -227,7 +227,9 @@ def random_weights(step: int):
 
         modules = [rlhf_engine, reference_model]
     else:
-        modules = [load_main(step)]
+        from dschat.steps import reward, sft
+
+        modules = [sft if step == 1 else reward]
     with contextlib.ExitStack() as stack:
         for module in modules:
             for name, function in (("load_causal_lm", load), ("load_reward_model", load_reward)):

@@ -71,6 +71,11 @@ class TrainResult:
             return None
         return self._load("critic", is_classifier=True)
 
+    def load(self) -> None:
+        """Load everything now."""
+        for name in ("model", "tokenizer", "value_model"):
+            getattr(self, name)
+
     def _load(self, folder: str, *, is_classifier: bool) -> PreTrainedModel:
         path = str(self.output_dir / folder)
         _, config = load_config(path, flag="output_dir", trust_remote_code=self.trust_remote_code)

@@ -116,7 +116,7 @@ class _Trainer:
                 release_signals()
                 unlock_folder(Path(output_dir))
                 _free_memory()
-        return TrainResult(
+        result = TrainResult(
             Path(output_dir),
             latest.values,
             folder=self.folder,
@@ -124,6 +124,10 @@ class _Trainer:
             trust_remote_code=config.model.trust_remote_code,
             temporary=temporary,
         )
+        if self.args.output_dir is None and dist.has_peers():
+            result.load()  # before rank 0 can delete the folder
+            dist.barrier()
+        return result
 
     def _run(self, config: Any, callbacks: list[Callback]) -> None:
         """Run the step."""

@@ -758,8 +758,10 @@ def test_only_models_with_adapters_keep_int8_weights():
         ("a/b.py:f", True),
         ("numeric_match", True),
         ("regex_match(pattern='a.b:c\\n')", True),
+        ("object:f", True),
         ("a/b.py", False),
         ("a/b.txt:f", False),
+        ("object:not a name", False),
         ("b.py:not a name", False),
     ],
 )

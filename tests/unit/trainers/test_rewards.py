@@ -198,6 +198,15 @@ def test_a_grader_is_a_reward_by_name():
         load_function("nothing")
 
 
+def test_a_python_object_is_known_by_its_source_and_cannot_be_named_by_a_flag():
+    functions = {"object:failing": failing, "object:built": sum}
+    digest = function_digest("object:failing", functions)
+    assert digest is not None and digest != function_digest("object:other", {"object:other": quiet})
+    assert function_digest("object:built", functions) is None
+    with pytest.raises(ValueError, match="was given to PPOTrainer"):
+        load_function("object:failing")
+
+
 def test_a_reward_model_is_measured_by_name_only_beside_other_rewards():
     def engine(input_ids, attention_mask):
         return torch.ones(input_ids.shape)
