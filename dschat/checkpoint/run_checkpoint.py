@@ -206,7 +206,7 @@ def _complete(
         fault: the same on all ranks; "" if the engines are written.
         group: for the messages between ranks.
     """
-    path = root / f"step_{step:08d}"
+    path = checkpoint_folder(root, step)
     temporary = _temporary(root, step)
     entries = {
         file.relative_to(temporary).as_posix(): entry for file, entry in contents.entries.items()

@@ -5,6 +5,7 @@ the step's main, in one process or under a launcher, and returns the trained mod
 """
 
 import gc
+import inspect
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -192,6 +193,8 @@ class _Trainer:
             )
         if args.dry_run:
             raise ValueError("dry_run is a flag of the command line; see python -m dschat.plan.")
+        if args.max_restarts:
+            raise ValueError("max_restarts is a flag of the command line: leave it out.")
         return args
 
     def _start_models(self) -> list[StartModel]:
@@ -323,6 +326,11 @@ class PPOTrainer(_Trainer):
             found |= self._model_option("value_model", self._value_model, critic)
         elif rewards and not self.args.critic_model_name_or_path:
             found["critic_model_name_or_path"] = rewards[0]
+        if self._functions and self.args.reward_workers:
+            raise ValueError(
+                "reward_workers are processes that load functions of files: give reward_funcs as "
+                "file.py:function, or leave reward_workers out."
+            )
         if self._function_names:
             found["reward_fn"] = [*_as_list(self.args.reward_fn), *self._function_names]
         return found
@@ -336,13 +344,14 @@ class PPOTrainer(_Trainer):
                 f"reward_funcs has a {type(function).__name__}: give functions of prompts and "
                 "answers, or names of graders."
             )
-        inner = getattr(function, "func", function)  # of a functools.partial
+        found: Any = function() if inspect.isclass(function) else function
+        inner = getattr(found, "func", found)  # of a functools.partial
         name = getattr(inner, "__name__", type(inner).__name__)
         name = OBJECT_PREFIX + (name if name.isidentifier() else "function")
         taken = [one for one in self._functions if one.rstrip("_0123456789") == name]
         if taken:
             name = f"{name}_{len(taken) + 1}"
-        self._functions[name] = function
+        self._functions[name] = found
         return name
 
 

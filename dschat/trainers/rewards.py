@@ -534,6 +534,7 @@ def function_digest(name: str, functions: Mapping[str, Callable] | None = None) 
 
 def _source_digest(function: Callable) -> str | None:
     """Return the sha256 of the source of a function, or of an object's class; None if unknown."""
+    function = getattr(function, "func", function)  # of a functools.partial
     code = function if inspect.isroutine(function) else type(function)
     try:
         return hashlib.sha256(inspect.getsource(code).encode()).hexdigest()

@@ -75,10 +75,8 @@ def test_rows_are_prepared_once(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "CACHED_ROWS", 10)  # check once, too
     first = digests(build(pairs(20), tmp_path))
     encoded = []
-    original = preparation.encode_rows
-    monkeypatch.setattr(
-        preparation, "encode_rows", lambda *a, **k: encoded.append(1) or original(*a, **k)
-    )
+    original = preparation._write
+    monkeypatch.setattr(preparation, "_write", lambda *a: encoded.append(1) or original(*a))
     assert digests(build(pairs(20), tmp_path)) == first and not encoded
     other = [*pairs(19), {"prompt": "new", "chosen": " a", "rejected": " b"}]
     assert digests(build(other, tmp_path)) != first and encoded

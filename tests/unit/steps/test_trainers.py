@@ -109,13 +109,14 @@ class Scorer:
 
 
 def test_reward_functions_get_names_that_the_configuration_holds(base):
-    funcs = [length, Scorer(), lambda p, a, **c: [], functools.partial(length), "valid_json"]
+    funcs = [length, Scorer, lambda p, a, **c: [], functools.partial(length), "valid_json"]
     args = dschat.PPOConfig(reward_fn="length_penalty(limit=9)", reward_weights=[1, 2, 3, 4, 5, 6])
     trainer = dschat.PPOTrainer(base, args, ROWS, value_model=base, reward_funcs=funcs)
     names = ["object:length", "object:Scorer", "object:function", "object:length_2"]
     assert config_of(trainer).model.reward_fn == ["length_penalty(limit=9)", *names, "valid_json"]
     assert list(trainer._functions) == names
-    assert [trainer._functions[name] for name in names] == funcs[:4]
+    found = [trainer._functions[name] for name in names]
+    assert isinstance(found.pop(1), Scorer) and found == [funcs[0], *funcs[2:4]]
     assert config_of(trainer).reward_models == []
 
 
@@ -133,6 +134,10 @@ REFUSED = {
     ),
     "another configuration": (dict(model="a", args=dschat.DPOConfig()), "dschat.SFTConfig"),
     "a dry run": (dict(model="a", args=dschat.SFTConfig(dry_run=True)), "python -m dschat.plan"),
+    "restarts": (
+        dict(model="a", args=dschat.SFTConfig(max_restarts=1, output_dir="o", save_interval=1)),
+        "max_restarts is a flag",
+    ),
     "another model": (dict(model=torch.nn.Linear(1, 1)), "model is of the type Linear"),
     "evaluation rows alone": (dict(model="a", eval_dataset=ROWS), "needs rows as train_dataset"),
     "evaluation rows beside a path": (
@@ -165,6 +170,13 @@ def test_arguments_are_refused_at_the_start(case):
 def test_a_reward_that_is_no_function_is_refused(base):
     with pytest.raises(ValueError, match="reward_funcs has a int"):
         dschat.PPOTrainer(base, train_dataset=ROWS, value_model=base, reward_funcs=[3])
+
+
+def test_processes_of_rewards_cannot_load_python_objects(base):
+    args = dschat.PPOConfig(reward_workers=2)
+    with pytest.raises(ValueError, match="reward_workers are processes that load"):
+        dschat.PPOTrainer(base, args, ROWS, value_model=base, reward_funcs=length)
+    dschat.PPOTrainer(base, args, ROWS, value_model=base, reward_funcs="numeric_match")
 
 
 def test_a_model_without_a_known_origin_needs_a_tokenizer(model):
