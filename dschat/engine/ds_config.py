@@ -93,6 +93,8 @@ def _common(system: SystemOptions, *, dtype: str, offload_optimizer: bool) -> di
     config: dict = {
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
+        # It would wait for the GPU at the start of every forward and at the end of every step.
+        "timers": {"throughput": {"enabled": False}},
         "zero_optimization": _zero(system),
     }
     if offload_optimizer:

@@ -5,7 +5,11 @@ import pytest
 from dschat.config.options import SystemOptions
 from dschat.engine.ds_config import inference_config, training_config
 
-QUIET = {"steps_per_print": 10**9, "wall_clock_breakdown": False}
+QUIET = {
+    "steps_per_print": 10**9,
+    "wall_clock_breakdown": False,
+    "timers": {"throughput": {"enabled": False}},
+}
 BATCH = {
     "train_micro_batch_size_per_gpu": 4,
     "gradient_accumulation_steps": 3,
