@@ -9,7 +9,7 @@ tokens, and TRL's trainers on the same shape, rows and lengths. MFU counts 6 (fr
 FLOP per parameter and token, divided by --peak_tflops.
 
 --padding trains nothing and needs no GPU: it counts the real and the computed tokens of files of
-data, with and without --tokens_per_batch and --packing.
+data, with and without --tokens_per_batch, --training_tokens_per_batch and --packing.
 """
 
 import argparse

@@ -1,6 +1,7 @@
 """The DeepSpeed configurations, against dictionaries written by hand."""
 
 import pytest
+from deepspeed.utils.config import get_timers_config
 
 from dschat.config.options import SystemOptions
 from dschat.engine.ds_config import inference_config, training_config
@@ -34,6 +35,11 @@ def training(zero_stage: int, *, offload: bool = False, dtype: str = "fp32", **m
     return training_config(
         SystemOptions(zero_stage=zero_stage, offload=offload), **{**options, **more}
     )
+
+
+def test_deepspeed_reads_that_no_timer_waits_for_the_device():
+    assert not get_timers_config(training(2)).enabled
+    assert not get_timers_config(inference(3)).enabled
 
 
 def inference(zero_stage: int, *, offload: bool = False, dtype: str = "fp32") -> dict:
