@@ -156,10 +156,11 @@ def test_positions_limit_texts_of_the_other_steps(step):
             checked_plan(config, world_size=1, dtype="bf16")
 
 
-def test_packing_needs_position_ids():
+@pytest.mark.parametrize("config_class", [SFTConfig, RewardConfig, DPOConfig])
+def test_packing_needs_position_ids(config_class):
     flags = "--model_name_or_path bloom-1b1 --packing".split()
     with pytest.raises(ValueError, match="--packing: bloom models, such as .* bloom-1b1"):
-        checked_plan(parse_config(SFTConfig, flags), world_size=1, dtype="bf16")
+        checked_plan(parse_config(config_class, flags), world_size=1, dtype="bf16")
 
 
 def test_token_tables_do_not_count_as_positions():

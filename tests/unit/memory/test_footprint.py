@@ -442,15 +442,17 @@ def test_a_pair_counts_as_two_texts_and_the_table_shows_what_is_needed():
     assert "1.2 GiB of host memory for 2 process(es) of 1.0 GiB: does not fit" in text
 
 
-def test_packed_rows_add_their_masks():
+# Rows of pairs are twice as long.
+@pytest.mark.parametrize("config_class, length", [(SFTConfig, 512), (RewardConfig, 1024)])
+def test_packed_rows_add_their_masks(config_class, length):
     def backward(more: str) -> float:
         flags = "--model_name_or_path opt-1.3b --per_device_train_batch_size 4 --max_seq_len 512"
         flags += " --only_optimize_lora --lora_dim 8"
-        config = parse_config(SFTConfig, f"{flags} {more}".split())
+        config = parse_config(config_class, f"{flags} {more}".split())
         parts = plan_step(config, world_size=1, dtype="bf16").parts["backward"]
         return parts["activations"]
 
-    mask = 4 * 512 * 512
+    mask = 4 * length**2
     added = backward("--packing") - backward("")
     assert added == pytest.approx(mask * (1 + 24 * 2))
 
