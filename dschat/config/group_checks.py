@@ -169,6 +169,7 @@ def single_model_problems(config: Any) -> list[str]:
     found += streaming_problems(config.data, config.schedule, config.batch)
     found += zero_stage("--zero_stage", config.system.zero_stage)
     found += lora_problems(config.lora)
+    found += at_least("--router_aux_loss_coef", config.optim.router_aux_loss_coef, 0)
     if config.lora.only_optimize_lora and config.lora.lora_dim == 0:
         found.append("--only_optimize_lora needs adapters: give --lora_dim above 0.")
     found += frozen_format_problems(config.system, config.lora.lora_dim, flag="--lora_dim")

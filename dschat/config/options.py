@@ -460,3 +460,8 @@ class OptimOptions:
     compute_fp32_loss: bool = flag(
         False, "Accepted for compatibility, no effect: losses are always computed in fp32."
     )
+    router_aux_loss_coef: float = flag(
+        0.0,
+        "Weight of the loss that evens out the load of experts, for mixtures of experts; logs it "
+        "and the load. 0: off. Decoder layers are then not compiled.",
+    )

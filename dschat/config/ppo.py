@@ -307,7 +307,13 @@ class PPOConfig:
 
     def _algorithm_problems(self) -> list[str]:
         ppo = self.ppo
-        not_negative = ("kl_coef", "missing_eos_penalty", "entropy_coef", "critic_warmup_steps")
+        not_negative = (
+            "kl_coef",
+            "missing_eos_penalty",
+            "entropy_coef",
+            "router_aux_loss_coef",
+            "critic_warmup_steps",
+        )
         found = fields_at_least(ppo, not_negative, 0)
         found += fields_above(ppo, ("reward_clip", "cliprange", "cliprange_value", "kl_horizon"), 0)
         found += in_range("--gamma", ppo.gamma, 0.0, 1.0)

@@ -427,6 +427,7 @@ class PPOAlgorithm:
         "others, which have no critic).",
     )
     entropy_coef: float = flag(0.0, "Weight of the entropy bonus.")
+    router_aux_loss_coef: float = flag(0.0, "Like --router_aux_loss_coef of step 1, for the actor.")
     target_kl: Optional[float] = flag(
         None,
         "Skip the remaining updates of a rollout when the approximate KL to the policy that "

@@ -4,6 +4,7 @@ PromptBatch -> generate -> SampledAnswers -> rewards -> make_experience -> Exper
     -> ppo_epochs x shuffled minibatches of policy_loss and value_loss (optionally a PTX loss).
 """
 
+import contextlib
 import math
 import time
 from collections.abc import Callable
@@ -27,6 +28,7 @@ from dschat.config.ppo import PPOConfig
 from dschat.engine.ema import MovingAverage
 from dschat.engine.optim import GradientCheck, gradient_norm
 from dschat.models.forward import forward_logits
+from dschat.models.routers import RouterWatch
 from dschat.runtime import dist
 from dschat.runtime.log import logger
 from dschat.tracking.progress import memory_gib, reported_work
@@ -57,6 +59,7 @@ from dschat.trainers.rollout import (
     scale_by_batch,
     whiten,
 )
+from dschat.trainers.router_loss import router_loss
 
 WHITENED_ESTIMATORS = ("gae", "reinforce_baseline")
 
@@ -120,6 +123,8 @@ class DeepSpeedPPOTrainer:
         # The average starts from the master weights, which an evaluation may have left in host
         # memory.
         engines.train()
+        coef = config.ppo.router_aux_loss_coef
+        self._routers = RouterWatch(engines.actor.module, coef=coef) if coef else None
         self.ema = None
         if config.model.enable_ema:
             self.ema = MovingAverage(engines.actor, decay=config.model.ema_decay)
@@ -417,9 +422,10 @@ class DeepSpeedPPOTrainer:
         self, batch: Experience
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
         """Return the loss summed over tokens, sums to log, and the largest probability ratio."""
-        logprobs, entropy = answer_logprobs(
-            self.engines.actor, batch, temperature=self.config.sampling.temperature
-        )
+        with contextlib.nullcontext() if self._routers is None else self._routers.recording():
+            logprobs, entropy = answer_logprobs(
+                self.engines.actor, batch, temperature=self.config.sampling.temperature
+            )
         ppo = self.config.ppo
         options = self.config.objective
         mask = batch.loss_mask
@@ -444,6 +450,11 @@ class DeepSpeedPPOTrainer:
             "policy/approx_kl": stats["approx_kl"],
             "objective/entropy": masked_sum(entropy, mask),
         }
+        if self._routers is not None:
+            auxiliary, load = router_loss(self._routers, batch.attention_mask)
+            loss = loss + self._routers.coef * auxiliary * self._policy_count(batch)
+            sums["policy/router_aux_loss"] = auxiliary * mask.sum()
+            sums["policy/expert_load"] = load * mask.sum()
         if options.kl_in == "loss":
             kl = kl_estimate(logprobs, batch.ref_logprobs, ppo.kl_estimator)
             loss = loss + self._rollout_kl_coef * masked_sum(product(kl, weights), mask)

@@ -261,7 +261,9 @@ class DeepSpeedRLHFEngine:
             weight_decay=options.weight_decay,
             lora_names=lora_names,
             lora_learning_rate=options.lora.lora_learning_rate,
-            compile_layers=system.compile_layers and system.frozen_format == "none",
+            compile_layers=system.compile_layers
+            and system.frozen_format == "none"
+            and not (options.role == "actor" and config.ppo.router_aux_loss_coef),
         )
 
     def _say_what_no_reference_saves(self) -> None:

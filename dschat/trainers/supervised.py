@@ -19,12 +19,14 @@ from dschat.algorithms.types import PackedBatch, PackedPairBatch, PairBatch, Tex
 from dschat.checkpoint.run_state import RunState
 from dschat.engine.optim import GradientCheck, gradient_norm
 from dschat.models.forward import forward_logits
+from dschat.models.routers import RouterWatch
 from dschat.runtime import dist
 from dschat.runtime.files import write_json
 from dschat.runtime.log import logger
 from dschat.tracking.metrics import MetricsWriter
 from dschat.tracking.progress import Progress, ReportedBatches, memory_gib
 from dschat.trainers.micro_batches import split_by_length
+from dschat.trainers.router_loss import router_loss
 
 
 class Objective(Protocol):
@@ -144,6 +146,7 @@ def train_supervised(
     log_interval_s: float = 5.0,
     print_loss: bool = False,
     tokens_per_batch: int = 0,
+    routers: RouterWatch | None = None,
 ) -> None:
     """Train `engine` for `total_steps` updates; evaluate before, between and after them.
 
@@ -159,7 +162,7 @@ def train_supervised(
         eval_interval: updates between evaluations; 0: evaluate after every epoch.
         log_interval_s: seconds between progress lines.
         print_loss: log the loss of every update.
-        tokens_per_batch: see ``run_update``.
+        tokens_per_batch, routers: see ``run_update``.
 
     Raises:
         ValueError: the loss is not finite; the weights are as before.
@@ -182,7 +185,14 @@ def train_supervised(
             window = next(windows)
             epoch = run.step // run.steps_per_epoch + 1
             step = run.step + 1
-            values = run_update(engine, objective, window, step, tokens_per_batch=tokens_per_batch)
+            values = run_update(
+                engine,
+                objective,
+                window,
+                step,
+                tokens_per_batch=tokens_per_batch,
+                routers=routers,
+            )
             if step == total_steps or step % evaluate_every == 0:
                 values |= objective.evaluate(engine, eval_loader, num_eval_rows)
                 _save_margins(objective, run, step=step)
@@ -197,7 +207,13 @@ def train_supervised(
 
 
 def run_update(
-    engine, objective: Objective, window: list, step: int, *, tokens_per_batch: int = 0
+    engine,
+    objective: Objective,
+    window: list,
+    step: int,
+    *,
+    tokens_per_batch: int = 0,
+    routers: RouterWatch | None = None,
 ) -> dict[str, float]:
     """Run one update and return its metrics.
 
@@ -208,6 +224,7 @@ def run_update(
         step: number of the update, for messages.
         tokens_per_batch: divide the rows of each batch again into micro-batches of like length with
             at most this many tokens; 0: take the micro-batches as they are.
+        routers: whose auxiliary loss is added; None: none is.
 
     Raises:
         ValueError: the loss is not finite; the weights are as before.
@@ -231,7 +248,7 @@ def run_update(
         if tokens_per_batch:
             # Their number varies, so the engine cannot count them.
             engine.set_gradient_accumulation_boundary(number == len(window))
-        loss, extra = objective.loss_sum(engine, batch)
+        loss, extra = _loss_sum(engine, objective, batch, routers)
         for key, value in {"train/loss": loss.detach(), **extra}.items():
             sums[key] = sums.get(key, 0) + value
         engine.backward(loss * scale)
@@ -263,6 +280,28 @@ def run_update(
 def count_pairs(batch: PairBatch | PackedPairBatch) -> torch.Tensor:
     """Return the number of pairs as an int64 scalar, without a transfer to the GPU."""
     return torch.full((), len(batch.margins) // 2, device=batch.margins.device)
+
+
+def _loss_sum(
+    engine, objective: Objective, batch, routers: RouterWatch | None
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Return the objective's sums, with the auxiliary loss of the routers.
+
+    That counts a micro-batch by its terms. It is not a sum over tokens, so that it depends on the
+    division of an update into micro-batches.
+    """
+    if routers is None:
+        return objective.loss_sum(engine, batch)
+    with routers.recording():
+        loss, sums = objective.loss_sum(engine, batch)
+    auxiliary, load = router_loss(routers, batch.attention_mask)
+    weight = objective.weight(batch)
+    sums = {
+        **sums,
+        "train/router_aux_loss": auxiliary.detach() * weight,
+        "train/expert_load": load * weight,
+    }
+    return loss + routers.coef * auxiliary * weight, sums
 
 
 def answer_nll(

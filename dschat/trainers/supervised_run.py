@@ -26,6 +26,7 @@ from dschat.models.dropout import disable_dropout
 from dschat.models.lora import adapted_layer_names, log_lora
 from dschat.models.packing import check_packing
 from dschat.models.prepare import prepare_for_training
+from dschat.models.routers import RouterWatch
 from dschat.models.tokenizer import end_token_id, load_tokenizer
 from dschat.runtime import dist
 from dschat.runtime.log import logger
@@ -132,6 +133,8 @@ def train_run(
     engine = build_engine(run, load_model, total_steps=total_steps, tensorboard=tensorboard)
     if config.batch.packing:
         check_packing(engine, engine.module, path=config.model.model_name_or_path)
+    coef = config.optim.router_aux_loss_coef
+    routers = RouterWatch(engine.module, coef=coef) if coef else None
     done = run.checkpoint.step if run.checkpoint else None
     metrics = open_metrics(config, number=run.number, resume_from=done)
     record_run(
@@ -161,6 +164,7 @@ def train_run(
         state,
         eval_loader=eval_loader,
         num_eval_rows=len(eval_loader.dataset),
+        routers=routers,
         total_steps=total_steps,
         metrics=metrics,
         eval_interval=eval_interval,
@@ -228,7 +232,9 @@ def build_engine(
         weight_decay=config.optim.weight_decay,
         lora_names=lora_names,
         lora_learning_rate=config.lora.lora_learning_rate,
-        compile_layers=config.system.compile_layers and kind == "none",
+        compile_layers=config.system.compile_layers
+        and kind == "none"
+        and not config.optim.router_aux_loss_coef,
     )
 
 
