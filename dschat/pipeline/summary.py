@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -107,11 +108,38 @@ def summary_text(summary: dict) -> str:
             ["  independent judge", f"{ppo['judge_before']:.3f}", f"{ppo['judge_after']:.3f}"]
         )
     lines = ["", table(rows, header=["", "before", "after"])]
+    lines += shortfalls(sft, reward, ppo)
     for sample in summary["samples"]:
         lines += ["", sample["prompt"]]
         lines += [f"  {name.upper():5}{sample[name].strip()!r}" for name in ("base", "sft", "rlhf")]
     seconds = ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in summary["seconds"].items())
     return "\n".join([*lines, "", f"seconds: {seconds}"])
+
+
+def shortfalls(sft: dict[str, float], reward: dict[str, float], ppo: dict[str, float]) -> list[str]:
+    """Return a line for each result that is no better after its step, or not beyond the noise."""
+    found = []
+    if sft["perplexity_after"] >= sft["perplexity_before"]:
+        found.append(
+            "SFT did not lower the perplexity: it took too few updates, or its learning rate is "
+            "too high."
+        )
+    if reward["accuracy_after"] <= reward["accuracy_before"]:
+        found.append(
+            "The reward model did not become more accurate: it saw too few pairs, or they do not "
+            "agree."
+        )
+    if ppo["score_after"] <= ppo["score_before"]:
+        found.append(
+            "PPO did not raise the score: it took too few rollouts, or --kl_coef holds it back."
+        )
+    elif ppo["score_gain_lower95"] <= 0:
+        found.append(
+            f"PPO raised the score by no more than the noise of {ppo['prompts']:.0f} held-out "
+            f"prompts (95% interval of the gain from {ppo['score_gain_lower95']:.2f}): it took "
+            "too few rollouts, or these are too few prompts to tell."
+        )
+    return ["", *(textwrap.fill(text, width=100) for text in found)] if found else []
 
 
 def where_next(kind: str, models: dict[str, str], *, report: str, summary: str) -> str:

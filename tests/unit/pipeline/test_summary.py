@@ -7,6 +7,7 @@ import pytest
 from dschat.pipeline.summary import (
     paired_lower_bound,
     ppo_section,
+    shortfalls,
     summary_text,
     supervised_section,
 )
@@ -74,3 +75,27 @@ def test_ppo_section_by_hand(tmp_path):
     )
     for words in ("9.0", "4.5", "87.5%", "+1.41", "RLHF 'fine'", "total 3"):
         assert words in text
+    assert "PPO raised" not in text
+
+
+@pytest.mark.parametrize(
+    "changed, told",
+    [
+        ({}, []),
+        ({"perplexity_after": 9.0}, ["SFT did not lower the perplexity"]),
+        ({"accuracy_after": 0.4}, ["The reward model did not become more accurate"]),
+        ({"score_after": -1.0, "score_gain_lower95": -2.0}, ["PPO did not raise the score"]),
+        ({"score_gain_lower95": -0.25}, ["noise of 32 held-out prompts (95% interval", "-0.25)"]),
+    ],
+    ids=str,
+)
+def test_what_is_no_better_is_said_with_a_reason(changed, told):
+    ppo = {"prompts": 32, "score_before": 0.0, "score_after": 1.0, "score_gain_lower95": 0.5}
+    lines = shortfalls(
+        {"perplexity_before": 9.0, "perplexity_after": 4.5} | changed,
+        {"accuracy_before": 0.5, "accuracy_after": 0.9} | changed,
+        ppo | changed,
+    )
+    assert len(lines) == (2 if told else 0)
+    text = " ".join("\n".join(lines).split())
+    assert [word for word in told if word not in text] == []
