@@ -16,6 +16,7 @@ from dschat.engine.hybrid_engine import HybridEngine
 from dschat.generation.cuda_graphs import GraphDecoder
 from dschat.generation.graph_slots import GraphSlotDecoder
 from dschat.generation.kernels import attention
+from dschat.generation.kernels.attention import PAGE
 
 
 class Pool:
@@ -70,6 +71,22 @@ def addresses(decoder) -> list[int]:
     ]
 
 
+class Event:
+    """A stand-in for torch.cuda.Event: all work is done at once."""
+
+    def __init__(self, enable_timing: bool = False):
+        pass
+
+    def record(self) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, end: "Event") -> float:
+        return 0.0
+
+
 class StandInDecoder(GraphDecoder):
     """A GraphDecoder with stand-in graphs."""
 
@@ -88,11 +105,15 @@ def attend(query, key, value, new_key, new_value, bounds, scale) -> torch.Tensor
     """Compute what decode_attention's kernel does."""
     out = torch.empty_like(query)
     group = query.shape[1] // key.shape[1]
-    for row, (first, end) in enumerate(bounds.view(-1, 2).tolist()):
+    for row, (first, end, *pages) in enumerate(bounds.flatten(0, 2).tolist()):
         for cache, new in ((key, new_key), (value, new_value)):
-            cache[row, :, end - 1] = new[row, :, 0]
+            page, place = (pages[(end - 1) // PAGE], (end - 1) % PAGE) if pages else (row, end - 1)
+            cache[page, :, place] = new[row, :, 0]
         k, v = (
-            cache[row, :, first:end].repeat_interleave(group, 0).float() for cache in (key, value)
+            (cache[pages].transpose(0, 1).flatten(1, 2) if pages else cache[row])[:, first:end]
+            .repeat_interleave(group, 0)
+            .float()
+            for cache in (key, value)
         )
         out[row] = ((scale * query[row].float() @ k.transpose(-1, -2)).softmax(-1) @ v).to(
             query.dtype
@@ -107,7 +128,7 @@ def graphs_on_cpu():
         "CUDAGraph": Graph,
         "graph": capture,
         "graph_pool_handle": Pool,
-        "Event": mock.Mock,
+        "Event": Event,
         "Stream": mock.Mock,
         "stream": lambda stream: contextlib.nullcontext(),
         "current_stream": mock.Mock,
@@ -125,8 +146,13 @@ def with_graphs(engine, **options) -> HybridEngine:
     hybrid = HybridEngine(engine, compiled=False, **options)
     same = dict(compiled=False, group=hybrid.group)
     if hybrid.slots:
+        length = options.get("max_length", 0)
         hybrid._slot_graphs = StandInSlotDecoder(
-            hybrid.replica.model, slots=hybrid._group_slots, **same
+            hybrid.replica.model,
+            slots=hybrid._group_slots,
+            max_length=length,
+            cache_tokens=hybrid._cache_tokens(length) if hybrid.cache_gib else 0,
+            **same,
         )
     else:
         hybrid._graphs = StandInDecoder(hybrid.replica.model, **same)

@@ -262,6 +262,11 @@ class PPOConfig:
             found.append(
                 f"--generation_slots {system.generation_slots} needs --enable_hybrid_engine."
             )
+        found += fields_at_least(system, ("generation_cache_gib",), 0)
+        if system.generation_cache_gib > 0 and system.generation_slots == 0:
+            found.append(
+                f"--generation_cache_gib {system.generation_cache_gib:g} needs --generation_slots."
+            )
         if system.inference_tp_size > 1 and system.actor_zero_stage != 3:
             found.append(
                 f"--inference_tp_size {system.inference_tp_size} needs --actor_zero_stage 3, "

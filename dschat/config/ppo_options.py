@@ -318,6 +318,12 @@ class PPOSystem:
         "next prompt of the rollout. Samples do not depend on the number. 0: each generation batch "
         "is decoded by itself.",
     )
+    generation_cache_gib: float = flag(
+        0.0,
+        "Hybrid Engine with --generation_slots: GiB of key-value cache on each device. Answers "
+        "take as much of it as they have tokens; if it is full, the newest wait. 0: as much as "
+        "all slots need at their longest.",
+    )
     hybrid_lora: Literal["merge", "attach", "auto"] = flag(
         "auto",
         "Hybrid Engine with LoRA: merge (merged copies of the adapted weights), attach (low-rank "

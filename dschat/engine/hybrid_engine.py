@@ -173,6 +173,7 @@ class HybridEngine(Generator):
         group: TensorGroup | None = None,
         gather_layers: int = 1,
         slots: int = 0,
+        cache_gib: float = 0.0,
     ):
         """
         Args:
@@ -188,6 +189,8 @@ class HybridEngine(Generator):
             group: the ranks that generate together, each with a slice of the weights; needs ZeRO-3.
             gather_layers: decoder layers that are gathered at a time.
             slots: answers that decode together, refilled from a queue; 0: each batch by itself.
+            cache_gib: GiB of key-value cache for all slots of this device; 0: as much as they need
+                at their longest.
 
         Raises:
             ValueError: the copies and the cache do not fit into memory; the message says how much
@@ -204,6 +207,7 @@ class HybridEngine(Generator):
         self.refresh_s = 0.0
         self.slots = slots
         self._stats = SlotStats()
+        self.cache_gib = cache_gib
         self._check_memory(slots or max_rows, max_length)
         # On a GPU, one of the two decodes: batches as they come, or all of them in slots.
         self._graphs: GraphDecoder | None = None
@@ -229,6 +233,7 @@ class HybridEngine(Generator):
                 slots=self._group_slots,
                 compiled=compiled,
                 max_length=max_length,
+                cache_tokens=self._cache_tokens(max_length) if self.cache_gib else 0,
                 group=self.group,
             )
             return
@@ -254,6 +259,16 @@ class HybridEngine(Generator):
     def _group_slots(self) -> int:
         """Slots of all ranks that generate together: each caches its part of the heads."""
         return self.slots * (1 if self.group is None else self.group.size)
+
+    def _cache_tokens(self, length: int) -> int:
+        """Return the tokens, in texts of `length`, whose keys and values take `cache_gib`.
+
+        A group of N ranks holds N times as many, each rank an Nth of the heads.
+        """
+        length = max(length, 1)
+        row = cache_bytes(self.engine.module, rows=1, length=length, itemsize=self.replica.itemsize)
+        size = 1 if self.group is None else self.group.size
+        return int(size * self.cache_gib * GIB / row * length)
 
     def decode(self, input_ids, attention_mask, generation) -> Decoded:
         """Generate responses as in Generator.
@@ -332,7 +347,12 @@ class HybridEngine(Generator):
                 self._warn_of_mismatch(mismatch)
                 self._drop_graphs()
         agree = keep_tokens if self.group is None else self.group.agree
-        decoder = SlotDecoder(self.replica.model, slots=self._group_slots, agree=agree)
+        slots = self._group_slots
+        if self.cache_gib:
+            # Without graphs there are no pages: every slot holds its longest answer.
+            length = max(ids.shape[1] for ids, _ in batches) + generation.max_new_tokens
+            slots = max(1, min(slots, self._cache_tokens(length) // length))
+        decoder = SlotDecoder(self.replica.model, slots=slots, agree=agree)
         return self._finish(decoder, batches, generation, seed)
 
     def _finish(self, decoder: SlotDecoder, batches, generation, seed: int) -> list[Decoded]:
@@ -432,6 +452,8 @@ class HybridEngine(Generator):
         cache = cache_bytes(
             self.engine.module, rows=rows, length=length, itemsize=self.replica.itemsize
         )
+        if self.cache_gib:
+            cache = min(cache, int(self.cache_gib * GIB))
         copies, free = self.replica.copied_bytes, free_memory(self.engine.device)
         if copies + cache <= MEMORY_SHARE * free:
             return

@@ -3,20 +3,32 @@
 The host runs a few steps ahead of the device, and learns from copies that have arrived by then
 which responses have ended. A slot so waits at most that many steps for a newcomer, and no step
 waits for the host.
+
+Keys and values are in pages. If none is free, the newest response gives up its own, and continues
+from its tokens later.
 """
+
+import contextlib
+from collections.abc import Iterator
 
 import torch
 from torch import nn
-from transformers import GenerationConfig
+from transformers import DynamicCache, GenerationConfig
 
-from dschat.generation.cuda_graphs import AHEAD, LENGTH_STEP, SMALLEST, StepGraphs, check_step
-from dschat.generation.decoding import SlotCache
+from dschat.generation.cuda_graphs import AHEAD, SMALLEST, StepGraphs, check_step
+from dschat.generation.decoding import TOLERANCE, GraphMismatch, logit_gap, prefill
+from dschat.generation.kernels.attention import PAGE
 from dschat.generation.kernels.linear import plain_products
+from dschat.generation.pages import SPARE, PagedCache, PageTable, pages_for, place
 from dschat.generation.sampling import Sampler, keep_tokens
 from dschat.generation.slots import FREE, ResponseQueue, SlotDecoder, SlotState, by_layer
 from dschat.generation.tensor_parallel import TensorGroup
 from dschat.models.forward import takes_position_ids
-from dschat.models.structure import cache_argument
+from dschat.models.structure import cache_argument, forward_takes
+
+PREFILL_TOKENS = 2048  # of prompts that share a forward pass
+# Newcomers leave this share of the pages free, for the slots that are busy.
+RESERVE = 16
 
 
 class GraphSlotDecoder(SlotDecoder):
@@ -33,6 +45,7 @@ class GraphSlotDecoder(SlotDecoder):
         slots: int,
         compiled: bool,
         max_length: int = 0,
+        cache_tokens: int = 0,
         group: TensorGroup | None = None,
     ):
         """
@@ -42,18 +55,40 @@ class GraphSlotDecoder(SlotDecoder):
             compiled: run each decoder layer of a decode step through torch.compile.
             max_length: tokens of a prompt and its response, for the size of the cache; more is
                 allocated if a call needs it.
+            cache_tokens: positions of the cache, rounded up to pages, for all slots together; at
+                least one response's. 0: all slots may hold the longest response.
             group: see ``GraphDecoder``.
         """
         super().__init__(model, slots=slots, agree=keep_tokens if group is None else group.agree)
         self.group = group
         self.graphs = StepGraphs(model, compiled=compiled, group=group)
         self.max_length = max_length
+        self.cache_tokens = cache_tokens
         self.addresses: tuple[int, ...] = ()  # of the replica's weights now
         self._unchecked = False  # no captured step has been compared with a plain one
         self._logits_seen = torch.empty(0)  # [N, V], of the last step
         self._flags = torch.empty(0)
         self._events = [torch.cuda.Event() for _ in range(AHEAD)]
         self._sizes: list[int] = []
+        self._pages: PageTable | None = None
+        # Of each slot: the tokens of its text when it was filled, less the steps before that; and
+        # the most positions that it can need.
+        self._offsets: list[int] = []
+        self._most: list[int] = []
+        self._prefills: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []  # start and end
+
+    def decode(self, batches, generation: GenerationConfig, *, seed: int):
+        """Generate as ``SlotDecoder.decode`` does.
+
+        Raises:
+            GraphMismatch: a step fails, or does not compute what a plain step does.
+        """
+        self._prefills.clear()
+        decoded = super().decode(batches, generation, seed=seed)
+        # The device has done all work by now: super() has read the responses' lengths.
+        self.stats.prefill_s = sum(a.elapsed_time(b) for a, b in self._prefills) / 1000
+        self.stats.pages_used = self._pages.most_used / (self._pages.num_pages - 1)
+        return decoded
 
     def release(self) -> None:
         """Free graphs, cache and buffers. The next call allocates them again."""
@@ -70,7 +105,7 @@ class GraphSlotDecoder(SlotDecoder):
         self, queue: ResponseQueue, generation: GenerationConfig, rows: int, seed: int
     ) -> None:
         """Keep sampler, cache and state, with their graphs, if they serve this call as well."""
-        device = queue.prompts[0].device
+        device = queue.device
         key = self.graphs.fresh_key(generation, self.addresses, device)
         if key is not None:
             self.release()
@@ -79,15 +114,24 @@ class GraphSlotDecoder(SlotDecoder):
             self._unchecked = True
         num_new = generation.max_new_tokens
         self.max_length = max(self.max_length, queue.longest + num_new)
-        length = -(-self.max_length // LENGTH_STEP) * LENGTH_STEP
-        self._cache_size = (self.slots, length)
-        if self.cache is not None and self.cache.layers[0].get_max_length() < length:
+        per_slot = pages_for(self.max_length)
+        pages = self.slots * per_slot
+        if self.cache_tokens:
+            pages = min(pages, max(per_slot, pages_for(self.cache_tokens)))
+        if self._pages is not None and self._pages.table.shape[1] < per_slot:
             self.graphs.clear()
-            self.cache = None
+            self.cache = self.state = None
+        self._pages = PageTable(pages=pages + 1, slots=self.slots, pages_per_slot=per_slot)
+        self._offsets = [0] * rows
+        self._most = [0] * rows
         if self.state is None or len(self.state.tokens) <= queue.num_responses:
             self.graphs.clear()
             self.state = SlotState.allocate(
-                slots=self.slots, responses=queue.num_responses, num_new=num_new, device=device
+                slots=self.slots,
+                responses=queue.num_responses,
+                num_new=num_new,
+                device=device,
+                pages=per_slot,
             )
         self.state.reset(seed=seed, pad_token_id=generation.pad_token_id)
         if self._flags.shape != (AHEAD, self.slots):
@@ -98,11 +142,15 @@ class GraphSlotDecoder(SlotDecoder):
 
     def _step(self, rows: int) -> None:
         """Replay the graph of one step, and have the flags of what has ended copied to the host."""
+        if self._pages.changed:
+            table = self._send(self._pages.table)
+            self.state.bounds[:, 0, 0, 2:] = table
+            self._pages.changed = False
         expected = self._plain_step(rows) if self._unchecked else None
         graph = self.graphs.get(
             rows,
             step=self._advance,
-            prepare=self._point_at_the_end,
+            prepare=self._point_at_the_spare_page,
             cache=self.cache,
             state=self.state,
         )
@@ -114,11 +162,11 @@ class GraphSlotDecoder(SlotDecoder):
             self._compare(*expected)
             self._unchecked = False
 
-    def _point_at_the_end(self) -> None:
-        """Let all slots write the last position of the cache, which no response has reached."""
-        last = self.cache.layers[0].get_max_length() - 1
-        self.state.bounds[..., 0] = last
-        self.state.bounds[..., 1] = last + 1
+    def _point_at_the_spare_page(self) -> None:
+        """Let all slots write to the page that no response has."""
+        self.state.bounds[..., 0] = 0
+        self.state.bounds[..., 1] = 1
+        self.state.bounds[..., 2:] = SPARE
         self.state.finished.fill_(True)
 
     def _logits(self, rows: int) -> torch.Tensor:
@@ -134,13 +182,253 @@ class GraphSlotDecoder(SlotDecoder):
         self._logits_seen[:rows] = logits
         return logits
 
-    def _cache_for(self, shapes) -> SlotCache:
-        """Return the cache. The buffer of logits, which has its dtype, comes with it."""
-        cache = super()._cache_for(shapes)
+    def _cache_for(self, shapes) -> PagedCache:
+        """Return the cache, allocated at first use from the keys and values of a prefill.
+
+        The buffer of logits, which has its dtype, comes with it.
+        """
+        if self.cache is None:
+            self.cache = PagedCache(shapes, pages=self._pages.num_pages)
         if len(self._logits_seen) == 0:
             vocab = self.model.config.get_text_config().vocab_size
             self._logits_seen = shapes[0][0].new_zeros(self.slots, vocab)
-        return cache
+        return self.cache
+
+    def _open_cache(self, rows: int, *, filled: int, newest: torch.Tensor) -> None:
+        """Let the first `rows` slots write their next tokens at the positions `newest` [rows]."""
+        table = self.state.bounds[:, 0, 0, 2:]
+        self.cache.start(rows=rows, filled=filled, newest=newest, table=table)
+
+    def _send(self, host: torch.Tensor) -> torch.Tensor:
+        """Return a copy on the device. Neither side waits for the other."""
+        if self.state.finished.is_cuda:
+            host = host.pin_memory()
+        return host.to(self.state.finished.device, non_blocking=True)
+
+    @contextlib.contextmanager
+    def _prefill_clock(self) -> Iterator[None]:
+        """Record a prefill's start and end on the device."""
+        events = tuple(torch.cuda.Event(enable_timing=True) for _ in range(2))
+        events[0].record()
+        yield
+        events[1].record()
+        self._prefills.append(events)
+
+    def _admitted(self, queue: ResponseQueue, free: int) -> int:
+        """Return how many of the next responses have room, given so many free slots."""
+        room = self._pages.num_free
+        if self._is_busy():
+            room -= self._pages.num_pages // RESERVE
+        owner = None
+        for count, number in enumerate(list(queue.waiting)[:free]):
+            length = len(queue.text(number))
+            room -= pages_for(length + AHEAD)
+            if number // queue.copies == owner and queue.begun(number) == 0:
+                room += length // PAGE  # shared with the sample before it
+            owner = number // queue.copies if queue.begun(number) == 0 else None
+            if room < 0:
+                return count if count or self._is_busy() else 1
+        return free
+
+    def _fill(self, queue: ResponseQueue, slots: list[int], responses: list[int]) -> None:
+        """Start `responses` in `slots`, with up to PREFILL_TOKENS tokens in a forward pass."""
+        pack: list[tuple[int, int]] = []
+        tokens, owner = 0, None
+        for slot, number in zip(slots, responses, strict=True):
+            is_sample = number // queue.copies == owner and queue.begun(number) == 0
+            new = 0 if is_sample else len(queue.text(number))
+            if pack and tokens + new > PREFILL_TOKENS:
+                self._start(queue, pack)
+                pack, tokens = [], 0
+                new = len(queue.text(number))
+            pack.append((slot, number))
+            tokens += new
+            owner = number // queue.copies if queue.begun(number) == 0 else None
+        self._start(queue, pack)
+
+    def _start(self, queue: ResponseQueue, pairs: list[tuple[int, int]]) -> None:
+        """Prefill the texts of some responses in one row, and draw their next tokens.
+
+        Samples of a prompt share its tokens in the row, and the pages that it fills.
+        """
+        texts: list[torch.Tensor] = []
+        first_slots: list[int] = []  # of each text
+        owners: dict[int, int] = {}  # the text of a prompt
+        rows, copied = [], []
+        for slot, number in pairs:
+            text, prompt = queue.text(number), number // queue.copies
+            begun = queue.begun(number)
+            self._held[slot] = number
+            self._since[slot] = self.stats.steps
+            self._offsets[slot] = len(text) - self.stats.steps
+            self._most[slot] = len(text) - begun + self.state.tokens.shape[1]
+            shared = 0
+            if begun or prompt not in owners:
+                row = len(texts)
+                texts.append(text)
+                first_slots.append(slot)
+                if not begun:
+                    owners[prompt] = row
+            else:
+                row = owners[prompt]
+                shared = len(text) // PAGE
+                self._pages.share(slot, first_slots[row], shared)
+            self._pages.grow(slot, min(len(text) + AHEAD, self._most[slot]))
+            rows.append(row)
+            copied.append((slot, row, shared * PAGE))
+        last = torch.tensor([len(text) for text in texts]).cumsum(0) - 1
+        logits, cache = self._prefill(texts, last)
+        self._copy_to_pages(cache, texts, copied)
+        if self._unchecked:
+            self._check_prefill(logits, texts)
+        columns = [
+            [slot for slot, _ in pairs],
+            [number for _, number in pairs],
+            [len(texts[row]) for row in rows],
+            [queue.begun(number) for _, number in pairs],
+            rows,
+        ]
+        slots, numbers, lengths, steps, index = self._send(torch.tensor(columns))
+        self.state.bounds[slots, 0, 0, 0] = 0
+        self.state.bounds[slots, 0, 0, 1] = lengths.int() + 1
+        self._begin(slots, numbers, lengths, steps, logits[index])
+
+    def _prefill(
+        self, texts: list[torch.Tensor], last: torch.Tensor
+    ) -> tuple[torch.Tensor, DynamicCache]:
+        """Run texts as one row in which each sees itself alone.
+
+        Args:
+            texts: token ids [T_i] of n texts.
+            last: [n], where each ends in the row.
+
+        Returns:
+            Logits [n, V] after the texts, and the row's cache.
+        """
+        lengths = [len(text) for text in texts]
+        numbers = torch.arange(len(texts)).repeat_interleave(torch.tensor(lengths))
+        positions = torch.cat([torch.arange(length) for length in lengths])
+        ids, positions, numbers = self._send(torch.stack([torch.cat(texts), positions, numbers]))
+        last = self._send(last)
+        inputs = dict(input_ids=ids[None], position_ids=positions[None], use_cache=True)
+        if len(texts) > 1:
+            inputs["attention_mask"] = self._packed_mask(numbers)
+        keeps = forward_takes(self.model, "logits_to_keep")
+        if keeps:
+            inputs["logits_to_keep"] = last
+        cache = DynamicCache()  # caches whole texts, in layers with sliding windows too
+        logits = self.model(**inputs, **{cache_argument(self.model): cache}).logits[0]
+        return logits if keeps else logits[last], cache
+
+    def _packed_mask(self, numbers: torch.Tensor) -> torch.Tensor | dict[str, torch.Tensor]:
+        """Return the mask of a row of texts, as the model takes it.
+
+        Args:
+            numbers: [T], the text of each token.
+        """
+        places = torch.arange(len(numbers), device=numbers.device)
+        distance = places[:, None] - places
+        mask = (numbers[:, None] == numbers) & (distance >= 0)
+        if self.window is None:
+            return mask[None, None]
+        near = mask & (distance < self.window)
+        return by_layer(self.model, mask[None, None], near[None, None])
+
+    def _copy_to_pages(
+        self,
+        cache: DynamicCache,
+        texts: list[torch.Tensor],
+        copied: list[tuple[int, int, int]],
+    ) -> None:
+        """Copy prefilled texts to the pages of their slots.
+
+        Args:
+            cache: of the row of texts.
+            texts: token ids [T_i].
+            copied: a slot, the number of its text, and the first position to copy.
+        """
+        starts = [0]
+        for text in texts:
+            starts.append(starts[-1] + len(text))
+        parts = []
+        for slot, number, first in copied:
+            positions = torch.arange(first, len(texts[number]))
+            pages = self._pages.table[slot].long()[positions // PAGE]
+            parts.append(torch.stack([starts[number] + positions, pages, positions % PAGE]))
+        sources, pages, offsets = self._send(torch.cat(parts, dim=1))
+        shapes = [(layer.keys, layer.values) for layer in cache.layers]
+        self._cache_for(shapes).fill(cache, sources, pages, offsets)
+
+    def _check_prefill(self, logits: torch.Tensor, texts: list[torch.Tensor]) -> None:
+        """Compare texts in one row with the longest of them alone.
+
+        Raises:
+            GraphMismatch: the logits differ.
+        """
+        longest = max(range(len(texts)), key=lambda number: len(texts[number]))
+        ids = self._send(texts[longest])[None]
+        expected, _ = prefill(self.model, ids, torch.ones_like(ids))
+        gap = logit_gap(logits[longest : longest + 1], expected)
+        if self.group is not None:
+            gap = self.group.gather(gap).max()
+        if not gap.item() <= TOLERANCE[expected.dtype]:
+            raise GraphMismatch(
+                f"logits of prompts in one row differ by {gap.item():.3g} standard deviations"
+            )
+
+    def _reserve(self, queue: ResponseQueue) -> None:
+        """Give every busy slot the pages of its next AHEAD steps, once in so many steps."""
+        if self.stats.steps % AHEAD:
+            return
+        missing = self._missing()
+        if sum(missing.values()) > self._pages.num_free:
+            missing = self._make_room(queue)
+        for slot in missing:
+            self._pages.grow(slot, self._needed(slot))
+
+    def _needed(self, slot: int) -> int:
+        """Return the positions that a slot may fill in its next AHEAD steps."""
+        return min(self._offsets[slot] + self.stats.steps + AHEAD, self._most[slot])
+
+    def _missing(self) -> dict[int, int]:
+        """Return how many pages each busy slot needs before its next AHEAD steps."""
+        return {
+            slot: self._pages.missing(slot, self._needed(slot))
+            for slot, number in enumerate(self._held)
+            if number != FREE
+        }
+
+    def _make_room(self, queue: ResponseQueue) -> dict[int, int]:
+        """Free pages: those of responses that have ended, then those of the newest responses.
+
+        Returns:
+            ``_missing`` after that, which the free pages can meet.
+        """
+        finished, steps = self.state.finished.tolist(), self.state.steps.tolist()
+        for slot, number in enumerate(self._held):
+            if number != FREE and finished[slot]:
+                self._free(slot)
+        missing = self._missing()
+        while sum(missing.values()) > self._pages.num_free:
+            slot = min(missing, key=lambda slot: (steps[slot], -slot))
+            del missing[slot]
+            number = self._held[slot]
+            queue.put_back(number, self.state.tokens[number, : steps[slot]].cpu())
+            self.state.finished[slot] = True
+            self._free(slot)
+            self.stats.preempted += 1
+        return missing
+
+    def _free(self, slot: int) -> None:
+        """Let a slot take another response. Until then it writes to the spare page."""
+        super()._free(slot)
+        self._pages.free(slot)
+
+    def _keep_cache(self, kept: list[int], index: torch.Tensor) -> None:
+        """Move the pages of the slots `kept` to the front of the table."""
+        self._pages.keep(kept)
+        self._offsets = [self._offsets[slot] for slot in kept]
+        self._most = [self._most[slot] for slot in kept]
 
     def _sees_at_once(self) -> bool:
         return False
@@ -174,8 +462,8 @@ class GraphSlotDecoder(SlotDecoder):
 
     def _newest(self, rows: int) -> list[tuple[torch.Tensor, tuple]]:
         """Return each layer's keys and values, with the index of the newest tokens in them."""
-        newest = self.state.bounds[:rows, 0, 0, 1].long() - 1
-        index = (torch.arange(rows, device=newest.device), slice(None), newest)
+        bounds = self.state.bounds[:rows, 0, 0]
+        index = place(bounds[:, 2:], bounds[:, 1] - 1)
         return [
             (buffer, index) for layer in self.cache.layers for buffer in (layer.keys, layer.values)
         ]

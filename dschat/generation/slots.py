@@ -9,8 +9,10 @@ number of slots: each response has its own random stream.
 a CUDA graph.
 """
 
+import contextlib
 import time
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
 import torch
@@ -53,7 +55,8 @@ class SlotState:
 
     token: torch.Tensor  # [N, 1] int64, the newest token
     positions: torch.Tensor  # [N, 1] int64, its position id
-    # [N, 1, 1, 2] int32, the cache positions that a slot attends to: the first, and the end
+    # [N, 1, 1, 2 + P] int32, the cache positions that a slot attends to: the first, and the end;
+    # then the numbers of its pages, if the cache has pages
     bounds: torch.Tensor
     steps: torch.Tensor  # [N] int64, response tokens so far
     response: torch.Tensor  # [N] int64, the number of the response
@@ -63,14 +66,17 @@ class SlotState:
     logprobs: torch.Tensor  # [Q + 1, R] fp32
 
     @classmethod
-    def allocate(cls, *, slots: int, responses: int, num_new: int, device) -> "SlotState":
-        """Allocate the state of N = `slots`, Q = `responses` and R = `num_new`."""
+    def allocate(
+        cls, *, slots: int, responses: int, num_new: int, device, pages: int = 0
+    ) -> "SlotState":
+        """Allocate the state of N = `slots`, Q = `responses`, R = `num_new` and P = `pages`."""
         whole = dict(dtype=torch.int64, device=device)
+        # An idle slot attends to one position, so that its softmax is defined.
+        bounds = torch.tensor([0, 1] + [0] * pages, dtype=torch.int32, device=device)
         return cls(
             token=torch.zeros(slots, 1, **whole),
             positions=torch.zeros(slots, 1, **whole),
-            # An idle slot attends to one position, so that its softmax is defined.
-            bounds=torch.tensor([0, 1], dtype=torch.int32, device=device).repeat(slots, 1, 1, 1),
+            bounds=bounds.repeat(slots, 1, 1, 1),
             steps=torch.zeros(slots, **whole),
             response=torch.zeros(slots, **whole),
             finished=torch.ones(slots, dtype=torch.bool, device=device),
@@ -104,6 +110,8 @@ class SlotStats:
     stepped_slots: int = 0  # summed over steps, slots that a step computes
     tokens: int = 0  # response tokens
     refills: int = 0  # prefills of newcomers while other slots were busy
+    preempted: int = 0  # responses that gave their pages to others, to continue later
+    pages_used: float = 1.0  # largest share of the cache that was in use
     prefill_s: float = 0.0
     total_s: float = 0.0
 
@@ -116,6 +124,8 @@ class SlotStats:
             "rollout/slots_busy": drawn / max(self.stepped_slots, 1),
             "rollout/decode_steps": float(self.steps),
             "rollout/refills": float(self.refills),
+            "rollout/cache_used": self.pages_used,
+            "rollout/preempted": float(self.preempted),
             "rollout/prefill_share": self.prefill_s / max(self.total_s, 1e-9),
             "rollout/tokens_per_s": self.tokens / max(self.total_s, 1e-9),
         }
@@ -125,13 +135,18 @@ class SlotStats:
         return (
             f"{self.responses} answers, {self.tokens} tokens, "
             f"{found['rollout/tokens_per_s']:.0f} tokens/s; {self.slots} slots, "
-            f"{100 * found['rollout/slots_busy']:.0f}% busy; {self.refills} refills, prefill "
-            f"{100 * found['rollout/prefill_share']:.0f}% of {self.total_s:.1f} s"
+            f"{100 * found['rollout/slots_busy']:.0f}% busy; cache "
+            f"{100 * self.pages_used:.0f}% used, {self.preempted} answers preempted; "
+            f"{self.refills} refills, prefill {100 * found['rollout/prefill_share']:.0f}% of "
+            f"{self.total_s:.1f} s"
         )
 
 
 class ResponseQueue:
-    """Responses that wait for a slot, in the order of their prompts."""
+    """Responses that wait for a slot, in the order of their prompts.
+
+    All tensors are on the host.
+    """
 
     def __init__(self, batches: list[Prompts], copies: int):
         """
@@ -139,16 +154,37 @@ class ResponseQueue:
             batches: prompts.
             copies: responses to each prompt; they have adjacent numbers.
         """
+        self.device = batches[0][0].device
         # A position that is hidden inside a prompt has no position id, so it can be left out.
-        self.prompts = [row[mask.bool()] for ids, masks in batches for row, mask in zip(ids, masks)]
+        self.prompts = [
+            row[mask]
+            for ids, masks in batches
+            for row, mask in zip(ids.cpu(), masks.bool().cpu(), strict=True)
+        ]
         self.copies = copies
         self.waiting = deque(range(len(self.prompts) * copies))
         self.num_responses = len(self.waiting)
         self.longest = max(map(len, self.prompts))
+        self._begun: dict[int, torch.Tensor] = {}
 
     def take(self, count: int) -> list[int]:
         """Remove and return the numbers of the next `count` responses, or of all that are left."""
         return [self.waiting.popleft() for _ in range(min(count, len(self.waiting)))]
+
+    def put_back(self, response: int, tokens: torch.Tensor) -> None:
+        """Let a response that has the first `tokens` [n] already wait before all others."""
+        self.waiting.appendleft(response)
+        self._begun[response] = tokens
+
+    def begun(self, response: int) -> int:
+        """Return the number of tokens that a response has already."""
+        return len(self._begun.get(response, ()))
+
+    def text(self, response: int) -> torch.Tensor:
+        """Return the prompt of a response and the tokens that it has already, [T]."""
+        prompt = self.prompts[response // self.copies]
+        tokens = self._begun.get(response)
+        return prompt if tokens is None else torch.cat([prompt, tokens])
 
     def length_group(self, response: int) -> int:
         """Return a number that responses to prompts of similar length share."""
@@ -241,6 +277,7 @@ class SlotDecoder:
         self._since = [0] * rows
         self._refill(queue)
         while self._is_busy():
+            self._reserve(queue)
             rows = self._shrink(rows, queue)
             self._step(rows)
             self.stats.steps += 1
@@ -269,7 +306,7 @@ class SlotDecoder:
         self, queue: ResponseQueue, generation: GenerationConfig, rows: int, seed: int
     ) -> None:
         """Set up sampler and state for `rows` slots. The cache follows with the first prefill."""
-        device = queue.prompts[0].device
+        device = queue.device
         self.sampler = Sampler(generation, device, self.agree)
         self.cache = None
         self._cache_size = (rows, queue.longest + generation.max_new_tokens)
@@ -299,14 +336,29 @@ class SlotDecoder:
             enough = max(1, len(self._held) // REFILL_SHARE)
             if len(free) < min(enough, len(queue.waiting)):
                 return
+            responses = queue.take(self._admitted(queue, len(free)))
+            if not responses:
+                return
             self.stats.refills += self._is_busy()
-            started = time.monotonic()
-            responses = queue.take(len(free))
-            self._fill(queue, free[: len(responses)], responses)
-            self.stats.prefill_s += time.monotonic() - started
+            with self._prefill_clock():
+                self._fill(queue, free[: len(responses)], responses)
             if not self._sees_at_once():
                 return
             self._free_finished()  # a first token may end its response
+
+    def _admitted(self, queue: ResponseQueue, free: int) -> int:
+        """Return how many of the next responses have room, given so many free slots."""
+        return free
+
+    def _reserve(self, queue: ResponseQueue) -> None:
+        """Make room for the next step of all busy slots."""
+
+    @contextlib.contextmanager
+    def _prefill_clock(self) -> Iterator[None]:
+        """Count the time of a prefill."""
+        started = time.monotonic()
+        yield
+        self.stats.prefill_s += time.monotonic() - started
 
     def _fill(self, queue: ResponseQueue, slots: list[int], responses: list[int]) -> None:
         """Start `responses` in `slots`. Prompts of similar length are prefilled together."""
@@ -325,29 +377,48 @@ class SlotDecoder:
         """
         owners = [number // queue.copies for _, number in pairs]
         prompts = list(dict.fromkeys(owners))
-        ids, masks = queue.batch(prompts)
+        device = queue.device
+        ids, masks = (tensor.to(device) for tensor in queue.batch(prompts))
         logits, cache = prefill(self.model, ids, masks, whole=True)
-        device = ids.device
         slots, numbers = (torch.tensor(column, device=device) for column in zip(*pairs))
         rows = torch.tensor([prompts.index(owner) for owner in owners], device=device)
         num_prompt = ids.shape[1]
         shapes = [(layer.keys, layer.values) for layer in cache.layers]
         self._cache_for(shapes).fill(cache, slots, rows, end=num_prompt)
-        new, logprobs = self._sample(logits[rows], numbers, torch.zeros_like(numbers))
         lengths = masks.sum(-1)[rows]
-        s = self.state
-        s.response[slots] = numbers
-        s.steps[slots] = 1
-        s.token[slots, 0] = new
-        s.positions[slots, 0] = lengths
-        s.bounds[slots, 0, 0, 0] = (num_prompt - lengths).int()
-        s.bounds[slots, 0, 0, 1] = num_prompt + 1
-        s.finished[slots] = self.sampler.is_end(new) | (s.tokens.shape[1] == 1)
-        s.tokens[numbers, 0] = new
-        s.logprobs[numbers, 0] = logprobs
+        self.state.bounds[slots, 0, 0, 0] = (num_prompt - lengths).int()
+        self.state.bounds[slots, 0, 0, 1] = num_prompt + 1
+        self._begin(slots, numbers, lengths, torch.zeros_like(numbers), logits[rows])
         for slot, number in pairs:
             self._held[slot] = number
             self._since[slot] = self.stats.steps
+
+    def _begin(
+        self,
+        slots: torch.Tensor,
+        numbers: torch.Tensor,
+        lengths: torch.Tensor,
+        steps: torch.Tensor,
+        logits: torch.Tensor,
+    ) -> None:
+        """Draw the next tokens of prefilled texts, and write the state of their slots.
+
+        Args:
+            slots: [n].
+            numbers: [n], the responses.
+            lengths: [n], tokens of the texts.
+            steps: [n], response tokens in the texts.
+            logits: [n, V] after the texts.
+        """
+        new, logprobs = self._sample(logits, numbers, steps)
+        s = self.state
+        s.response[slots] = numbers
+        s.steps[slots] = steps + 1
+        s.token[slots, 0] = new
+        s.positions[slots, 0] = lengths
+        s.finished[slots] = self.sampler.is_end(new) | (steps + 1 >= s.tokens.shape[1])
+        s.tokens[numbers, steps] = new
+        s.logprobs[numbers, steps] = logprobs
 
     def _sample(self, logits, numbers, steps) -> tuple[torch.Tensor, torch.Tensor]:
         """Choose tokens [n] and their logprobs for responses [n] that have `steps` [n] tokens."""
@@ -384,11 +455,15 @@ class SlotDecoder:
     def _logits(self, rows: int) -> torch.Tensor:
         """Return the logits [rows, V] after the newest tokens of the first slots."""
         s = self.state
-        bounds = s.bounds[:rows, 0, 0].long()
+        bounds = s.bounds[:rows, 0, 0, :2].long()
         width = int(bounds[:, 1].max())
-        self.cache.start(rows=rows, filled=width - 1, newest=bounds[:, 1] - 1)
+        self._open_cache(rows, filled=width - 1, newest=bounds[:, 1] - 1)
         mask = self._masks(bounds, width)
         return decode_step(self.model, s.token[:rows, 0], mask, self.cache, s.positions[:rows])
+
+    def _open_cache(self, rows: int, *, filled: int, newest: torch.Tensor) -> None:
+        """Let the first `rows` slots write their next tokens at the positions `newest` [rows]."""
+        self.cache.start(rows=rows, filled=filled, newest=newest)
 
     def _masks(self, bounds: torch.Tensor, width: int) -> torch.Tensor | dict[str, torch.Tensor]:
         """Return the attention mask of slots with `bounds` [n, 2], as the model takes it.
@@ -397,7 +472,7 @@ class SlotDecoder:
         slot to slot. So models with sliding windows get one mask for each kind of layer.
         """
         places = torch.arange(width, device=bounds.device)
-        first, end = bounds[:, :1], bounds[:, 1:]
+        first, end = bounds[:, :1], bounds[:, 1:2]
         mask = (places >= first) & (places < end)
         if self.window is None:
             return mask.long()
@@ -427,7 +502,11 @@ class SlotDecoder:
         for slot, number in enumerate(self._held):
             # A slot that was filled after that step has another response by now.
             if number != FREE and finished[slot] and self._since[slot] <= steps:
-                self._held[slot] = FREE
+                self._free(slot)
+
+    def _free(self, slot: int) -> None:
+        """Let a slot take another response."""
+        self._held[slot] = FREE
 
     def _shrink(self, rows: int, queue: ResponseQueue) -> int:
         """Return how many slots to step, after dropping the free ones if nothing waits."""
@@ -443,7 +522,11 @@ class SlotDecoder:
         """Move the slots `kept` to the front. The others are not used any more."""
         index = torch.tensor(kept, device=self.state.finished.device)
         self.state.move(index)
-        for layer in self.cache.layers:
-            layer.keep(index)
+        self._keep_cache(kept, index)
         self._held = [self._held[slot] for slot in kept]
         self._since = [self._since[slot] for slot in kept]
+
+    def _keep_cache(self, kept: list[int], index: torch.Tensor) -> None:
+        """Move what the slots `kept`, as a list and as `index` [n], have cached to the front."""
+        for layer in self.cache.layers:
+            layer.keep(index)

@@ -165,6 +165,19 @@ SHAPES: dict[str, Shape] = {
     "llama-2-7b": _llama2(4096, 32, 32, 11008),
     "llama-2-13b": _llama2(5120, 40, 40, 13824),
     "llama-2-70b": _llama2(8192, 80, 64, 28672, kv_heads=8),
+    # Llama 3 (Grattafiori et al. 2024, table 3).
+    "llama-3-8b": Shape(
+        "llama",
+        4096,
+        32,
+        32,
+        14336,
+        vocab=128256,
+        positions=8192,
+        tied=False,
+        kv_heads=8,
+        rope_theta=500000.0,
+    ),
     # Base models of DeepSpeed-Chat's scripts for other languages, and its own checkpoints.
     "bloom-1b1": Shape("bloom", 1536, 24, 16, 6144, vocab=250880, positions=2048, tied=True),
     "mgpt": Shape("gpt2", 2048, 24, 16, 8192, vocab=100000, positions=2048, tied=True),

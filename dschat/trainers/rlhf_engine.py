@@ -176,6 +176,7 @@ class DeepSpeedRLHFEngine:
             release_cache=system.release_inference_cache,
             max_rows=rows,
             slots=rows if system.generation_slots else 0,
+            cache_gib=system.generation_cache_gib,
             max_length=data.max_prompt_seq_len + data.max_answer_seq_len,
             group=tensor_group(system.inference_tp_size),
             gather_layers=system.tp_gather_partition_size if system.inference_tp_size > 1 else 1,

@@ -47,3 +47,29 @@ def test_the_kernel_writes_inside_its_buffers(width):
         k, v = (t[row, :, first:end].repeat_interleave(2, 0) for t in (key, value))
         expected = (0.2 * query[row] @ k.transpose(-1, -2)).softmax(-1) @ v
         assert torch.allclose(found[row], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("heads", [2, 8], ids=["no groups", "groups"])
+@pytest.mark.parametrize("rows, pages", [(3, 5), (3, 40)], ids=["short", "split"])
+def test_pages_give_what_one_buffer_gives(heads, rows, pages):
+    """The pages lie in any order, some rows share their first, and windows begin anywhere."""
+    torch.manual_seed(0)
+    page, width = attention.PAGE, 24
+    numbers = 1 + torch.randperm(rows * pages).view(rows, pages)
+    numbers[1, :2] = numbers[0, :2]
+    memory_k, key = poisoned(rows * pages + 1, 2, page, width)
+    memory_v, value = poisoned(rows * pages + 1, 2, page, width)
+    query = torch.randn(rows, heads, 1, width, device=DEVICE)
+    new_key, new_value = (torch.randn(rows, 2, 1, width, device=DEVICE) for _ in range(2))
+    edges = torch.tensor([[0, 2 * page + 1], [page + 7, 3 * page], [page - 1, pages * page]])
+    bounds = torch.cat([edges, numbers], 1).to(DEVICE, torch.int32)[:, None, None]
+    found = attention.decode_attention(query, key, value, new_key, new_value, bounds, 0.2)
+    for memory in (memory_k, memory_v):
+        assert (memory[:BORDER] == POISON).all() and (memory[-BORDER:] == POISON).all()
+    for row, (first, end) in enumerate(edges.tolist()):
+        k, v = (t[numbers[row]].transpose(0, 1).flatten(1, 2) for t in (key, value))
+        assert torch.equal(k[:, end - 1], new_key[row, :, 0])
+        assert torch.equal(v[:, end - 1], new_value[row, :, 0])
+        k, v = (t[:, first:end].repeat_interleave(heads // 2, 0) for t in (k, v))
+        expected = (0.2 * query[row] @ k.transpose(-1, -2)).softmax(-1) @ v
+        assert torch.allclose(found[row], expected, atol=1e-4)

@@ -5,6 +5,9 @@ bounds [first, end) for each row in device memory. It reads neither left padding
 end, and one captured CUDA graph serves every length. Long rows are split over several programs
 (Flash-Decoding, Dao et al. 2023); a second kernel joins their parts. The kernel also writes the
 token's key and value to the cache, which would otherwise be two launches per layer.
+
+A cache is one buffer for each row, or pages of PAGE positions that any row may use
+(PagedAttention, Kwon et al. 2023). The numbers of a row's pages then come after its bounds.
 """
 
 from collections.abc import Mapping
@@ -26,6 +29,7 @@ except ImportError:  # torch's CPU builds do not include it
 NAME = "dschat_decode"
 PROGRAMS = 512  # programs to aim for: four on each multiprocessor of an H100
 MAX_SPLITS = 16
+PAGE = 64  # positions of a page; a multiple of what a program reads at a time
 # Arguments of transformers' attention that change the scores: caps, sinks, biases by position.
 UNKNOWN_TERMS = ("softcap", "s_aux", "position_bias", "head_mask")
 
@@ -80,8 +84,9 @@ def attention_forward(
         module: the model's attention module.
         query: [B, H, T, D].
         key, value: [B, K, L, D].
-        attention_mask: bounds [B, 1, 1, 2] int32 for a decode step (T = 1), else a mask as sdpa
-            takes it. A decode step writes the key and value in `newest_token` to `key` and `value`.
+        attention_mask: bounds [B, 1, 1, 2 + P] int32 for a decode step (T = 1), else a mask as
+            sdpa takes it. A decode step writes the key and value in `newest_token` to `key` and
+            `value`, which are the cache as ``decode_attention`` takes it.
         dropout, scaling: as sdpa takes them.
         kwargs: sliding_window, positions that the newest token attends to, itself included; None
             or absent: all.
@@ -99,11 +104,13 @@ def attention_forward(
         )
     window = kwargs.get("sliding_window")
     if window is not None:
-        first, end = attention_mask.unbind(-1)
-        attention_mask = torch.stack([torch.maximum(first, end - window), end], dim=-1)
+        first, end = attention_mask[..., :1], attention_mask[..., 1:2]
+        first = torch.maximum(first, end - window)
+        attention_mask = torch.cat([first, attention_mask[..., 1:]], dim=-1)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     new_key, new_value = newest_token.take()
-    refuse_unfit(query, key, value, new_key, new_value, terms=kwargs)
+    paged = attention_mask.shape[-1] > 2
+    refuse_unfit(query, key, value, new_key, new_value, paged=paged, terms=kwargs)
     output = decode_attention(query, key, value, new_key, new_value, attention_mask, scale)
     return output.transpose(1, 2), None
 
@@ -115,6 +122,7 @@ def refuse_unfit(
     new_key: torch.Tensor,
     new_value: torch.Tensor,
     *,
+    paged: bool = False,
     terms: Mapping[str, Any],
 ) -> None:
     """Check that ``decode_attention`` computes this attention, and stays inside the cache.
@@ -125,6 +133,7 @@ def refuse_unfit(
 
     Args:
         query, key, value, new_key, new_value: as ``decode_attention`` takes them.
+        paged: whether the cache has pages.
         terms: further arguments of the model's attention, by name.
 
     Raises:
@@ -138,7 +147,7 @@ def refuse_unfit(
         tokens == 1
         and kv_heads > 0
         and heads % kv_heads == 0
-        and key.shape[0] >= batch
+        and (key.shape[2] == PAGE if paged else key.shape[0] >= batch)
         and key.shape[1:] == value.shape[1:] == cached
         and new_key.shape == new_value.shape == newest
         and key.stride(-1) == value.stride(-1) == 1
@@ -169,10 +178,11 @@ def decode_attention(
 
     Args:
         query: [B, H, 1, D].
-        key, value: the cache, [N, K, L, D] with N >= B and H a multiple of K; the last dimension is
-            contiguous.
+        key, value: the cache, [N, K, L, D] with N >= B and H a multiple of K; with pages, [number
+            of pages, K, PAGE, D]. The last dimension is contiguous.
         new_key, new_value: [B, K, 1, D].
-        bounds: [B, 1, 1, 2] int32, first and end of each row; end > first.
+        bounds: [B, 1, 1, 2 + P] int32, first and end of each row; end > first. With pages, the
+            number of the page that holds positions [PAGE i, PAGE (i + 1)) is element 2 + i.
         scale: factor of the scores.
 
     Returns:
@@ -188,7 +198,9 @@ def decode_attention(
         itemsize=query.element_size(),
         shared=limits.shared_bytes,
     )
-    splits = max(1, min(MAX_SPLITS, PROGRAMS // (batch * kv_heads), key.shape[2] // block))
+    pages = bounds.shape[-1] - 2
+    longest = pages * PAGE if pages else key.shape[2]
+    splits = max(1, min(MAX_SPLITS, PROGRAMS // (batch * kv_heads), longest // block))
     query = query.reshape(batch, heads, width).contiguous()
     out = torch.empty_like(query)
     parts = torch.empty(batch, heads, splits, width, dtype=torch.float32, device=query.device)
@@ -199,7 +211,7 @@ def decode_attention(
         value,
         new_key.contiguous(),
         new_value.contiguous(),
-        bounds,
+        bounds.contiguous(),
         out,
         parts,
         sums,
@@ -213,6 +225,8 @@ def decode_attention(
         PADDED=limits.next_power_of_two(width),
         BLOCK=block,
         SPLITS=splits,
+        PAGES=pages,
+        PAGE=PAGE,
         num_warps=1 if width <= 64 else 2,
         num_stages=num_stages,
     )
@@ -256,12 +270,22 @@ if triton is not None:
         PADDED: tl.constexpr,
         BLOCK: tl.constexpr,
         SPLITS: tl.constexpr,
+        PAGES: tl.constexpr,
+        PAGE: tl.constexpr,
     ):
         b = (tl.program_id(0) // KV_HEADS).to(tl.int64)
         h = (tl.program_id(0) % KV_HEADS).to(tl.int64)
         split = tl.program_id(1)
         # The part of the cache that is read ends before the new token.
-        first, newest = tl.load(bounds + 2 * b), tl.load(bounds + 2 * b + 1) - 1
+        bounds += (2 + PAGES) * b
+        low, newest = tl.load(bounds), tl.load(bounds + 1) - 1
+        if PAGES > 0:
+            first = low // BLOCK * BLOCK  # no block reaches into a second page
+        else:
+            first = low
+            # The row's own buffer.
+            key += b * key_b
+            value += b * value_b
         share = tl.cdiv(tl.cdiv(newest - first, SPLITS), BLOCK) * BLOCK
         first += split * share
         end = tl.minimum(newest, first + share)
@@ -275,28 +299,37 @@ if triton is not None:
         takes = (split == 0) & (d < WIDTH)
         new_k = tl.load(new_key + (b * KV_HEADS + h) * WIDTH + d, mask=takes, other=0.0)
         new_v = tl.load(new_value + (b * KV_HEADS + h) * WIDTH + d, mask=takes, other=0.0)
-        tl.store(key + b * key_b + h * key_h + newest * key_l + d, new_k, mask=takes)
-        tl.store(value + b * value_b + h * value_h + newest * value_l + d, new_v, mask=takes)
+        new_key_at, new_value_at = key + newest * key_l, value + newest * value_l
+        if PAGES > 0:
+            page = tl.load(bounds + 2 + newest // PAGE).to(tl.int64)
+            new_key_at = key + page * key_b + newest % PAGE * key_l
+            new_value_at = value + page * value_b + newest % PAGE * value_l
+        tl.store(new_key_at + h * key_h + d, new_k, mask=takes)
+        tl.store(new_value_at + h * value_h + d, new_v, mask=takes)
         own = tl.sum(q.to(tl.float32) * new_k.to(tl.float32)[None, :], 1) * SCALE
         highest = tl.where(split == 0, own, -1e30)
         total = tl.where(split == 0, tl.full([ROWS], 1.0, tl.float32), 0.0)
         result = tl.zeros([ROWS, PADDED], tl.float32) + new_v.to(tl.float32)[None, :]
         for start in range(first, end, BLOCK):
             n = start + tl.arange(0, BLOCK)
-            live = (n < end)[:, None] & (d < WIDTH)[None, :]
-            k = tl.load(
-                key + b * key_b + h * key_h + n[:, None] * key_l + d[None, :], mask=live, other=0.0
+            inside = (n >= low) & (n < end)
+            live = inside[:, None] & (d < WIDTH)[None, :]
+            key_at, value_at = (
+                key + h * key_h + start * key_l,
+                value + h * value_h + start * value_l,
             )
-            v = tl.load(
-                value + b * value_b + h * value_h + n[:, None] * value_l + d[None, :],
-                mask=live,
-                other=0.0,
-            )
+            if PAGES > 0:
+                page = tl.load(bounds + 2 + start // PAGE).to(tl.int64)
+                key_at = key + page * key_b + h * key_h + start % PAGE * key_l
+                value_at = value + page * value_b + h * value_h + start % PAGE * value_l
+            m = tl.arange(0, BLOCK)[:, None]
+            k = tl.load(key_at + m * key_l + d[None, :], mask=live, other=0.0)
+            v = tl.load(value_at + m * value_l + d[None, :], mask=live, other=0.0)
             if ROWS == 1:
                 s = tl.sum(q.to(tl.float32) * k.to(tl.float32), 1)[None, :]
             else:
                 s = tl.dot(q, tl.trans(k), input_precision="ieee")
-            s = tl.where((n < end)[None, :], s * SCALE, -1e30)
+            s = tl.where(inside[None, :], s * SCALE, -1e30)
             higher = tl.maximum(highest, tl.max(s, 1))
             p = tl.exp2(s - higher[:, None])
             keep = tl.exp2(highest - higher)

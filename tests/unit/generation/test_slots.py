@@ -236,6 +236,39 @@ def test_out_of_memory_halves_the_slots_once(monkeypatch, caplog):
             assert hybrid.slots == 3 and "--generation_slots 3" in caplog.text
 
 
+@pytest.mark.parametrize("sampled", [False, True])
+def test_answers_that_lose_their_pages_continue(sampled):
+    """The cache holds a few of the answers that decode together."""
+    settings = dict(max_new_tokens=90, eos_token_id=list(range(5, 264, 50)))
+    settings |= dict(do_sample=True, top_k=0) if sampled else {}
+    engine = engine_of("llama")
+    torch.manual_seed(3)
+    expected = HybridEngine(engine, slots=4).decode_all(BATCHES, config(**settings))
+    row = hybrid_engine.cache_bytes(engine.module, rows=1, length=192, itemsize=4)
+    with graphs_on_cpu():
+        hybrid = with_graphs(engine, slots=40, max_length=192, cache_gib=4 * row / 2**30)
+        for _ in range(2):
+            torch.manual_seed(3)
+            check_same(hybrid.decode_all(BATCHES, config(**settings)), expected)
+        stats, pages = hybrid._stats, hybrid._decoder._pages
+    assert stats.preempted > 0 and stats.metrics()["rollout/cache_used"] > 0.9
+    assert pages.num_free == pages.num_pages - 1, "all pages should be free in the end"
+
+
+def test_samples_share_the_pages_that_their_prompt_fills():
+    engine = engine_of("llama")
+    batch = prompts(140, width=140)
+    settings = config(**SAMPLED | dict(num_return_sequences=8))
+    with graphs_on_cpu():
+        hybrid = with_graphs(engine, slots=8)
+        torch.manual_seed(3)
+        found = hybrid.decode_all([batch], settings)
+        table = hybrid._decoder._pages
+    torch.manual_seed(3)
+    check_same(found, HybridEngine(engine, slots=8).decode_all([batch], settings))
+    assert table.most_used == 2 + 8, "two pages of the prompt, and one for each answer"
+
+
 @pytest.mark.parametrize("fault", ["nothing is cached", "other attention"])
 def test_a_wrong_captured_step_is_noticed(fault, monkeypatch):
     engine = engine_of("llama")
