@@ -97,6 +97,13 @@ class StandInDecoder(GraphDecoder):
 class StandInSlotDecoder(GraphSlotDecoder):
     """A GraphSlotDecoder with stand-in graphs."""
 
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        step = self.prefills._row_step
+        self.prefills._row_step = lambda size, cache: record(
+            self, size, lambda _: step(size, cache)
+        )
+
     def _advance(self, rows: int) -> None:
         record(self, rows, super()._advance)
 

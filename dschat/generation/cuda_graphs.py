@@ -93,16 +93,24 @@ class StepGraphs:
         return key if fresh else None
 
     def get(
-        self, rows: int, *, step: Callable[[int], None], prepare: Callable[[], None], cache, state
+        self,
+        rows: int,
+        *,
+        step: Callable[[int], None],
+        prepare: Callable[[], None],
+        cache,
+        state,
+        name: str = "",
     ) -> torch.cuda.CUDAGraph:
         """Return the graph of a step of the first `rows` slots, captured at its first use.
 
         Args:
-            rows: slots of the step.
+            rows: slots of the step; another number that stands for it if it has a `name`.
             step: runs the step.
-            prepare: sets `state` such that a step writes the cache's last position only.
-            cache: the SlotCache of the step.
+            prepare: sets `state` such that a step writes to nothing in the cache that is read.
+            cache: the cache that the model receives in the step.
             state: a dataclass of buffers; the same after the call as before it.
+            name: of the step, for the log; default: a decode step.
 
         Raises:
             GraphMismatch: the model or GPU does not support graphs; for example, the model has
@@ -110,7 +118,8 @@ class StepGraphs:
         """
         if rows not in self._graphs:
             try:
-                self._graphs[rows] = self._capture(rows, step, prepare, cache, state)
+                name = name or f"a decode step of {rows} rows"
+                self._graphs[rows] = self._capture(rows, step, prepare, cache, state, name)
             except torch.OutOfMemoryError:
                 raise
             except attention.UnfitAttention as error:
@@ -123,20 +132,26 @@ class StepGraphs:
         return self._graphs[rows]
 
     def _capture(
-        self, rows: int, step: Callable[[int], None], prepare: Callable[[], None], cache, state
+        self,
+        rows: int,
+        step: Callable[[int], None],
+        prepare: Callable[[], None],
+        cache,
+        state,
+        name: str,
     ) -> torch.cuda.CUDAGraph:
         started = time.monotonic()
         if self._layers is not None:
             self._layers.cache = cache
         run_compiled = self._layers or contextlib.nullcontext()
-        saved = {name: buffer.clone() for name, buffer in vars(state).items()}
+        saved = {field: buffer.clone() for field, buffer in vars(state).items()}
         held = cache.layers[0].rows
         cache.start(rows=rows, filled=0, captured=True)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         # The draws of these steps must not count: a run that captures again, for example after it
         # has resumed, must sample the same.
-        device = cache.layers[0].keys.device
+        device = next(iter(saved.values())).device
         with (
             torch.random.fork_rng([device] if device.type == "cuda" else []),
             torch.cuda.stream(stream),
@@ -151,8 +166,8 @@ class StepGraphs:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool), run_compiled:
             step(rows)
-        for name, buffer in saved.items():
-            getattr(state, name).copy_(buffer)
+        for field, buffer in saved.items():
+            getattr(state, field).copy_(buffer)
         cache.start(rows=held, filled=0, captured=True)
         torch.cuda.synchronize()
         seconds = time.monotonic() - started
@@ -160,8 +175,8 @@ class StepGraphs:
         self.capture_s += seconds
         compiled = "with" if self.compiled else "without"
         logger.info(
-            f"Hybrid Engine: captured a decode step of {rows} rows {compiled} "
-            f"torch.compile in {seconds:.1f} s; KV cache {cache.nbytes / 2**30:.2f} GiB"
+            f"Hybrid Engine: captured {name} {compiled} torch.compile in {seconds:.1f} s"
+            + (f"; KV cache {cache.nbytes / 2**30:.2f} GiB" if cache.nbytes else "")
         )
         return graph
 

@@ -13,20 +13,19 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
-from transformers import DynamicCache, GenerationConfig
+from transformers import GenerationConfig
 
 from dschat.generation.cuda_graphs import AHEAD, SMALLEST, StepGraphs, check_step
-from dschat.generation.decoding import TOLERANCE, GraphMismatch, logit_gap, prefill
 from dschat.generation.kernels.attention import PAGE
 from dschat.generation.kernels.linear import plain_products
+from dschat.generation.packed_prefill import MAX_TEXTS, MAX_TOKENS, PackedPrefill
 from dschat.generation.pages import SPARE, PagedCache, PageTable, pages_for, place
 from dschat.generation.sampling import Sampler, keep_tokens
 from dschat.generation.slots import FREE, ResponseQueue, SlotDecoder, SlotState, by_layer
 from dschat.generation.tensor_parallel import TensorGroup
 from dschat.models.forward import takes_position_ids
-from dschat.models.structure import cache_argument, forward_takes
+from dschat.models.structure import cache_argument
 
-PREFILL_TOKENS = 2048  # of prompts that share a forward pass
 # Newcomers leave this share of the pages free, for the slots that are busy.
 RESERVE = 16
 
@@ -62,6 +61,10 @@ class GraphSlotDecoder(SlotDecoder):
         super().__init__(model, slots=slots, agree=keep_tokens if group is None else group.agree)
         self.group = group
         self.graphs = StepGraphs(model, compiled=compiled, group=group)
+        # Ranks of a group would have to capture at the same time.
+        self.prefills = PackedPrefill(
+            model, self.graphs, window=self.window, captures=group is None
+        )
         self.max_length = max_length
         self.cache_tokens = cache_tokens
         self.addresses: tuple[int, ...] = ()  # of the replica's weights now
@@ -93,6 +96,7 @@ class GraphSlotDecoder(SlotDecoder):
     def release(self) -> None:
         """Free graphs, cache and buffers. The next call allocates them again."""
         self.graphs.release()
+        self.prefills.clear()
         self.cache = self.state = self.sampler = None
         self._logits_seen = torch.empty(0)
 
@@ -119,13 +123,13 @@ class GraphSlotDecoder(SlotDecoder):
         if self.cache_tokens:
             pages = min(pages, max(per_slot, pages_for(self.cache_tokens)))
         if self._pages is not None and self._pages.table.shape[1] < per_slot:
-            self.graphs.clear()
+            self._clear_graphs()
             self.cache = self.state = None
         self._pages = PageTable(pages=pages + 1, slots=self.slots, pages_per_slot=per_slot)
         self._offsets = [0] * rows
         self._most = [0] * rows
         if self.state is None or len(self.state.tokens) <= queue.num_responses:
-            self.graphs.clear()
+            self._clear_graphs()
             self.state = SlotState.allocate(
                 slots=self.slots,
                 responses=queue.num_responses,
@@ -139,6 +143,11 @@ class GraphSlotDecoder(SlotDecoder):
                 AHEAD, self.slots, dtype=torch.bool, pin_memory=torch.cuda.is_available()
             )
         self._sizes = sorted({-(-rows // divisor) for divisor in (1, 2, 4, SMALLEST)})
+
+    def _clear_graphs(self) -> None:
+        """Free the graphs, whose buffers are about to change."""
+        self.graphs.clear()
+        self.prefills.clear()
 
     def _step(self, rows: int) -> None:
         """Replay the graph of one step, and have the flags of what has ended copied to the host."""
@@ -231,13 +240,13 @@ class GraphSlotDecoder(SlotDecoder):
         return free
 
     def _fill(self, queue: ResponseQueue, slots: list[int], responses: list[int]) -> None:
-        """Start `responses` in `slots`, with up to PREFILL_TOKENS tokens in a forward pass."""
+        """Start `responses` in `slots`, with up to MAX_TOKENS tokens in a forward pass."""
         pack: list[tuple[int, int]] = []
         tokens, owner = 0, None
         for slot, number in zip(slots, responses, strict=True):
             is_sample = number // queue.copies == owner and queue.begun(number) == 0
             new = 0 if is_sample else len(queue.text(number))
-            if pack and tokens + new > PREFILL_TOKENS:
+            if pack and (tokens + new > MAX_TOKENS or len(pack) == MAX_TEXTS):
                 self._start(queue, pack)
                 pack, tokens = [], 0
                 new = len(queue.text(number))
@@ -252,9 +261,9 @@ class GraphSlotDecoder(SlotDecoder):
         Samples of a prompt share its tokens in the row, and the pages that it fills.
         """
         texts: list[torch.Tensor] = []
-        first_slots: list[int] = []  # of each text
-        owners: dict[int, int] = {}  # the text of a prompt
-        rows, copied = [], []
+        text_slots: list[int] = []  # the first slot of each text
+        owners: dict[int, int] = {}  # the text of each prompt
+        rows: list[int] = []  # the text of each response
         for slot, number in pairs:
             text, prompt = queue.text(number), number // queue.copies
             begun = queue.begun(number)
@@ -262,25 +271,18 @@ class GraphSlotDecoder(SlotDecoder):
             self._since[slot] = self.stats.steps
             self._offsets[slot] = len(text) - self.stats.steps
             self._most[slot] = len(text) - begun + self.state.tokens.shape[1]
-            shared = 0
             if begun or prompt not in owners:
-                row = len(texts)
+                rows.append(len(texts))
                 texts.append(text)
-                first_slots.append(slot)
+                text_slots.append(slot)
                 if not begun:
-                    owners[prompt] = row
+                    owners[prompt] = rows[-1]
             else:
-                row = owners[prompt]
-                shared = len(text) // PAGE
-                self._pages.share(slot, first_slots[row], shared)
+                rows.append(owners[prompt])
+                self._pages.share(slot, text_slots[rows[-1]], len(text) // PAGE)
             self._pages.grow(slot, min(len(text) + AHEAD, self._most[slot]))
-            rows.append(row)
-            copied.append((slot, row, shared * PAGE))
-        last = torch.tensor([len(text) for text in texts]).cumsum(0) - 1
-        logits, cache = self._prefill(texts, last)
-        self._copy_to_pages(cache, texts, copied)
-        if self._unchecked:
-            self._check_prefill(logits, texts)
+        logits = self._prefill(texts, text_slots)
+        self._copy_last_pages(pairs, rows, text_slots, texts)
         columns = [
             [slot for slot, _ in pairs],
             [number for _, number in pairs],
@@ -293,88 +295,45 @@ class GraphSlotDecoder(SlotDecoder):
         self.state.bounds[slots, 0, 0, 1] = lengths.int() + 1
         self._begin(slots, numbers, lengths, steps, logits[index])
 
-    def _prefill(
-        self, texts: list[torch.Tensor], last: torch.Tensor
-    ) -> tuple[torch.Tensor, DynamicCache]:
-        """Run texts as one row in which each sees itself alone.
+    def _prefill(self, texts: list[torch.Tensor], slots: list[int]) -> torch.Tensor:
+        """Return the logits [n, V] after n texts, whose keys and values go to `slots`."""
+        pages, offsets = [], []
+        for slot, text in zip(slots, texts, strict=True):
+            positions = torch.arange(len(text))
+            pages.append(self._pages.table[slot].long()[positions // PAGE])
+            offsets.append(positions % PAGE)
+        return self.prefills.run(
+            texts,
+            torch.cat(pages),
+            torch.cat(offsets),
+            cache_for=self._cache_for,
+            check=self._unchecked,
+            send=self._send,
+        )
 
-        Args:
-            texts: token ids [T_i] of n texts.
-            last: [n], where each ends in the row.
-
-        Returns:
-            Logits [n, V] after the texts, and the row's cache.
-        """
-        lengths = [len(text) for text in texts]
-        numbers = torch.arange(len(texts)).repeat_interleave(torch.tensor(lengths))
-        positions = torch.cat([torch.arange(length) for length in lengths])
-        ids, positions, numbers = self._send(torch.stack([torch.cat(texts), positions, numbers]))
-        last = self._send(last)
-        inputs = dict(input_ids=ids[None], position_ids=positions[None], use_cache=True)
-        if len(texts) > 1:
-            inputs["attention_mask"] = self._packed_mask(numbers)
-        keeps = forward_takes(self.model, "logits_to_keep")
-        if keeps:
-            inputs["logits_to_keep"] = last
-        cache = DynamicCache()  # caches whole texts, in layers with sliding windows too
-        logits = self.model(**inputs, **{cache_argument(self.model): cache}).logits[0]
-        return logits if keeps else logits[last], cache
-
-    def _packed_mask(self, numbers: torch.Tensor) -> torch.Tensor | dict[str, torch.Tensor]:
-        """Return the mask of a row of texts, as the model takes it.
-
-        Args:
-            numbers: [T], the text of each token.
-        """
-        places = torch.arange(len(numbers), device=numbers.device)
-        distance = places[:, None] - places
-        mask = (numbers[:, None] == numbers) & (distance >= 0)
-        if self.window is None:
-            return mask[None, None]
-        near = mask & (distance < self.window)
-        return by_layer(self.model, mask[None, None], near[None, None])
-
-    def _copy_to_pages(
+    def _copy_last_pages(
         self,
-        cache: DynamicCache,
+        pairs: list[tuple[int, int]],
+        rows: list[int],
+        text_slots: list[int],
         texts: list[torch.Tensor],
-        copied: list[tuple[int, int, int]],
     ) -> None:
-        """Copy prefilled texts to the pages of their slots.
+        """Give each further sample of a prompt a copy of the prompt's last page.
 
-        Args:
-            cache: of the row of texts.
-            texts: token ids [T_i].
-            copied: a slot, the number of its text, and the first position to copy.
+        The pages before it are shared. The last one is not full, so answers write to it.
         """
-        starts = [0]
-        for text in texts:
-            starts.append(starts[-1] + len(text))
-        parts = []
-        for slot, number, first in copied:
-            positions = torch.arange(first, len(texts[number]))
-            pages = self._pages.table[slot].long()[positions // PAGE]
-            parts.append(torch.stack([starts[number] + positions, pages, positions % PAGE]))
-        sources, pages, offsets = self._send(torch.cat(parts, dim=1))
-        shapes = [(layer.keys, layer.values) for layer in cache.layers]
-        self._cache_for(shapes).fill(cache, sources, pages, offsets)
-
-    def _check_prefill(self, logits: torch.Tensor, texts: list[torch.Tensor]) -> None:
-        """Compare texts in one row with the longest of them alone.
-
-        Raises:
-            GraphMismatch: the logits differ.
-        """
-        longest = max(range(len(texts)), key=lambda number: len(texts[number]))
-        ids = self._send(texts[longest])[None]
-        expected, _ = prefill(self.model, ids, torch.ones_like(ids))
-        gap = logit_gap(logits[longest : longest + 1], expected)
-        if self.group is not None:
-            gap = self.group.gather(gap).max()
-        if not gap.item() <= TOLERANCE[expected.dtype]:
-            raise GraphMismatch(
-                f"logits of prompts in one row differ by {gap.item():.3g} standard deviations"
-            )
+        table = self._pages.table
+        copies = []
+        for (slot, _), row in zip(pairs, rows, strict=True):
+            place, rest = divmod(len(texts[row]), PAGE)
+            if slot != text_slots[row] and rest:
+                copies.append([table[text_slots[row], place], table[slot, place]])
+        if not copies:
+            return
+        sources, targets = self._send(torch.tensor(copies).T.contiguous())
+        for layer in self.cache.layers:
+            layer.keys[targets] = layer.keys[sources]
+            layer.values[targets] = layer.values[sources]
 
     def _reserve(self, queue: ResponseQueue) -> None:
         """Give every busy slot the pages of its next AHEAD steps, once in so many steps."""

@@ -200,21 +200,6 @@ class PagedCache(Cache):
             layer.newest = newest
             layer.table = table
 
-    def fill(
-        self, cache: Cache, sources: torch.Tensor, pages: torch.Tensor, offsets: torch.Tensor
-    ) -> None:
-        """Copy tokens [M] of a prefilled row to their places.
-
-        Args:
-            cache: keys and values of one row [1, heads, T, width].
-            sources: [M], tokens of the row.
-            pages: [M], their pages.
-            offsets: [M], their positions in the pages.
-        """
-        for paged, layer in zip(self.layers, cache.layers, strict=True):
-            paged.keys[pages, :, offsets] = layer.keys[0].transpose(0, 1)[sources]
-            paged.values[pages, :, offsets] = layer.values[0].transpose(0, 1)[sources]
-
 
 def place(table: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, slice, torch.Tensor]:
     """Return the index of one position of each slot in a buffer of pages.

@@ -64,6 +64,7 @@ def exponential_noise(
     Returns:
         [B, V] fp32, above 0.
     """
+    rows, steps = rows.contiguous(), steps.contiguous()
     noise = torch.empty(len(rows), vocab, dtype=torch.float32, device=rows.device)
     grid = (len(rows), -(-vocab // BLOCK))
     _exponential_noise[grid](seed, rows, steps, noise, vocab, BLOCK=BLOCK)

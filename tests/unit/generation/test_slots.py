@@ -10,6 +10,7 @@ from dschat.engine.hybrid_engine import HybridEngine, PlainGenerator
 from dschat.generation import slots as slots_module
 from dschat.generation.decoding import takes_graphs
 from dschat.generation.kernels import attention
+from dschat.generation.packed_prefill import PackedPrefill
 from dschat.generation.sampling import row_noise
 from dschat.generation.slots import ResponseQueue, SlotDecoder, takes_slots
 from dschat.models.causal_lm import load_causal_lm
@@ -251,6 +252,7 @@ def test_answers_that_lose_their_pages_continue(sampled):
             torch.manual_seed(3)
             check_same(hybrid.decode_all(BATCHES, config(**settings)), expected)
         stats, pages = hybrid._stats, hybrid._decoder._pages
+        assert hybrid._decoder.prefills._buffers, "rows of prompts should be captured"
     assert stats.preempted > 0 and stats.metrics()["rollout/cache_used"] > 0.9
     assert pages.num_free == pages.num_pages - 1, "all pages should be free in the end"
 
@@ -281,6 +283,20 @@ def test_a_wrong_captured_step_is_noticed(fault, monkeypatch):
 
     with graphs_on_cpu():
         monkeypatch.setattr(attention, "decode_attention", wrong)
+        hybrid = with_graphs(engine, slots=4)
+        check_same(hybrid.decode_all(BATCHES, config()), expected)
+        assert hybrid._decoder is None, "graphs should be off"
+
+
+def test_prompts_that_see_each_other_in_a_row_are_noticed(monkeypatch):
+    engine = engine_of("llama")
+    expected = PlainGenerator(engine).decode_all(BATCHES, config())
+    monkeypatch.setattr(
+        PackedPrefill,
+        "_mask",
+        lambda self, numbers: torch.ones(1, 1, *2 * numbers.shape).bool().tril(),
+    )
+    with graphs_on_cpu():
         hybrid = with_graphs(engine, slots=4)
         check_same(hybrid.decode_all(BATCHES, config()), expected)
         assert hybrid._decoder is None, "graphs should be off"
