@@ -263,7 +263,7 @@ class PPOConfig:
                 f"--generation_slots {system.generation_slots} needs --enable_hybrid_engine."
             )
         found += fields_at_least(system, ("generation_cache_gib",), 0)
-        if system.generation_cache_gib > 0 and system.generation_slots == 0:
+        if 0 < system.generation_cache_gib < math.inf and system.generation_slots == 0:
             found.append(
                 f"--generation_cache_gib {system.generation_cache_gib:g} needs --generation_slots."
             )

@@ -17,7 +17,7 @@ from dschat.generation.decoding import TOLERANCE, GraphMismatch, logit_gap, pref
 from dschat.generation.pages import SPARE, PagedCache
 from dschat.models.structure import cache_argument, forward_takes
 
-# Tokens of a captured row. Attention reads whole rows: in rows of 2,048 it would cost twice as much.
+# Tokens of a captured row. Attention reads whole rows, so long ones cost more per token.
 SIZES = (512, 1024)
 MAX_TOKENS = SIZES[-1]  # of texts that share a row
 MAX_TEXTS = 64
