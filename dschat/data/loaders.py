@@ -77,6 +77,41 @@ def make_loader(
     )
 
 
+def open_sft_rows(
+    data: SFTData, *, given: GivenTables | None = None
+) -> tuple[Stream | None, Sequence[Sequence[Row]]]:
+    """Open the rows of step 1; these need no tokenizer.
+
+    Returns:
+        The stream if the rows are streamed, and the training and evaluation rows.
+
+    Raises:
+        ValueError: for data that cannot be used.
+    """
+    if data.streaming:
+        stream = Stream(data, step=1, needs="chosen")
+        return stream, stream.first_rows()
+    whole = data.sft_only_data_path
+    return None, open_blends(data, step=1, needs="chosen", whole=whole, given=given)
+
+
+def open_pair_rows(
+    data: TextOptions, *, given: GivenTables | None = None
+) -> tuple[Stream | None, Sequence[Sequence[Row]]]:
+    """Open the rows of step 2 and of DPO, as ``open_sft_rows`` does."""
+    if data.streaming:
+        stream = Stream(data, step=2, needs="rejected")
+        return stream, stream.first_rows()
+    return None, open_blends(data, step=2, needs="rejected", given=given)
+
+
+def open_prompt_rows(
+    data: DataOptions, *, given: GivenTables | None = None
+) -> Sequence[Sequence[Row]]:
+    """Open the training and evaluation rows of step 3, as ``open_sft_rows`` does."""
+    return open_blends(data, step=3, needs="prompt", given=given)
+
+
 def build_sft_data(
     data: SFTData,
     tokenizer: PreTrainedTokenizerBase,
@@ -92,12 +127,7 @@ def build_sft_data(
     Raises:
         ValueError: for data that cannot be used, rows without an answer, or a part that is empty.
     """
-    stream = Stream(data, step=1, needs="chosen") if data.streaming else None
-    rows: Sequence[Sequence[Row]]
-    if stream is not None:
-        rows = stream.first_rows()
-    else:
-        rows = open_blends(data, step=1, needs="chosen", whole=data.sft_only_data_path, given=given)
+    stream, rows = open_sft_rows(data, given=given)
     options: dict[str, Any] = dict(
         max_seq_len=data.max_seq_len,
         prompt_format=data.prompt_format,
@@ -129,13 +159,7 @@ def build_pair_data(
         ValueError: for data that cannot be used, rows without a rejected answer, or a part that is
             empty.
     """
-    stream = Stream(data, step=2, needs="rejected") if data.streaming else None
-    rows: Sequence[Sequence[Row]]
-    if stream is not None:
-        rows = stream.first_rows()
-    else:
-        rows = open_blends(data, step=2, needs="rejected", given=given)
-    train_rows, eval_rows = rows
+    stream, (train_rows, eval_rows) = open_pair_rows(data, given=given)
     options: dict[str, Any] = dict(
         max_seq_len=data.max_seq_len,
         prompt_format=data.prompt_format,
@@ -163,7 +187,7 @@ def build_prompt_data(
     Raises:
         ValueError: for data that cannot be used, a part that is empty, or a single held-out prompt.
     """
-    rows = open_blends(data, step=3, needs="prompt", given=given)
+    rows = open_prompt_rows(data, given=given)
     options: dict[str, Any] = dict(
         max_prompt_len=max_prompt_len,
         prompt_format=data.prompt_format,

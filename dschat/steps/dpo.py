@@ -1,10 +1,11 @@
 """DPO: train the SFT model on preference pairs directly, without a reward model."""
 
 from collections.abc import Iterable
+from functools import partial
 
 from dschat.config.dpo import DPOConfig
 from dschat.data.collate import collate_pairs
-from dschat.data.loaders import GivenTables, build_pair_data, make_loaders
+from dschat.data.loaders import GivenTables, build_pair_data, make_loaders, open_pair_rows
 from dschat.models.causal_lm import load_causal_lm
 from dschat.tracking.callbacks import Callback
 from dschat.trainers.dpo import DPOObjective, build_reference
@@ -21,7 +22,8 @@ def run_dpo(
         given: rows in memory, see ``open_blends``.
         callbacks: called during the run.
     """
-    run = start_run(config, number=2, callbacks=callbacks)
+    open_rows = partial(open_pair_rows, config.data, given=given)
+    run = start_run(config, number=2, open_rows=open_rows, callbacks=callbacks)
     train_data, eval_data = build_pair_data(
         config.data, run.tokenizer, end_token_id=run.end_token_id, given=given
     )

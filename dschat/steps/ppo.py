@@ -13,10 +13,17 @@ from dschat.config.ppo import PPOConfig
 from dschat.config.ppo_options import MODEL_FOLDERS
 from dschat.data.collate import collate_prompts
 from dschat.data.datasets import PromptDataset
-from dschat.data.loaders import GivenTables, build_prompt_data, first_rows, make_loaders
+from dschat.data.loaders import (
+    GivenTables,
+    build_prompt_data,
+    first_rows,
+    make_loaders,
+    open_prompt_rows,
+)
 from dschat.data.ptx import PTXBatches, load_texts
 from dschat.engine.build import start_processes
 from dschat.engine.device import resolve_dtype
+from dschat.models.causal_lm import load_config
 from dschat.models.tokenizer import eos_token_ids, load_tokenizer
 from dschat.runtime import dist
 from dschat.runtime.log import logger
@@ -24,6 +31,7 @@ from dschat.runtime.seeds import seed_everything
 from dschat.tracking.callbacks import Callback, Callbacks
 from dschat.trainers.dynamic_sampling import ExtraPrompts
 from dschat.trainers.evaluation import PolicyEvaluator
+from dschat.trainers.inputs import Check, model_checks, with_other_faults
 from dschat.trainers.output_folder import (
     open_metrics,
     prepare_output_dir,
@@ -62,8 +70,9 @@ def run_ppo(
     checkpoint = find_checkpoint(config)
     seed_everything(run.seed)
     dtype = resolve_dtype(config.model.dtype, saved=saved_dtype(checkpoint))
-    tokenizer = actor_tokenizer(config)
-    plan = plan_rewards(config, tokenizer, functions=functions)
+    open_rows = partial(open_prompt_rows, config.data, given=given)
+    plan = load_plan(config, functions=functions, open_rows=open_rows)
+    tokenizer = plan.tokenizer
     planned = show_plan(config, dtype=dtype, rewards=plan.models_reading_actor_tokens())
     train_loader, eval_loader, ptx = load_data(config, tokenizer, given=given)
     rollouts = config.num_rollouts(len(train_loader) // config.batch.generation_batches)
@@ -214,6 +223,28 @@ def train(
     save(config, trainer, plan.tokenizer, plan.critic_tokenizer)
     if run.output_dir is not None:
         callbacks.on_save(Path(run.output_dir))
+
+
+def load_plan(
+    config: PPOConfig, *, functions: Mapping[str, Callable] | None, open_rows: Check
+) -> RewardPlan:
+    """Load the tokenizers and functions of a run, and check that its models can be loaded.
+
+    Raises:
+        ValueError: for one or more of the models, functions and data; tells all faults.
+    """
+    options = config.model
+    flag = "--actor_model_name_or_path"
+    try:
+        tokenizer = actor_tokenizer(config)
+        load_config(
+            options.actor_model_name_or_path,
+            flag=flag,
+            trust_remote_code=options.trust_remote_code,
+        )
+        return plan_rewards(config, tokenizer, functions=functions)
+    except ValueError as error:
+        raise with_other_faults(error, [*model_checks(options), open_rows]) from error
 
 
 def actor_tokenizer(config: PPOConfig):

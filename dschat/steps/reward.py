@@ -1,10 +1,17 @@
 """Step 2: train a reward model on preference pairs."""
 
 from collections.abc import Iterable
+from functools import partial
 
 from dschat.config.reward import RewardConfig
 from dschat.data.collate import collate_pairs
-from dschat.data.loaders import GivenTables, build_pair_data, first_rows, make_loaders
+from dschat.data.loaders import (
+    GivenTables,
+    build_pair_data,
+    first_rows,
+    make_loaders,
+    open_pair_rows,
+)
 from dschat.models.reward_model import load_reward_model
 from dschat.models.tokenizer import ensure_unambiguous_pad
 from dschat.runtime import dist
@@ -23,7 +30,8 @@ def run_reward(
         given: rows in memory, see ``open_blends``.
         callbacks: called during the run.
     """
-    run = start_run(config, number=2, callbacks=callbacks)
+    open_rows = partial(open_pair_rows, config.data, given=given)
+    run = start_run(config, number=2, open_rows=open_rows, callbacks=callbacks)
     # The saved model finds the last token by the pad id, so no text may contain the pad token.
     pad_id = ensure_unambiguous_pad(run.tokenizer)
     train_data, eval_data = build_pair_data(

@@ -1,10 +1,11 @@
 """Step 1: supervised fine-tuning of a causal language model on demonstrations."""
 
 from collections.abc import Iterable
+from functools import partial
 
 from dschat.config.sft import SFTConfig
 from dschat.data.collate import collate_text
-from dschat.data.loaders import GivenTables, build_sft_data, make_loaders
+from dschat.data.loaders import GivenTables, build_sft_data, make_loaders, open_sft_rows
 from dschat.models.causal_lm import load_causal_lm
 from dschat.tracking.callbacks import Callback
 from dschat.trainers.supervised import SFTObjective
@@ -21,7 +22,8 @@ def run_sft(
         given: rows in memory, see ``open_blends``.
         callbacks: called during the run.
     """
-    run = start_run(config, number=1, callbacks=callbacks)
+    open_rows = partial(open_sft_rows, config.data, given=given)
+    run = start_run(config, number=1, open_rows=open_rows, callbacks=callbacks)
     train_data, eval_data = build_sft_data(
         config.data, run.tokenizer, end_token_id=run.end_token_id, given=given
     )

@@ -22,6 +22,7 @@ from dschat.engine.build import (
 from dschat.engine.device import TORCH_DTYPES, on_cpu, resolve_dtype
 from dschat.engine.ds_config import training_config
 from dschat.engine.quantized import quantize_linears
+from dschat.models.causal_lm import load_config
 from dschat.models.dropout import disable_dropout
 from dschat.models.lora import adapted_layer_names, log_lora
 from dschat.models.packing import check_packing
@@ -32,6 +33,7 @@ from dschat.runtime import dist
 from dschat.runtime.log import logger
 from dschat.runtime.seeds import seed_everything
 from dschat.tracking.callbacks import Callback, Callbacks
+from dschat.trainers.inputs import Check, model_checks, with_other_faults
 from dschat.trainers.output_folder import (
     open_metrics,
     prepare_output_dir,
@@ -57,7 +59,9 @@ class SupervisedRun:
     callbacks: Callbacks = field(default_factory=Callbacks)
 
 
-def start_run(config, *, number: int, callbacks: Iterable[Callback] = ()) -> SupervisedRun:
+def start_run(
+    config, *, number: int, open_rows: Check, callbacks: Iterable[Callback] = ()
+) -> SupervisedRun:
     """Set up everything that a run needs before its data and its model.
 
     Joins the process group, checks the output folder, looks for a checkpoint, seeds, loads the
@@ -66,10 +70,12 @@ def start_run(config, *, number: int, callbacks: Iterable[Callback] = ()) -> Sup
     Args:
         config: SFTConfig, RewardConfig or DPOConfig.
         number: of the step.
+        open_rows: opens the data; called only to tell its faults together with the model's.
         callbacks: called during the run.
 
     Raises:
-        ValueError: the tokenizer, the output folder or the checkpoint cannot be used, or the run
+        ValueError: the model or its tokenizer (the message then has the data's fault, too), the
+            output folder or the checkpoint cannot be used, or the run
             does not fit the GPU.
     """
     device = start_processes(config.run.local_rank)
@@ -78,12 +84,20 @@ def start_run(config, *, number: int, callbacks: Iterable[Callback] = ()) -> Sup
     checkpoint = find_checkpoint(config)
     seed_everything(config.run.seed)
     model = config.model
-    tokenizer = load_tokenizer(
-        model.model_name_or_path,
-        add_eot_token=model.add_eot_token,
-        eot_token=model.eot_token,
-        trust_remote_code=model.trust_remote_code,
-    )
+    try:
+        tokenizer = load_tokenizer(
+            model.model_name_or_path,
+            add_eot_token=model.add_eot_token,
+            eot_token=model.eot_token,
+            trust_remote_code=model.trust_remote_code,
+        )
+        load_config(
+            model.model_name_or_path,
+            flag="--model_name_or_path",
+            trust_remote_code=model.trust_remote_code,
+        )
+    except ValueError as error:
+        raise with_other_faults(error, [*model_checks(model), open_rows]) from error
     end = end_token_id(tokenizer, add_eot_token=model.add_eot_token, eot_token=model.eot_token)
     dtype = resolve_dtype(model.dtype, saved=saved_dtype(checkpoint))
     planned = show_plan(config, dtype=dtype)
