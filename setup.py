@@ -21,6 +21,8 @@ DEMO = ["gguf>=0.17", "matplotlib>=3.8", *CHAT]
 ZSTD = ["zstandard>=0.22"]
 # math: the grader math_match of --reward_fn.
 MATH = ["math-verify>=0.8"]
+# schema: the grader json_schema of --reward_fn.
+SCHEMA = ["jsonschema>=4.18"]
 # Loggers of --report_to. TensorBoard comes with the requirements.
 LOGGERS = {"wandb": ["wandb>=0.17"], "trackio": ["trackio>=0.3"], "mlflow": ["mlflow>=2.14"]}
 # docs: scripts/build_docs.py.
@@ -39,6 +41,7 @@ TEST = [
     *DEMO,
     *ZSTD,
     *MATH,
+    *SCHEMA,
     "httpx>=0.27",  # fastapi's test client
     "setuptools>=70",  # builds the wheel that a test looks into
     "playwright>=1.49",  # drives the system's chromium; brings none by itself
@@ -83,6 +86,7 @@ setup(
         "docs": DOCS,
         "test": TEST,
         "math": MATH,
+        "schema": SCHEMA,
         "zstd": ZSTD,
         **LOGGERS,
     },

@@ -65,9 +65,9 @@ class PPOModels(ModelOptions):
         [],
         "Rewards in Python: file.py:function(prompts, answers, **columns) -> list of numbers, None "
         "for an answer that it does not apply to; async, or a class whose objects are called, too. "
-        "The columns are those of the data. Or graders by "
-        "name, with options in brackets: exact_match, numeric_match, math_match, regex_match, "
-        "valid_json, length_penalty.",
+        "The columns are those of the data. Or graders by name, with options in brackets: "
+        "exact_match, numeric_match, math_match, regex_match, valid_json, json_schema, "
+        "length_penalty, scoring_server, llm_judge.",
     )
     on_reward_error: Literal["stop", "zero"] = flag(
         "stop",

@@ -7,9 +7,11 @@ as lists. It returns one score per answer; None: it does not apply.
 import json
 import re
 from fractions import Fraction
+from typing import Any
 
 from dschat.rewards.numbers import last_number, same_number
 from dschat.rewards.references import references
+from dschat.runtime.paths import user_path
 
 Scores = list[float | None]
 
@@ -134,13 +136,89 @@ class ValidJson:
         return [float(self._is_valid(answer)) for answer in answers]
 
     def _is_valid(self, answer: str) -> bool:
-        text = answer.strip()
-        fenced = re.fullmatch(r"```(?:json)?\s*\n(.*)\n\s*```", text, re.DOTALL)
         try:
-            found = json.loads(fenced[1] if fenced else text, parse_constant=_refuse)
+            found = read_json(answer)
         except (ValueError, RecursionError):  # no JSON, or nested too deeply to be read
             return False
         return not self.keys or (isinstance(found, dict) and self.keys <= set(found))
+
+
+class JsonSchema:
+    """1 if the answer is JSON, alone or in a fenced block of code, that meets a JSON schema.
+
+    The library jsonschema compares them, and fetches nothing. None for a row without a schema.
+    """
+
+    def __init__(self, file: str = "", column: str = ""):
+        """Read the schema.
+
+        Args:
+            file: a file with the schema of all answers.
+            column: in its place, the column with the schema of each row: an object, or its text.
+        """
+        try:
+            import jsonschema
+            import referencing
+        except ImportError as error:
+            raise ValueError(
+                "json_schema needs jsonschema: pip install 'dschat[schema]' (in a copy of the "
+                "repository: pip install -e '.[schema]')"
+            ) from error
+        if bool(file) == bool(column):
+            raise ValueError("give either file or column, with the schema")
+        self._library = jsonschema
+        self._no_other_schemas = referencing.Registry()
+        self.column = column
+        self._schema = self._validator(_text_of(file)) if file else None
+
+    def __call__(self, prompts: list[str], answers: list[str], **columns) -> Scores:
+        """Return 1, 0 or None per answer.
+
+        Raises:
+            ValueError: the schema of a row is none.
+        """
+        if self._schema is not None:
+            return [self._score(answer, self._schema) for answer in answers]
+        schemas = references(columns, self.column)
+        return [
+            None if schema is None else self._score(answer, self._validator(schema))
+            for answer, schema in zip(answers, schemas, strict=True)
+        ]
+
+    def _validator(self, schema: object) -> Any:
+        """Return the validator of a schema, which may be the text of one."""
+        try:
+            read = json.loads(schema) if isinstance(schema, str) else schema
+            kind = self._library.validators.validator_for(read)
+            kind.check_schema(read)
+        except (ValueError, self._library.SchemaError) as error:
+            raise ValueError(f"{schema!r:.200} is no JSON schema: {error!s:.200}") from error
+        return kind(read, registry=self._no_other_schemas)
+
+    def _score(self, answer: str, validator: Any) -> float:
+        try:
+            return float(validator.is_valid(read_json(answer)))
+        except (ValueError, RecursionError):
+            return 0.0
+
+
+def _text_of(file: str) -> str:
+    try:
+        return user_path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} cannot be read: {error}") from error
+
+
+def read_json(answer: str) -> Any:
+    """Return the JSON of an answer, alone or in a fenced block of code.
+
+    Raises:
+        ValueError: it is no JSON.
+        RecursionError: it is nested too deeply.
+    """
+    text = answer.strip()
+    fenced = re.fullmatch(r"```(?:json)?\s*\n(.*)\n\s*```", text, re.DOTALL)
+    return json.loads(fenced[1] if fenced else text, parse_constant=_refuse)
 
 
 def _refuse(name: str) -> None:

@@ -5,12 +5,14 @@ from collections.abc import Callable
 
 from dschat.rewards.graders import (
     ExactMatch,
+    JsonSchema,
     LengthPenalty,
     MathMatch,
     NumericMatch,
     RegexMatch,
     ValidJson,
 )
+from dschat.rewards.remote import LanguageModelJudge, ScoringServer
 
 GRADERS: dict[str, Callable] = {
     "exact_match": ExactMatch,
@@ -18,7 +20,10 @@ GRADERS: dict[str, Callable] = {
     "math_match": MathMatch,
     "regex_match": RegexMatch,
     "valid_json": ValidJson,
+    "json_schema": JsonSchema,
     "length_penalty": LengthPenalty,
+    "scoring_server": ScoringServer,
+    "llm_judge": LanguageModelJudge,
 }
 
 

@@ -1,5 +1,6 @@
 """Graders: what they give answers that were graded by hand."""
 
+import json
 import sys
 from fractions import Fraction
 
@@ -157,3 +158,30 @@ def test_wrong_graders_and_options_are_refused(spec, words):
     with pytest.raises(ValueError) as caught:
         load_grader(spec)
     assert all(word in str(caught.value) for word in words)
+
+
+SCHEMA = {"type": "object", "required": ["age"], "properties": {"age": {"type": "integer"}}}
+
+
+def test_answers_meet_a_json_schema(tmp_path):
+    file = tmp_path / "schema.json"
+    file.write_text(json.dumps(SCHEMA))
+    answers = ['{"age": 3}', '```json\n{"age": 3, "b": 1}\n```', '{"age": "3"}', "[]", "no"]
+    assert grade(f"json_schema(file='{file}')", *answers) == [1.0, 1.0, 0.0, 0.0, 0.0]
+    rows = [SCHEMA, json.dumps(SCHEMA), None, {"type": "array"}, True]
+    assert grade("json_schema(column='form')", *answers, form=rows) == [1.0, 1.0, None, 1.0, 0.0]
+
+
+def test_a_bad_json_schema_is_refused_and_no_other_is_fetched(tmp_path):
+    file = tmp_path / "schema.json"
+    file.write_text('{"type": "thing"}')
+    for spec, words in (
+        (f"json_schema(file='{file}')", "no JSON schema"),
+        ("json_schema(file='/no/such/file')", "cannot be read"),
+        ("json_schema()", "either file or column"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            load_grader(spec)
+    elsewhere = {"$ref": "http://127.0.0.1:9/schema.json"}
+    with pytest.raises(Exception, match="Unresolvable"):
+        grade("json_schema(column='form')", "{}", form=[elsewhere])
