@@ -31,7 +31,7 @@ ARROWS = {
         *("config", "runtime"),
     ),
     "checkpoint": ("engine", "models", "tracking", "config", "runtime"),
-    "serving": ("generation", "data", "models", "config", "runtime"),
+    "serving": ("generation", "data", "models", "algorithms.masks", "config", "runtime"),
     "engine": ("generation", "models", "config", "runtime"),
     "generation": ("models", "config", "runtime"),
     "data": (
