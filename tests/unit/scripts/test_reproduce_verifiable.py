@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -244,3 +246,14 @@ def test_the_table_by_hand():
     assert report.cost_of_goal(lines[:2], "sampled_rollouts") == "8 (1 of 2 seeds)"
     lines[2]["after"] = lines[3]["after"] = {"sum": "1101"}
     assert "Within 2 standard errors of it: PPO." in report.report(lines)
+
+
+@pytest.mark.slow
+def test_every_recipe_learns_the_tiny_task(tmp_path):
+    words = ["--tiny", "--output", str(tmp_path), "--parallel", "2"]
+    command = [sys.executable, str(script.ROOT / "scripts" / "reproduce_verifiable.py"), *words]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    lines = rows_of(tmp_path / "results.jsonl")
+    assert sorted(line["recipe"] for line in lines) == sorted(script.NAMES)
+    assert all(title in (tmp_path / "table.md").read_text() for title in report.TITLES.values())
