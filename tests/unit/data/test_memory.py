@@ -54,8 +54,12 @@ def test_evaluation_rows_are_those_given(tmp_path):
     assert digests(build(both, tmp_path)) == digests((train, held_out))
 
 
-def test_a_format_of_tensors_is_left_out(tmp_path):
-    rows = [{**row, "number": i} for i, row in enumerate(pairs(20))]
+def test_a_format_of_arrays_is_left_out(tmp_path):
+    roles = ("user", "assistant")
+    rows = [
+        {"messages": [{"role": role, "content": f"{role} {i}"} for role in roles]}
+        for i in range(20)
+    ]
     formatted = datasets.Dataset.from_list(rows).with_format("numpy")
     assert digests(build(formatted, tmp_path)) == digests(build(rows, tmp_path))
 
