@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from worker import run_main
 
 from dschat.checkpoint.save_model import save_model
 from dschat.models.reward_model import load_reward_model
@@ -22,6 +21,8 @@ ANSWER_TOKENS = 8
 
 def train_family(stock: str, *, family: str, step: int | str, setting: str, out: str) -> dict:
     """Run two updates of a step on a miniature; all entries should be true."""
+    from worker import run_main  # here, as it imports DeepSpeed and tests read SETTINGS
+
     start = write_family(stock, family, f"{out}-start", reward=step == 3)
     run_main(step, argv=flags(stock, start, step, setting), out=out)
     if not dist.is_main():
@@ -76,9 +77,16 @@ def write_family(stock: str, family: str, path: str, *, reward: bool) -> str:
 
 
 def has_changed(before: str, after: str) -> bool:
-    """Return whether two folders hold the same names of weights, of which a matrix differs."""
-    old, new = (load_file(Path(folder, "model.safetensors")) for folder in (before, after))
+    """Return whether two folders hold the same names of weights, of which one differs."""
+    old, new = weights(before), weights(after)
     shared = set(old) & set(new)
     return len(shared) > 0.8 * len(old) and any(
         not torch.equal(old[name], new[name]) for name in shared
     )
+
+
+def weights(folder: str) -> dict[str, torch.Tensor]:
+    """Return the weights of a folder by the names that a language model has."""
+    tensors = load_file(Path(folder, "model.safetensors"))
+    # Gemma 3n's classifier, without a class of transformers, has another level.
+    return {name.replace("model.language_model.", "model."): t for name, t in tensors.items()}
