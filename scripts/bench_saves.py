@@ -2,6 +2,7 @@
 
     python scripts/bench_saves.py --shape smollm2-135m --length 64
     deepspeed --num_gpus 8 scripts/bench_saves.py --shape llama-2-7b --flags "--zero_stage 2"
+    python scripts/bench_saves.py --state_mib 384       # no model: a state of that size
 
 The weights are random. Each row saves --saves checkpoints into --output, after updates that fill
 the optimizer's state. It shows the size of this rank's part, the seconds that training stands
@@ -71,6 +72,9 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shape", default="smollm2-135m", help="a shape of models/families.py")
+    parser.add_argument(
+        "--state_mib", type=int, default=0, help="no model, but a state of so many MiB a rank"
+    )
     parser.add_argument("--flags", default="--zero_stage 2", help="flags of step 1")
     parser.add_argument("--rows", type=int, default=1, help="texts of a rank's update")
     parser.add_argument("--length", type=int, default=512, help="tokens of a text")
@@ -96,6 +100,20 @@ def make_update(args: argparse.Namespace, device: torch.device):
     case = Case(1, args.shape, args.rows, length=args.length)
     objective = SFTObjective()
     return engine, lambda step: run_update(engine, objective, [random_batch(case, step)], step)
+
+
+class StateAlone:
+    """An engine of a state alone, whose updates take 50 ms."""
+
+    def __init__(self, mib: int):
+        """Fill `mib` MiB."""
+        self.state = {"fp32": [torch.randn(2**20 // 4) for _ in range(mib)]}
+        self.checkpoint_engine = None
+
+    def save_checkpoint(self, folder: str, tag: str, save_latest: bool) -> None:
+        """Save the state as DeepSpeed does."""
+        self.checkpoint_engine.makedirs(f"{folder}/{tag}", exist_ok=True)
+        self.checkpoint_engine.save(self.state, f"{folder}/{tag}/rank_{dist.rank()}.pt")
 
 
 def seconds_of(action) -> float:
@@ -153,7 +171,10 @@ def main() -> None:
     args = parse_args()
     set_up_logging()
     device = start_processes(args.local_rank)
-    engine, update = make_update(args, device)
+    if args.state_mib:
+        engine, update = StateAlone(args.state_mib), lambda step: time.sleep(0.05)
+    else:
+        engine, update = make_update(args, device)
     root = Path(args.output or tempfile.gettempdir()) / "bench_saves"
     rows = []
     for way in ("now", "background"):

@@ -158,4 +158,4 @@ class Zygote:
     def end(self) -> None:
         """End the zygote."""
         self._process.stdin.close()
-        self._process.wait(30)
+        self._process.wait(TIMEOUT_S)

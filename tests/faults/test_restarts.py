@@ -1,5 +1,6 @@
 """Supervised runs (--max_restarts) come back after kills, and equal an unbroken run to the bit."""
 
+import argparse
 import contextlib
 import json
 import os
@@ -17,7 +18,9 @@ from runs import Run
 from test_faults import SFT
 
 from dschat.runtime.ports import free_port
+from scripts import soak
 
+FAULTS = 4  # of each of the eight slow tests
 # Enough for a run on a loaded machine.
 DEADLINE_S = 300.0
 
@@ -116,3 +119,23 @@ def test_a_run_whose_rank_was_killed_comes_back(supervised, zygote, tmp_path, re
     with pytest.raises(ProcessLookupError):
         os.killpg(run.process.pid, 0)
     record(injected=1, survived=1, **Run(out, [0], 0.0, "").lost(whole))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("step", soak.STEPS)
+def test_faults_at_random_times_lose_no_byte(step, ranks, record):
+    args = argparse.Namespace(
+        minutes=60.0,
+        faults=FAULTS,
+        faults_per_run=FAULTS,
+        steps=[step],
+        ranks=[ranks],
+        hang_s=90.0,
+        longest_wait_s=8.0,
+        seed=ranks,
+    )
+    figures = soak.soak(args)
+    assert figures["faults"] == figures["survived"] == FAULTS and figures["bytes_lost"] == 0
+    names = ("survived", "bytes_compared", "bytes_lost")
+    record(injected=figures["faults"], **{name: figures[name] for name in names})
