@@ -94,6 +94,7 @@ class DPORun(RunOptions):
     eval_interval: int = flag(
         0, "Evaluate every so many optimizer steps; 0: before training and after each epoch."
     )
+    eval_iters: int = flag(100, "Evaluate on at most this many batches per rank.")
     print_loss: bool = flag(False, "Print the loss of every optimizer step.")
 
 
@@ -124,4 +125,5 @@ class DPOConfig:
             least=2 * self.data.max_seq_len,
             row="one pair of texts of --max_seq_len",
         )
-        return found + at_least("--eval_interval", self.run.eval_interval, 0)
+        found += at_least("--eval_interval", self.run.eval_interval, 0)
+        return found + at_least("--eval_iters", self.run.eval_iters, 1)

@@ -15,6 +15,7 @@ from dschat.config.options import (
     TrainOn,
     flag,
 )
+from dschat.config.value_checks import at_least
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class SFTRun(RunOptions):
     """Output of step 1."""
 
     tensorboard_path: str = flag("step1_tensorboard", "Folder of the TensorBoard events.")
+    eval_iters: int = flag(100, "Evaluate on at most this many batches per rank.")
     print_loss: bool = flag(False, "Print the loss of every optimizer step.")
 
 
@@ -53,6 +55,7 @@ class SFTConfig:
     def problems(self) -> list[str]:
         """Return everything that is wrong with these options, one sentence each."""
         found = single_model_problems(self)
+        found += at_least("--eval_iters", self.run.eval_iters, 1)
         return found + tokens_per_batch_problems(
             self.batch.tokens_per_batch,
             least=self.data.max_seq_len,

@@ -284,6 +284,7 @@ def make_loaders(
     eval_batch_size: int,
     window: int,
     seed: int,
+    eval_iters: int | None = None,
     pack_to: int | None = None,
     tokens_per_batch: int = 0,
 ) -> tuple[DataLoader | StreamLoader, DataLoader]:
@@ -300,6 +301,7 @@ def make_loaders(
         eval_batch_size: rows of one evaluation batch of one rank.
         window: training batches per update (step 3: per rollout).
         seed: seed of the shuffling.
+        eval_iters: evaluate on the rows of at most this many batches of each rank; None: on all.
         pack_to: tokens of a training row that holds several items, texts or pairs; None: one item
             a row.
         tokens_per_batch: above 0, a training batch has the rows of all batches of an update, which
@@ -310,6 +312,8 @@ def make_loaders(
     """
     shard: dict[str, Any] = dict(rank=dist.rank(), world_size=dist.world_size(), seed=seed)
     padded = functools.partial(collate, pad_id=pad_id)
+    if eval_iters is not None:
+        held_out = first_rows(held_out, eval_iters * eval_batch_size * dist.world_size())
     eval_loader = make_loader(held_out, padded, batch_size=eval_batch_size, shuffle=False, **shard)
     if train.stream is not None:
         stream = StreamLoader(train, train.stream, padded, batch_size=train_batch_size, **shard)

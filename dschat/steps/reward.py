@@ -8,13 +8,11 @@ from dschat.data.collate import collate_pairs
 from dschat.data.loaders import (
     GivenTables,
     build_pair_data,
-    first_rows,
     make_loaders,
     open_pair_rows,
 )
 from dschat.models.reward_model import load_reward_model
 from dschat.models.tokenizer import ensure_unambiguous_pad
-from dschat.runtime import dist
 from dschat.tracking.callbacks import Callback
 from dschat.trainers.supervised import RewardObjective
 from dschat.trainers.supervised_run import save_run, start_run, train_run
@@ -42,18 +40,16 @@ def run_reward(
         seed=config.run.seed,
         given=given,
     )
-    max_eval_rows = (
-        config.run.eval_iters * config.batch.per_device_eval_batch_size * dist.world_size()
-    )
     train_loader, eval_loader = make_loaders(
         train_data,
-        first_rows(eval_data, max_eval_rows),
+        eval_data,
         collate_pairs,
         pad_id=pad_id,
         train_batch_size=config.batch.per_device_train_batch_size,
         eval_batch_size=config.batch.per_device_eval_batch_size,
         window=config.schedule.gradient_accumulation_steps,
         seed=config.run.seed,
+        eval_iters=config.run.eval_iters,
         tokens_per_batch=config.batch.tokens_per_batch,
         pack_to=2 * config.data.max_seq_len if config.batch.packing else None,
     )

@@ -36,6 +36,7 @@ def run_sft(
         eval_batch_size=config.batch.per_device_eval_batch_size,
         window=config.schedule.gradient_accumulation_steps,
         seed=config.run.seed,
+        eval_iters=config.run.eval_iters,
         tokens_per_batch=config.batch.tokens_per_batch,
         pack_to=config.data.max_seq_len if config.batch.packing else None,
     )

@@ -467,6 +467,7 @@ BAD_VALUES = {
             "give --lora_dim above 0.",
         ),
         ("--data_path", "--data_path names no data set."),
+        ("--eval_iters 0", "--eval_iters 0: must be at least 1."),
     ],
     "step 2": [
         ("--center_rewards_coef -1", "--center_rewards_coef -1.0: must be at least 0."),
@@ -495,6 +496,7 @@ BAD_VALUES = {
             )
             for share in (0, 0.5)
         ),
+        ("--eval_iters 0", "--eval_iters 0: must be at least 1."),
         ("--eval_interval -1", "--eval_interval -1: must be at least 0."),
         ("--only_optimize_lora", "--only_optimize_lora needs adapters: give --lora_dim above 0."),
     ],

@@ -5,7 +5,7 @@ import pytest
 
 from dschat.config.sft import SFTData
 from dschat.data.blends import epoch_draws
-from dschat.data.collate import collate_prompts
+from dschat.data.collate import collate_prompts, collate_text
 from dschat.data.loaders import (
     ShardedSampler,
     build_pair_data,
@@ -13,6 +13,7 @@ from dschat.data.loaders import (
     build_sft_data,
     first_rows,
     make_loader,
+    make_loaders,
 )
 from tests.unit.data_helpers import (
     EOS,
@@ -199,6 +200,22 @@ def test_evaluation_takes_the_first_rows_of_every_source_in_proportion(tmp_path,
     with caplog.at_level(logging.INFO):
         assert prompts(first_rows(alone, 8)) == everything[:8]
     assert "evaluating on the first 8 of 30 held-out rows" in caplog.text
+
+
+@pytest.mark.parametrize(("eval_iters", "expected"), [(2, 6), (None, 30)])
+def test_evaluation_takes_a_number_of_batches(tmp_path, eval_iters, expected):
+    parts = build(1, data_options(folder(tmp_path, num_eval=30), data_split="1,0,0"))
+    _, evaluated = make_loaders(
+        *parts,
+        collate_text,
+        pad_id=PAD,
+        train_batch_size=2,
+        eval_batch_size=3,
+        window=1,
+        seed=0,
+        eval_iters=eval_iters,
+    )
+    assert len(evaluated.dataset) == expected
 
 
 def test_building_fails_if_rows_do_not_fit_the_format(tmp_path):
