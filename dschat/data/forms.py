@@ -26,7 +26,7 @@ from dschat.data.text_checks import shorten, validate_text
 
 # The errors of reading a row whose fields are missing, null, of another type or nested too deeply.
 ROW_FAULTS = (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError)
-QUESTION_FIELDS = ("question", "query", "problem", "instruction")
+QUESTION_FIELDS = ("question", "query", "problem", "instruction", "input")
 RESPONSE_FIELDS = ("response", "output", "answer", "solution", "completion")
 SCORE_FIELDS = ("score", "rating", "overall_score", "reward")
 ANSWER_TEXT_FIELDS = ("text", "answer", "content", "response", "completion")
@@ -273,7 +273,8 @@ def _transcript_pair(raw: dict, reading: Reading) -> list[Row]:
     end = chosen.rfind(ASSISTANT, 0, _common_length(chosen, rejected))
     if end < 0:
         raise ValueError(
-            'fields "chosen" and "rejected" without a prompt: give a field "prompt", or whole '
+            'fields "chosen" and "rejected" without a prompt: give a field "prompt", name another '
+            "field with --prompt_key, or give whole "
             r'dialogues ("\n\nHuman: ...\n\nAssistant: ...") with a common beginning'
         )
     end += len(ASSISTANT)
@@ -335,7 +336,10 @@ def _instruction(raw: dict, reading: Reading) -> list[Row]:
 
 def _question(raw: dict, reading: Reading) -> list[Row]:
     question = _field(raw, QUESTION_FIELDS)
-    prompt = _user(validate_text(raw[question], question))
+    if isinstance(raw[question], list):
+        prompt = validate_messages(raw[question], question)
+    else:
+        prompt = _user(validate_text(raw[question], question))
     name = _field(raw, ("chosen", *RESPONSE_FIELDS))
     answers = (
         _answer(raw.get(name), name) if name else None,
@@ -565,7 +569,9 @@ def _is_transcript_pair(raw: dict) -> bool:
 
 
 def _is_question(raw: dict) -> bool:
-    return _field(raw, QUESTION_FIELDS) is not None
+    name = _field(raw, QUESTION_FIELDS)
+    # Beside a whole text, an input is a part of it.
+    return name is not None and (name != "input" or raw.get("text") is None)
 
 
 FORMS: tuple[Form, ...] = (
@@ -626,7 +632,7 @@ FORMS: tuple[Form, ...] = (
     ),
     Form(
         "question",
-        "question, query or problem, with answer, response, solution, or chosen and rejected",
+        "question, query, problem, input; with answer, response, solution, or chosen and rejected",
         _is_question,
         _question,
     ),
