@@ -131,6 +131,13 @@ def parse_args(argv=None) -> argparse.Namespace:
         help="start a step again so many times after a fault; needs --save-interval",
     )
     parser.add_argument(
+        "--fit",
+        default="auto",
+        choices=("auto", "none"),
+        help="auto (default): if a step does not fit the GPU, it takes the cheapest flags that "
+        "change speed alone; none: it stops and names them",
+    )
+    parser.add_argument(
         "--report-to",
         nargs="+",
         help="send the metrics of all steps to tensorboard, csv, wandb, trackio or mlflow, too",
@@ -227,6 +234,8 @@ def step_command(step: int, plan: Plan, args: argparse.Namespace, *, on_gpu: boo
         reward_stage=args.reward_zero_stage,
         dtype=args.dtype,
     )
+    if on_gpu and args.fit != "none":
+        flags += ["--fit", args.fit]
     if args.report_to:
         flags += ["--report_to", *args.report_to]
     if args.save_interval:

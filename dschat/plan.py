@@ -5,25 +5,22 @@
 
 --model is the model of step 1, step 2 or dpo and the actor of step 3, by a published shape's name,
 a folder or a hub id.
-All other flags are those of the step's main. --sizes prints a table of published sizes instead.
+All other flags are those of the step's main. --sizes prints a table of published sizes instead,
+and --cards which of them train on which card, in all steps.
 """
 
 import argparse
 from pathlib import Path
 
-from dschat.config.dpo import DPOConfig
 from dschat.config.parse import parse_config
-from dschat.config.ppo import PPOConfig
-from dschat.config.reward import RewardConfig
-from dschat.config.sft import SFTConfig
 from dschat.memory.advice import GIB, needed_bytes
+from dschat.memory.cards import CARDS_GIB, CONFIGS, cards_table
 from dschat.memory.checks import checked_plan
 from dschat.memory.report import check_fit, plan_text
 from dschat.models.families import shape_config
 from dschat.runtime.log import run_main
 from dschat.tracking.table import table
 
-CONFIGS = {"1": SFTConfig, "2": RewardConfig, "dpo": DPOConfig, "3": PPOConfig}
 SIZES = (
     "opt-1.3b",
     "opt-6.7b",
@@ -35,10 +32,6 @@ SIZES = (
     "llama-2-13b",
     "llama-2-70b",
 )
-# Common cards by the name of their size, and the GiB that torch sees on the smallest so named (T4,
-# A10, V100, A100, L40S,
-# A100, H200).
-CARDS_GIB = {16: 14.6, 24: 22.0, 32: 31.7, 40: 39.4, 48: 44.4, 80: 79.1, 141: 139.8}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -48,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--step", choices=CONFIGS, required=True)
+    parser.add_argument("--step", choices=CONFIGS)
     parser.add_argument("--model", help="the model; in step 3 the actor")
     parser.add_argument(
         "--critic", default="opt-350m", help="in step 3 the critic and reward (default: opt-350m)"
@@ -64,7 +57,15 @@ def main(argv: list[str] | None = None) -> None:
         "--host_gib", type=float, default=0.0, help="memory of each host, to compare with"
     )
     parser.add_argument("--sizes", action="store_true", help=f"a table of {', '.join(SIZES)}")
+    parser.add_argument(
+        "--cards", action="store_true", help="a table of models and cards, for all steps"
+    )
     args, flags = parser.parse_known_args(argv)
+    if args.cards:
+        print(cards_table())
+        return
+    if not args.step:
+        raise ValueError(f"--step is missing: give one of {', '.join(CONFIGS)}.")
     for name in ("gpus", "gpus_per_node"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} {getattr(args, name)}: must be at least 1.")

@@ -44,6 +44,7 @@ CHANGEABLE_FLAGS = {
     "deepscale",
     "deepspeed",
     "enable_tensorboard",
+    "fit",
     "hang_timeout_s",
     "ignore_memory_plan",
     "local_rank",

@@ -40,13 +40,13 @@ def save_model(
         whole = dequantized_state_dict(model, tensors)
         merged = merged_state_dict(model, whole)
         save_pretrained_folder(
-            model, merged, tokenizer, path, write_more=_adapter_writer(model, whole)
+            model, merged, tokenizer, path, write_more=_adapter_writer(model, whole, tokenizer)
         )
         logger.info(f"saved {path}")
     dist.barrier()
 
 
-def _adapter_writer(model: torch.nn.Module, tensors: dict[str, torch.Tensor]):
+def _adapter_writer(model: torch.nn.Module, tensors: dict[str, torch.Tensor], tokenizer):
     """Return the function that writes the adapter folder; None if there is none to write."""
     if not has_lora(model):
         return None
@@ -63,4 +63,4 @@ def _adapter_writer(model: torch.nn.Module, tensors: dict[str, torch.Tensor]):
             "trains adapters only)"
         )
         return None
-    return lambda folder: write_adapter(model, tensors, folder / ADAPTER_FOLDER)
+    return lambda folder: write_adapter(model, tensors, folder / ADAPTER_FOLDER, tokenizer)

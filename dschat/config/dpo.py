@@ -115,7 +115,7 @@ class DPOConfig:
     @property
     def shares_reference(self) -> bool:
         """Whether the reference is the trained model with its adapters off."""
-        return self.system.share_reference and self.lora.only_optimize_lora
+        return self.system.share_reference and self.lora.keeps_start
 
     def problems(self) -> list[str]:
         """Return everything that is wrong with these options, one sentence each."""

@@ -46,6 +46,11 @@ def lora_problems(lora: LoraOptions, *, prefix: str = "--") -> list[str]:
     """Check one model's LoRA options; `prefix` is the prefix of their flags."""
     found = at_least(f"{prefix}lora_dim", lora.lora_dim, 0)
     found += _target_problems(lora, prefix=prefix)
+    if lora.modules_to_save and not lora.only_optimize_lora:
+        found.append(
+            f"{prefix}modules_to_save names what trains besides the adapters: give "
+            f"{prefix}lora_dim above 0 and --only_optimize_lora, without which all of them train."
+        )
     found += above(f"{prefix}lora_alpha", lora.lora_alpha, 0)
     return found + at_least(f"{prefix}lora_learning_rate", lora.lora_learning_rate, 0)
 

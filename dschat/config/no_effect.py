@@ -74,6 +74,12 @@ def _announce_memory(config: Any, given: dict[str, Any]) -> None:
             "--offload_reference_model has no effect: "
             "the reference is the trained model with its adapters off"
         )
+    for name in ("modules_to_save", "actor_modules_to_save", "critic_modules_to_save"):
+        if given.get(name):
+            logger.info(
+                f"--{name}: the model without its adapters is no longer the one that training "
+                "begins from, so a reference or reward model is a copy of it"
+            )
     if given.get("offload_reward_model") and config.shares_reward:
         logger.info(
             "--offload_reward_model has no effect on the reward model that is the critic's: "
@@ -95,7 +101,10 @@ def _announce_memory(config: Any, given: dict[str, Any]) -> None:
         flag = "--enable_mixed_precision_lora"
     if flag != "--quantize_frozen none":
         kind = "nf4" if flag.endswith("nf4") else "int8"
-        logger.info(f"{flag}: adapted weights are rounded to {kind} and saved so")
+        logger.info(
+            f"{flag}: adapted weights are rounded to {kind} and saved so"
+            + ("; reward models are rounded, too" if "actor_lora_dim" in given else "")
+        )
 
 
 def _is_half(dtype: str) -> bool:

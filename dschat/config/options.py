@@ -225,6 +225,11 @@ class RunOptions:
         "Check the flags, print the memory plan and DeepSpeed's configuration, and exit without "
         "loading models or data.",
     )
+    fit: Literal["none", "auto"] = flag(
+        "none",
+        "auto: if the memory plan does not fit the GPU, take the cheapest flags with which it "
+        "fits, and say which. They change speed, not what is learned.",
+    )
     ignore_memory_plan: bool = flag(
         False, "Start even if the memory plan says that the run does not fit the GPU."
     )
@@ -327,7 +332,12 @@ class LoraOptions:
     use_rslora: bool = flag(
         False, "Multiply by lora_alpha / sqrt(lora_dim) instead (rsLoRA), for high ranks."
     )
-    only_optimize_lora: bool = flag(False, "Train only the adapters and new heads.")
+    modules_to_save: list[str] = flag(
+        [],
+        "With --only_optimize_lora, train these modules whole as well, such as embed_tokens "
+        "lm_head. They are saved with the adapter.",
+    )
+    only_optimize_lora: bool = flag(False, "Train only the adapters, new heads and new tokens.")
     lora_learning_rate: float = flag(5e-4, "Learning rate of the adapters.")
     lora_experts: bool = flag(
         True,
@@ -338,6 +348,11 @@ class LoraOptions:
     def __hash__(self) -> int:
         """Hash of all values: lists have none."""
         return hash(repr(self))
+
+    @property
+    def keeps_start(self) -> bool:
+        """Whether the model without its adapters stays the one that training began from."""
+        return self.only_optimize_lora and not self.modules_to_save
 
     @property
     def chooses_layers(self) -> bool:

@@ -12,7 +12,7 @@ from dschat.config.group_checks import (
     schedule_problems,
     tokens_per_batch_problems,
 )
-from dschat.config.options import LoraOptions, SystemOptions
+from dschat.config.options import FrozenFormat, LoraOptions, SystemOptions
 from dschat.config.ppo_objective import PPOObjective, objective_problems
 from dschat.config.ppo_options import (
     GRADER,
@@ -127,13 +127,29 @@ class PPOConfig:
         return "--reward_model_name_or_path" if named else "--critic_model_name_or_path"
 
     @property
+    def reward_format(self) -> FrozenFormat:
+        """Storage of the reward models' linear layers, which nothing trains."""
+        if self.system.enable_mixed_precision_lora:
+            return "int8"
+        return self.system.quantize_frozen
+
+    def reward_lora(self, path: str) -> LoraOptions:
+        """Return the options that choose which layers of a reward model are quantized.
+
+        They are the critic's for its own model, which it may replace, so that the scores stay the
+        same. Other reward models have no adapters, and all layers are chosen.
+
+        Args:
+            path: of the reward model.
+        """
+        if path == self.model.critic_model_name_or_path and self.critic_lora.lora_dim > 0:
+            return self.critic_lora
+        return LoraOptions()
+
+    @property
     def shares_reference(self) -> bool:
         """Whether the reference is the actor with its adapters off."""
-        return (
-            self.has_reference
-            and self.system.share_reference
-            and self.actor_lora.only_optimize_lora
-        )
+        return self.has_reference and self.system.share_reference and self.actor_lora.keeps_start
 
     @property
     def shares_reward(self) -> bool:
@@ -141,7 +157,7 @@ class PPOConfig:
         return (
             self.system.share_reward
             and self.has_critic
-            and self.critic_lora.only_optimize_lora
+            and self.critic_lora.keeps_start
             and self.model.critic_model_name_or_path in self.reward_models
         )
 

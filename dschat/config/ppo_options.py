@@ -182,6 +182,7 @@ class PPOLora:
         None, "Like --lora_module_name of step 1, for the actor."
     )
     actor_target_modules: list[str] = flag([], "Like --target_modules of step 1, for the actor.")
+    actor_modules_to_save: list[str] = flag([], "Like --modules_to_save of step 1, for the actor.")
     actor_lora_alpha: float = flag(1.0, "LoRA scale of the actor: lora_alpha / lora_dim.")
     actor_lora_learning_rate: float = flag(5e-4, "Learning rate of the actor's adapters.")
     critic_lora_dim: int = flag(0, "Rank of the critic's LoRA adapters; 0: no adapters.")
@@ -189,6 +190,9 @@ class PPOLora:
         None, "Like --lora_module_name of step 1, for the critic."
     )
     critic_target_modules: list[str] = flag([], "Like --target_modules of step 1, for the critic.")
+    critic_modules_to_save: list[str] = flag(
+        [], "Like --modules_to_save of step 1, for the critic."
+    )
     critic_lora_alpha: float = flag(1.0, "LoRA scale of the critic: lora_alpha / lora_dim.")
     critic_lora_learning_rate: float = flag(5e-4, "Learning rate of the critic's adapters.")
     use_rslora: bool = flag(
@@ -209,6 +213,7 @@ class PPOLora:
             lora_dim=self.actor_lora_dim,
             lora_module_name=self.actor_lora_module_name,
             target_modules=self.actor_target_modules,
+            modules_to_save=self.actor_modules_to_save,
             lora_alpha=self.actor_lora_alpha,
             use_rslora=self.use_rslora,
             lora_learning_rate=self.actor_lora_learning_rate,
@@ -223,6 +228,7 @@ class PPOLora:
             lora_dim=self.critic_lora_dim,
             lora_module_name=self.critic_lora_module_name,
             target_modules=self.critic_target_modules,
+            modules_to_save=self.critic_modules_to_save,
             lora_alpha=self.critic_lora_alpha,
             use_rslora=self.use_rslora,
             lora_learning_rate=self.critic_lora_learning_rate,
@@ -345,7 +351,8 @@ class PPOSystem:
     quantize_frozen: FrozenFormat = flag(
         "none",
         "Keep the weights that LoRA adapts in int8 (half the memory of bf16) or nf4 (a quarter), "
-        "in actor, reference and critic. They are rounded once, at the start. Any ZeRO stage.",
+        "in actor, reference and critic, and all linear layers of reward models. They are rounded "
+        "once, at the start. Any ZeRO stage.",
     )
 
     def actor(self, lora: LoraOptions) -> SystemOptions:

@@ -33,6 +33,7 @@ from dschat.models.lora import (
     low_rank_update,
     plain_name,
 )
+from dschat.models.new_tokens import copy_new_tokens
 from dschat.models.structure import decoder_layers
 from dschat.runtime.log import logger
 
@@ -158,6 +159,7 @@ class Replica:
         # Initialization draws random numbers: leave the run's generator as it was.
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
             self.model = type(source)(config)
+        copy_new_tokens(source, self.model)
         self.model.eval().requires_grad_(False)
         # Without the wrappers of adapters: the module inside has the same plain name, and is later.
         self._modules = {plain_name(name): module for name, module in source.named_modules()}

@@ -32,10 +32,12 @@ class Change:
     Attributes:
         options: values by the names of their flags.
         cost: loss of speed or quality, from 0 (next to none) to 5 (large).
+        keeps_results: the objective, and the rows of each update and evaluation, stay the same.
     """
 
     options: dict
     cost: int
+    keeps_results: bool = True
 
 
 @dataclass(frozen=True)
@@ -85,11 +87,18 @@ def needed_bytes(plan: StepPlan) -> float:
     return plan.peak[1] + OVERHEAD
 
 
-def find_remedy(config, machine: Machine, *, dtype: str) -> Remedy:
+def find_remedy(config, machine: Machine, *, dtype: str, same_results: bool = False) -> Remedy:
     """Find the fewest flags with which `config` fits, and the mildest of equally few.
 
     If there are at most PLANNED_FLAGS, no smaller set of changes fits. If there are more, none of
     them can be left out.
+
+    Args:
+        config: of any step.
+        machine: that it has to fit.
+        dtype: "fp16", "bf16" or "fp32".
+        same_results: take only changes that keep the run's results, and find the mildest, not the
+            fewest.
 
     Returns:
         The remedy; if nothing fits, the one that lacks the fewest bytes.
@@ -98,14 +107,17 @@ def find_remedy(config, machine: Machine, *, dtype: str) -> Remedy:
         ValueError: the model is not known.
     """
     kinds = _kinds(config, world_size=machine.world_size)
+    if same_results:
+        kinds = [[change for change in kind if change.keeps_results] for kind in kinds]
+        kinds = [kind for kind in kinds if kind]
     planned = functools.partial(_planned, config, machine=machine, dtype=dtype)
     nearest = planned({})
-    for options in _small_sets(kinds):
+    for options in _small_sets(kinds, mildest=same_results):
         found = planned(options)
         if found and not found.missing:
             return found
         nearest = _nearer(nearest, found)
-    for options in _large_sets(kinds):
+    for options in _large_sets(kinds, mildest=same_results):
         nearest = _nearer(nearest, planned(options))
         if not nearest.missing:
             break
@@ -167,7 +179,7 @@ def _nearer(one: Remedy | None, other: Remedy | None) -> Remedy | None:
     return one
 
 
-def _small_sets(kinds: list[list[Change]]) -> list[dict]:
+def _small_sets(kinds: list[list[Change]], *, mildest: bool = False) -> list[dict]:
     """Return all sets of changes with at most PLANNED_FLAGS flags, as ``_in_order`` sorts them."""
     changes = [change for kind in kinds for change in kind]
     sets = (
@@ -175,10 +187,11 @@ def _small_sets(kinds: list[list[Change]]) -> list[dict]:
         for count in range(1, PLANNED_FLAGS + 1)
         for chosen in itertools.combinations(changes, count)
     )
-    return [options for options in _in_order(sets) if len(options) <= PLANNED_FLAGS]
+    in_order = _in_order(sets, mildest=mildest)
+    return [options for options in in_order if len(options) <= PLANNED_FLAGS]
 
 
-def _large_sets(kinds: list[list[Change]]) -> list[dict]:
+def _large_sets(kinds: list[list[Change]], *, mildest: bool = False) -> list[dict]:
     """Return all sets of whole kinds, each at its strongest, as ``_in_order`` sorts them."""
     strongest = [_strongest(kind) for kind in kinds]
     sets = (
@@ -186,13 +199,14 @@ def _large_sets(kinds: list[list[Change]]) -> list[dict]:
         for count in range(1, len(kinds) + 1)
         for chosen in itertools.combinations(strongest, count)
     )
-    return _in_order(itertools.chain(*chosen) for chosen in sets)
+    return _in_order((itertools.chain(*chosen) for chosen in sets), mildest=mildest)
 
 
-def _in_order(sets: Iterable[Iterable[Change]]) -> list[dict]:
+def _in_order(sets: Iterable[Iterable[Change]], *, mildest: bool = False) -> list[dict]:
     """Return the options of each set: those of the fewest flags first, of equally few the mildest.
 
-    Sets that give a flag two values are left out.
+    With `mildest` the mildest are first, and of equally mild ones the fewest. Sets that give a flag
+    two values are left out.
     """
     found = []
     for chosen in sets:
@@ -204,7 +218,7 @@ def _in_order(sets: Iterable[Iterable[Change]]) -> list[dict]:
             count += len(change.options)
             cost += change.cost
         if len(options) == count:
-            found.append((count, cost, options))
+            found.append((cost, count, options) if mildest else (count, cost, options))
     return [options for _, _, options in sorted(found, key=lambda item: item[:2])]
 
 
@@ -252,7 +266,7 @@ def _kinds(config, *, world_size: int) -> list[list[Change]]:
     else:
         kinds = _supervised_kinds(config)
     if config.model.dtype == "fp32":
-        kinds.append([Change({"dtype": "auto"}, 1)])
+        kinds.append([Change({"dtype": "auto"}, 1, keeps_results=False)])
     now = {key: value for group in vars(config).values() for key, value in vars(group).items()}
     found = []
     for kind in kinds:
@@ -260,7 +274,7 @@ def _kinds(config, *, world_size: int) -> list[list[Change]]:
         for change in kind:
             options = {k: v for k, v in change.options.items() if k in now and now[k] != v}
             if options:
-                changes.append(Change(options, change.cost))
+                changes.append(replace(change, options=options))
         if changes:
             found.append(changes)
     return found
@@ -271,8 +285,11 @@ def _supervised_kinds(config) -> list[list[Change]]:
     one_row = config.data.max_seq_len * (1 if isinstance(config, SFTConfig) else 2)
     system = config.system
     steps = config.schedule.gradient_accumulation_steps
+    fewer_eval = {"per_device_eval_batch_size": min(batch.per_device_eval_batch_size, 4)}
+    # --eval_iters counts batches of evaluation.
+    is_same = not hasattr(config.run, "eval_iters")
     return [
-        [Change({"per_device_eval_batch_size": min(batch.per_device_eval_batch_size, 4)}, 0)],
+        [Change(fewer_eval, 0, keeps_results=is_same)],
         [Change({"gradient_checkpointing": True}, 1)],
         _fewer_rows(
             "per_device_train_batch_size",
@@ -288,13 +305,10 @@ def _supervised_kinds(config) -> list[list[Change]]:
             Change({"offload_reference_model": True}, 2),
         ],
         [
-            Change({"lora_dim": config.lora.lora_dim or LORA_DIM}, 2),
-            Change({"only_optimize_lora": True}, 3),
+            Change({"lora_dim": config.lora.lora_dim or LORA_DIM}, 2, keeps_results=False),
+            Change({"only_optimize_lora": True}, 3, keeps_results=False),
         ],
-        [
-            Change({"quantize_frozen": "int8"}, 3),
-            Change({"quantize_frozen": "nf4"}, 4),
-        ],
+        _rounded_changes(),
         [Change({"offload": True}, 4), Change({"pin_memory": False}, 1)],
     ]
 
@@ -330,14 +344,11 @@ def _ppo_kinds(config: PPOConfig, *, world_size: int) -> list[list[Change]]:
         [Change({"share_reference": True}, 1), Change({"share_reward": True}, 1)],
         [Change({"offload_reference_model": True}, 2), Change({"offload_reward_model": True}, 2)],
         [
-            Change({"actor_lora_dim": lora.actor_lora_dim or LORA_DIM}, 2),
-            Change({"critic_lora_dim": lora.critic_lora_dim or LORA_DIM}, 2),
-            Change({"only_optimize_lora": True}, 3),
+            Change({"actor_lora_dim": lora.actor_lora_dim or LORA_DIM}, 2, keeps_results=False),
+            Change({"critic_lora_dim": lora.critic_lora_dim or LORA_DIM}, 2, keeps_results=False),
+            Change({"only_optimize_lora": True}, 3, keeps_results=False),
         ],
-        [
-            Change({"quantize_frozen": "int8"}, 3),
-            Change({"quantize_frozen": "nf4"}, 4),
-        ],
+        _rounded_changes(),
         [Change({"offload": True}, 4), Change({"pin_memory": False}, 1)],
     ]
 
@@ -365,6 +376,14 @@ def _replica_changes(config: PPOConfig, *, world_size: int) -> list[Change]:
             for n in sizes
             if not split_problems(actor, n, world_size=world_size)
         ),
+    ]
+
+
+def _rounded_changes() -> list[Change]:
+    """Return the changes that keep frozen weights in fewer bits."""
+    return [
+        Change({"quantize_frozen": "int8"}, 3, keeps_results=False),
+        Change({"quantize_frozen": "nf4"}, 4, keeps_results=False),
     ]
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from dschat.config.options import LoraOptions, SystemOptions
+from dschat.config.options import FrozenFormat, LoraOptions, SystemOptions
 from dschat.engine.quantized import Format, packed_columns
 from dschat.generation.cache_size import CacheSize, count_cache
 from dschat.generation.kernels.limits import next_power_of_two
@@ -29,6 +29,7 @@ from dschat.models.lora import (
     expert_adapters,
     lora_layers,
     lora_parameter_names,
+    lora_targets,
     plain_name,
 )
 from dschat.models.prepare import prepare_for_training
@@ -106,6 +107,7 @@ def named_size(
     lora: LoraOptions = LoraOptions(),
     system: SystemOptions | None = None,
     role: str = "",
+    stored: FrozenFormat = "none",
 ) -> ModelSize:
     """Return the size of the model that ``find_config`` finds, as the step would prepare it.
 
@@ -113,7 +115,7 @@ def named_size(
 
     Args:
         name, flag, trust_remote_code: see ``find_config``.
-        reward, lora, system, role: see ``model_size``.
+        reward, lora, system, role, stored: see ``model_size``.
 
     Raises:
         ValueError: no model has this name, or options do not fit the model.
@@ -122,14 +124,19 @@ def named_size(
     if system is not None:
         system = replace(system, zero_stage=0, offload=False, gradient_checkpointing=False)
     lora = replace(lora, lora_alpha=1.0, lora_learning_rate=0.0)
-    return _counted(name, flag, trust_remote_code, reward, lora, system, role)
+    return _counted(name, flag, trust_remote_code, reward, lora, system, role, stored)
 
 
 @functools.lru_cache
-def _counted(name, flag, trust_remote_code, reward, lora, system, role) -> ModelSize:
+def _counted(name, flag, trust_remote_code, reward, lora, system, role, stored) -> ModelSize:
     config = find_config(name, flag=flag, trust_remote_code=trust_remote_code)
     options = dict(
-        reward=reward, lora=lora, system=system, role=role, trust_remote_code=trust_remote_code
+        reward=reward,
+        lora=lora,
+        system=system,
+        role=role,
+        stored=stored,
+        trust_remote_code=trust_remote_code,
     )
     # Making weights draws random numbers, but only for models that are not counted yet. A run's
     # weights must not depend on that.
@@ -149,6 +156,7 @@ def model_size(
     lora: LoraOptions = LoraOptions(),
     system: SystemOptions | None = None,
     role: str = "",
+    stored: FrozenFormat = "none",
     trust_remote_code: bool = False,
 ) -> ModelSize:
     """Count a model.
@@ -156,9 +164,10 @@ def model_size(
     Args:
         config: of the model.
         reward: a reward model or critic, without logits.
-        lora: its adapters.
+        lora: its adapters; of a model that does not train, the layers that are quantized.
         system: options of its training; None if it does not train.
         role: "actor" or "critic" in step 3, for the flags' names in messages.
+        stored: storage of those layers, if it does not train.
         trust_remote_code: run Python code from a model folder or hub repository.
 
     Raises:
@@ -181,8 +190,14 @@ def model_size(
     # The layers that were not built are like the last one.
     repeated: dict[str, Any] = dict(last=f"{prefix}.{len(built) - 1}.", repeats=1 + unbuilt)
     counts = _parameter_counts(model, **repeated)
-    if system is not None and system.frozen_format != "none":
-        counts |= _quantized_counts(model, system.frozen_format, **repeated)
+    kind = stored if system is None else system.frozen_format
+    if kind != "none":
+        inner = pretrained(model)
+        names = adapted_layer_names(inner)
+        if system is None:
+            names = lora_targets(inner, lora.lora_module_name, lora.target_modules).layers
+        layers = {id(inner.get_submodule(name)) for name in names}
+        counts |= _quantized_counts(model, layers, kind, **repeated)
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     return ModelSize(
         family=config.model_type,
@@ -283,11 +298,17 @@ def _on_meta(config: PreTrainedConfig, *, reward: bool, trust_remote_code: bool)
         )
 
 
-def _quantized_counts(model: nn.Module, kind: Format, *, last: str, repeats: int) -> dict[str, int]:
-    """Count the layers with adapters, which are kept quantized; see ``_parameter_counts``."""
+def _quantized_counts(
+    model: nn.Module, layers: set[int], kind: Format, *, last: str, repeats: int
+) -> dict[str, int]:
+    """Count the weights that are kept quantized, of modules with these ids.
+
+    See ``_parameter_counts``.
+    """
     found = dict(quantized=0, packed_bytes=0, largest_quantized=0)
-    for name in adapted_layer_names(model):
-        linear = model.get_submodule(name)
+    for name, linear in model.named_modules():
+        if id(linear) not in layers:
+            continue
         numel = linear.weight.numel()
         times = repeats if name.startswith(last) else 1
         found["quantized"] += times * numel

@@ -101,7 +101,9 @@ def _plan_supervised(config, *, world_size: int, dtype: str) -> StepPlan:
     sizes = {"model": size}
     models = {"model": model}
     if isinstance(config, DPOConfig) and not config.shares_reference:
-        sizes["reference"] = named_size(name, **options)
+        sizes["reference"] = named_size(
+            name, lora=config.lora, stored=system.frozen_format, **options
+        )
         models["reference"] = inference_footprint(
             sizes["reference"],
             stage=system.zero_stage,
@@ -331,11 +333,9 @@ def _ppo_models(config: PPOConfig, *, world_size: int, dtype: str) -> tuple[dict
     sizes = {"actor": own}
     models = {"actor": trained(own, config.actor_system, average=options.enable_ema)}
     if config.has_reference and not config.shares_reference:
-        # Quantized if the actor is.
-        packed = {
-            name: getattr(own, name) for name in ("quantized", "packed_bytes", "largest_quantized")
-        }
-        sizes["reference"] = replace(size_of(actor, flags[0]), **packed)
+        sizes["reference"] = size_of(
+            actor, flags[0], lora=config.actor_lora, stored=config.actor_system.frozen_format
+        )
         models["reference"] = frozen(
             sizes["reference"], system.actor_zero_stage, system.offload_reference_model
         )
@@ -344,7 +344,13 @@ def _ppo_models(config: PPOConfig, *, world_size: int, dtype: str) -> tuple[dict
             continue
         flag = flags[1] if path == critic else "--reward_model_name_or_path"
         name = "reward" if i == 0 else f"reward {i + 1}"
-        sizes[name] = size_of(path, flag, reward=True)
+        sizes[name] = size_of(
+            path,
+            flag,
+            reward=True,
+            lora=config.reward_lora(path),
+            stored=config.reward_format,
+        )
         models[name] = frozen(sizes[name], system.critic_zero_stage, system.offload_reward_model)
     if config.has_critic:
         sizes["critic"] = size_of(
@@ -393,20 +399,19 @@ def _for_generation(
 def _replica_bytes(config: PPOConfig, actor: ModelSize, *, width: int) -> float:
     """Return the bytes of the Hybrid Engine's replica.
 
-    They are 0 if it shares the training weights (ZeRO <= 2 without LoRA). With LoRA they are the
-    merged layers; with attached adapters, only those that are quantized. Under ZeRO-3 they are all
-    weights, gathered; with tensor parallelism, this rank's slices of the layers and the rest of the
-    model.
+    They are 0 if it shares the training weights (ZeRO <= 2 without LoRA, or with attached adapters,
+    which read quantized weights as they are). With merged LoRA they are the adapted layers. Under
+    ZeRO-3 they are all weights, gathered; with tensor parallelism, this rank's slices of the layers
+    and the rest of the model.
     """
     if not config.system.enable_hybrid_engine:
         return 0.0
     if config.system.actor_zero_stage == 3:
         size = config.system.inference_tp_size
         return width * (actor.parameters - actor.adapters - actor.split + actor.split / size)
-    # An upper bound: attached adapters need no copies of quantized weights, either.
     # Experts are merged copies in any case.
-    attached = actor.quantized + actor.adapted_experts
-    return width * (attached if config.system.hybrid_lora == "attach" else actor.merged)
+    attached = config.system.hybrid_lora == "attach"
+    return width * (actor.adapted_experts if attached else actor.merged)
 
 
 def _whole_layers_bytes(config: PPOConfig, actor: ModelSize, *, width: int) -> float:

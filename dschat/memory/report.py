@@ -149,23 +149,24 @@ def _advice(config, machine: Machine, *, dtype: str) -> str:
     """Return sentences that say what to change."""
     found = find_remedy(config, machine, dtype=dtype)
     if not found.missing:
-        text = f"It fits with {_with_sizes(found, machine)}."
+        text = f"It fits with {with_sizes(found, machine)}."
         if len(found.options) > FEW_FLAGS:
             text = f"No {FEW_FLAGS} flags are enough. {text}"
         return text
     text = f"No flags make it fit {machine.world_size} GPU(s)"
     if found.options:
-        text += f": with {_with_sizes(found, machine)} it is nearest, and "
+        text += f": with {with_sizes(found, machine)} it is nearest, and "
         text += f"{_gib(found.missing)} GiB too large"
     more = enough_gpus(config, machine, dtype=dtype)
     if more is None:
         hosts = ", or hosts with more memory" if machine.all_host_bytes else ""
         return f"{text}. Up to {MOST_GPUS} GPUs are not enough either: take a smaller model{hosts}."
     larger, fitting = more
-    return f"{text}. {larger.world_size} GPUs would do, with {_with_sizes(fitting, larger)}."
+    return f"{text}. {larger.world_size} GPUs would do, with {with_sizes(fitting, larger)}."
 
 
-def _with_sizes(found: Remedy, machine: Machine) -> str:
+def with_sizes(found: Remedy, machine: Machine) -> str:
+    """Return the flags of a remedy with what the run then needs."""
     host = found.plan.host_bytes(processes=machine.processes)
     gpu = needed_bytes(found.plan)
     sizes = f"{_gib(gpu)} GiB on each GPU, {_gib(host)} GiB of host memory"

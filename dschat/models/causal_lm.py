@@ -19,8 +19,9 @@ from transformers import (
 from dschat.models.adapters import merge_adapter
 from dschat.models.dropout import set_config_dropout
 from dschat.models.folder_checks import check_finite, shard_names
+from dschat.models.new_tokens import new_token_ids
 from dschat.models.tokenizer import adapter_base, hub_error, model_source, refuse_remote_code
-from dschat.models.vocabulary import check_vocabulary, grow_vocabulary
+from dschat.models.vocabulary import check_vocabulary, embedding_rows, grow_vocabulary
 from dschat.models.weights import refuse_damaged_weights, require_complete
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -136,16 +137,28 @@ def load_causal_lm(
     merge_if_adapter(model, path, flag=flag)
     check_finite(model, path=path, flag=flag)
     if tokenizer is not None:
-        grow_vocabulary(model, len(tokenizer))
+        add_tokens(model, tokenizer)
     return model
+
+
+def add_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Grow the embedding to all tokens of `tokenizer`.
+
+    The attribute `new_token_ids` of `model` then holds the ids without a trained row.
+    """
+    rows = getattr(model, "trained_rows", None) or embedding_rows(model)
+    added = getattr(tokenizer, "added_ids", [])
+    model.new_token_ids = new_token_ids(tokenizer, rows=rows, added=added)
+    grow_vocabulary(model, len(tokenizer))
 
 
 def merge_if_adapter(model: PreTrainedModel, path: str, *, flag: str) -> None:
     """Merge `path` into `model`, its base, if it is a PEFT adapter folder.
 
-    The attribute ``merged_adapter`` of `model` then holds the folder.
+    The attribute `merged_adapter` of `model` then holds the folder, and `trained_rows` the number
+    of tokens that it has trained rows for.
     """
     source, is_local = model_source(path, flag=flag)
     if is_local and adapter_base(source, flag=flag):
-        merge_adapter(model, source, flag=flag)
+        model.trained_rows = merge_adapter(model, source, flag=flag)
         model.merged_adapter = source

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dschat.models.lora import plain_name
+from dschat.models.new_tokens import CHILD
 from dschat.models.structure import pretrained
 from dschat.models.tokenizer import VOCABULARY_FILES, eos_token_ids
 from dschat.models.weights import first_names
@@ -117,7 +118,7 @@ def _complete_tensors(
     """
     own = {}
     for name, value in model.state_dict(keep_vars=True).items():
-        if ".lora_" in name:
+        if ".lora_" in name or name.endswith(f".{CHILD}.delta"):
             continue
         name = plain_name(name)
         if hasattr(value, "dense_shape"):

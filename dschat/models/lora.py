@@ -23,6 +23,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from dschat.models.new_tokens import CHILD, merge_new_tokens, new_token_modules
 from dschat.models.structure import (
     SCORE_HEAD,
     decoder_layers,
@@ -296,8 +297,11 @@ def has_lora(model: nn.Module) -> bool:
 
 
 def lora_parameter_names(model: nn.Module) -> set[str]:
-    """Return the names of the adapters' A and B matrices, as named_parameters() gives them."""
-    names = set()
+    """Return the names of the adapters' parameters, as named_parameters() gives them.
+
+    They are A and B of each adapted layer, and the changed rows of new tokens.
+    """
+    names = {f"{name}.{CHILD}.delta" for name, _ in new_token_modules(model)}
     for prefix, layer in lora_layers(model).items():
         for name, _ in layer.named_parameters():
             if not name.startswith("base_layer."):
@@ -321,21 +325,27 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
     With `only_optimize_lora` this is the reference policy.
     """
     layers = list(lora_layers(model).values())
+    rows = [tokens for _, tokens in new_token_modules(model)]
     before = [layer._disable_adapters for layer in layers]
+    were_off = [tokens.is_off for tokens in rows]
     try:
         for layer in layers:
             # PEFT's enable_adapters() would also change requires_grad, which optimizers rely on.
             layer._disable_adapters = True
+        for tokens in rows:
+            tokens.is_off = True
         yield
     finally:
         for layer, was_disabled in zip(layers, before, strict=True):
             layer._disable_adapters = was_disabled
+        for tokens, was_off in zip(rows, were_off, strict=True):
+            tokens.is_off = was_off
 
 
 def merged_state_dict(
     model: nn.Module, tensors: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """Return `tensors` with every adapter merged into its weight: W + s B A.
+    """Return `tensors` with every adapter merged into its weight: W + s B A, or the rows W + D.
 
     Names are those of the model without LoRA. The sum is taken in fp32 and rounded once, to the
     dtype of W. Neither `model` nor `tensors` changes, so training can continue from unrounded
@@ -351,6 +361,7 @@ def merged_state_dict(
         KeyError: an adapted layer's W, A or B is not among `tensors`.
     """
     merged = dict(tensors)
+    merge_new_tokens(model, merged)
     updates = {}
     for name, layer in lora_layers(model).items():
         a, b = (merged.pop(f"{name}.lora_{side}.{ADAPTER}.weight") for side in ("A", "B"))

@@ -25,13 +25,13 @@ from transformers import (
 from transformers.utils import cached_file
 
 from dschat.models.adapters import adapter_has_head
-from dschat.models.causal_lm import load_config, merge_if_adapter
+from dschat.models.causal_lm import add_tokens, load_config, merge_if_adapter
 from dschat.models.classifiers import ensure_classifier
 from dschat.models.folder_checks import check_finite
 from dschat.models.forward import packed_inputs, position_ids_from_mask, takes_position_ids
 from dschat.models.structure import SCORE_HEAD
 from dschat.models.tokenizer import as_ids, ensure_unambiguous_pad
-from dschat.models.vocabulary import check_vocabulary, grow_vocabulary
+from dschat.models.vocabulary import check_vocabulary
 from dschat.models.weights import refuse_damaged_weights, require_complete, update_weight
 
 logger = logging.getLogger(__name__)
@@ -175,7 +175,7 @@ def load_reward_model(
     check_finite(model, path=path, flag=flag)
     end_ids = as_ids(config.eos_token_id) | _generation_end_ids(source)
     pad_token_id = ensure_unambiguous_pad(tokenizer, end_ids=end_ids)
-    grow_vocabulary(model, len(tokenizer))
+    add_tokens(model, tokenizer)
     # Set last: an embedding takes the id as its padding_idx when built, and may be too small then.
     model.config.pad_token_id = pad_token_id
     return RewardModel(model)

@@ -102,7 +102,8 @@ def load_tokenizer(
     Args:
         path: a model folder, an adapter folder or a hub name.
         add_eot_token: make `eot_token` the end-of-sequence token. The saved folder then ends its
-            texts with it in every later step and program, with or without this flag.
+            texts with it in every later step and program, with or without this flag. If the
+            vocabulary does not have it yet, the tokenizer's attribute `added_ids` holds its id.
         eot_token: the end-of-text token.
         trust_remote_code: allow Python code that comes with the tokenizer.
         flag: the command-line flag that `path` came from, for messages.
@@ -137,8 +138,9 @@ def load_tokenizer(
         raise ValueError(
             f"{flag} {path!r}: the tokenizer is empty; give a folder with its vocabulary files."
         )
-    if add_eot_token:
-        tokenizer.add_special_tokens({"eos_token": eot_token})
+    tokenizer.added_ids = []  # of tokens that no saved model has seen
+    if add_eot_token and tokenizer.add_special_tokens({"eos_token": eot_token}):
+        tokenizer.added_ids = [tokenizer.eos_token_id]
     if tokenizer.eos_token_id is None:
         raise ValueError(
             f"{flag} {path!r}: the tokenizer has no end-of-sequence token, so no answer could end. "

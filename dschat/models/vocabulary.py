@@ -31,6 +31,12 @@ def check_vocabulary(
         )
 
 
+def embedding_rows(model: PreTrainedModel) -> int:
+    """Return the rows of the embedding, which ZeRO-3 may have partitioned."""
+    weight = model.get_input_embeddings().weight
+    return getattr(weight, "ds_shape", weight.shape)[0]
+
+
 def grow_vocabulary(model: PreTrainedModel, num_tokens: int) -> bool:
     """Grow the embedding (and an untied head) to at least `num_tokens` rows; never shrink it.
 
@@ -41,8 +47,7 @@ def grow_vocabulary(model: PreTrainedModel, num_tokens: int) -> bool:
     Returns:
         Whether the embedding had fewer rows.
     """
-    weight = model.get_input_embeddings().weight
-    old_rows = getattr(weight, "ds_shape", weight.shape)[0]
+    old_rows = embedding_rows(model)
     if num_tokens <= old_rows:
         return False
     model.resize_token_embeddings(

@@ -14,7 +14,7 @@ from dschat.runtime.lock import locked
 STARTED = "started.json"
 FINISHED = "finished.json"
 # A run may be resumed with other values of these flags.
-FLAGS_FREE_TO_CHANGE = ("--output_dir", "--report_to", "--save_interval", "--max_restarts")
+FLAGS_FREE_TO_CHANGE = ("--fit", "--output_dir", "--report_to", "--save_interval", "--max_restarts")
 
 
 def finished_seconds(folder: Path, command: list[str]) -> float | None:

@@ -24,6 +24,7 @@ def run_dpo(
     """
     open_rows = partial(open_pair_rows, config.data, given=given)
     run = start_run(config, number=2, open_rows=open_rows, callbacks=callbacks)
+    config = run.config
     train_data, eval_data = build_pair_data(
         config.data, run.tokenizer, end_token_id=run.end_token_id, given=given
     )

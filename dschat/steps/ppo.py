@@ -40,7 +40,7 @@ from dschat.trainers.output_folder import (
 )
 from dschat.trainers.ppo import DeepSpeedPPOTrainer
 from dschat.trainers.ppo_run import run_state, train_ppo
-from dschat.trainers.preflight import show_plan
+from dschat.trainers.preflight import fitted, show_plan
 from dschat.trainers.reward_plan import RewardPlan, plan_rewards
 from dschat.trainers.rlhf_engine import DeepSpeedRLHFEngine
 
@@ -65,6 +65,7 @@ def run_ppo(
     """
     run = config.run
     start_processes(run.local_rank)
+    config = fitted(config)
     announce(config)
     prepare_output_dir(run.output_dir, step=step_title(PPOConfig), below=MODEL_FOLDERS)
     checkpoint = find_checkpoint(config)

@@ -30,6 +30,7 @@ def run_reward(
     """
     open_rows = partial(open_pair_rows, config.data, given=given)
     run = start_run(config, number=2, open_rows=open_rows, callbacks=callbacks)
+    config = run.config
     # The saved model finds the last token by the pad id, so no text may contain the pad token.
     pad_id = ensure_unambiguous_pad(run.tokenizer)
     train_data, eval_data = build_pair_data(

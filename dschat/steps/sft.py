@@ -24,6 +24,7 @@ def run_sft(
     """
     open_rows = partial(open_sft_rows, config.data, given=given)
     run = start_run(config, number=1, open_rows=open_rows, callbacks=callbacks)
+    config = run.config
     train_data, eval_data = build_sft_data(
         config.data, run.tokenizer, end_token_id=run.end_token_id, given=given
     )

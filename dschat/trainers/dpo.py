@@ -15,8 +15,9 @@ from dschat.algorithms.types import PackedPairBatch, PairBatch
 from dschat.engine.build import build_inference_engine
 from dschat.engine.ds_config import inference_config
 from dschat.engine.shared_models import AdaptersOff
+from dschat.models.causal_lm import load_causal_lm
 from dschat.runtime import dist
-from dschat.trainers.reference_model import reference_loader
+from dschat.trainers.frozen_models import rounded
 from dschat.trainers.supervised import answer_nll, count_pairs, evaluate_rows
 from dschat.trainers.supervised_run import SupervisedRun, load_start
 
@@ -37,7 +38,7 @@ def build_reference(run: SupervisedRun):
         micro_batch_size=config.batch.per_device_train_batch_size,
         world_size=dist.world_size(),
     )
-    load = reference_loader(config.system, config.lora)
+    load = rounded(load_causal_lm, config.system.frozen_format, config.lora)
     return build_inference_engine(
         load_start(run, load, ds_config, dropout=0.0), ds_config=ds_config
     )

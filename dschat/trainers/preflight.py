@@ -14,15 +14,64 @@ from dschat.config.ppo import PPOConfig
 from dschat.config.sft import SFTConfig
 from dschat.engine.build import override
 from dschat.engine.ds_config import training_config
-from dschat.memory.advice import GIB, needed_bytes
+from dschat.memory.advice import GIB, Machine, find_remedy, needed_bytes, with_options
 from dschat.memory.checks import checked_plan
 from dschat.memory.model_size import has_shape
-from dschat.memory.report import check_fit, plan_text
+from dschat.memory.plan import plan_step
+from dschat.memory.report import check_fit, plan_text, with_sizes
 from dschat.models.tokenizer import model_source
 from dschat.runtime import dist
 from dschat.runtime.log import logger
 
 EXAMPLE_NAMES = ("facebook/opt-1.3b", "meta-llama/Llama-2-7b-hf")
+
+
+def fitted(config):
+    """Return `config` with the flags of --fit auto, which make the run fit the GPUs.
+
+    They cost speed and change nothing that is learned: the rows of an update and of a rollout stay
+    the same. If none suffice, `config` is returned as it is, and ``show_plan`` says what would. The
+    process group must have been initialized.
+    """
+    if config.run.fit == "none":
+        return config
+    machine = _this_machine()
+    if not machine.gpu_bytes:
+        logger.info("--fit auto has no effect on a CPU")
+        return config
+    dtype = "bf16" if config.model.dtype == "auto" else config.model.dtype  # fp16 is as wide
+    plan = plan_step(config, world_size=machine.world_size, dtype=dtype)
+    needs = f"{needed_bytes(plan) / GIB:.1f} of {machine.gpu_bytes / GIB:.1f} GiB on each GPU"
+    if not machine.missing(plan):
+        logger.info(f"--fit auto: the run fits as it is, with {needs}")
+        return config
+    found = find_remedy(config, machine, dtype=dtype, same_results=True)
+    if found.missing:
+        logger.info(
+            f"--fit auto: no flags that keep the results make the run fit: it needs {needs}"
+        )
+        return config
+    logger.info(
+        f"--fit auto: the run needs {needs}, so it takes {with_sizes(found, machine)}. It learns "
+        "the same"
+    )
+    return with_options(config, found.options)
+
+
+def _this_machine() -> Machine:
+    """Return the resources of this run: the smallest GPU and host of all ranks; 0 on a CPU."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", dist.world_size()))
+    if not torch.cuda.is_available():
+        return Machine(dist.world_size(), processes, 0.0, 0.0)
+    gpu = float(torch.cuda.get_device_properties(0).total_memory)
+    host = float(psutil.virtual_memory().total)
+    sizes = [(gpu, host)]
+    if dist.has_peers():
+        sizes *= dist.world_size()
+        torch.distributed.all_gather_object(sizes, (gpu, host))
+    return Machine(
+        dist.world_size(), processes, min(gpu for gpu, _ in sizes), min(host for _, host in sizes)
+    )
 
 
 def show_plan(config, *, dtype: str, rewards: Iterable[str] = ()) -> dict[str, float]:

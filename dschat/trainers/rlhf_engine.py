@@ -30,7 +30,7 @@ from dschat.models.prepare import prepare_for_training
 from dschat.models.reward_model import load_reward_model
 from dschat.runtime import dist
 from dschat.runtime.log import logger
-from dschat.trainers.reference_model import reference_loader
+from dschat.trainers.frozen_models import rounded
 
 
 class ModelSource(NamedTuple):
@@ -97,14 +97,20 @@ class DeepSpeedRLHFEngine:
 
     def add_reward(self, path: str, *, flag: str, tokenizer):
         """Load a reward model inside an engine, and return the engine."""
-        system = self._config.system
-        load = partial(load_reward_model, fresh_head=False)
+        config = self._config
+        system = config.system
+        load = rounded(
+            partial(load_reward_model, fresh_head=False),
+            config.reward_format,
+            config.reward_lora(path),
+            prefix="--critic_",
+        )
         engine = self._build_inference_engine(
             ModelSource(load, path, flag, tokenizer),
             stage=system.critic_zero_stage,
             offload=system.offload_reward_model,
         )
-        if self._config.shares_reward and path == self._config.model.critic_model_name_or_path:
+        if config.shares_reward and path == config.model.critic_model_name_or_path:
             engine = Replaceable(engine)
             self._shared_reward = engine
         self.rewards.append(engine)
@@ -279,7 +285,8 @@ class DeepSpeedRLHFEngine:
     def _build_reference(self, source: ModelSource):
         config = self._config
         system = config.system
-        load = reference_loader(config.actor_system, config.actor_lora, prefix="--actor_")
+        kind = config.actor_system.frozen_format
+        load = rounded(load_causal_lm, kind, config.actor_lora, prefix="--actor_")
         return self._build_inference_engine(
             source._replace(load=load),
             stage=system.actor_zero_stage,

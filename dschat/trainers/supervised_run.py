@@ -40,7 +40,7 @@ from dschat.trainers.output_folder import (
     record_run,
     write_pages,
 )
-from dschat.trainers.preflight import show_plan
+from dschat.trainers.preflight import fitted, show_plan
 from dschat.trainers.supervised import Objective, train_supervised
 
 
@@ -68,7 +68,7 @@ def start_run(
     tokenizer and logs the memory plan.
 
     Args:
-        config: SFTConfig, RewardConfig or DPOConfig.
+        config: SFTConfig, RewardConfig or DPOConfig. That of the run differs with --fit auto.
         number: of the step.
         open_rows: opens the data; called only to tell its faults together with the model's.
         callbacks: called during the run.
@@ -79,6 +79,7 @@ def start_run(
             does not fit the GPU.
     """
     device = start_processes(config.run.local_rank)
+    config = fitted(config)
     announce(config)
     prepare_output_dir(config.run.output_dir, step=step_title(type(config)))
     checkpoint = find_checkpoint(config)

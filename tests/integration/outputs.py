@@ -32,7 +32,14 @@ def check_model_folder(folder: Path, *, start: Path, reward: bool, options: dict
     model = load_plainly(folder, reward=reward)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert model.dtype == AutoConfig.from_pretrained(folder).dtype == TORCH_DTYPES[options["dtype"]]
-    check_changes(model, start, lora=options["lora"], exact=options["dtype"] == "fp32")
+    is_new = tokenizer.eos_token not in AutoTokenizer.from_pretrained(start).get_vocab()
+    check_changes(
+        model,
+        start,
+        lora=options["lora"],
+        exact=options["dtype"] == "fp32",
+        new_token=tokenizer.eos_token_id if is_new else None,
+    )
     assert tokenizer.eos_token == ("<|endoftext|>" if options["eot"] else "</s>")
     assert len(tokenizer) <= model.get_input_embeddings().num_embeddings
     assert tokenizer.chat_template
@@ -45,10 +52,13 @@ def check_model_folder(folder: Path, *, start: Path, reward: bool, options: dict
     assert not list(folder.parent.glob(f".{folder.name}*")), "a temporary folder was left"
 
 
-def check_changes(model, start: Path, *, lora: str, exact: bool) -> None:
+def check_changes(
+    model, start: Path, *, lora: str, exact: bool, new_token: int | None = None
+) -> None:
     """Check that trained weights changed and no others.
 
-    If not `exact`, norms may be unchanged: rounding near 1 may swallow short training.
+    If not `exact`, norms may be unchanged: rounding near 1 may swallow short training. The row of
+    `new_token` trains although the others of the embedding and the head are frozen.
     """
     is_reward = "ForSequenceClassification" in AutoConfig.from_pretrained(start).architectures[0]
     before = load_plainly(start, reward=is_reward).state_dict()
@@ -59,7 +69,14 @@ def check_changes(model, start: Path, *, lora: str, exact: bool) -> None:
     layers = {name for name in common if ".layers." in name or ".h." in name}
     matrices = {name for name in layers if after[name].dim() == 2}
     assert matrices and matrices <= changed
-    if lora == "only-lora":
+    if lora == "only-lora" and new_token is not None:
+        grown = changed - layers
+        assert grown, "the row of the new token"
+        for name in grown:
+            differs = after[name][: before[name].shape[0]] != before[name].to(after[name].dtype)
+            assert differs.any(1).nonzero().tolist() == [[new_token]], name
+        assert changed - grown == matrices
+    elif lora == "only-lora":
         assert changed == matrices
     else:
         assert changed - layers, "embeddings and last norm"

@@ -291,7 +291,7 @@ def test_steps_1_and_2_train_adapters_on_quantized_weights(case, kind, launches,
 
 def greedy_pair(name: str, zero: str, more: str = "", *, stored: str = "int8"):
     argv = f"{ADAPTERS} --only_optimize_lora --quantize_frozen {stored} {ZERO[zero]}"
-    argv += " --greedy_rollouts --no_normalize_reward"
+    argv += " --greedy_rollouts --no_normalize_reward --add_eot_token"  # a new token, trained
     plain = run_case(f"{stored}-plain-{zero}", argv)
     hybrid = run_case(f"{stored}-hybrid-{zero}-{name}", f"{argv} --enable_hybrid_engine {more}")
     return pytest.param(plain, hybrid, id=name, marks=pytest.mark.cases(plain, hybrid))

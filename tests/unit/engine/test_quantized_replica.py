@@ -7,6 +7,7 @@ from dschat.engine.hybrid_engine import HybridEngine, PlainGenerator
 from dschat.engine.quantized import QuantizedLinear, quantize_linears
 from dschat.models.causal_lm import load_causal_lm
 from dschat.models.lora import adapted_layer_names, add_lora, lora_parameter_names
+from dschat.models.new_tokens import new_token_modules, train_new_tokens
 from tests.graph_stand_ins import graphs_on_cpu, with_graphs
 from tests.unit.generation.test_decoding import config, prompts, stand_in
 from tests.unit.models_helpers import tiny
@@ -56,3 +57,24 @@ def test_attached_replicas_follow_weights_that_move():
     after = hybrid.decode(*reads, config(eos_token_id=[])).tokens
     expected = PlainGenerator(engine).decode(*reads, config(eos_token_id=[])).tokens
     assert torch.equal(after, expected) and not torch.equal(after, before)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+@pytest.mark.parametrize("lora_mode", ["attach", "merge"])
+def test_replicas_share_the_trained_rows_of_new_tokens(family, lora_mode):
+    engine = quantized_engine(family, "nf4")
+    model = engine.module
+    reads = prompts(3, 80)
+    before = PlainGenerator(engine).decode(*reads, config(eos_token_id=[])).tokens
+    new = before[:, -6:].unique().tolist()  # changed rows of tokens that are read and written
+    train_new_tokens(model, new)
+    for _, tokens in new_token_modules(model):
+        torch.nn.init.normal_(tokens.delta, std=0.5)
+    hybrid = HybridEngine(engine, lora_mode=lora_mode)
+    expected = PlainGenerator(engine).decode(*reads, config(eos_token_id=[])).tokens
+    found = hybrid.decode(*reads, config(eos_token_id=[])).tokens
+    assert torch.equal(found, expected) and not torch.equal(found, before)
+    own = [tokens for _, tokens in new_token_modules(hybrid.replica.model)]
+    theirs = [tokens for _, tokens in new_token_modules(model)]
+    assert len(own) == len(theirs) > 0
+    assert all(a.delta.data_ptr() == b.delta.data_ptr() for a, b in zip(own, theirs, strict=True))

@@ -97,7 +97,7 @@ def test_advice_names_the_fewest_flags_that_make_a_run_fit(step, model, flags, s
 
 MANY = [
     ("1", "llama-2-13b", "", (16, 64)),
-    ("dpo", "llama-2-7b", "", (24, 64)),
+    ("dpo", "llama-2-7b", "", (18, 64)),
     ("3", "llama-2-7b llama-2-7b", "", (24,)),
     ("3", "llama-2-13b opt-350m", "--enable_hybrid_engine", (32, 64)),
     ("3", "llama-2-70b opt-350m", "--enable_hybrid_engine", (80, 1000, 8)),
@@ -169,7 +169,7 @@ def test_advice_finds_ordinary_host_memory_if_page_locked_does_not_fit():
 def test_advice_names_the_nearest_miss_and_enough_gpus_if_no_flags_help():
     models, flags = "llama-2-70b opt-350m", "--enable_hybrid_engine --critic_gradient_checkpointing"
     config = configured("3", models, flags)
-    on = machine(48, 1000)
+    on = machine(40, 1000)
     message = refusal(config, on)
     nearest = find_remedy(config, on, dtype="bf16")
     assert nearest.missing and f"{' '.join(nearest.flags)} (" in message

@@ -405,16 +405,17 @@ def test_int8_weights_take_a_byte_and_their_scales():
         assert dense.models[role].weights - plan.models[role].weights == saved, role
         # One matrix is dense while it is multiplied.
         assert plan.models[role].buffers - dense.models[role].buffers == 2 * 4096 * 11008
-    assert ppo(f"{flags} --no_share_reward").models["reward"].weights == dense.models[
-        "reference"
-    ].weights - 2 * (32000 * 4096 - 4096)
+    # Reward models are quantized, too: the same sizes without the vocabulary's matrix.
+    rewards = [ppo(f"{more} --no_share_reward").models["reward"] for more in (flags, ADAPTERS)]
+    assert rewards[1].weights == dense.models["reference"].weights - 2 * (32000 * 4096 - 4096)
+    assert rewards[1].weights - rewards[0].weights == saved
     parts = ppo(f"{flags} --actor_zero_stage 3", world_size=8)
     held = 2 * parts.sizes["actor"].parameters - saved
     assert parts.models["actor"].weights == held / 8 and parts.models["actor"].build == saved / 8
-    # The plan counts dense copies, whether adapters are merged or attached.
+    # Merged copies are dense; attached adapters read the packed weights.
     hybrid = f"{flags} --enable_hybrid_engine"
     assert ppo(hybrid).resident["replica"] == 2 * adapted
-    assert ppo(f"{hybrid} --hybrid_lora attach").resident["replica"] == 2 * adapted
+    assert ppo(f"{hybrid} --hybrid_lora attach").resident["replica"] == 0
 
 
 def test_nf4_weights_take_half_a_byte_and_their_scales():
@@ -481,7 +482,7 @@ def test_counting_draws_no_random_numbers():
     expected = torch.rand(3)
     torch.manual_seed(5)
     sizes._counted(
-        "tiny-llama", "--model", False, False, LoraOptions(lora_dim=4), SystemOptions(), ""
+        "tiny-llama", "--model", False, False, LoraOptions(lora_dim=4), SystemOptions(), "", "none"
     )
     assert torch.equal(torch.rand(3), expected)
 

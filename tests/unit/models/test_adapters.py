@@ -5,10 +5,11 @@ import json
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from dschat.checkpoint.save_model import save_model
-from dschat.models.adapters import ADAPTER_FOLDER
+from dschat.models.adapters import ADAPTER_FOLDER, merge_adapter
 from dschat.models.causal_lm import load_causal_lm
 from dschat.models.lora import add_lora, lora_parameter_names
 from dschat.models.reward_model import load_reward_model
@@ -136,13 +137,66 @@ def test_adapters_written_by_peft_are_merged(tmp_path, options):
 
 
 @pytest.mark.parametrize(
+    "family, options",
+    [
+        ("llama", {"modules_to_save": ["lm_head", "embed_tokens"]}),
+        ("llama", {"trainable_token_indices": [3, 5]}),
+        ("llama", {"trainable_token_indices": {"embed_tokens": [3, 5], "lm_head": [2, 5, 9]}}),
+        ("opt", {"trainable_token_indices": [3, 5]}),
+    ],
+)
+@pytest.mark.parametrize("more_rows", [0, 3])
+def test_modules_rows_and_vocabularies_of_peft_are_taken_over(tmp_path, family, options, more_rows):
+    """Train whole modules or rows with PEFT, also after a vocabulary has grown."""
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_pretrained(tiny(family))
+    rows = model.get_input_embeddings().num_embeddings + more_rows
+    if more_rows:
+        model.resize_token_embeddings(rows)
+        options = {key: value for key, value in options.items() if key == "modules_to_save"}
+    peft = get_peft_model(
+        model, LoraConfig(r=4, init_lora_weights=False, target_modules=["q_proj"], **options)
+    )
+    with torch.no_grad():
+        for parameter in peft.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.3 * torch.randn(parameter.shape))
+    peft.save_pretrained(tmp_path / "peft")
+    found = load_causal_lm(
+        str(tmp_path / "peft"), dtype=FP32, tokenizer=load_tokenizer(tiny(family))
+    )
+    ids = torch.tensor([[3, 5, 9, 2, rows - 1]])
+    with torch.no_grad():
+        expected = peft.eval()(ids).logits
+        actual = found.eval()(ids).logits
+        plain = AutoModelForCausalLM.from_pretrained(tiny(family))(ids[:, :4]).logits
+    assert close(actual[..., :rows], expected, 1e-4)
+    assert not close(actual[:, :4, :264], plain, 0.1)
+    assert found.get_input_embeddings().num_embeddings == (rows + 7) // 8 * 8
+
+
+def test_two_values_of_one_matrix_are_refused(tmp_path):
+    path, _ = peft_adapter(tmp_path / "peft")
+    model = AutoModelForCausalLM.from_pretrained(tiny("opt"))
+    weights = model.get_input_embeddings().weight.detach()
+    save_file(
+        {
+            "base_model.model.model.decoder.embed_tokens.weight": weights.clone(),
+            "base_model.model.lm_head.weight": 2 * weights,
+        },
+        tmp_path / "peft" / "adapter_model.safetensors",
+    )
+    with pytest.raises(ValueError, match="is the embedding in OPTForCausalLM, and .* PEFT first"):
+        merge_adapter(model, path, flag="--actor")
+
+
+@pytest.mark.parametrize(
     "options, words",
     [
         ({"use_dora": True}, "DoRA"),
         ({"bias": "all"}, "biases"),
         ({"init_lora_weights": "pissa"}, "its start \\(pissa\\) changes the weights of the base"),
         ({"init_lora_weights": "olora"}, "its start \\(olora\\) changes the weights of the base"),
-        ({"modules_to_save": ["lm_head"]}, "no place for lm_head"),
     ],
 )
 def test_adapters_that_cannot_be_merged_are_refused(tmp_path, options, words):

@@ -79,6 +79,22 @@ def test_the_loggers_go_to_every_step(step, e2e):
 
 
 @pytest.mark.parametrize("step", [1, 2, 3])
+def test_every_step_fits_itself_to_the_gpu_unless_told_otherwise(step, e2e):
+    outputs = {number: Path(f"out{number}") for number in e2e.MAINS}
+    plan = e2e.Plan("demo", "a", "b", {number: [] for number in e2e.MAINS}, outputs)
+
+    def command(*words, on_gpu=True):
+        return e2e.step_command(step, plan, e2e.parse_args(list(words)), on_gpu=on_gpu)
+
+    def fit(words):
+        return parse_config(CONFIGS[step], words[1:]).run.fit
+
+    assert [fit(command()), fit(command("--fit", "none"))] == ["auto", "none"]
+    assert fit(command(on_gpu=False)) == "none"
+    assert differences(command(), command("--fit", "none")) == []
+
+
+@pytest.mark.parametrize("step", [1, 2, 3])
 def test_the_precision_goes_to_every_step(step, e2e):
     def dtype(*words):
         args = e2e.parse_args(list(words))

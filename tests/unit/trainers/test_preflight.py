@@ -191,3 +191,49 @@ def test_the_guide_shows_what_the_planner_prints(capsys):
         "It fits with --actor_gradient_checkpointing --actor_zero_stage 3 --offload (21.5 GiB on "
         "each GPU" in shown
     )
+
+
+@pytest.fixture
+def host_of_400_gib(monkeypatch):
+    host = SimpleNamespace(total=400 * 2**30)
+    monkeypatch.setattr(preflight.psutil, "virtual_memory", lambda: host)
+
+
+def test_fit_auto_takes_the_mildest_flags_that_keep_what_is_learned(
+    gpu_of_24_gib, host_of_400_gib, said
+):
+    flags = "--model_name_or_path llama-2-7b --per_device_train_batch_size 8 --fit auto "
+    lora = "--lora_dim 8 --only_optimize_lora"
+    config = preflight.fitted(parse_config(SFTConfig, (flags + lora).split()))
+    assert "--fit auto: the run needs " in said[0] and " of 24.0 GiB" in said[0]
+    assert "--gradient_checkpointing" in said[0] and len(said) == 1
+    rows = config.batch.per_device_train_batch_size
+    assert rows * config.schedule.gradient_accumulation_steps == 8
+    assert config.system.gradient_checkpointing and not config.system.offload
+    assert config.system.frozen_format == "none" and config.lora.lora_dim == 8
+    preflight.show_plan(config, dtype="bf16")  # it fits
+    again = preflight.fitted(config)
+    assert again == config and "fits as it is" in said[-1]
+    # Adapters or rounded weights would change what is learned, and nothing else is enough.
+    words = f"{flags} --zero_stage 2".replace("llama-2-7b", "llama-2-70b").split()
+    whole = parse_config(SFTConfig, words)
+    assert preflight.fitted(whole) is whole
+    assert "no flags that keep the results" in said[-1]
+
+
+def test_fit_auto_in_step_3_keeps_the_rows_of_a_rollout(gpu_of_24_gib, host_of_400_gib, said):
+    flags = (
+        "--actor_model_name_or_path opt-1.3b --critic_model_name_or_path opt-350m --fit auto "
+        "--per_device_generation_batch_size 16 --per_device_training_batch_size 16"
+    )
+    before = parse_config(PPOConfig, flags.split())
+    config = preflight.fitted(before)
+    assert len(said) == 1 and "so it takes --" in said[0] and config != before
+    assert (config.rollout_rows, config.rows_per_update) == (16, 16)
+    assert config.lora == before.lora and config.system.quantize_frozen == "none"
+    preflight.show_plan(config, dtype="bf16")
+
+
+def test_fit_auto_does_nothing_on_a_cpu(said):
+    config = parse_config(SFTConfig, f"{SFT} --fit auto".split())
+    assert preflight.fitted(config) is config and said == ["--fit auto has no effect on a CPU"]
