@@ -36,6 +36,7 @@ PROGRAMS = {
     "e2e": Program("e2e_rlhf.py", "the three steps in a row"),
     "chat": Program("inference/chat.py", "chat in the terminal or on a page"),
     "plan": Program("dschat.plan", "the memory that a step needs"),
+    "merge": Program("dschat.merge", "an adapter and its base as one model"),
     "doctor": Program("dschat.doctor", "what this machine lacks"),
     "inspect": Program("dschat.data.inspect", "what a data set looks like to the steps"),
     "report": Program("dschat.report", "pictures and tables of finished runs"),
