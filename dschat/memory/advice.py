@@ -121,7 +121,21 @@ def find_remedy(config, machine: Machine, *, dtype: str, same_results: bool = Fa
         nearest = _nearer(nearest, planned(options))
         if not nearest.missing:
             break
+    nearest = _with_single_changes(nearest, kinds, planned)
     return _without_needless(nearest, kinds, planned)
+
+
+def _with_single_changes(found: Remedy, kinds: list[list[Change]], planned: Callable) -> Remedy:
+    """Return `found` with further changes, one at a time, until none of them saves more bytes."""
+    changes = [change for kind in kinds for change in kind]
+    while found.missing:
+        nearest = found
+        for change in changes:
+            nearest = _nearer(nearest, planned(found.options | change.options))
+        if nearest is found:
+            break
+        found = nearest
+    return found
 
 
 def enough_gpus(config, machine: Machine, *, dtype: str) -> tuple[Machine, Remedy] | None:

@@ -169,7 +169,7 @@ def test_advice_finds_ordinary_host_memory_if_page_locked_does_not_fit():
 def test_advice_names_the_nearest_miss_and_enough_gpus_if_no_flags_help():
     models, flags = "llama-2-70b opt-350m", "--enable_hybrid_engine --critic_gradient_checkpointing"
     config = configured("3", models, flags)
-    on = machine(40, 1000)
+    on = machine(36, 1000)
     message = refusal(config, on)
     nearest = find_remedy(config, on, dtype="bf16")
     assert nearest.missing and f"{' '.join(nearest.flags)} (" in message
