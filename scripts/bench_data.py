@@ -143,7 +143,7 @@ class Meter:
 
     def __enter__(self) -> "Meter":
         """Start."""
-        self._base, self._peak = anonymous_bytes(), 0
+        self._base = self._peak = anonymous_bytes()
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch)
         self._thread.start()
