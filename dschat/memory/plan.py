@@ -386,7 +386,7 @@ def _for_generation(
     if system.generation_cache_gib:
         # At least one answer at its longest.
         least = width * actor.cache.elements(rows=1, positions=positions)
-        cache = min(cache, max(least, system.generation_cache_gib * 2**30))
+        cache = min(cache, max(least, int(system.generation_cache_gib * 2**30)))
     frees_cache = system.release_inference_cache or not system.enable_hybrid_engine
     frees_replica = system.unpin_actor_parameters or system.release_inference_cache
     resident: dict[str, float] = {}

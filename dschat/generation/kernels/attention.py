@@ -246,6 +246,15 @@ def decode_attention(
 if triton is not None:
 
     @triton.jit
+    def _offset(bounds, position, page_stride, stride, PAGES: tl.constexpr, PAGE: tl.constexpr):
+        """Return where a position of a row is in the cache, or in the row's own buffer."""
+        offset = position * stride
+        if PAGES > 0:
+            page = tl.load(bounds + 2 + position // PAGE).to(tl.int64)
+            offset = page * page_stride + position % PAGE * stride
+        return offset
+
+    @triton.jit
     def _attend(
         query,
         key,
@@ -299,13 +308,10 @@ if triton is not None:
         takes = (split == 0) & (d < WIDTH)
         new_k = tl.load(new_key + (b * KV_HEADS + h) * WIDTH + d, mask=takes, other=0.0)
         new_v = tl.load(new_value + (b * KV_HEADS + h) * WIDTH + d, mask=takes, other=0.0)
-        new_key_at, new_value_at = key + newest * key_l, value + newest * value_l
-        if PAGES > 0:
-            page = tl.load(bounds + 2 + newest // PAGE).to(tl.int64)
-            new_key_at = key + page * key_b + newest % PAGE * key_l
-            new_value_at = value + page * value_b + newest % PAGE * value_l
-        tl.store(new_key_at + h * key_h + d, new_k, mask=takes)
-        tl.store(new_value_at + h * value_h + d, new_v, mask=takes)
+        new_key_at = key + h * key_h + _offset(bounds, newest, key_b, key_l, PAGES, PAGE)
+        new_value_at = value + h * value_h + _offset(bounds, newest, value_b, value_l, PAGES, PAGE)
+        tl.store(new_key_at + d, new_k, mask=takes)
+        tl.store(new_value_at + d, new_v, mask=takes)
         own = tl.sum(q.to(tl.float32) * new_k.to(tl.float32)[None, :], 1) * SCALE
         highest = tl.where(split == 0, own, -1e30)
         total = tl.where(split == 0, tl.full([ROWS], 1.0, tl.float32), 0.0)
@@ -314,14 +320,8 @@ if triton is not None:
             n = start + tl.arange(0, BLOCK)
             inside = (n >= low) & (n < end)
             live = inside[:, None] & (d < WIDTH)[None, :]
-            key_at, value_at = (
-                key + h * key_h + start * key_l,
-                value + h * value_h + start * value_l,
-            )
-            if PAGES > 0:
-                page = tl.load(bounds + 2 + start // PAGE).to(tl.int64)
-                key_at = key + page * key_b + h * key_h + start % PAGE * key_l
-                value_at = value + page * value_b + h * value_h + start % PAGE * value_l
+            key_at = key + h * key_h + _offset(bounds, start, key_b, key_l, PAGES, PAGE)
+            value_at = value + h * value_h + _offset(bounds, start, value_b, value_l, PAGES, PAGE)
             m = tl.arange(0, BLOCK)[:, None]
             k = tl.load(key_at + m * key_l + d[None, :], mask=live, other=0.0)
             v = tl.load(value_at + m * value_l + d[None, :], mask=live, other=0.0)
