@@ -205,8 +205,8 @@ class GraphSlotDecoder(SlotDecoder):
 
     def _open_cache(self, rows: int, *, filled: int, newest: torch.Tensor) -> None:
         """Let the first `rows` slots write their next tokens at the positions `newest` [rows]."""
-        table = self.state.bounds[:, 0, 0, 2:]
-        self.cache.start(rows=rows, filled=filled, newest=newest, table=table)
+        super()._open_cache(rows, filled=filled, newest=newest)
+        self.cache.use_table(self.state.bounds[:, 0, 0, 2:])
 
     def _send(self, host: torch.Tensor) -> torch.Tensor:
         """Return a copy on the device. Neither side waits for the other."""

@@ -182,7 +182,6 @@ class PagedCache(Cache):
         filled: int,
         captured: bool = False,
         newest: torch.Tensor | None = None,
-        table: torch.Tensor | None = None,
     ) -> None:
         """Use the first `rows` slots.
 
@@ -191,13 +190,16 @@ class PagedCache(Cache):
             filled: positions with tokens, of the longest.
             captured: see PagedLayer.
             newest: [rows], the position of each slot's next token.
-            table: [N, P], the slots' pages; needed unless `captured`.
         """
         for layer in self.layers:
             layer.rows = rows
             layer.filled = filled
             layer.captured = captured
             layer.newest = newest
+
+    def use_table(self, table: torch.Tensor) -> None:
+        """Let the slots' pages be those of `table` [N, P], for steps that are not captured."""
+        for layer in self.layers:
             layer.table = table
 
 
