@@ -55,13 +55,13 @@ class WordTokenizer:
                 for text, parts, wanted in zip(texts, words, ranges, strict=True)
             ]
         begins = [[0, *accumulate(map(len, parts))] for parts in words]
-        spans = self._spans_of_cut_words(words, begins, ranges)
+        places = self._places_in_cut_words(words, begins, ranges)
         found = []
         for parts, starts, wanted in zip(words, begins, ranges, strict=True):
             ids = _ids(parts, known)
             if wanted:
                 counts = [0, *accumulate(len(known[word]) for word in parts)]
-                wanted = _ranges_of_ids(wanted, parts, starts, counts, spans)
+                wanted = _ranges_of_ids(wanted, parts, starts, counts, places)
             found.append((ids, wanted))
         return found
 
@@ -82,10 +82,10 @@ class WordTokenizer:
             self._known, self._num_characters = {}, 0
         return words, known
 
-    def _spans_of_cut_words(
+    def _places_in_cut_words(
         self, words: list[list[str]], begins: list[list[int]], ranges: Sequence[Ranges]
-    ) -> dict[str, list[tuple[int, int]]]:
-        """Return the characters of each id of the words inside which a range begins or ends."""
+    ) -> dict[str, "IdPlaces"]:
+        """Return the places of the ids of the words inside which a range begins or ends."""
         cut = set()
         for parts, starts, wanted in zip(words, begins, ranges, strict=True):
             for place in chain.from_iterable(wanted):
@@ -97,7 +97,8 @@ class WordTokenizer:
         found = self.tokenizer(
             list(cut), add_special_tokens=False, return_offsets_mapping=True, verbose=False
         )
-        return dict(zip(cut, found["offset_mapping"], strict=True))
+        places = (IdPlaces(spans) for spans in found["offset_mapping"])
+        return dict(zip(cut, places, strict=True))
 
     def _count_ids(self, text: str, ranges: Ranges) -> Ranges:
         """Return the ids of ranges for a tokenizer that does not tell its ids' characters."""
@@ -121,7 +122,7 @@ def _ranges_of_ids(
     words: list[str],
     begins: list[int],
     counts: list[int],
-    spans: dict[str, list[tuple[int, int]]],
+    places: dict[str, "IdPlaces"],
 ) -> Ranges:
     """Return the ids that stand for ranges of a text's characters; empty ranges are left out.
 
@@ -130,31 +131,46 @@ def _ranges_of_ids(
         words: of the text.
         begins: the first character of each word, and the end of the text.
         counts: the ids before each word, and those of the text.
-        spans: the characters of each id of the words inside which a range begins or ends.
+        places: of the ids of the words inside which a range begins or ends.
     """
     found = []
     for begin, end in ranges:
         number, within = _locate(begins, begin)
         first = counts[number]
         if within:
-            first += _first_from(spans[words[number]], within)
+            first += places[words[number]].first_from(within)
         number, within = _locate(begins, end)
         stop = counts[number]
         if within:
-            stop += _number_until(spans[words[number]], within)
+            stop += places[words[number]].number_until(within)
         if first < stop:
             found.append((first, stop))
     return tuple(found)
 
 
-# Ids without characters, as some tokenizers add, are in no range.
+class IdPlaces:
+    """The characters of a word's ids, in their order.
 
+    A word may be as long as a text and hold thousands of ranges, so they are found by bisection.
+    """
 
-def _first_from(spans: list[tuple[int, int]], place: int) -> int:
-    """Return the first id whose characters are all from `place` on, or the number of ids."""
-    return next((i for i, (b, e) in enumerate(spans) if place <= b < e), len(spans))
+    def __init__(self, spans: list[tuple[int, int]]):
+        """
+        Args:
+            spans: the first character of each id and the one after its last. Ids without
+                characters, as some tokenizers add, are in no range.
+        """
+        self._total = len(spans)
+        self._numbers = [i for i, (begin, end) in enumerate(spans) if begin < end]
+        self._begins = [spans[i][0] for i in self._numbers]
+        self._ends = [spans[i][1] for i in self._numbers]
 
+    def first_from(self, place: int) -> int:
+        """Return the first id whose characters are all from `place` on, or the number of ids."""
+        index = bisect.bisect_left(self._begins, place)
+        return self._numbers[index] if index < len(self._numbers) else self._total
 
-def _number_until(spans: list[tuple[int, int]], place: int) -> int:
-    """Return the number of ids up to the last one whose characters are all before `place`."""
-    return next((i + 1 for i, (b, e) in reversed(list(enumerate(spans))) if b < e <= place), 0)
+    def number_until(self, place: int) -> int:
+        """Return the number of ids up to the last one whose characters are all before `place`."""
+        index = bisect.bisect_right(self._ends, place)
+        return self._numbers[index - 1] + 1 if index else 0
