@@ -67,7 +67,7 @@ class RowCache(Cache):
         super().__init__(layers=[RowLayer() for _ in range(num_layers)])
 
     def start(self, **_) -> None:
-        """Do nothing: every row begins anew, whoever captures it."""
+        """Do nothing: every row begins empty."""
 
 
 @dataclass
