@@ -445,9 +445,10 @@ def test_a_failure_ends_with_cause_flag_and_log(said, cause, flags, bench):
     assert (bench.folder / "output" / "training.log").read_text() == said + "\n"
 
 
-def test_a_failure_under_the_real_launcher_ends_the_same_way(bench):
+def test_a_failure_under_the_real_launcher_ends_the_same_way(bench, stock):
     script = SINGLE_NODE.replace("single_node", "single_gpu")
     words = ["an output", "2", "--model_name_or_path", "/no such model"]
+    words += ["--data_path", f"{stock}/toy"]
     done = bench.run(script, *words, PYTHON=sys.executable, HF_HUB_OFFLINE="1")
     assert done.returncode == 1
     said, *last = done.stdout.rsplit("\n\n", 1)
