@@ -10,6 +10,7 @@ its cases by the mark ``cases`` and reads the results from the fixture ``launche
 Only cases that a selected test names are run.
 """
 
+import signal
 import sys
 from pathlib import Path
 
@@ -19,6 +20,10 @@ sys.path.insert(0, str(Path(__file__).parent / "integration"))
 
 from launches import Case, Launches  # noqa: E402
 from stock import write_stock  # noqa: E402
+
+# Background jobs of a shell ignore Ctrl-C, and so would the runs that tests start and interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser):
