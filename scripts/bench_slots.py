@@ -147,7 +147,7 @@ def profile_steps(rollout) -> None:
 
 
 def measure_vllm(args: argparse.Namespace) -> dict:
-    """Return vLLM's row, measured in a process of its own."""
+    """Return vLLM's row, measured in a separate process."""
     config = shape_config(args.shape)
     batches = random_prompts(args, config.vocab_size, torch.device("cpu"), batch=args.rows)
     (ids, mask) = batches[0]

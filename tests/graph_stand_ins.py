@@ -158,7 +158,7 @@ def with_graphs(engine, **options) -> HybridEngine:
             hybrid.replica.model,
             slots=hybrid._group_slots,
             max_length=length,
-            cache_tokens=hybrid._cache_tokens(length) if hybrid.cache_gib else 0,
+            cache_tokens=hybrid._cache_tokens(length),
             **same,
         )
     else:

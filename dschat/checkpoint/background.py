@@ -11,8 +11,8 @@ from dschat.runtime.log import logger
 class BackgroundSaves:
     """Writes one checkpoint at a time in a thread.
 
-    The ranks' threads agree over a process group of their own, so that their messages do not mix
-    with those of training.
+    The ranks' threads agree over a separate process group, so that their messages do not mix with
+    those of training.
     """
 
     def __init__(self) -> None:

@@ -12,6 +12,7 @@ import shutil
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -112,15 +113,7 @@ def save_checkpoint(
         True if the checkpoint was written. False if that failed, for example because the disk is
         full: a warning is logged, and earlier checkpoints are untouched.
     """
-    temporary = _temporary(root, step)
-    fault = dist.first_fault(_failure(_make_empty, temporary) if dist.is_main() else "")
-    entries: dict[Path, dict] = {}
-    for name, engine in engines.items() if not fault else ():
-        written, fault = save_engine(engine, temporary, name)
-        entries |= written
-        fault = dist.first_fault(fault)
-        if fault:
-            break
+    entries, fault = _take_engines(root, step, engines, save_engine)
     contents = _RankContents(facts, tensors, state, entries)
     return _complete(root, step, contents, keep=keep, fault=fault)
 
@@ -156,16 +149,8 @@ def copy_checkpoint(
         A function that writes the checkpoint, in any thread, and returns what ``save_checkpoint``
         returns.
     """
-    temporary = _temporary(root, step)
-    fault = dist.first_fault(_failure(_make_empty, temporary) if dist.is_main() else "")
     memory.begin()
-    files: dict[Path, Any] = {}
-    for name, engine in engines.items() if not fault else ():
-        copied, fault = copy_engine(engine, temporary, name, memory)
-        files |= copied
-        fault = dist.first_fault(fault)
-        if fault:
-            break
+    files, fault = _take_engines(root, step, engines, partial(copy_engine, memory=memory))
     facts, tensors, state = memory.copy((facts, tensors, state))
 
     def write() -> bool:
@@ -175,6 +160,32 @@ def copy_checkpoint(
         return _complete(root, step, contents, keep=keep, fault=failure, group=group)
 
     return write
+
+
+def _take_engines(
+    root: Path, step: int, engines: dict[str, object], take: Callable[..., tuple[dict, str]]
+) -> tuple[dict[Path, Any], str]:
+    """Make the folder of a new checkpoint, and take the engines' files.
+
+    Args:
+        root: the folder of all checkpoints of the run.
+        step: N.
+        engines: by name.
+        take: ``save_engine`` or ``copy_engine``.
+
+    Returns:
+        What `take` returns of the files of this rank, and the fault, the same on all ranks, or "".
+    """
+    temporary = _temporary(root, step)
+    fault = dist.first_fault(_failure(_make_empty, temporary) if dist.is_main() else "")
+    files: dict[Path, Any] = {}
+    for name, engine in engines.items() if not fault else ():
+        taken, fault = take(engine, temporary, name)
+        files |= taken
+        fault = dist.first_fault(fault)
+        if fault:
+            break
+    return files, fault
 
 
 @dataclass(frozen=True)
@@ -340,7 +351,7 @@ def _rank_file(rank: int) -> str:
 
 def _temporary(root: Path, step: int) -> Path:
     """Return the folder in which a checkpoint is written before it is renamed."""
-    return root / f".step_{step:08d}.tmp"
+    return root / f".{checkpoint_folder(root, step).name}.tmp"
 
 
 def _make_empty(temporary: Path) -> None:

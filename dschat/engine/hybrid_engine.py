@@ -233,7 +233,7 @@ class HybridEngine(Generator):
                 slots=self._group_slots,
                 compiled=compiled,
                 max_length=max_length,
-                cache_tokens=self._cache_tokens(max_length) if self.cache_gib else 0,
+                cache_tokens=self._cache_tokens(max_length),
                 group=self.group,
             )
             return
@@ -261,10 +261,13 @@ class HybridEngine(Generator):
         return self.slots * (1 if self.group is None else self.group.size)
 
     def _cache_tokens(self, length: int) -> int:
-        """Return the tokens, in texts of `length`, whose keys and values take `cache_gib`.
+        """Return the tokens, in texts of `length`, whose keys and values take `cache_gib`; 0 if it
+        is not given.
 
         A group of N ranks holds N times as many, each rank an Nth of the heads.
         """
+        if not self.cache_gib:
+            return 0
         length = max(length, 1)
         row = cache_bytes(self.engine.module, rows=1, length=length, itemsize=self.replica.itemsize)
         size = 1 if self.group is None else self.group.size

@@ -456,6 +456,27 @@ class GraphDecoder:
         check_step(self.state.logits[:num_rows], logits, found, cached, self.group)
 
 
+def check_logits(
+    found: torch.Tensor, expected: torch.Tensor, group: TensorGroup | None, *, name: str = "logits"
+) -> None:
+    """Compare logits [N, V] that graphs give with those of a plain forward pass.
+
+    Args:
+        found, expected: [N, V].
+        group: the ranks of which all continue, or none.
+        name: of the logits, for the message.
+
+    Raises:
+        GraphMismatch: they differ.
+    """
+    gap = logit_gap(found, expected)
+    if group is not None:
+        gap = group.gather(gap).max()
+    # Not `gap > tolerance`, which is False for NaN.
+    if not gap.item() <= TOLERANCE[expected.dtype]:
+        raise GraphMismatch(f"{name} differ by {gap.item():.3g} standard deviations")
+
+
 def check_step(
     logits: torch.Tensor,
     expected_logits: torch.Tensor,
@@ -473,13 +494,10 @@ def check_step(
     Raises:
         GraphMismatch: the logits differ, or a layer has not cached the token.
     """
-    gap = logit_gap(logits, expected_logits)
+    check_logits(logits, expected_logits, group)
     missing = cache_gap(cached, expected_cached)
     if group is not None:
-        gap, missing = (group.gather(value).max() for value in (gap, missing))
-    # Not `gap > tolerance`, which is False for NaN.
-    if not gap.item() <= TOLERANCE[expected_logits.dtype]:
-        raise GraphMismatch(f"logits differ by {gap.item():.3g} standard deviations")
+        missing = group.gather(missing).max()
     if not missing.item() <= MISSING:
         raise GraphMismatch(
             f"keys and values in the cache differ by {missing.item():.3g} of their norm"

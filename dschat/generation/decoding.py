@@ -6,6 +6,7 @@ the key-value cache. This file runs on any device; cuda_graphs.py replays the st
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -42,13 +43,11 @@ class Decoded:
     logprobs: torch.Tensor | None
 
 
-class SlotLayer(CacheLayerMixin):
-    """Keys and values of one layer in buffers [N, heads, L, head width] that are allocated once.
+class StepLayer(CacheLayerMixin):
+    """Keys and values of one layer in buffers that are allocated once.
 
     In a `captured` step ``update`` returns the whole buffers, so that the step serves every length,
-    and decode_attention's kernel writes the new token where the row's bounds end. Otherwise new
-    tokens are written after the `filled` positions, or, one of each row, at the positions `newest`,
-    and ``update`` returns the filled part.
+    and decode_attention's kernel writes the new token where the row's bounds end.
     """
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor):
@@ -69,17 +68,13 @@ class SlotLayer(CacheLayerMixin):
         if self.captured:
             attention.newest_token.put(key_states, value_states)
             return self.keys, self.values
-        keys, values = self.keys[: self.rows], self.values[: self.rows]
-        end = self.filled + key_states.shape[2]
-        if self.newest is None:
-            keys[:, :, self.filled : end] = key_states
-            values[:, :, self.filled : end] = value_states
-        else:
-            rows = torch.arange(self.rows, device=keys.device)
-            keys[rows, :, self.newest] = key_states[:, :, 0]
-            values[rows, :, self.newest] = value_states[:, :, 0]
-        self.filled = end
-        return keys[:, :, :end], values[:, :, :end]
+        return self._store(key_states, value_states)
+
+    def _store(
+        self, key_states: torch.Tensor, value_states: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Do what ``update`` does in a step that is not captured."""
+        raise NotImplementedError
 
     def get_seq_length(self, *args) -> int:
         """Return the number of filled positions."""
@@ -93,7 +88,32 @@ class SlotLayer(CacheLayerMixin):
         """Return the number of positions in the buffers."""
         return self.keys.shape[2]
 
-    get_max_cache_shape = get_max_length  # its name before transformers 5.2x
+    def get_max_cache_shape(self) -> int:
+        """Return ``get_max_length``, by its name before transformers 5.2x."""
+        return self.get_max_length()
+
+
+class SlotLayer(StepLayer):
+    """A StepLayer of buffers [N, heads, L, head width].
+
+    In a step that is not captured, new tokens are written after the `filled` positions, or, one of
+    each row, at the positions `newest`, and ``update`` returns the filled part.
+    """
+
+    def _store(
+        self, key_states: torch.Tensor, value_states: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = self.keys[: self.rows], self.values[: self.rows]
+        end = self.filled + key_states.shape[2]
+        if self.newest is None:
+            keys[:, :, self.filled : end] = key_states
+            values[:, :, self.filled : end] = value_states
+        else:
+            rows = torch.arange(self.rows, device=keys.device)
+            keys[rows, :, self.newest] = key_states[:, :, 0]
+            values[rows, :, self.newest] = value_states[:, :, 0]
+        self.filled = end
+        return keys[:, :, :end], values[:, :, :end]
 
     def keep(self, rows: torch.Tensor) -> None:
         """Move rows [n] of the buffers to the front, and use only these from now on."""
@@ -102,22 +122,25 @@ class SlotLayer(CacheLayerMixin):
             buffer[: self.rows] = buffer.index_select(0, rows)
 
 
-class SlotCache(Cache):
-    """A SlotLayer for each layer of the model."""
+class StepCache(Cache):
+    """A StepLayer for each layer of the model."""
+
+    layer_class: ClassVar[type[StepLayer]]
 
     def __init__(self, shapes: list[tuple[torch.Tensor, torch.Tensor]], *, rows: int, length: int):
-        """
+        """Allocate buffers [rows, heads, length, width].
+
         Args:
             shapes: keys and values [*, heads, *, width] of each layer, for heads, width, dtype and
                 device.
-            rows: N.
-            length: L.
+            rows: first size of the buffers.
+            length: third size.
         """
         layers = []
         for pair in shapes:
             # Zeros: a masked value is still multiplied by a weight of 0, and 0 * NaN is NaN.
             buffers = [t.new_zeros(rows, t.shape[1], length, t.shape[3]) for t in pair]
-            layers.append(SlotLayer(*buffers))
+            layers.append(self.layer_class(*buffers))
         super().__init__(layers=layers)
 
     @property
@@ -138,7 +161,7 @@ class SlotCache(Cache):
         Args:
             rows: number of rows.
             filled: positions with tokens; of the longest row if `newest` is given.
-            captured: see SlotLayer.
+            captured: see StepLayer.
             newest: [rows], the position of each row's next token, if rows differ in it.
         """
         for layer in self.layers:
@@ -146,6 +169,12 @@ class SlotCache(Cache):
             layer.filled = filled
             layer.captured = captured
             layer.newest = newest
+
+
+class SlotCache(StepCache):
+    """A SlotLayer for each layer of the model."""
+
+    layer_class = SlotLayer
 
     def newest(self, *, rows: int, position: int) -> list[torch.Tensor]:
         """Return views of the keys and values [rows, heads, width] of one position, by layer."""

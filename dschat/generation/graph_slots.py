@@ -10,6 +10,7 @@ from its tokens later.
 
 import contextlib
 from collections.abc import Iterator
+from itertools import islice
 
 import torch
 from torch import nn
@@ -228,13 +229,13 @@ class GraphSlotDecoder(SlotDecoder):
         room = self._pages.num_free
         if self._is_busy():
             room -= self._pages.num_pages // RESERVE
-        owner = None
-        for count, number in enumerate(list(queue.waiting)[:free]):
-            length = len(queue.text(number))
+        last_prompt = None
+        for count, number in enumerate(islice(queue.waiting, free)):
+            length, prompt = len(queue.text(number)), queue.shared_prompt(number)
             room -= pages_for(length + AHEAD)
-            if number // queue.copies == owner and queue.begun(number) == 0:
+            if prompt is not None and prompt == last_prompt:
                 room += length // PAGE  # shared with the sample before it
-            owner = number // queue.copies if queue.begun(number) == 0 else None
+            last_prompt = prompt
             if room < 0:
                 return count if count or self._is_busy() else 1
         return free
@@ -242,17 +243,19 @@ class GraphSlotDecoder(SlotDecoder):
     def _fill(self, queue: ResponseQueue, slots: list[int], responses: list[int]) -> None:
         """Start `responses` in `slots`, with up to MAX_TOKENS tokens in a forward pass."""
         pack: list[tuple[int, int]] = []
-        tokens, owner = 0, None
+        tokens, texts, last_prompt = 0, 0, None
         for slot, number in zip(slots, responses, strict=True):
-            is_sample = number // queue.copies == owner and queue.begun(number) == 0
-            new = 0 if is_sample else len(queue.text(number))
-            if pack and (tokens + new > MAX_TOKENS or len(pack) == MAX_TEXTS):
-                self._start(queue, pack)
-                pack, tokens = [], 0
-                new = len(queue.text(number))
+            prompt = queue.shared_prompt(number)
+            # Samples of a prompt stay together, so that they share its text and its pages.
+            if prompt is None or prompt != last_prompt:
+                length = len(queue.text(number))
+                if pack and (tokens + length > MAX_TOKENS or texts == MAX_TEXTS):
+                    self._start(queue, pack)
+                    pack, tokens, texts = [], 0, 0
+                tokens += length
+                texts += 1
             pack.append((slot, number))
-            tokens += new
-            owner = number // queue.copies if queue.begun(number) == 0 else None
+            last_prompt = prompt
         self._start(queue, pack)
 
     def _start(self, queue: ResponseQueue, pairs: list[tuple[int, int]]) -> None:
@@ -265,17 +268,16 @@ class GraphSlotDecoder(SlotDecoder):
         owners: dict[int, int] = {}  # the text of each prompt
         rows: list[int] = []  # the text of each response
         for slot, number in pairs:
-            text, prompt = queue.text(number), number // queue.copies
-            begun = queue.begun(number)
+            text, prompt = queue.text(number), queue.shared_prompt(number)
             self._held[slot] = number
             self._since[slot] = self.stats.steps
             self._offsets[slot] = len(text) - self.stats.steps
-            self._most[slot] = len(text) - begun + self.state.tokens.shape[1]
-            if begun or prompt not in owners:
+            self._most[slot] = len(text) - queue.begun(number) + self.state.tokens.shape[1]
+            if prompt is None or prompt not in owners:
                 rows.append(len(texts))
                 texts.append(text)
                 text_slots.append(slot)
-                if not begun:
+                if prompt is not None:
                     owners[prompt] = rows[-1]
             else:
                 rows.append(owners[prompt])

@@ -12,9 +12,11 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from dschat.generation.cuda_graphs import StepGraphs
-from dschat.generation.decoding import TOLERANCE, GraphMismatch, logit_gap, prefill
+from dschat.generation.cuda_graphs import StepGraphs, check_logits
+from dschat.generation.decoding import prefill
 from dschat.generation.pages import SPARE, PagedCache
+from dschat.generation.slots import by_layer
+from dschat.models.forward import block_diagonal_mask
 from dschat.models.structure import cache_argument, forward_takes
 
 # Tokens of a captured row. Attention reads whole rows, so long ones cost more per token.
@@ -74,8 +76,8 @@ class RowCache(Cache):
 class RowBuffers:
     """The buffers of a captured row of T tokens."""
 
-    # [5, T] int64: token ids, positions in their texts, numbers of their texts, and the pages and
-    # the positions in them to which keys and values go
+    # [4, T] int64: token ids, positions in their texts, and the pages and the positions in them to
+    # which keys and values go
     tokens: torch.Tensor
     last: torch.Tensor  # [MAX_TEXTS] int64, where each text ends in the row
     logits: torch.Tensor  # [MAX_TEXTS, V] after the texts
@@ -128,7 +130,6 @@ class PackedPrefill:
             [
                 torch.cat(list(texts)),
                 torch.cat([torch.arange(length) for length in lengths]),
-                torch.arange(len(texts)).repeat_interleave(lengths),
                 pages,
                 offsets,
             ]
@@ -140,7 +141,7 @@ class PackedPrefill:
             self._row = RowCache(self._num_layers())
             logits = self._forward(send(tokens), send(last), one=len(texts) == 1)
             shapes = [(layer.keys, layer.values) for layer in self._row.layers]
-            self._copy(cache_for(shapes), *send(tokens[3:]))
+            self._copy(cache_for(shapes), *send(tokens[2:]))
         else:
             check |= size not in self._buffers
             logits = self._replay(size, tokens, last, cache_for([]), send)[: len(texts)]
@@ -162,16 +163,15 @@ class PackedPrefill:
             like = self._row.layers[0].keys
             whole = dict(dtype=torch.int64, device=like.device)
             self._buffers[size] = RowBuffers(
-                tokens=torch.zeros(5, size, **whole),
+                tokens=torch.zeros(4, size, **whole),
                 last=torch.zeros(MAX_TEXTS, **whole),
                 logits=like.new_zeros(MAX_TEXTS, self.model.config.get_text_config().vocab_size),
             )
         buffers = self._buffers[size]
         # The tokens that fill the row are one more text, whose keys and values nobody reads.
-        padded = torch.zeros(5, size, dtype=torch.int64)
+        padded = torch.zeros(4, size, dtype=torch.int64)
         padded[1] = torch.arange(size) - tokens.shape[1]
-        padded[2] = MAX_TEXTS
-        padded[3] = SPARE
+        padded[2] = SPARE
         padded[:, : tokens.shape[1]] = tokens
         ends = torch.zeros(MAX_TEXTS, dtype=torch.int64)
         ends[: len(last)] = last
@@ -179,7 +179,7 @@ class PackedPrefill:
         buffers.last.copy_(send(ends))
 
         def prepare() -> None:
-            buffers.tokens[3] = SPARE
+            buffers.tokens[2] = SPARE
 
         graph = self.graphs.get(
             -size,  # decode steps have positive keys
@@ -196,41 +196,38 @@ class PackedPrefill:
         """Run the row in the buffers of `size`, and write its results."""
         buffers = self._buffers[size]
         buffers.logits.copy_(self._forward(buffers.tokens, buffers.last))
-        self._copy(cache, *buffers.tokens[3:])
+        self._copy(cache, *buffers.tokens[2:])
 
     def _forward(self, tokens: torch.Tensor, last: torch.Tensor, one: bool = False) -> torch.Tensor:
-        """Return logits [n, V] at the positions `last` [n] of a row `tokens` [5, T] of texts.
+        """Return logits [n, V] at the positions `last` [n] of a row `tokens` [4, T] of texts.
 
         Args:
             tokens: see RowBuffers.
             last: see RowBuffers.
             one: the row is one text, which needs no mask.
         """
-        ids, positions, numbers = tokens[:3]
+        ids, positions = tokens[:2]
         inputs = dict(input_ids=ids[None], position_ids=positions[None], use_cache=True)
         if not one:
-            inputs["attention_mask"] = self._mask(numbers)
+            inputs["attention_mask"] = self._mask(positions)
         keeps = forward_takes(self.model, "logits_to_keep")
         if keeps:
             inputs["logits_to_keep"] = last
         logits = self.model(**inputs, **{cache_argument(self.model): self._row}).logits[0]
         return logits if keeps else logits[last]
 
-    def _mask(self, numbers: torch.Tensor) -> torch.Tensor | dict[str, torch.Tensor]:
+    def _mask(self, positions: torch.Tensor) -> torch.Tensor | dict[str, torch.Tensor]:
         """Return the mask of a row, as the model takes it.
 
         Args:
-            numbers: [T], the text of each token.
+            positions: [T], of the tokens in their texts.
         """
-        places = torch.arange(len(numbers), device=numbers.device)
-        distance = places[:, None] - places
-        mask = ((numbers[:, None] == numbers) & (distance >= 0))[None, None]
+        mask = block_diagonal_mask(positions[None])
         if self.window is None:
             return mask
-        near = mask & (distance < self.window)
-        if getattr(self.model.config.get_text_config(), "layer_types", None):
-            return {"full_attention": mask, "sliding_attention": near}
-        return near
+        places = torch.arange(len(positions), device=positions.device)
+        near = mask & (places[:, None] - places < self.window)
+        return by_layer(self.model, mask, near)
 
     def _copy(self, cache: PagedCache, pages: torch.Tensor, offsets: torch.Tensor) -> None:
         """Copy the row's keys and values to `pages` [T], at `offsets` [T] in them."""
@@ -247,10 +244,5 @@ class PackedPrefill:
         longest = max(range(len(texts)), key=lambda number: len(texts[number]))
         ids = send(texts[longest])[None]
         expected, _ = prefill(self.model, ids, torch.ones_like(ids))
-        gap = logit_gap(logits[longest : longest + 1], expected)
-        if self.graphs.group is not None:
-            gap = self.graphs.group.gather(gap).max()
-        if not gap.item() <= TOLERANCE[expected.dtype]:
-            raise GraphMismatch(
-                f"logits of prompts in one row differ by {gap.item():.3g} standard deviations"
-            )
+        found = logits[longest : longest + 1]
+        check_logits(found, expected, self.graphs.group, name="logits of prompts in one row")

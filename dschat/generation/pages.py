@@ -8,9 +8,8 @@ unused. Here a slot holds pages of PAGE positions and gets another when it needs
 from collections.abc import Sequence
 
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin
 
-from dschat.generation.kernels import attention
+from dschat.generation.decoding import StepCache, StepLayer
 from dschat.generation.kernels.attention import PAGE
 
 SPARE = 0  # the page that slots without a response write to
@@ -100,33 +99,18 @@ class PageTable:
         self.changed = True
 
 
-class PagedLayer(CacheLayerMixin):
-    """Keys and values of one layer, [number of pages, heads, PAGE, head width].
+class PagedLayer(StepLayer):
+    """A StepLayer of buffers [number of pages, heads, PAGE, head width].
 
-    In a `captured` step ``update`` returns the whole buffers, and decode_attention's kernel writes
-    the new tokens. Otherwise it writes the new token of each slot at its position in `newest`, and
-    returns copies without pages, [rows, heads, filled, width].
+    In a step that is not captured, the new token of each slot is written at its position in
+    `newest`, and ``update`` returns copies without pages, [rows, heads, filled, width].
     """
 
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor):
-        super().__init__()
-        self.keys, self.values = keys, values
-        self.rows, self.filled = 0, 0
-        self.captured = False
-        self.newest: torch.Tensor | None = None  # [rows]
-        self.table: torch.Tensor | None = None  # [N, P], of the device
-        self.is_initialized = True
+    table: torch.Tensor | None = None  # [N, P], of the device
 
-    def lazy_initialization(
-        self, key_states: torch.Tensor, value_states: torch.Tensor | None = None
-    ) -> None:
-        """Do nothing: the buffers exist."""
-
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
-        """Store the new tokens [rows, heads, 1, width] and return what attention reads."""
-        if self.captured:
-            attention.newest_token.put(key_states, value_states)
-            return self.keys, self.values
+    def _store(
+        self, key_states: torch.Tensor, value_states: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         index = place(self.table[: self.rows], self.newest)
         self.keys[index] = key_states[:, :, 0]
         self.values[index] = value_states[:, :, 0]
@@ -138,64 +122,19 @@ class PagedLayer(CacheLayerMixin):
         pages = buffer[self.table[: self.rows, : pages_for(self.filled)].long()]
         return pages.transpose(1, 2).flatten(2, 3)[:, :, : self.filled]
 
-    def get_seq_length(self, *args) -> int:
-        """Return the number of filled positions."""
-        return self.filled
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return the keys' length with the new tokens, and the offset of the first."""
-        return self.filled + query_length, 0
-
     def get_max_length(self) -> int:
         """Return the number of positions in all pages."""
         return self.keys.shape[0] * PAGE
 
-    get_max_cache_shape = get_max_length  # its name before transformers 5.2x
 
-
-class PagedCache(Cache):
+class PagedCache(StepCache):
     """A PagedLayer for each layer of the model."""
 
+    layer_class = PagedLayer
+
     def __init__(self, shapes: list[tuple[torch.Tensor, torch.Tensor]], *, pages: int):
-        """
-        Args:
-            shapes: keys and values [*, heads, *, width] of each layer, for heads, width, dtype and
-                device.
-            pages: number of pages.
-        """
-        layers = []
-        for pair in shapes:
-            # Zeros: a masked value is still multiplied by a weight of 0, and 0 * NaN is NaN.
-            buffers = [t.new_zeros(pages, t.shape[1], PAGE, t.shape[3]) for t in pair]
-            layers.append(PagedLayer(*buffers))
-        super().__init__(layers=layers)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all buffers."""
-        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.layers)
-
-    def start(
-        self,
-        *,
-        rows: int,
-        filled: int,
-        captured: bool = False,
-        newest: torch.Tensor | None = None,
-    ) -> None:
-        """Use the first `rows` slots.
-
-        Args:
-            rows: number of slots.
-            filled: positions with tokens, of the longest.
-            captured: see PagedLayer.
-            newest: [rows], the position of each slot's next token.
-        """
-        for layer in self.layers:
-            layer.rows = rows
-            layer.filled = filled
-            layer.captured = captured
-            layer.newest = newest
+        """Allocate so many pages; see StepCache for `shapes`."""
+        super().__init__(shapes, rows=pages, length=PAGE)
 
     def use_table(self, table: torch.Tensor) -> None:
         """Let the slots' pages be those of `table` [N, P], for steps that are not captured."""

@@ -180,6 +180,13 @@ class ResponseQueue:
         """Return the number of tokens that a response has already."""
         return len(self._begun.get(response, ()))
 
+    def shared_prompt(self, response: int) -> int | None:
+        """Return the prompt that is the whole text of a response; None if it has tokens already.
+
+        Responses with one prompt as their text can share its prefill.
+        """
+        return None if response in self._begun else response // self.copies
+
     def text(self, response: int) -> torch.Tensor:
         """Return the prompt of a response and the tokens that it has already, [T]."""
         prompt = self.prompts[response // self.copies]

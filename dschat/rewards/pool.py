@@ -1,4 +1,4 @@
-"""Reward functions in processes of their own, so that they run in parallel and can be stopped."""
+"""Reward functions in separate processes, so that they run in parallel and can be stopped."""
 
 import contextlib
 import os

@@ -89,7 +89,7 @@ class ScoringServer:
 
 
 class LanguageModelJudge:
-    """The rating of a language model behind an OpenAI-compatible address, divided by the largest.
+    """The rating of a language model at an OpenAI-compatible address, divided by the largest.
 
     The rating is the last number of its reply. NaN, a failure, if there is none from 0 to the
     largest.

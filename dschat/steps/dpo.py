@@ -5,8 +5,9 @@ from functools import partial
 
 from dschat.config.dpo import DPOConfig
 from dschat.data.collate import collate_pairs
-from dschat.data.loaders import GivenTables, build_pair_data, make_loaders, open_pair_rows
+from dschat.data.loaders import GivenTables, build_pair_data, open_pair_rows
 from dschat.models.causal_lm import load_causal_lm
+from dschat.steps.loaders import run_loaders
 from dschat.tracking.callbacks import Callback
 from dschat.trainers.dpo import DPOObjective, build_reference
 from dschat.trainers.supervised_run import save_run, start_run, train_run
@@ -28,18 +29,8 @@ def run_dpo(
     train_data, eval_data = build_pair_data(
         config.data, run.tokenizer, end_token_id=run.end_token_id, given=given
     )
-    train_loader, eval_loader = make_loaders(
-        train_data,
-        eval_data,
-        collate_pairs,
-        pad_id=run.tokenizer.pad_token_id,
-        train_batch_size=config.batch.per_device_train_batch_size,
-        eval_batch_size=config.batch.per_device_eval_batch_size,
-        window=config.schedule.gradient_accumulation_steps,
-        seed=config.run.seed,
-        eval_iters=config.run.eval_iters,
-        tokens_per_batch=config.batch.tokens_per_batch,
-        pack_to=2 * config.data.max_seq_len if config.batch.packing else None,
+    train_loader, eval_loader = run_loaders(
+        run, train_data, eval_data, collate_pairs, packed_row=2 * config.data.max_seq_len
     )
     objective = DPOObjective(
         build_reference(run),

@@ -8,11 +8,11 @@ from dschat.data.collate import collate_pairs
 from dschat.data.loaders import (
     GivenTables,
     build_pair_data,
-    make_loaders,
     open_pair_rows,
 )
 from dschat.models.reward_model import load_reward_model
 from dschat.models.tokenizer import ensure_unambiguous_pad
+from dschat.steps.loaders import run_loaders
 from dschat.tracking.callbacks import Callback
 from dschat.trainers.supervised import RewardObjective
 from dschat.trainers.supervised_run import save_run, start_run, train_run
@@ -32,7 +32,7 @@ def run_reward(
     run = start_run(config, number=2, open_rows=open_rows, callbacks=callbacks)
     config = run.config
     # The saved model finds the last token by the pad id, so no text may contain the pad token.
-    pad_id = ensure_unambiguous_pad(run.tokenizer)
+    ensure_unambiguous_pad(run.tokenizer)
     train_data, eval_data = build_pair_data(
         config.data,
         run.tokenizer,
@@ -41,18 +41,8 @@ def run_reward(
         seed=config.run.seed,
         given=given,
     )
-    train_loader, eval_loader = make_loaders(
-        train_data,
-        eval_data,
-        collate_pairs,
-        pad_id=pad_id,
-        train_batch_size=config.batch.per_device_train_batch_size,
-        eval_batch_size=config.batch.per_device_eval_batch_size,
-        window=config.schedule.gradient_accumulation_steps,
-        seed=config.run.seed,
-        eval_iters=config.run.eval_iters,
-        tokens_per_batch=config.batch.tokens_per_batch,
-        pack_to=2 * config.data.max_seq_len if config.batch.packing else None,
+    train_loader, eval_loader = run_loaders(
+        run, train_data, eval_data, collate_pairs, packed_row=2 * config.data.max_seq_len
     )
     model = train_run(
         run,

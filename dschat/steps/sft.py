@@ -5,8 +5,9 @@ from functools import partial
 
 from dschat.config.sft import SFTConfig
 from dschat.data.collate import collate_text
-from dschat.data.loaders import GivenTables, build_sft_data, make_loaders, open_sft_rows
+from dschat.data.loaders import GivenTables, build_sft_data, open_sft_rows
 from dschat.models.causal_lm import load_causal_lm
+from dschat.steps.loaders import run_loaders
 from dschat.tracking.callbacks import Callback
 from dschat.trainers.supervised import SFTObjective
 from dschat.trainers.supervised_run import save_run, start_run, train_run
@@ -28,18 +29,8 @@ def run_sft(
     train_data, eval_data = build_sft_data(
         config.data, run.tokenizer, end_token_id=run.end_token_id, given=given
     )
-    train_loader, eval_loader = make_loaders(
-        train_data,
-        eval_data,
-        collate_text,
-        pad_id=run.tokenizer.pad_token_id,
-        train_batch_size=config.batch.per_device_train_batch_size,
-        eval_batch_size=config.batch.per_device_eval_batch_size,
-        window=config.schedule.gradient_accumulation_steps,
-        seed=config.run.seed,
-        eval_iters=config.run.eval_iters,
-        tokens_per_batch=config.batch.tokens_per_batch,
-        pack_to=config.data.max_seq_len if config.batch.packing else None,
+    train_loader, eval_loader = run_loaders(
+        run, train_data, eval_data, collate_text, packed_row=config.data.max_seq_len
     )
     model = train_run(
         run,

@@ -52,7 +52,7 @@ def test_the_kernel_writes_inside_its_buffers(width):
 @pytest.mark.parametrize("heads", [2, 8], ids=["no groups", "groups"])
 @pytest.mark.parametrize("rows, pages", [(3, 5), (3, 40)], ids=["short", "split"])
 def test_pages_give_what_one_buffer_gives(heads, rows, pages):
-    """The pages lie in any order, some rows share their first, and windows begin anywhere."""
+    """Pages are in any order, two rows share their first ones, and rows begin anywhere."""
     torch.manual_seed(0)
     page, width = attention.PAGE, 24
     numbers = 1 + torch.randperm(rows * pages).view(rows, pages)

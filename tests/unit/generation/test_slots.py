@@ -257,18 +257,19 @@ def test_answers_that_lose_their_pages_continue(sampled):
     assert pages.num_free == pages.num_pages - 1, "all pages should be free in the end"
 
 
-def test_samples_share_the_pages_that_their_prompt_fills():
+@pytest.mark.parametrize("copies", [8, 70])  # 70 are more than the texts of a row
+def test_samples_share_the_pages_that_their_prompt_fills(copies):
     engine = engine_of("llama")
     batch = prompts(140, width=140)
-    settings = config(**SAMPLED | dict(num_return_sequences=8))
+    settings = config(**SAMPLED | dict(num_return_sequences=copies))
     with graphs_on_cpu():
-        hybrid = with_graphs(engine, slots=8)
+        hybrid = with_graphs(engine, slots=copies)
         torch.manual_seed(3)
         found = hybrid.decode_all([batch], settings)
         table = hybrid._decoder._pages
     torch.manual_seed(3)
-    check_same(found, HybridEngine(engine, slots=8).decode_all([batch], settings))
-    assert table.most_used == 2 + 8, "two pages of the prompt, and one for each answer"
+    check_same(found, HybridEngine(engine, slots=copies).decode_all([batch], settings))
+    assert table.most_used == 2 + copies, "two pages of the prompt, and one for each answer"
 
 
 @pytest.mark.parametrize("fault", ["nothing is cached", "other attention"])
